@@ -1,0 +1,54 @@
+"""What can go wrong, sorted by what to do next.
+
+    TrainerError
+    ├── JobError           this job's attempt ends here
+    │   ├── JobFailed      for good: the user must change something
+    │   └── JobDelayed     transient: another attempt may succeed
+    ├── LeaseLost          somebody else owns the job now: stop, write nothing
+    ├── DatabaseAway       Postgres does not answer: training goes on, try again
+    └── HostUnfit          this host cannot work as configured: exit 78, do not restart
+
+Cancelling and shutting down are outcomes, not errors (see daemon.job).
+"""
+
+from __future__ import annotations
+
+from training.events import ErrorCode
+
+# EX_CONFIG of sysexits.h: supervisord is told not to restart a daemon that exits with it.
+EXIT_UNFIT = 78
+
+
+class TrainerError(Exception):
+    """Root of everything this package raises on purpose."""
+
+
+class JobError(TrainerError):
+    """An attempt cannot go on. `message` and `hint` are written for the user's eyes; they carry no secret."""
+
+    def __init__(self, code: ErrorCode, message: str, hint: str | None = None, stack: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.hint = hint
+        self.stack = stack
+
+
+class JobFailed(JobError):
+    """For good: trying again unchanged would fail again."""
+
+
+class JobDelayed(JobError):
+    """Transient: the next attempt, here or elsewhere, may succeed."""
+
+
+class LeaseLost(TrainerError):
+    """A fenced write found no row: the lease passed to somebody else, or the job is final."""
+
+
+class DatabaseAway(TrainerError):
+    """Postgres cannot be reached, or the connection broke in the middle of a statement."""
+
+
+class HostUnfit(TrainerError):
+    """Settings, database role or hardware make work on this host impossible; says what to change."""

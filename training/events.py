@@ -1,0 +1,167 @@
+"""What the trainer says while it works: one JSON object a line, one fact an event.
+
+The other half of the bridge between trainer and daemon: standard library and pydantic only.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+
+class ErrorCode(StrEnum):
+    """The short fixed list that a user's program may branch on; documented in the README."""
+
+    INVALID_SPEC = "invalid_spec"
+    DATASET_UNREACHABLE = "dataset_unreachable"
+    DATASET_INVALID = "dataset_invalid"
+    DATASET_FORBIDDEN = "dataset_forbidden"
+    MODEL_NOT_FOUND = "model_not_found"
+    MODEL_INCOMPLETE = "model_incomplete"
+    MODEL_UNSUPPORTED = "model_unsupported"
+    OUT_OF_MEMORY = "out_of_memory"
+    NON_FINITE_LOSS = "non_finite_loss"
+    DISK_FULL = "disk_full"
+    UPLOAD_FAILED = "upload_failed"
+    STALLED = "stalled"
+    WORKER_LOST = "worker_lost"
+    BUDGET_EXCEEDED = "budget_exceeded"
+    DEADLINE_EXCEEDED = "deadline_exceeded"
+    INTERNAL = "internal"
+
+
+class Stage(StrEnum):
+    """Where an attempt is; the row's current_stage."""
+
+    SETUP = "setup"
+    DOWNLOADING = "downloading"
+    LOADING = "loading"
+    TRAINING = "training"
+    EVALUATING = "evaluating"
+    SAVING = "saving"
+    UPLOADING = "uploading"
+
+
+# Exit status of a child that was asked to stop and left a checkpoint behind (EX_TEMPFAIL).
+EXIT_STOPPED = 75
+
+
+class _Event(BaseModel):
+    # Not-a-number travels as a string constant: the daemon decides what a column can hold.
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings", protected_namespaces=())
+
+    job_id: str
+
+
+class Started(_Event):
+    """The child read its spec and can speak."""
+
+    kind: Literal["started"] = "started"
+    pid: int
+    versions: dict[str, str] = Field(default_factory=dict)
+
+
+class StageEntered(_Event):
+    kind: Literal["stage"] = "stage"
+    stage: Stage
+    detail: str | None = None
+
+
+class Planned(_Event):
+    """The run's real size, known before the model is loaded; corrects the row's estimates."""
+
+    kind: Literal["planned"] = "planned"
+    total_steps: int
+    total_epochs: int
+    train_examples: int
+    validation_examples: int
+    train_tokens: int
+    trained_tokens: int = Field(description="tokens that carry loss, one epoch")
+    max_length: int
+    data: dict[str, Any] = Field(default_factory=dict)
+
+
+class Progress(_Event):
+    """One optimizer step is done. `step` counts from 1 and repeats after a resume."""
+
+    kind: Literal["progress"] = "progress"
+    step: int
+    total_steps: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float | None = None
+    tokens_per_second: float | None = None
+    tokens_seen: int | None = None
+    gpu_memory_gib: float | None = None
+
+
+class Evaluated(_Event):
+    """Loss on the held-out conversations, mean over trained tokens."""
+
+    kind: Literal["evaluated"] = "evaluated"
+    step: int
+    epoch: float
+    validation_loss: float
+
+
+class CheckpointSaved(_Event):
+    kind: Literal["checkpoint_saved"] = "checkpoint_saved"
+    step: int
+    path: str
+    bytes: int
+
+
+class Sample(_Event):
+    """What the model answers to a held-out prompt, before training and after."""
+
+    kind: Literal["sample"] = "sample"
+    when: Literal["before", "after"]
+    prompt: str
+    answer: str
+
+
+class Notice(_Event):
+    """Something the user should know that ends nothing: resumed, out-of-memory recovery, rows skipped."""
+
+    kind: Literal["notice"] = "notice"
+    code: str
+    message: str
+    data: dict[str, Any] = Field(default_factory=dict)
+
+
+class AdapterSaved(_Event):
+    """The adapter folder is whole on disk. The last word of a successful run."""
+
+    kind: Literal["adapter_saved"] = "adapter_saved"
+    path: str
+    summary: dict[str, Any] = Field(default_factory=dict)
+
+
+class Failed(_Event):
+    """The run cannot go on. `transient` says whether another attempt may succeed."""
+
+    kind: Literal["failed"] = "failed"
+    code: ErrorCode
+    message: str
+    hint: str | None = None
+    stack: str | None = None
+    transient: bool = False
+
+
+Event = Annotated[
+    Started | StageEntered | Planned | Progress | Evaluated | CheckpointSaved | Sample | Notice | AdapterSaved | Failed,
+    Field(discriminator="kind"),
+]
+
+_EVENT: TypeAdapter[Event] = TypeAdapter(Event)
+
+
+def parse_event(line: bytes | str) -> Event | None:
+    """Read one line. Unknown kinds and a torn last line give None: a newer or dying child must not stop the daemon."""
+    try:
+        return _EVENT.validate_json(line)
+    except ValidationError:
+        return None

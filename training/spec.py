@@ -1,0 +1,172 @@
+"""What a job asks for, checked once: the row's JSON becomes a JobSpec, all faults listed together.
+
+One half of the bridge between daemon and trainer (events is the other): standard library and
+pydantic only, so that the daemon may import it without loading torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+# One segment or two, as the hub names models; a path, `..` or a drive letter never matches.
+MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing wrong with a spec: where (`hyperparameters.learning_rate`) and what."""
+
+    field: str
+    message: str
+
+
+class SpecInvalid(ValueError):
+    """The row asks for something that cannot be run. Carries every fault, not the first."""
+
+    def __init__(self, faults: list[Fault]) -> None:
+        self.faults = faults
+        super().__init__("; ".join(f"{fault.field}: {fault.message}" for fault in faults))
+
+
+class Hyperparameters(BaseModel):
+    """What the user may choose, in either spelling of the app; everything has a working default.
+
+    Ranges are those the app offers, widened where the method allows more.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True, allow_inf_nan=False)
+
+    base_model: Annotated[str, Field(pattern=MODEL_NAME, max_length=200)] | None = None
+    learning_rate: Annotated[float, Field(ge=1e-7, le=1e-1)] = 2e-4
+    batch_size: Annotated[int, Field(ge=1, le=1024)] = 4
+    num_epochs: Annotated[int, Field(ge=1, le=100)] = Field(
+        default=3, validation_alias=AliasChoices("num_epochs", "epochs")
+    )
+    lora_rank: Annotated[int, Field(ge=1, le=512)] = Field(
+        default=16, validation_alias=AliasChoices("lora_rank", "rank")
+    )
+    lora_alpha: Annotated[float, Field(gt=0, le=4096)] | None = Field(
+        default=None,
+        validation_alias=AliasChoices("lora_alpha", "alpha"),
+        description="twice the rank when absent",
+    )
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.05, validation_alias=AliasChoices("lora_dropout", "dropout")
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    max_length: Annotated[int, Field(ge=16, le=1_048_576)] | None = Field(
+        default=None, description="tokens a conversation; taken from the data when absent"
+    )
+    long_conversations: Literal["cut", "refuse"] = "cut"
+    validation_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    target_modules: tuple[Annotated[str, Field(min_length=1, max_length=100)], ...] | None = None
+    packing: bool | None = None
+    early_stopping_patience: Annotated[int, Field(ge=1, le=100)] | None = Field(
+        default=None, description="evaluations without improvement before the run ends"
+    )
+    sample_prompts: tuple[Annotated[str, Field(min_length=1, max_length=4000)], ...] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+    @field_validator("target_modules", "sample_prompts", mode="before")
+    @classmethod
+    def _lists_become_tuples(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @property
+    def effective_lora_alpha(self) -> float:
+        return self.lora_alpha if self.lora_alpha is not None else 2.0 * self.lora_rank
+
+
+class GpuConfig(BaseModel):
+    """The hardware the row asks for, in either spelling of the app."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True, allow_inf_nan=False)
+
+    gpu_type: str | None = Field(default=None, max_length=100, validation_alias=AliasChoices("gpu_type", "type"))
+    num_gpus: Annotated[int, Field(ge=1, le=64)] = Field(default=1, validation_alias=AliasChoices("num_gpus", "count"))
+    gpu_memory_gb: Annotated[float, Field(gt=0, le=4096)] | None = None
+    cost_per_gpu_hour: Annotated[float, Field(ge=0, le=10_000)] | None = None
+
+
+@dataclass(frozen=True)
+class ParsedRow:
+    """The user's wishes, typed, and the keys that we do not know (reported, never ignored in silence)."""
+
+    hyperparameters: Hyperparameters
+    gpu_config: GpuConfig
+    unknown_keys: tuple[str, ...]
+
+
+def parse_row(hyperparameters: object, gpu_config: object) -> ParsedRow:
+    """Parse both JSON columns of a row. Raises SpecInvalid with every fault of both."""
+    faults: list[Fault] = []
+    unknown: list[str] = []
+    parsed: dict[str, Any] = {}
+    for column, model, raw in (
+        ("hyperparameters", Hyperparameters, hyperparameters),
+        ("gpu_config", GpuConfig, gpu_config),
+    ):
+        if not isinstance(raw, Mapping):
+            faults.append(Fault(column, f"must be a JSON object, got {type(raw).__name__}"))
+            continue
+        unknown += [f"{column}.{key}" for key in raw if key not in _known_keys(model)]
+        try:
+            parsed[column] = model.model_validate(dict(raw))
+        except ValidationError as error:
+            faults += faults_of(error, prefix=column)
+    if faults:
+        raise SpecInvalid(faults)
+    return ParsedRow(parsed["hyperparameters"], parsed["gpu_config"], tuple(sorted(unknown)))
+
+
+def faults_of(error: ValidationError, prefix: str = "") -> list[Fault]:
+    """One Fault for each error that pydantic found, the offending value in the message."""
+    faults = []
+    for item in error.errors(include_url=False):
+        path = ".".join(str(part) for part in ((prefix,) if prefix else ()) + item["loc"])
+        shown = repr(item["input"])
+        shown = shown if len(shown) <= 80 else shown[:77] + "..."
+        faults.append(Fault(path or "spec", f"{item['msg']} (got {shown})"))
+    return faults
+
+
+def _known_keys(model: type[BaseModel]) -> set[str]:
+    keys = set(model.model_fields)
+    for field in model.model_fields.values():
+        if isinstance(field.validation_alias, AliasChoices):
+            keys.update(str(choice) for choice in field.validation_alias.choices)
+    return keys
+
+
+class JobSpec(BaseModel):
+    """Everything the trainer child needs to know, and nothing secret: one JSON line on its stdin.
+
+    Paths are absolute and local: the daemon has resolved the model and downloaded the data.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    job_id: str
+    attempt: int = 1
+    lease_epoch: int = 1
+    base_model: str
+    model_path: Path
+    model_revision: str | None = None
+    dataset_path: Path
+    validation_path: Path | None = None
+    work_dir: Path = Field(description="this attempt's scratch: logs, tokenised data")
+    checkpoint_dir: Path = Field(description="survives attempts; the trainer resumes from what it finds here")
+    output_dir: Path = Field(description="the finished adapter folder; absent until it is whole")
+    quantized_dir: Path | None = Field(default=None, description="where 4-bit copies of base models are kept")
+    hyperparameters: Hyperparameters
+    num_gpus: int = 1
+    device: Literal["cpu", "cuda"] = "cpu"
+    quantize: bool = Field(default=True, description="NF4 with double quantisation; bf16 when false")
+    checkpoint_seconds: float = Field(default=300.0, gt=0)
+    cost_per_hour: float | None = None
