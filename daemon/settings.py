@@ -55,6 +55,7 @@ class Settings(BaseSettings):
     user_cap: int | None = Field(default=None, ge=1, description="running jobs a user, over all hosts")
     cost_per_gpu_hour: float | None = Field(default=None, ge=0)
     checkpoint_seconds: float = Field(default=300.0, gt=0)
+    keep_days: float = Field(default=7.0, gt=0, description="checkpoints of failed and cancelled jobs")
 
     # Time.
     lease_seconds: float = Field(default=60.0, ge=1, description="a host that says nothing for so long is lost")
@@ -63,7 +64,7 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(default=60.0, gt=0, description="grace for a checkpoint on shutdown")
     kill_seconds: float = Field(default=10.0, gt=0, description="from TERM to KILL when a job is cancelled")
     on_partition: Literal["continue", "stop"] = "continue"
-    max_attempts_backoff_seconds: float = Field(default=30.0, ge=0, description="first retry's delay; doubles")
+    retry_backoff_seconds: float = Field(default=30.0, ge=0, description="first retry's delay; doubles, with jitter")
 
     # Storage.
     storage: Literal["supabase", "folder"] | None = Field(default=None, description="supabase when its URL is set")

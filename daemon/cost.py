@@ -1,0 +1,26 @@
+"""What an attempt costs: hours times cards times the price of a card."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SECONDS_AN_HOUR = 3600.0
+
+
+@dataclass(frozen=True)
+class Meter:
+    """US dollars of one job, over all its attempts. `price` is per card and hour; None means nobody knows."""
+
+    price: float | None
+    num_gpus: int
+    already_spent: float
+
+    def cost(self, attempt_seconds: float) -> float | None:
+        if self.price is None:
+            return self.already_spent or None
+        return self.already_spent + self.price * self.num_gpus * attempt_seconds / SECONDS_AN_HOUR
+
+
+def price_per_gpu_hour(host_price: float | None, asked_price: float | None) -> float | None:
+    """The host's own price counts before the one in gpu_config, which a tenant wrote."""
+    return host_price if host_price is not None else asked_price

@@ -1,0 +1,152 @@
+"""What this host is: a fresh identity each boot, its cards, its versions, its load."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
+from uuid import UUID, uuid4
+
+import structlog
+
+from daemon.errors import HostUnfit
+from daemon.settings import Settings
+
+log = structlog.get_logger()
+
+REPORTED_PACKAGES = ("brightrun-trainer", "torch", "transformers", "peft", "trl", "bitsandbytes")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    index: int
+    name: str
+    memory_gb: float
+
+
+@dataclass(frozen=True)
+class GpuLoad:
+    """One reading of one card. Any value may be None: not every card answers every question."""
+
+    utilization_percent: float | None = None
+    memory_used_gib: float | None = None
+    temperature_celsius: float | None = None
+    power_watts: float | None = None
+
+
+@dataclass(frozen=True)
+class Host:
+    """Who claims. A UUID a boot, because pods reuse host names and a reused name hides orphans."""
+
+    device: Literal["cuda", "cpu"]
+    gpus: tuple[Gpu, ...] = ()
+    worker_id: UUID = field(default_factory=uuid4)
+    hostname: str = field(default_factory=platform.node)
+    pod_id: str | None = None
+
+    @property
+    def gpu_memory_gb(self) -> float | None:
+        """The smallest card's memory, since any card may be the one that is free. None without cards."""
+        return min((gpu.memory_gb for gpu in self.gpus), default=None)
+
+    @property
+    def gpu_type(self) -> str | None:
+        return self.gpus[0].name if self.gpus else None
+
+
+def inspect_host(settings: Settings) -> Host:
+    """Look at this machine. Raises HostUnfit where the settings ask for a card that is not there."""
+    gpus = find_gpus()
+    if settings.device == "cpu":
+        return Host(device="cpu", pod_id=os.environ.get("RUNPOD_POD_ID"))
+    if not gpus:
+        raise HostUnfit(
+            "no NVIDIA GPU answers on this host. Check the driver with nvidia-smi, "
+            "or set TRAINER_DEVICE=cpu to train small models on the CPU."
+        )
+    return Host(device="cuda", gpus=gpus, pod_id=os.environ.get("RUNPOD_POD_ID"))
+
+
+def find_gpus() -> tuple[Gpu, ...]:
+    """The cards that NVML lists; none where there is no driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        log.debug("nvml_absent", error=str(error))
+        return ()
+    gpus = []
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        # GB as the vendor counts them and as gpu_config.gpu_memory_gb means them: an "80 GB" card says 79.6 GiB.
+        gpus.append(Gpu(index, str(pynvml.nvmlDeviceGetName(handle)), round(memory.total / 1024**3, 1)))
+    return tuple(gpus)
+
+
+def read_load(index: int) -> GpuLoad:
+    """Utilisation, memory, temperature and power of one card, as far as it tells."""
+    import pynvml
+
+    def ask(question: object, *arguments: object) -> float | None:
+        try:
+            return float(question(*arguments))  # type: ignore[operator]
+        except pynvml.NVMLError:
+            return None
+
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        used = pynvml.nvmlDeviceGetMemoryInfo(handle).used
+    except pynvml.NVMLError:
+        return GpuLoad()
+    power = ask(pynvml.nvmlDeviceGetPowerUsage, handle)
+    return GpuLoad(
+        utilization_percent=ask(lambda h: pynvml.nvmlDeviceGetUtilizationRates(h).gpu, handle),
+        memory_used_gib=round(used / 1024**3, 2),
+        temperature_celsius=ask(pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU),
+        power_watts=None if power is None else power / 1000.0,
+    )
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions by metadata, without importing anything heavy."""
+    found = {"python": platform.python_version()}
+    for package in REPORTED_PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+class GpuPool:
+    """Which of this host's slots are free: cards on a GPU host, numbered places on a CPU host."""
+
+    def __init__(self, host: Host, slots: int | None) -> None:
+        self._on_cpu = host.device == "cpu"
+        places = range(slots or 1) if self._on_cpu else [gpu.index for gpu in host.gpus]
+        self._free = list(places)
+        self._jobs_left = slots or len(self._free)
+
+    @property
+    def free_gpus(self) -> int | None:
+        """For the claim: how many cards a job may ask for; None (no limit) on a CPU host, which has none."""
+        return None if self._on_cpu else len(self._free)
+
+    @property
+    def has_room(self) -> bool:
+        return bool(self._free) and self._jobs_left > 0
+
+    def take(self, count: int) -> tuple[int, ...]:
+        count = 1 if self._on_cpu else count
+        taken = tuple(self._free[:count])
+        del self._free[:count]
+        self._jobs_left -= 1
+        return taken
+
+    def give_back(self, places: tuple[int, ...]) -> None:
+        self._free = sorted([*self._free, *places])
+        self._jobs_left += 1

@@ -1,0 +1,115 @@
+"""The wake-up: one connection that LISTENs, proves that it hears, and never gives up.
+
+A notification is only ever a reason to look: the truth is in the rows, and the daemon polls slowly
+as well, because a NOTIFY sent while we reconnect is lost for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from urllib.parse import urlsplit
+from uuid import UUID, uuid4
+
+import psycopg
+import structlog
+from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
+
+log = structlog.get_logger()
+
+CHANNEL = "training_jobs"
+# pg-boss probes as often and waits as long (docs/api/constructor, `heartbeat`): a half-open
+# connection is found within fifteen seconds instead of the two hours of TCP's own keepalive.
+PROBE_SECONDS = 10.0
+PROBE_LIMIT_SECONDS = 5.0
+KEEPALIVE = {"keepalives": 1, "keepalives_idle": 15, "keepalives_interval": 5, "keepalives_count": 3}
+
+
+class Listener:
+    """Sets `wake` when something may be claimable and calls `on_cancel` for a job that was cancelled."""
+
+    def __init__(self, dsn: str, *, wake: Callable[[], None], on_cancel: Callable[[UUID], None]) -> None:
+        self._dsn = dsn
+        self._wake = wake
+        self._on_cancel = on_cancel
+        self._warned_deaf = False
+        self.hears = asyncio.Event()
+
+    async def run(self) -> None:
+        """Listen until cancelled, reconnecting with capped, jittered backoff."""
+        async for attempt in AsyncRetrying(
+            retry=retry_if_exception_type((psycopg.Error, OSError, TimeoutError)),
+            wait=wait_random_exponential(multiplier=0.2, max=15.0),
+        ):
+            with attempt:
+                try:
+                    await self._listen_once()
+                except (psycopg.Error, OSError, TimeoutError) as error:
+                    self.hears.clear()
+                    log.warning("listener_lost", error=str(error).strip(), attempt=attempt.retry_state.attempt_number)
+                    raise
+
+    async def _listen_once(self) -> None:
+        async with await psycopg.AsyncConnection.connect(
+            self._dsn,
+            autocommit=True,
+            connect_timeout=10,
+            prepare_threshold=None,
+            application_name="brightrun-trainer listener",
+            **KEEPALIVE,
+        ) as connection:
+            await connection.execute(f"LISTEN {CHANNEL}")
+            await self._prove(connection)
+            # Whatever was announced before this moment went unheard: look once, always.
+            self._wake()
+            while True:
+                async for notification in connection.notifies(timeout=PROBE_SECONDS):
+                    self._handle(notification.payload)
+                await self._probe(connection)
+
+    async def _prove(self, connection: psycopg.AsyncConnection) -> None:
+        """Send a nonce from another session and see whether it arrives.
+
+        Through a transaction pooler LISTEN raises no error and the notification reaches somebody
+        else's connection; sent from this very connection the nonce could come back by luck.
+        """
+        nonce = f"nonce:{uuid4()}"
+        async with await psycopg.AsyncConnection.connect(
+            self._dsn, autocommit=True, connect_timeout=10, prepare_threshold=None
+        ) as other:
+            await other.execute("SELECT pg_notify(%s, %s)", (CHANNEL, nonce))
+        async for notification in connection.notifies(timeout=PROBE_LIMIT_SECONDS):
+            if notification.payload == nonce:
+                self.hears.set()
+                self._warned_deaf = False
+                log.info("listener_hears", channel=CHANNEL)
+                return
+            self._handle(notification.payload)
+        self.hears.clear()
+        if not self._warned_deaf:
+            self._warned_deaf = True
+            log.error(
+                "listener_deaf",
+                port=urlsplit(self._dsn).port,
+                advice="Notifications do not arrive: this looks like a transaction pooler (port 6543 on Supabase). "
+                "Use the session pooler (port 5432) or the direct connection in DATABASE_URL. Until then jobs are "
+                "found by the slow poll only.",
+            )
+
+    async def _probe(self, connection: psycopg.AsyncConnection) -> None:
+        cursor = await asyncio.wait_for(
+            connection.execute("SELECT %s IN (SELECT pg_listening_channels())", (CHANNEL,)), PROBE_LIMIT_SECONDS
+        )
+        row = await cursor.fetchone()
+        if self.hears.is_set() and (row is None or not row[0]):
+            raise psycopg.OperationalError("this connection no longer listens")
+
+    def _handle(self, payload: str) -> None:
+        word, _, job_id = payload.partition(":")
+        if word == "cancelled":
+            try:
+                self._on_cancel(UUID(job_id))
+            except ValueError:
+                log.warning("notification_not_understood", payload=payload[:80])
+        elif word == "queued":
+            self._wake()

@@ -1,0 +1,109 @@
+"""The daemon as a process: its connections, its signals, its way down."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+
+import structlog
+
+from daemon.callback import CallbackCourier
+from daemon.database import Database
+from daemon.errors import DatabaseAway
+from daemon.host import inspect_host
+from daemon.lease import LeaseKeeper
+from daemon.listener import Listener
+from daemon.logs import configure_logs
+from daemon.settings import Settings
+from daemon.storage import open_storage
+from daemon.store import Store
+from daemon.worker import Collaborators, Worker
+
+log = structlog.get_logger()
+
+TRAINER_COMMAND = (sys.executable, "-m", "training")
+# Endings that no receiver takes are no reason to keep a GPU: the outbox outlives this process.
+LAST_CALLBACKS_SECONDS = 30.0
+
+
+async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_COMMAND) -> None:
+    """Serve the queue until a signal says otherwise. Raises HostUnfit where this host cannot work."""
+    configure_logs(settings.log_level, settings.log_format, _secrets(settings))
+    host = inspect_host(settings)
+    dsn = settings.database_url.get_secret_value()
+    async with AsyncExitStack() as stack:
+        # Three connections: one that works, one that keeps the leases alive, one that listens.
+        database = await stack.enter_async_context(Database(dsn, application_name="brightrun-trainer"))
+        heartbeat = await stack.enter_async_context(Database(dsn, application_name="brightrun-trainer heartbeat"))
+        storage = await stack.enter_async_context(open_storage(settings))
+        store = Store(database)
+        courier = CallbackCourier(settings)
+        worker = Worker(
+            Collaborators(
+                settings=settings,
+                host=host,
+                store=store,
+                leases=LeaseKeeper(
+                    Store(heartbeat), lease_seconds=settings.lease_seconds, on_partition=settings.on_partition
+                ),
+                storage=storage,
+                courier=courier,
+                trainer_command=trainer_command,
+            )
+        )
+        await _check_database(database)
+        _obey_signals(worker)
+        log.info("daemon_started", worker_id=str(host.worker_id), device=host.device, gpus=len(host.gpus))
+        listener = Listener(dsn, wake=worker.wake, on_cancel=worker.cancelled)
+        background = [asyncio.create_task(listener.run()), asyncio.create_task(courier.run(store))]
+        try:
+            await worker.run()
+            await courier.flush(LAST_CALLBACKS_SECONDS)
+        finally:
+            for task in background:
+                task.cancel()
+            await asyncio.gather(*background, return_exceptions=True)
+        log.info("daemon_ended")
+
+
+async def _check_database(database: Database) -> None:
+    """Fail at once where waiting cannot help (no migration, no right); wait where it can."""
+    try:
+        await database.check()
+    except DatabaseAway as error:
+        log.warning("database_away_at_start", error=str(error))
+        return
+    if database.role_warning is not None:
+        log.warning("database_role", advice=database.role_warning)
+
+
+def _obey_signals(worker: Worker) -> None:
+    loop = asyncio.get_running_loop()
+    terms = 0
+
+    def on_term() -> None:
+        nonlocal terms
+        terms += 1
+        log.info("signal_received", terms=terms)
+        worker.shut_down()
+        if terms > 1:
+            worker.hurry()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_term)
+    loop.add_signal_handler(signal.SIGUSR1, worker.drain)
+
+
+def _secrets(settings: Settings) -> Iterator[str]:
+    for secret in (
+        settings.database_url,
+        settings.supabase_service_role_key,
+        settings.hf_token,
+        settings.callback_authorization,
+        *settings.callback_secrets,
+    ):
+        if secret is not None:
+            yield secret.get_secret_value()

@@ -1,0 +1,42 @@
+"""Why an attempt is asked to end before its time. One of the two things that move against the arrow."""
+
+from __future__ import annotations
+
+import asyncio
+from enum import StrEnum
+
+
+class StopReason(StrEnum):
+    CANCELLED = "cancelled"
+    LEASE_LOST = "lease_lost"
+    SHUTDOWN = "shutdown"
+    DEADLINE = "deadline"
+    BUDGET = "budget"
+
+
+class Stop:
+    """A request to end one attempt. The first reason stands, except that a lost lease overrides every other:
+    whoever lost it may write nothing, whatever else was going on."""
+
+    def __init__(self) -> None:
+        self._requested = asyncio.Event()
+        self._reason: StopReason | None = None
+        self.hurried = False
+
+    def hurry(self) -> None:
+        """Whatever grace was granted is over."""
+        self.hurried = True
+
+    def request(self, reason: StopReason) -> None:
+        if self._reason is None or reason is StopReason.LEASE_LOST:
+            self._reason = reason
+        self._requested.set()
+
+    async def wait(self) -> StopReason:
+        await self._requested.wait()
+        assert self._reason is not None
+        return self._reason
+
+    @property
+    def reason(self) -> StopReason | None:
+        return self._reason

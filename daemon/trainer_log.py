@@ -1,0 +1,51 @@
+"""What the trainer's libraries print: a file that keeps its last megabytes, and the last lines in memory."""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+
+import structlog
+
+log = structlog.get_logger()
+
+MAX_BYTES = 16 * 1024 * 1024
+TAIL_LINES = 40
+# A progress bar is one endless line to a file.
+MAX_LINE_CHARACTERS = 2000
+
+
+class TrainerLog:
+    """Appends to `path`; when it is full, it becomes `<name>.1.log` and a new one begins."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        self._lines: deque[str] = deque(maxlen=TAIL_LINES)
+        self._file = path.open("ab", buffering=0)
+        self._bytes = self._file.tell()
+        self._writable = True
+
+    def write(self, chunk: bytes) -> None:
+        lines = chunk.decode(errors="replace").splitlines()
+        self._lines.extend(line[-MAX_LINE_CHARACTERS:] for line in lines if line.strip())
+        if not self._writable:
+            return
+        try:
+            if self._bytes > MAX_BYTES:
+                self._file.close()
+                self._path.replace(self._path.with_suffix(".1.log"))
+                self._file, self._bytes = self._path.open("wb", buffering=0), 0
+            self._bytes += self._file.write(chunk)
+        except OSError as error:
+            # A full disk must not stop the training that will name it.
+            self._writable = False
+            log.warning("trainer_log_lost", error=str(error))
+
+    def close(self) -> None:
+        self._file.close()
+
+    @property
+    def tail(self) -> str:
+        """The last lines, oldest first."""
+        return "\n".join(self._lines)

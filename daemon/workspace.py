@@ -1,0 +1,125 @@
+"""One job's folder on the volume: what each attempt writes, what the next one finds.
+
+<work_dir>/<job_id>/checkpoints/e<epoch>/   resumed from by any host that sees the volume
+                    attempts/e<epoch>/      dataset, logs, adapter, upload state
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import UUID
+
+import structlog
+
+from daemon.errors import JobDelayed
+from training.events import ErrorCode
+
+log = structlog.get_logger()
+
+_JOB_FOLDER = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Paths of one attempt. Each carries the lease's epoch, so that a stale host overwrites nothing."""
+
+    job_dir: Path
+    epoch: int
+
+    @classmethod
+    def open(cls, work_dir: Path, job_id: UUID, epoch: int) -> Workspace:
+        """Make this attempt's folders and take over the newest checkpoints of an earlier one."""
+        workspace = cls(work_dir / str(job_id), epoch)
+        try:
+            for folder in (workspace.attempt_dir, workspace.checkpoint_dir.parent):
+                folder.mkdir(parents=True, exist_ok=True)
+            # Other tenants' processes on this host have no business in it.
+            workspace.job_dir.chmod(0o700)
+            workspace._adopt_checkpoints()
+            workspace.checkpoint_dir.mkdir(exist_ok=True)
+        except OSError as error:
+            raise _as_job_error(error, work_dir) from error
+        return workspace
+
+    @property
+    def attempt_dir(self) -> Path:
+        return self.job_dir / "attempts" / f"e{self.epoch}"
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        return self.job_dir / "checkpoints" / f"e{self.epoch}"
+
+    @property
+    def dataset_path(self) -> Path:
+        return self.attempt_dir / "dataset"
+
+    @property
+    def adapter_dir(self) -> Path:
+        return self.attempt_dir / "adapter"
+
+    @property
+    def upload_dir(self) -> Path:
+        return self.attempt_dir / "upload"
+
+    @property
+    def log_path(self) -> Path:
+        return self.attempt_dir / "trainer.log"
+
+    def _adopt_checkpoints(self) -> None:
+        # A rename moves them out of a stale host's reach: what it still writes goes to the old name.
+        earlier = {
+            int(match[1]): folder
+            for folder in self.checkpoint_dir.parent.iterdir()
+            if (match := re.fullmatch(r"e(\d+)", folder.name)) and int(match[1]) < self.epoch and any(folder.iterdir())
+        }
+        if earlier and not self.checkpoint_dir.exists():
+            newest = earlier[max(earlier)]
+            newest.rename(self.checkpoint_dir)
+            log.info("checkpoints_adopted", from_epoch=max(earlier))
+
+    def forget_attempt(self) -> None:
+        """Remove what only this attempt needed and keep the checkpoints for the next one."""
+        shutil.rmtree(self.attempt_dir, ignore_errors=True)
+
+    def remove(self) -> None:
+        """Remove the whole job: it is final."""
+        shutil.rmtree(self.job_dir, ignore_errors=True)
+
+
+def remove_old_jobs(work_dir: Path, keep_days: float, running: set[str]) -> None:
+    """Remove the folders of jobs that nothing has written to for `keep_days` and that do not run here.
+
+    Another host on the same volume touches its job's folder at least at every checkpoint.
+    """
+    oldest = time.time() - keep_days * 86400.0
+    for folder in work_dir.iterdir() if work_dir.is_dir() else ():
+        if not _JOB_FOLDER.fullmatch(folder.name) or folder.name in running:
+            continue
+        try:
+            touched_at = max(path.stat().st_mtime for path in (folder, *folder.glob("*/*")))
+        except OSError:
+            continue  # another host is removing it
+        if touched_at < oldest:
+            shutil.rmtree(folder, ignore_errors=True)
+            log.info("job_folder_removed", job_id=folder.name, idle_days=round((time.time() - touched_at) / 86400, 1))
+
+
+def _as_job_error(error: OSError, work_dir: Path) -> JobDelayed:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(work_dir).free if work_dir.exists() else 0
+        return JobDelayed(
+            ErrorCode.DISK_FULL,
+            f"The trainer's volume is full ({free / 1024**3:.1f} GiB left in {work_dir.name}).",
+            hint="The operator must free space on the volume or enlarge it; the job is tried again.",
+        )
+    return JobDelayed(
+        ErrorCode.INTERNAL,
+        f"The work folder cannot be written: {os.strerror(error.errno or 0)}.",
+        hint="The operator must check TRAINER_WORK_DIR and its permissions; the job is tried again.",
+    )

@@ -1,0 +1,132 @@
+"""A trainer whose behaviour is written in its dataset: the real protocol, no model.
+
+The dataset's first line is `{"script": [[action, ...], ...]}`; without a script it trains twenty
+steps of a few milliseconds. It speaks the child's protocol to the letter (spec on stdin, events on a
+descriptor, checkpoint and exit 75 on TERM, resume from the newest checkpoint), so that the daemon
+cannot tell; the real trainer passes the same lifecycle tests.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+DEFAULT = [["steps", 20, 0.005]]
+
+
+class Trainer:
+    def __init__(self, events_fd: int, spec: dict[str, object]) -> None:
+        self.fd = events_fd
+        self.spec = spec
+        self.checkpoint = Path(str(spec["checkpoint_dir"])) / "step"
+        self.step = int(self.checkpoint.read_text()) if self.checkpoint.exists() else 0
+        self.total = 0
+        self.asked_to_stop = False
+        signal.signal(signal.SIGTERM, self._on_term)
+
+    def _on_term(self, _number: int, _frame: object) -> None:
+        self.asked_to_stop = True
+
+    def say(self, kind: str, **fields: object) -> None:
+        line = json.dumps({"kind": kind, "job_id": self.spec["job_id"], **fields}) + "\n"
+        os.write(self.fd, line.encode())
+
+    def save_checkpoint(self) -> None:
+        temporary = self.checkpoint.with_name("step.new")
+        temporary.write_text(str(self.step))
+        temporary.replace(self.checkpoint)
+        self.say("checkpoint_saved", step=self.step, path=str(self.checkpoint), bytes=1)
+
+    def stop_if_asked(self) -> None:
+        if self.asked_to_stop:
+            self.save_checkpoint()
+            sys.exit(75)
+
+    def steps(self, count: int, seconds: float) -> None:
+        self.total = max(self.total, count)
+        if self.step:
+            self.say("notice", code="resumed", message=f"Resumed at step {self.step}.", data={"step": self.step})
+        while self.step < count:
+            time.sleep(seconds)
+            self.step += 1
+            loss = 3.0 / (1 + self.step)
+            self.say(
+                "progress", step=self.step, total_steps=count, epoch=self.step / count, loss=loss,
+                learning_rate=1e-4, grad_norm=1.0, tokens_per_second=100.0,
+            )  # fmt: skip
+            if self.step % 5 == 0:
+                self.save_checkpoint()
+            self.stop_if_asked()
+
+    def run(self, script: list[list[object]]) -> None:
+        for action, *arguments in script:
+            match action:
+                case "steps":
+                    self.steps(int(str(arguments[0])), float(str(arguments[1])))
+                case "say":
+                    self.say(str(arguments[0]), **dict(arguments[1]))  # type: ignore[call-overload]
+                case "raw":
+                    os.write(self.fd, str(arguments[0]).encode())
+                case "print":
+                    print(arguments[0], flush=True)
+                case "sleep":
+                    time.sleep(float(str(arguments[0])))
+                case "ignore_term":
+                    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                case "grandchild":
+                    if os.fork() == 0:
+                        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                        time.sleep(600)
+                        os._exit(0)
+                case "environment":
+                    Path(str(arguments[0])).write_text(json.dumps(dict(os.environ)))
+                case "kill_self":
+                    os.kill(os.getpid(), int(str(arguments[0])))
+                case "kill_self_once":
+                    marker = Path(str(self.spec["checkpoint_dir"])) / "died"
+                    if not marker.exists():
+                        marker.write_text("once")
+                        os.kill(os.getpid(), signal.SIGKILL)
+                case "exit":
+                    sys.exit(int(str(arguments[0])))
+                case _:
+                    raise ValueError(f"unknown action {action}")
+        self.save_adapter()
+
+    def save_adapter(self) -> None:
+        self.say("stage", stage="saving")
+        folder = Path(str(self.spec["output_dir"]))
+        temporary = folder.with_name(folder.name + ".new")
+        temporary.mkdir(parents=True, exist_ok=True)
+        (temporary / "adapter_config.json").write_text(json.dumps({"r": 8, "peft_type": "LORA"}))
+        # The bytes differ from attempt to attempt, so that a test can tell whose adapter won.
+        (temporary / "adapter_model.safetensors").write_bytes(f"epoch {self.spec['lease_epoch']}".encode() * 16)
+        (temporary / "training_log.jsonl").write_text('{"step": 1}\n')
+        (temporary / "metrics_chart.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+        temporary.replace(folder)
+        self.say(
+            "adapter_saved", path=str(folder),
+            summary={"final_training_loss": 0.1, "total_steps": self.step, "epochs_completed": 1},
+        )  # fmt: skip
+
+
+def main() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, as the real trainer does
+    events_fd = int(sys.argv[sys.argv.index("--events-fd") + 1])
+    for line in sys.stdin:
+        spec = json.loads(line)
+        trainer = Trainer(events_fd, spec)
+        trainer.say("started", pid=os.getpid())
+        first = Path(spec["dataset_path"]).read_text().splitlines()[:1]
+        script = json.loads(first[0]).get("script", DEFAULT) if first else DEFAULT
+        trainer.say("stage", stage="training")
+        trainer.run(script)
+
+
+if __name__ == "__main__":
+    main()
