@@ -30,32 +30,61 @@ class Settings(BaseSettings):
     )
 
     # The database and the app's project.
-    database_url: SecretStr = Field(validation_alias=AliasChoices("DATABASE_URL", "database_url"))
-    supabase_url: str | None = Field(default=None, validation_alias=AliasChoices("SUPABASE_URL", "supabase_url"))
+    database_url: SecretStr = Field(
+        validation_alias=AliasChoices("DATABASE_URL", "database_url"),
+        description="Postgres: the session pooler (port 5432) or the direct connection",
+    )
+    supabase_url: str | None = Field(
+        default=None,
+        validation_alias=AliasChoices("SUPABASE_URL", "supabase_url"),
+        description="the project's URL; turns Supabase Storage on",
+    )
     supabase_service_role_key: SecretStr | None = Field(
-        default=None, validation_alias=AliasChoices("SUPABASE_SERVICE_ROLE_KEY", "supabase_service_role_key")
+        default=None,
+        validation_alias=AliasChoices("SUPABASE_SERVICE_ROLE_KEY", "supabase_service_role_key"),
+        description="service role or `sb_secret_…` key, for Storage",
     )
 
     # Models.
-    default_model: str = "Qwen/Qwen3-Next-80B-A3B-Instruct"
-    models_dir: Path = Path("/workspace/models")
-    allowed_models: _CommaList = ()
-    model_downloads: bool = True
-    model_path: Path | None = Field(default=None, validation_alias=AliasChoices("MODEL_PATH", "model_path"))
-    hf_home: Path | None = Field(default=None, validation_alias=AliasChoices("HF_HOME", "hf_home"))
-    transformers_cache: Path | None = Field(
-        default=None, validation_alias=AliasChoices("TRANSFORMERS_CACHE", "transformers_cache")
+    default_model: str = Field(
+        default="Qwen/Qwen3-Next-80B-A3B-Instruct", description="base model of jobs that name none"
     )
-    hf_token: SecretStr | None = Field(default=None, validation_alias=AliasChoices("HF_TOKEN", "hf_token"))
+    models_dir: Path = Field(default=Path("/workspace/models"), description="`<org>/<name>` or `<name>` folders")
+    allowed_models: _CommaList = Field(default=(), description="base models jobs may name, by comma; all when empty")
+    model_downloads: bool = Field(default=True, description="fetch missing base models from the hub")
+    model_path: Path | None = Field(
+        default=None,
+        validation_alias=AliasChoices("MODEL_PATH", "model_path"),
+        description="the default model's folder; counts only when it holds the requested model",
+    )
+    hf_home: Path | None = Field(
+        default=None,
+        validation_alias=AliasChoices("HF_HOME", "hf_home"),
+        description="Hugging Face cache, searched in its own layout",
+    )
+    transformers_cache: Path | None = Field(
+        default=None,
+        validation_alias=AliasChoices("TRANSFORMERS_CACHE", "transformers_cache"),
+        description="older name of the same cache, searched too",
+    )
+    hf_token: SecretStr | None = Field(
+        default=None, validation_alias=AliasChoices("HF_TOKEN", "hf_token"), description="for gated models"
+    )
 
     # Work on this host.
-    work_dir: Path = Path("/workspace/jobs")
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    work_dir: Path = Field(
+        default=Path("/workspace/jobs"), description="datasets, logs, checkpoints; on the network volume"
+    )
+    device: Literal["auto", "cuda", "cpu"] = Field(
+        default="auto", description="auto needs a GPU; cpu takes every job, for small models"
+    )
     slots: int | None = Field(default=None, ge=1, le=64, description="jobs side by side; one a GPU when absent")
     user_cap: int | None = Field(default=None, ge=1, description="running jobs a user, over all hosts")
-    cost_per_gpu_hour: float | None = Field(default=None, ge=0)
-    checkpoint_seconds: float = Field(default=300.0, gt=0)
-    keep_days: float = Field(default=7.0, gt=0, description="checkpoints of failed and cancelled jobs")
+    cost_per_gpu_hour: float | None = Field(
+        default=None, ge=0, description="US dollars; counts before the price in gpu_config"
+    )
+    checkpoint_seconds: float = Field(default=300.0, gt=0, description="between checkpoints")
+    keep_days: float = Field(default=7.0, gt=0, description="checkpoints of failed and cancelled jobs are kept so long")
 
     # Time.
     lease_seconds: float = Field(default=60.0, ge=1, description="a host that says nothing for so long is lost")
@@ -63,24 +92,40 @@ class Settings(BaseSettings):
     stall_seconds: float = Field(default=1800.0, gt=0, description="no event for so long ends the attempt")
     drain_seconds: float = Field(default=60.0, gt=0, description="grace for a checkpoint on shutdown")
     kill_seconds: float = Field(default=10.0, gt=0, description="from TERM to KILL when a job is cancelled")
-    on_partition: Literal["continue", "stop"] = "continue"
-    retry_backoff_seconds: float = Field(default=30.0, ge=0, description="first retry's delay; doubles, with jitter")
+    on_partition: Literal["continue", "stop"] = Field(
+        default="continue", description="stop ends the job when the lease cannot be renewed for its whole length"
+    )
+    retry_backoff_seconds: float = Field(
+        default=30.0, ge=0, description="delay of the first retry; doubles, with jitter"
+    )
 
     # Storage.
-    storage: Literal["supabase", "folder"] | None = Field(default=None, description="supabase when its URL is set")
-    storage_dir: Path = Path("/workspace/storage")
-    models_bucket: str = "lora-models"
-    dataset_buckets: _CommaList = ("lora-datasets", "training-files")
-    max_dataset_bytes: int = Field(default=2 * 1024**3, ge=1)
+    storage: Literal["supabase", "folder"] | None = Field(
+        default=None, description="supabase when SUPABASE_URL is set, else folder"
+    )
+    storage_dir: Path = Field(default=Path("/workspace/storage"), description="root of the folder storage")
+    models_bucket: str = Field(default="lora-models", description="where adapters go")
+    dataset_buckets: _CommaList = Field(
+        default=("lora-datasets", "training-files"), description="buckets that datasets may lie in, by comma"
+    )
+    max_dataset_bytes: int = Field(default=2 * 1024**3, ge=1, description="larger dataset files are refused")
 
     # Callbacks and downloads.
-    callback_secrets: Annotated[tuple[SecretStr, ...], NoDecode] = ()
-    callback_authorization: SecretStr | None = None
-    allowed_hosts: _CommaList = Field(default=(), description="host or host:port that may be private or plain http")
+    callback_secrets: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        default=(), description="`whsec_…`, by comma; the first signs, all are sent while you rotate"
+    )
+    callback_authorization: SecretStr | None = Field(
+        default=None, description="Authorization header for callbacks to the project's own functions host"
+    )
+    allowed_hosts: _CommaList = Field(
+        default=(), description="`host` or `host:port`, by comma, that may be private or plain http"
+    )
 
     # Logs.
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    log_format: Literal["auto", "json", "pretty"] = "auto"
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="what is logged")
+    log_format: Literal["auto", "json", "pretty"] = Field(
+        default="auto", description="auto is pretty on a terminal, JSON elsewhere"
+    )
 
     @field_validator("allowed_models", "dataset_buckets", "allowed_hosts", "callback_secrets", mode="before")
     @classmethod

@@ -41,37 +41,53 @@ class Hyperparameters(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True, allow_inf_nan=False)
 
-    base_model: Annotated[str, Field(pattern=MODEL_NAME, max_length=200)] | None = None
-    learning_rate: Annotated[float, Field(ge=1e-7, le=1e-1)] = 2e-4
-    batch_size: Annotated[int, Field(ge=1, le=1024)] = 4
+    base_model: Annotated[str, Field(pattern=MODEL_NAME, max_length=200)] | None = Field(
+        default=None, description="hub name of the base model; the service's default model when absent"
+    )
+    learning_rate: Annotated[float, Field(ge=1e-7, le=1e-1)] = Field(default=2e-4, description="peak, then cosine")
+    batch_size: Annotated[int, Field(ge=1, le=1024)] = Field(
+        default=4, description="conversations an optimizer step, whatever fits the card at once"
+    )
     num_epochs: Annotated[int, Field(ge=1, le=100)] = Field(
-        default=3, validation_alias=AliasChoices("num_epochs", "epochs")
+        default=3, validation_alias=AliasChoices("num_epochs", "epochs"), description="passes over the data"
     )
     lora_rank: Annotated[int, Field(ge=1, le=512)] = Field(
-        default=16, validation_alias=AliasChoices("lora_rank", "rank")
+        default=16, validation_alias=AliasChoices("lora_rank", "rank"), description="width of the adapter"
     )
     lora_alpha: Annotated[float, Field(gt=0, le=4096)] | None = Field(
         default=None,
         validation_alias=AliasChoices("lora_alpha", "alpha"),
-        description="twice the rank when absent",
+        description="scale of the adapter; twice the rank when absent",
     )
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.05, validation_alias=AliasChoices("lora_dropout", "dropout")
+        default=0.05, validation_alias=AliasChoices("lora_dropout", "dropout"), description="on the adapter's input"
     )
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
-    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="linear warm-up; 3 % of all steps when absent"
+    )
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = Field(default=0.0, description="of AdamW")
     max_length: Annotated[int, Field(ge=16, le=1_048_576)] | None = Field(
         default=None, description="tokens a conversation; taken from the data when absent"
     )
-    long_conversations: Literal["cut", "refuse"] = "cut"
-    validation_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.1
-    target_modules: tuple[Annotated[str, Field(min_length=1, max_length=100)], ...] | None = None
-    packing: bool | None = None
-    early_stopping_patience: Annotated[int, Field(ge=1, le=100)] | None = Field(
-        default=None, description="evaluations without improvement before the run ends"
+    long_conversations: Literal["cut", "refuse"] = Field(
+        default="cut", description="what to do with longer ones: cut at turn borders, or fail the job"
     )
-    sample_prompts: tuple[Annotated[str, Field(min_length=1, max_length=4000)], ...] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    validation_fraction: Annotated[float, Field(ge=0, le=0.5)] = Field(
+        default=0.1, description="held out, chosen by the seed"
+    )
+    target_modules: tuple[Annotated[str, Field(min_length=1, max_length=100)], ...] | None = Field(
+        default=None, description="modules to adapt; found from the architecture when absent"
+    )
+    packing: bool | None = Field(
+        default=None, description="several short conversations a row, without leaks; where possible when absent"
+    )
+    early_stopping_patience: Annotated[int, Field(ge=1, le=100)] | None = Field(
+        default=None, description="evaluations without improvement before the run ends; never when absent"
+    )
+    sample_prompts: tuple[Annotated[str, Field(min_length=1, max_length=4000)], ...] | None = Field(
+        default=None, description="asked before and after training; held-out ones when absent"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=0, description="of data order, split and adapter")
 
     @field_validator("target_modules", "sample_prompts", mode="before")
     @classmethod
