@@ -1,0 +1,194 @@
+"""Apply sql/migrations, and keep the record where `supabase db push` keeps it, so that either tool can be used.
+
+One transaction a file, a lock against two at once, and retries where the app's traffic holds a table.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import psycopg
+
+from daemon.errors import DatabaseAway, HostUnfit
+
+# Any number will do, as long as every migrating process takes the same one ("brightrun" in base 36, shortened).
+_LOCK = 7_120_451_993
+# One open reader stalls every writer behind an ALTER for its whole lock_timeout: give up soon, try again often.
+_LOCK_TRIES = 30
+_LOCK_PAUSE_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Migration:
+    """One file: `20261122000005_guard.sql` has the version before the underscore and the name after it."""
+
+    version: str
+    name: str
+    sql: str
+
+
+def migrations() -> list[Migration]:
+    """Every migration that ships with this version, in order."""
+    files = sorted(file.name for file in resources.files("sql.migrations").iterdir() if file.name.endswith(".sql"))
+    return [
+        Migration(*file.removesuffix(".sql").split("_", 1), sql=_read("sql.migrations", file))  # type: ignore[misc]
+        for file in files
+    ]
+
+
+def migrate(dsn: str, *, local: bool) -> list[str]:
+    """Apply what is missing and return the names applied, `version_name` each.
+
+    `local` first gives a plain Postgres what Supabase has (roles, auth.users, auth.uid()).
+    Raises DatabaseAway when Postgres does not answer or a table stays locked, HostUnfit when it is no place for us."""
+    try:
+        with psycopg.connect(dsn, autocommit=True, connect_timeout=10, application_name="brightrun migrate") as db:
+            if local:
+                _apply_local(db)
+            _require_supabase(db)
+            _prepare_record(db)
+            return [
+                f"{migration.version}_{migration.name}" for migration in migrations() if _apply_patiently(db, migration)
+            ]
+    except psycopg.OperationalError as error:
+        raise DatabaseAway(f"the migration could not be finished: {error}") from error
+
+
+def pending(dsn: str) -> list[str]:
+    """The names of what `migrate` would apply. Raises DatabaseAway when Postgres does not answer."""
+    try:
+        with psycopg.connect(dsn, autocommit=True, connect_timeout=10) as db:
+            found = db.execute("SELECT to_regclass('supabase_migrations.schema_migrations')").fetchone()
+            recorded: set[str] = set()
+            if found is not None and found[0] is not None:
+                rows = db.execute("SELECT version FROM supabase_migrations.schema_migrations").fetchall()
+                recorded = {row[0] for row in rows}
+    except psycopg.OperationalError as error:
+        raise DatabaseAway(f"the database does not answer: {error}") from error
+    return [f"{item.version}_{item.name}" for item in migrations() if item.version not in recorded]
+
+
+def split_statements(sql: str) -> list[str]:
+    """Cut a script at its top-level semicolons; strings, dollar quotes and comments are left whole."""
+    statements: list[str] = []
+    start = position = 0
+    while position < len(sql):
+        end = _end_of_quoted(sql, position)
+        if end is not None:
+            position = end
+        elif sql[position] == ";":
+            statements.append(sql[start:position].strip())
+            position += 1
+            start = position
+        else:
+            position += 1
+    statements.append(sql[start:].strip())
+    return [statement for statement in statements if _says_something(statement)]
+
+
+def _end_of_quoted(sql: str, position: int) -> int | None:
+    """Where the string, comment or dollar quote that begins here ends; None if none begins here."""
+    if sql.startswith("--", position):
+        return _after(sql, "\n", position)
+    if sql.startswith("/*", position):
+        return _after(sql, "*/", position + 2)
+    if sql[position] in "'\"":
+        return _after(sql, sql[position], position + 1)
+    if sql[position] == "$":
+        close = sql.find("$", position + 1)
+        tag = sql[position : close + 1]
+        # $1 is a parameter, $$ and $body$ are quotes.
+        if close != -1 and (tag == "$$" or tag[1:-1].isidentifier()):
+            return _after(sql, tag, close + 1)
+    return None
+
+
+def _after(sql: str, end: str, position: int) -> int:
+    found = sql.find(end, position)
+    return len(sql) if found == -1 else found + len(end)
+
+
+def _says_something(statement: str) -> bool:
+    return any(line.strip() and not line.strip().startswith("--") for line in statement.splitlines())
+
+
+def _apply_local(db: psycopg.Connection[Any]) -> None:
+    answer = db.execute("SELECT to_regnamespace('auth') IS NULL").fetchone()
+    if answer is None or not answer[0]:
+        return
+    for file in sorted(item.name for item in resources.files("sql.local").iterdir() if item.name.endswith(".sql")):
+        with db.transaction():
+            db.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
+            for statement in split_statements(_read("sql.local", file)):
+                db.execute(statement.encode())
+
+
+def _require_supabase(db: psycopg.Connection[Any]) -> None:
+    answer = db.execute("SELECT to_regclass('auth.users') IS NULL, current_setting('server_version_num')").fetchone()
+    assert answer is not None
+    if int(answer[1]) < 150000:
+        raise HostUnfit(f"PostgreSQL 15 or later is needed, this one is {int(answer[1]) // 10000}")
+    if answer[0]:
+        raise HostUnfit(
+            "there is no table auth.users here: this is not a Supabase database. "
+            "For a plain Postgres run `brightrun-trainer migrate --local`"
+        )
+
+
+def _prepare_record(db: psycopg.Connection[Any]) -> None:
+    """The CLI's own table, made with the CLI's own statements."""
+    with db.transaction():
+        db.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
+        db.execute("CREATE SCHEMA IF NOT EXISTS supabase_migrations")
+        db.execute(
+            "CREATE TABLE IF NOT EXISTS supabase_migrations.schema_migrations (version text NOT NULL PRIMARY KEY)"
+        )
+        db.execute("ALTER TABLE supabase_migrations.schema_migrations ADD COLUMN IF NOT EXISTS statements text[]")
+        db.execute("ALTER TABLE supabase_migrations.schema_migrations ADD COLUMN IF NOT EXISTS name text")
+
+
+def _apply_patiently(db: psycopg.Connection[Any], migration: Migration) -> bool:
+    for tries_left in reversed(range(_LOCK_TRIES)):
+        try:
+            return _apply(db, migration)
+        except psycopg.errors.LockNotAvailable as error:
+            if tries_left == 0:
+                raise DatabaseAway(
+                    f"{migration.version}_{migration.name}: a table stayed locked for "
+                    f"{_LOCK_TRIES} tries; end the long transaction that holds it (pg_stat_activity) and run it again"
+                ) from error
+            time.sleep(_LOCK_PAUSE_SECONDS)
+    return False
+
+
+def _apply(db: psycopg.Connection[Any], migration: Migration) -> bool:
+    statements = split_statements(migration.sql)
+    with db.transaction():
+        db.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
+        done = db.execute(
+            "SELECT 1 FROM supabase_migrations.schema_migrations WHERE version = %s", (migration.version,)
+        ).fetchone()
+        if done is not None:
+            return False
+        for statement in statements:
+            try:
+                db.execute(statement.encode())
+            except psycopg.errors.LockNotAvailable:
+                raise
+            except psycopg.DatabaseError as error:
+                first_line = next(line for line in statement.splitlines() if not line.startswith("--") and line.strip())
+                raise HostUnfit(
+                    f"migration {migration.version}_{migration.name} failed at `{first_line.strip()}`: {error}"
+                ) from error
+        db.execute(
+            "INSERT INTO supabase_migrations.schema_migrations (version, statements, name) VALUES (%s, %s, %s)",
+            (migration.version, statements, migration.name),
+        )
+    return True
+
+
+def _read(package: str, file: str) -> str:
+    return (resources.files(package) / file).read_text(encoding="utf-8")
