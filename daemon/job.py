@@ -55,6 +55,14 @@ MOVES: tuple[Move, ...] = (
 
 
 @dataclass(frozen=True)
+class Lease:
+    """A daemon's dated claim on a job: every write names both. The epoch is the fencing token; it never repeats."""
+
+    job_id: UUID
+    epoch: int
+
+
+@dataclass(frozen=True)
 class ClaimedJob:
     """A row as the claim returned it, with the lease that makes it ours. Not parsed yet."""
 
@@ -78,6 +86,11 @@ class ClaimedJob:
     spent: float = 0.0
     max_cost: float | None = None
     deadline_at: datetime | None = None
+    base_model: str | None = None
+
+    @property
+    def lease(self) -> Lease:
+        return Lease(self.id, self.lease_epoch)
 
     @property
     def waited_seconds(self) -> float:

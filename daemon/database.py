@@ -1,0 +1,215 @@
+"""One connection to Postgres, lazily made and made again, that says clearly when Postgres is away.
+
+Every statement is a transaction of its own. Nothing here retries: one attempt a call, and the next
+call connects anew, so that the caller alone decides how long to wait for the database.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+from urllib.parse import urlsplit
+
+import psycopg
+from psycopg.rows import dict_row
+
+from daemon.errors import DatabaseAway, HostUnfit
+
+ROLE = "training_daemon"
+# Where a transaction pooler (Supabase's Supavisor, PgBouncer) usually listens.
+_TRANSACTION_POOLER_PORT = 6543
+# A dead peer is noticed in about 25 s, also while a statement waits for its answer.
+_KEEPALIVE: Mapping[str, Any] = {
+    "keepalives": 1,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 25_000,
+}
+_MIGRATE = "run `brightrun-trainer migrate` against this database"
+# What says "not now" rather than "never", beside psycopg's OperationalError: a standby after a failover.
+_AWAY = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.ReadOnlySqlTransaction, OSError)
+_NOT_MIGRATED = (
+    psycopg.errors.UndefinedTable,
+    psycopg.errors.UndefinedColumn,
+    psycopg.errors.UndefinedFunction,
+    psycopg.errors.UndefinedObject,
+    psycopg.errors.InsufficientPrivilege,
+)
+_REFUSED_FOR_GOOD = ("password authentication failed", "does not exist", "no pg_hba.conf entry")
+
+
+class Database:
+    """One connection under a lock. `fetch` is the whole interface.
+
+    Raises DatabaseAway for whatever means that Postgres is not there or could not answer now (refused, broken,
+    timed out, deadlock, serialization, read-only), HostUnfit where waiting would not help."""
+
+    def __init__(
+        self,
+        dsn: str,
+        *,
+        application_name: str,
+        connect_seconds: float = 10.0,
+        statement_seconds: float = 30.0,
+        transaction_pooler: bool | None = None,
+    ) -> None:
+        self._dsn = dsn
+        self._application_name = application_name
+        self._connect_seconds = connect_seconds
+        self._statement_seconds = statement_seconds
+        self.transaction_pooler = _is_transaction_pooler(dsn) if transaction_pooler is None else transaction_pooler
+        self._connection: psycopg.AsyncConnection[dict[str, Any]] | None = None
+        self._lock = asyncio.Lock()
+        self._setup: tuple[str, ...] = ()
+        self._session_user: str | None = None
+        self.connected_at: float | None = None
+
+    async def __aenter__(self) -> Database:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @property
+    def role_warning(self) -> str | None:
+        """What the operator should mend about the login, once connected; None when it is the daemon's own."""
+        if self._session_user is None or self._session_user == ROLE:
+            return None
+        return (
+            f"logged in as {self._session_user}, working as {ROLE} by SET ROLE: "
+            f"give the daemon a login of its own (ALTER ROLE {ROLE} LOGIN PASSWORD '...') and put it into DATABASE_URL"
+        )
+
+    async def fetch(self, statement: str, parameters: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+        """Run one statement in a transaction of its own and return its rows (none for one that returns nothing)."""
+        async with self._lock:
+            # A task of its own: a half-open connection can swallow one cancellation, never the loop below.
+            work = asyncio.ensure_future(self._fetch(statement, parameters or {}))
+            allowed = self._statement_seconds + (self._connect_seconds if self._connection is None else 0.0) + 5.0
+            try:
+                done, _ = await asyncio.wait({work}, timeout=allowed)
+            except asyncio.CancelledError:
+                await self._abandon(work)
+                raise
+            if not done:
+                await self._abandon(work)
+                raise DatabaseAway(f"no answer within {allowed:.0f} s")
+            return await work
+
+    async def close(self) -> None:
+        """Close the connection if there is one; the next `fetch` makes a new one."""
+        connection, self._connection = self._connection, None
+        self.connected_at = None
+        if connection is not None:
+            await connection.close()
+
+    async def _fetch(self, statement: str, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
+        try:
+            connection = self._connection or await self._connect()
+            if self.transaction_pooler:
+                # Behind it a session is anybody's: whatever is set is set for one transaction.
+                async with connection.transaction():
+                    for line in self._setup:
+                        await connection.execute(line.replace("SET ", "SET LOCAL ", 1).encode())
+                    return await _rows(connection, statement, parameters)
+            return await _rows(connection, statement, parameters)
+        except _AWAY as error:
+            if not _connection_survives(error):
+                await self.close()
+            raise DatabaseAway(_first_line(error)) from error
+        except _NOT_MIGRATED as error:
+            raise HostUnfit(
+                f"the database is not prepared for this version ({_first_line(error)}): {_MIGRATE}"
+            ) from error
+
+    async def _connect(self) -> psycopg.AsyncConnection[dict[str, Any]]:
+        try:
+            connection = await psycopg.AsyncConnection.connect(
+                self._dsn,
+                autocommit=True,
+                row_factory=dict_row,
+                # Prepared at the first use where a session is ours; never where the next client inherits it.
+                prepare_threshold=None if self.transaction_pooler else 1,
+                connect_timeout=max(2, round(self._connect_seconds)),
+                application_name=self._application_name,
+                **_KEEPALIVE,
+            )
+        except psycopg.OperationalError as error:
+            # Only before the first success: later a pooler may say anything while its database restarts.
+            if self._session_user is None and any(words in str(error) for words in _REFUSED_FOR_GOOD):
+                raise HostUnfit(f"DATABASE_URL is refused: {_first_line(error)}") from error
+            raise
+        try:
+            await self._prepare(connection)
+        except BaseException:
+            await connection.close()
+            raise
+        self._connection = connection
+        self.connected_at = time.monotonic()
+        return connection
+
+    async def _prepare(self, connection: psycopg.AsyncConnection[dict[str, Any]]) -> None:
+        rows = await _rows(
+            connection,
+            "SELECT session_user::text AS login, role.oid IS NOT NULL AS role_exists, "
+            "pg_has_role(session_user, role.oid, 'MEMBER') AS member "
+            "FROM (SELECT) AS always LEFT JOIN pg_roles AS role ON role.rolname = %(role)s",
+            {"role": ROLE},
+        )
+        login, exists, member = rows[0]["login"], rows[0]["role_exists"], rows[0]["member"]
+        if not exists:
+            raise HostUnfit(f"the role {ROLE} does not exist: {_MIGRATE}")
+        if not member:
+            raise HostUnfit(f"{login} may not work as {ROLE}: log in as {ROLE}, or GRANT {ROLE} TO {login}")
+        milliseconds = round(self._statement_seconds * 1000)
+        self._setup = (
+            *((f"SET ROLE {ROLE}",) if login != ROLE else ()),
+            f"SET statement_timeout = {milliseconds}",
+            f"SET lock_timeout = {milliseconds // 2}",
+            f"SET idle_in_transaction_session_timeout = {milliseconds}",
+            # Our statements are few and their plans do not depend on the values: halves the claim.
+            "SET plan_cache_mode = force_generic_plan",
+            "SET search_path = public",
+        )
+        if not self.transaction_pooler:
+            # After connecting, not as startup parameters: PgBouncer refuses those.
+            await connection.execute("; ".join(self._setup).encode())
+        self._session_user = login
+
+    async def _abandon(self, work: asyncio.Future[list[dict[str, Any]]]) -> None:
+        # psycopg answers a first cancellation by asking the server to stop, and waits: a dead peer needs the second.
+        while not work.done():
+            work.cancel()
+            await asyncio.wait({work}, timeout=1.0)
+        if not work.cancelled():
+            work.exception()
+        await self.close()
+
+
+async def _rows(
+    connection: psycopg.AsyncConnection[dict[str, Any]], statement: str, parameters: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    cursor = await connection.execute(statement.encode(), parameters)
+    return await cursor.fetchall() if cursor.description is not None else []
+
+
+def _connection_survives(error: BaseException) -> bool:
+    # The statement was given up, the session lives: timeout, lock timeout, deadlock, serialization.
+    return isinstance(error, psycopg.Error) and error.sqlstate in {"57014", "55P03", "40P01", "40001"}
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__
+
+
+def _is_transaction_pooler(dsn: str) -> bool:
+    try:
+        return urlsplit(dsn).port == _TRANSACTION_POOLER_PORT
+    except ValueError:
+        return False

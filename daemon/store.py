@@ -1,0 +1,419 @@
+"""One method for each statement in sql/queries: typed values in, typed answers out, nothing else.
+
+Every write to a claimed job names its lease; a write that finds no row raises LeaseLost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cache
+from importlib import resources
+from typing import Any, Literal
+from uuid import UUID
+
+from psycopg.types.json import Jsonb
+
+from daemon.columns import clamp_numeric, clean_json, clean_text, fit_integer, fit_numeric
+from daemon.database import Database
+from daemon.errors import LeaseLost
+from daemon.job import ClaimedJob, Completed, Failed, Lease, State
+
+# How many of the first due jobs one claim looks at; more only when others were quicker with all of these.
+_WINDOWS = (8, 64, 512)
+_MESSAGE_CHARACTERS = 8_000
+_STACK_CHARACTERS = 60_000
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a claim found. `seen` > 0 without a job: there is work, but others were quicker; ask again soon."""
+
+    seen: int
+    job: ClaimedJob | None
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How an ending ended: `moved` False means that the job was cancelled (or submitted again) meanwhile.
+
+    `state` is where the job is now: a retry without an attempt left says `failed` here."""
+
+    moved: bool
+    state: State | None
+
+
+@dataclass(frozen=True)
+class MetricPoint:
+    """One point of the app's charts; loss and learning rate are its NOT NULL columns."""
+
+    step: int
+    epoch: int
+    training_loss: float
+    learning_rate: float
+    validation_loss: float | None = None
+    gradient_norm: float | None = None
+    throughput: float | None = None
+    gpu_utilization: float | None = None
+    at: datetime | None = None
+
+
+@dataclass(frozen=True)
+class Reaped:
+    """An expired lease that was ended, and where its job is now."""
+
+    job_id: UUID
+    state: State
+
+
+WorkerState = Literal["idle", "busy", "draining"]
+
+
+@dataclass(frozen=True)
+class WorkerRow:
+    """One boot of a daemon and what its host can do. `models` None: whatever is asked for. Memory is of one GPU."""
+
+    id: UUID
+    host: str
+    device: str
+    pod: str | None = None
+    gpus: Sequence[Mapping[str, Any]] = ()
+    gpu_count: int = 0
+    gpu_memory_gb: float | None = None
+    gpu_type: str | None = None
+    models: Sequence[str] | None = None
+    slots: int = 1
+    user_cap: int | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Callback:
+    """One outbox row, ours until its lock runs out. `id` stays the same at each try, `token` does not."""
+
+    id: UUID
+    token: UUID
+    job_id: UUID
+    sequence: int
+    url: str
+    host: str
+    event: str
+    payload: dict[str, Any]
+    attempts: int
+    created_at: datetime
+
+
+@cache
+def statement(name: str) -> str:
+    """The text of sql/queries/<name>.sql."""
+    return (resources.files("sql.queries") / f"{name}.sql").read_text(encoding="utf-8")
+
+
+class Store:
+    """The statements over one Database. Raises what Database raises, and LeaseLost."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        # One notice a column and attempt: a run whose norm overflows does so at every step.
+        self._noticed: set[tuple[UUID, int, str]] = set()
+
+    @property
+    def database(self) -> Database:
+        return self._database
+
+    # Taking work.
+
+    async def claim_job(
+        self,
+        worker_id: UUID,
+        *,
+        free_gpus: int | None,
+        gpu_memory_gb: float | None,
+        gpu_type: str | None,
+        models: Sequence[str] | None,
+        user_cap: int | None,
+        lease_seconds: float,
+    ) -> Claim:
+        """Take the first due job that this host can serve; None means no limit (memory is of one GPU)."""
+        parameters: dict[str, Any] = {
+            "worker_id": worker_id,
+            "free_gpus": free_gpus,
+            "gpu_memory_gb": gpu_memory_gb,
+            "gpu_type": gpu_type,
+            "models": None if models is None else list(models),
+            "user_cap": user_cap,
+            "lease_seconds": lease_seconds,
+        }
+        seen = 0
+        for window in _WINDOWS:
+            row = (await self._run("claim_job", parameters | {"window": window}))[0]
+            seen = row.pop("seen")
+            if row["id"] is not None:
+                return Claim(seen, ClaimedJob(**row))
+            if seen < window:
+                break
+        return Claim(seen, None)
+
+    async def promote_due_jobs(self) -> int:
+        """Scheduled jobs whose time has come can be claimed now; returns how many (at most 100 a call)."""
+        return len(await self._run("promote_due_jobs", {}))
+
+    async def next_due_in(self) -> float | None:
+        """Seconds until the next scheduled job is due, 0 when it is late; None when nothing is scheduled."""
+        rows = await self._run("next_due_job", {})
+        return max(0.0, rows[0]["seconds"]) if rows else None
+
+    # While we hold a job.
+
+    async def start_job(self, lease: Lease) -> None:
+        """The first optimizer step is done."""
+        await self._fenced("start_job", lease, {})
+
+    async def record_plan(
+        self, lease: Lease, *, total_steps: int, total_epochs: int, estimated_total_cost: float | None
+    ) -> None:
+        """The run's real size, in place of the row's estimates."""
+        values = {
+            "total_steps": fit_integer(total_steps),
+            "total_epochs": fit_integer(total_epochs),
+            "estimated_total_cost": fit_numeric(estimated_total_cost, 10, 2),
+        }
+        await self._fenced("record_plan", lease, values)
+
+    async def record_progress(
+        self,
+        lease: Lease,
+        *,
+        stage: str,
+        progress: float,
+        epoch: int,
+        step: int,
+        metrics: Mapping[str, Any],
+        current_cost: float | None,
+        seconds_left: float | None,
+    ) -> None:
+        """Where the attempt is. Progress (percent) never falls within an attempt, whatever is passed."""
+        # A century of seconds: further off is no forecast.
+        left = fit_numeric(seconds_left, 11, 1)
+        values = {
+            "stage": clean_text(stage, 50),
+            "progress": min(max(fit_numeric(progress, 5, 2) or 0.0, 0.0), 100.0),
+            "current_epoch": fit_integer(epoch),
+            "current_step": fit_integer(step),
+            "metrics": Jsonb(clean_json(metrics)),
+            "current_cost": fit_numeric(current_cost, 10, 2),
+            "seconds_left": None if left is None or left > 3.2e9 else max(left, 0.0),
+        }
+        await self._fenced("record_progress", lease, values)
+
+    async def record_metrics(self, lease: Lease, points: Sequence[MetricPoint]) -> None:
+        """Points for the charts, fitted to their columns; what did not fit is told once in the story."""
+        # The last of a step wins: one statement cannot write one point twice.
+        rows: dict[int, dict[str, Any]] = {}
+        misfits: dict[str, str] = {}
+        for point in points:
+            row = _point_row(point, misfits)
+            if row is not None:
+                rows[row["step"]] = row
+        answer = await self._run("record_metrics", _named(lease) | {"points": Jsonb(list(rows.values()))})
+        _require_held(answer[0]["held"], lease)
+        news = {
+            name: shown for name, shown in misfits.items() if (lease.job_id, lease.epoch, name) not in self._noticed
+        }
+        if news:
+            self._noticed.update((lease.job_id, lease.epoch, name) for name in news)
+            listed = ", ".join(f"{name} = {shown}" for name, shown in news.items())
+            await self.record_event(
+                lease, "notice", f"numbers outside what their columns hold were left out or cut: {listed}", news
+            )
+
+    async def forget_metrics(self, lease: Lease, after_step: int) -> None:
+        """Delete the points after a resumed checkpoint's step."""
+        answer = await self._run("forget_metrics", _named(lease) | {"after_step": after_step})
+        _require_held(answer[0]["held"], lease)
+
+    async def record_event(self, lease: Lease, kind: str, message: str, data: Mapping[str, Any]) -> None:
+        """One line of the job's story; also after a cancel, until the lease ends."""
+        values = {
+            "kind": clean_text(kind, 100),
+            "message": clean_text(message, _MESSAGE_CHARACTERS),
+            "data": Jsonb(clean_json(data)),
+        }
+        await self._fenced("record_event", lease, values)
+
+    async def renew_lease(self, lease: Lease, lease_seconds: float) -> State:
+        """We are alive. Returns the job's state: anything but initializing and running means stop the child."""
+        rows = await self._fenced("renew_lease", lease, {"lease_seconds": lease_seconds})
+        return State(rows[0]["state"])
+
+    # Endings. Each ends the lease; asked again after a lost answer, each says what it had done.
+
+    async def complete_job(self, lease: Lease, outcome: Completed, *, cost: float | None) -> Ending:
+        """The stored adapter was verified."""
+        values = {
+            "adapter_path": clean_text(outcome.adapter_path, 1_000),
+            "adapter_sha256": clean_text(outcome.adapter_sha256, 100),
+            "adapter_bytes": outcome.adapter_bytes,
+            "result": Jsonb(clean_json({"artifacts": outcome.artifacts, "summary": outcome.summary})),
+        }
+        return await self._end("complete_job", lease, values, cost, {State.COMPLETED})
+
+    async def fail_job(self, lease: Lease, failed: Failed, *, cost: float | None) -> Ending:
+        """For good."""
+        return await self._end("fail_job", lease, _failure(failed), cost, {State.FAILED})
+
+    async def retry_job(self, lease: Lease, failed: Failed, *, delay_seconds: float, cost: float | None) -> Ending:
+        """Again later; `state` is failed when that was the last attempt."""
+        values = _failure(failed) | {"delay_seconds": max(delay_seconds, 0.0)}
+        return await self._end("retry_job", lease, values, cost, {State.QUEUED, State.FAILED})
+
+    async def release_job(self, lease: Lease, reason: str, *, cost: float | None) -> Ending:
+        """Back to the queue at once, without counting the attempt."""
+        values = {"reason": clean_text(reason, _MESSAGE_CHARACTERS)}
+        return await self._end("release_job", lease, values, cost, {State.QUEUED})
+
+    async def end_cancelled_job(self, lease: Lease, *, cost: float | None, data: Mapping[str, Any]) -> Ending:
+        """The cancelled job's child is gone. `moved` False: it was submitted again meanwhile, and is free now."""
+        values = {"data": Jsonb(clean_json(data))}
+        return await self._end("end_cancelled_job", lease, values, cost, {State.CANCELLED})
+
+    async def reap_expired_leases(self) -> list[Reaped]:
+        """End the leases of hosts that fell silent."""
+        return [Reaped(row["job_id"], State(row["state"])) for row in await self._run("reap_expired_leases", {})]
+
+    # Workers.
+
+    async def register_worker(self, worker: WorkerRow) -> None:
+        """A daemon has booted, or is back after an outage."""
+        values = {
+            "id": worker.id,
+            "host": clean_text(worker.host, 300),
+            "pod": worker.pod,
+            "device": worker.device,
+            "gpus": Jsonb(clean_json(worker.gpus)),
+            "gpu_count": worker.gpu_count,
+            "gpu_memory_gb": worker.gpu_memory_gb,
+            "gpu_type": worker.gpu_type,
+            "models": None if worker.models is None else list(worker.models),
+            "slots": worker.slots,
+            "user_cap": worker.user_cap,
+            "versions": Jsonb(clean_json(worker.versions)),
+        }
+        await self._run("register_worker", values)
+
+    async def touch_worker(self, worker_id: UUID, *, state: WorkerState, busy: int, data: Mapping[str, Any]) -> bool:
+        """The daemon lives. False: its row is gone, register again."""
+        values = {"id": worker_id, "state": state, "busy": busy, "data": Jsonb(clean_json(data))}
+        return bool(await self._run("touch_worker", values))
+
+    async def end_worker(self, worker_id: UUID) -> None:
+        """The daemon has left in good order."""
+        await self._run("end_worker", {"id": worker_id})
+
+    # Callbacks. False: the lock ran out and somebody else has it now.
+
+    async def claim_callbacks(self, limit: int, lock_seconds: float) -> list[Callback]:
+        """Take due callbacks, at most one of each host."""
+        rows = await self._run("claim_callbacks", {"limit": limit, "lock_seconds": lock_seconds})
+        return [Callback(**row) for row in rows]
+
+    async def deliver_callback(self, callback_id: UUID, token: UUID, status: int | None) -> bool:
+        """The receiver took it."""
+        return bool(await self._run("deliver_callback", {"id": callback_id, "token": token, "status": status}))
+
+    async def postpone_callback(
+        self, callback_id: UUID, token: UUID, delay_seconds: float, status: int | None, error: str | None
+    ) -> bool:
+        """Try again later."""
+        values = _attempt(callback_id, token, status, error) | {"delay_seconds": delay_seconds}
+        return bool(await self._run("postpone_callback", values))
+
+    async def bury_callback(self, callback_id: UUID, token: UUID, status: int | None, error: str | None) -> bool:
+        """Give it up; resend_callback() brings it back."""
+        return bool(await self._run("bury_callback", _attempt(callback_id, token, status, error)))
+
+    async def oldest_callback_age(self) -> float | None:
+        """Seconds that the oldest unsent callback has waited; None when none waits."""
+        rows = await self._run("oldest_callback", {})
+        return float(rows[0]["seconds"]) if rows else None
+
+    async def _run(self, name: str, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
+        return await self._database.fetch(statement(name), parameters)
+
+    async def _fenced(self, name: str, lease: Lease, values: Mapping[str, Any]) -> list[dict[str, Any]]:
+        rows = await self._run(name, {**_named(lease), **values})
+        _require_held(len(rows), lease)
+        return rows
+
+    async def _end(
+        self, name: str, lease: Lease, values: Mapping[str, Any], cost: float | None, wanted: set[State]
+    ) -> Ending:
+        named = _named(lease) | {"cost": fit_numeric(cost, 10, 2)}
+        row = (await self._run(name, {**named, **values}))[0]
+        if row["state"] is not None:
+            return Ending(True, State(row["state"]))
+        if row["ended"] and name != "end_cancelled_job":
+            settled = await self._run("settle_cancelled_job", named)
+            if settled:
+                return Ending(False, State.CANCELLED)
+        found = await self._run("read_job_state", _named(lease))
+        state = State(found[0]["state"]) if found else None
+        if row["ended"]:
+            return Ending(False, state)
+        # No lease, yet our epoch and the state that we asked for: the answer was lost, not the ending.
+        if state in wanted:
+            return Ending(True, state)
+        raise LeaseLost(f"the lease {lease.epoch} of job {lease.job_id} is not ours any more")
+
+
+def _named(lease: Lease) -> dict[str, Any]:
+    return {"job_id": lease.job_id, "epoch": lease.epoch}
+
+
+def _require_held(rows: int, lease: Lease) -> None:
+    if not rows:
+        raise LeaseLost(f"the lease {lease.epoch} of job {lease.job_id} is not ours any more, or the job is final")
+
+
+def _failure(failed: Failed) -> dict[str, Any]:
+    return {
+        "error_code": failed.code.value,
+        "error_message": clean_text(failed.message, _MESSAGE_CHARACTERS),
+        "error_hint": None if failed.hint is None else clean_text(failed.hint, _MESSAGE_CHARACTERS),
+        "error_stack": None if failed.stack is None else clean_text(failed.stack, _STACK_CHARACTERS),
+    }
+
+
+def _attempt(callback_id: UUID, token: UUID, status: int | None, error: str | None) -> dict[str, Any]:
+    return {
+        "id": callback_id,
+        "token": token,
+        "status": status,
+        "error": None if error is None else clean_text(error, 1_000),
+    }
+
+
+def _point_row(point: MetricPoint, misfits: dict[str, str]) -> dict[str, Any] | None:
+    """The point as its columns can hold it; None when it has no loss to show. Notes what did not fit."""
+    must = {"training_loss": (point.training_loss, 10, 6), "learning_rate": (point.learning_rate, 12, 10)}
+    may = {
+        "validation_loss": (point.validation_loss, 10, 6),
+        "gradient_norm": (point.gradient_norm, 10, 6),
+        "throughput": (point.throughput, 10, 2),
+        "gpu_utilization": (point.gpu_utilization, 5, 2),
+    }
+    row: dict[str, Any] = {"step": fit_integer(point.step), "epoch": fit_integer(point.epoch)}
+    row["at"] = None if point.at is None else point.at.isoformat()
+    for name, (number, digits, scale) in must.items():
+        clamped = clamp_numeric(number, digits, scale)
+        if clamped is None or clamped != number:
+            misfits.setdefault(name, repr(number))
+        if clamped is None:
+            return None
+        row[name] = clamped
+    for name, (value, digits, scale) in may.items():
+        row[name] = fit_numeric(value, digits, scale)
+        if row[name] is None and value is not None:
+            misfits.setdefault(name, repr(value))
+    return row

@@ -1,0 +1,49 @@
+-- A daemon takes callbacks to deliver: of each host the first that is due, so that a dead host holds up nobody else.
+-- One row a callback; none means that nothing is due. Unanswered by locked_until, a callback is due again.
+WITH RECURSIVE hosts AS (
+    -- From host to host along the index training_callbacks_pending, one probe each.
+    (
+        SELECT callback.host
+        FROM training_callbacks AS callback
+        WHERE callback.state = 'pending'
+        ORDER BY callback.host
+        LIMIT 1
+    )
+    UNION ALL
+    SELECT (
+        SELECT callback.host
+        FROM training_callbacks AS callback
+        WHERE callback.state = 'pending' AND callback.host > hosts.host
+        ORDER BY callback.host
+        LIMIT 1
+    )
+    FROM hosts
+    WHERE hosts.host IS NOT NULL
+),
+picked AS MATERIALIZED (
+    SELECT first.id
+    FROM hosts
+    CROSS JOIN LATERAL (
+        SELECT callback.id
+        FROM training_callbacks AS callback
+        WHERE callback.state = 'pending'
+          AND callback.host = hosts.host
+          AND callback.next_at <= clock_timestamp()
+        ORDER BY callback.next_at, callback.sequence
+        LIMIT 1
+        FOR UPDATE SKIP LOCKED
+    ) AS first
+    WHERE hosts.host IS NOT NULL
+    LIMIT %(limit)s
+)
+UPDATE training_callbacks AS callback
+SET lock_token = gen_random_uuid(),
+    locked_until = clock_timestamp() + %(lock_seconds)s::float8 * interval '1 second',
+    -- Invisible until then: the next claim takes the host's next callback.
+    next_at = clock_timestamp() + %(lock_seconds)s::float8 * interval '1 second',
+    attempts = callback.attempts + 1
+FROM picked
+WHERE callback.id = picked.id
+RETURNING
+    callback.id, callback.lock_token AS token, callback.job_id, callback.sequence, callback.url, callback.host,
+    callback.event, callback.payload, callback.attempts, callback.created_at

@@ -1,0 +1,116 @@
+-- A daemon takes one job: the first due one that its host can serve, under a fresh lease.
+-- Always one row. `seen` counts the candidates; id is null when none was due (seen = 0) or when others
+-- were quicker with all of them (seen > 0: ask again with a larger window).
+WITH blocked AS MATERIALIZED (
+    -- One array, asked for once: a capped user's waiting rows are passed over inside the index scan.
+    SELECT array(
+        SELECT lease.user_id
+        FROM training_leases AS lease
+        WHERE %(user_cap)s::int IS NOT NULL
+        GROUP BY lease.user_id
+        HAVING count(*) >= %(user_cap)s::int
+    ) AS users
+),
+candidates AS MATERIALIZED (
+    -- Every column here is in the index training_jobs_due. Memory with 5 percent tolerance: an 80 GB card says 79.6.
+    SELECT job.id
+    FROM training_jobs AS job
+    WHERE job.due
+      AND (%(free_gpus)s::int IS NULL OR job.need_gpus <= %(free_gpus)s::int)
+      AND (%(gpu_memory_gb)s::float8 IS NULL OR job.need_gpu_memory_gb IS NULL
+           OR job.need_gpu_memory_gb * 0.95 <= %(gpu_memory_gb)s::float8)
+      AND (%(gpu_type)s::text IS NULL OR job.need_gpu_type IS NULL
+           OR strpos(lower(%(gpu_type)s::text), lower(job.need_gpu_type)) > 0)
+      AND (%(models)s::text[] IS NULL OR job.base_model IS NULL OR job.base_model = ANY (%(models)s::text[]))
+      AND job.user_id <> ALL ((SELECT blocked.users FROM blocked)::uuid[])
+    ORDER BY job.priority DESC, job.queued_at, job.id
+    LIMIT %(window)s
+),
+picked AS MATERIALIZED (
+    -- One after the other, in order, until one can be locked. NO KEY UPDATE: with FOR UPDATE a child row's insert
+    -- in flight (KEY SHARE) would hide the job, and its wake-up would be lost.
+    SELECT locked.id, locked.user_id, locked.lease_epoch
+    FROM candidates
+    CROSS JOIN LATERAL (
+        SELECT job.id, job.user_id, job.lease_epoch
+        FROM training_jobs AS job
+        WHERE job.id = candidates.id
+          -- Not plain `due`: by primary key, never by the partial index again.
+          AND coalesce(job.due, false)
+          AND NOT EXISTS (SELECT FROM training_leases AS lease WHERE lease.job_id = job.id)
+        FOR NO KEY UPDATE OF job SKIP LOCKED
+    ) AS locked
+    LIMIT 1
+),
+lease AS (
+    -- The cap is a numbered slot: two claims at once cannot both have it, and the loser writes nothing.
+    INSERT INTO training_leases (job_id, epoch, worker_id, user_id, user_slot, expires_at)
+    SELECT picked.id, picked.lease_epoch + 1, %(worker_id)s, picked.user_id, free.slot,
+           clock_timestamp() + %(lease_seconds)s::float8 * interval '1 second'
+    FROM picked
+    CROSS JOIN LATERAL (
+        SELECT CASE WHEN %(user_cap)s::int IS NOT NULL THEN (
+            SELECT slot
+            FROM generate_series(1, %(user_cap)s::int) AS slot
+            WHERE NOT EXISTS (
+                SELECT FROM training_leases AS taken
+                WHERE taken.user_id = picked.user_id AND taken.user_slot = slot
+            )
+            ORDER BY slot
+            LIMIT 1
+        ) END AS slot
+    ) AS free
+    WHERE %(user_cap)s::int IS NULL OR free.slot IS NOT NULL
+    ON CONFLICT DO NOTHING
+    RETURNING job_id, epoch, claimed_at
+),
+claimed AS (
+    UPDATE training_jobs AS job
+    SET status = 'initializing',
+        current_stage = 'setup',
+        lease_epoch = lease.epoch,
+        attempt = job.attempt + 1,
+        retry_count = job.attempt,
+        due = false,
+        run_after = NULL,
+        progress = 0,
+        current_epoch = 0,
+        current_step = 0,
+        started_at = coalesce(job.started_at, lease.claimed_at),
+        completed_at = NULL,
+        final_cost = NULL,
+        error_code = NULL,
+        error_message = NULL,
+        error_hint = NULL,
+        error_stack = NULL,
+        last_progress_at = lease.claimed_at
+    FROM lease
+    WHERE job.id = lease.job_id
+    RETURNING job.*, lease.claimed_at
+)
+SELECT
+    (SELECT count(*) FROM candidates) AS seen,
+    claimed.id,
+    claimed.lease_epoch,
+    claimed.attempt,
+    claimed.max_attempts,
+    claimed.user_id,
+    claimed.dataset_id,
+    claimed.need_gpus,
+    claimed.base_model,
+    claimed.hyperparameters,
+    claimed.gpu_config,
+    claimed.dataset_url,
+    claimed.callback_url,
+    claimed.queued_at,
+    claimed.claimed_at,
+    claimed.started_at,
+    coalesce(claimed.current_cost, 0)::float8 AS spent,
+    claimed.max_cost::float8 AS max_cost,
+    claimed.deadline_at,
+    dataset.storage_bucket,
+    dataset.storage_path,
+    dataset.user_id AS dataset_user_id
+FROM (SELECT) AS always
+LEFT JOIN claimed ON true
+LEFT JOIN datasets AS dataset ON dataset.id = claimed.dataset_id

@@ -1,0 +1,17 @@
+-- A run resumed from a checkpoint: the points after its step are history that will be written again.
+-- `held` = 0 means that the lease is lost and nothing was deleted.
+WITH held AS MATERIALIZED (
+    SELECT lease.job_id
+    FROM training_leases AS lease
+    WHERE lease.job_id = %(job_id)s
+      AND lease.epoch = %(epoch)s
+    FOR KEY SHARE
+),
+forgotten AS (
+    DELETE FROM metrics_points AS point
+    USING held
+    WHERE point.job_id = held.job_id
+      AND point.step > %(after_step)s
+    RETURNING 1
+)
+SELECT (SELECT count(*) FROM held) AS held, (SELECT count(*) FROM forgotten) AS forgotten

@@ -1,0 +1,18 @@
+-- Scheduled jobs and retries whose time has come can be claimed from now on.
+-- One row a job; none means that nothing has come due, or that another daemon is promoting it this moment.
+UPDATE training_jobs AS job
+SET due = true
+FROM (
+    SELECT waiting.id
+    FROM training_jobs AS waiting
+    WHERE waiting.run_after IS NOT NULL
+      AND NOT waiting.due
+      AND NOT waiting.held
+      AND waiting.run_after <= clock_timestamp()
+    ORDER BY waiting.run_after
+    LIMIT 100
+    FOR NO KEY UPDATE SKIP LOCKED
+) AS ripe
+WHERE job.id = ripe.id
+  AND job.status = 'queued'
+RETURNING job.id

@@ -1,0 +1,12 @@
+-- One line of the job's story. Told as long as the lease is ours, also while a cancelled job's child is ending.
+-- No row means that the lease is lost.
+INSERT INTO training_events (job_id, epoch, kind, message, data)
+SELECT held.job_id, held.epoch, %(kind)s, %(message)s, %(data)s
+FROM (
+    SELECT lease.job_id, lease.epoch
+    FROM training_leases AS lease
+    WHERE lease.job_id = %(job_id)s
+      AND lease.epoch = %(epoch)s
+    FOR KEY SHARE
+) AS held
+RETURNING id

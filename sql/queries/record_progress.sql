@@ -1,0 +1,15 @@
+-- The attempt has moved: stage, progress (never backwards), step, metrics, cost and the time left.
+-- No row means that the lease is lost or the job cancelled.
+UPDATE training_jobs AS job
+SET current_stage = %(stage)s,
+    progress = greatest(job.progress, %(progress)s::numeric),
+    current_epoch = %(current_epoch)s,
+    current_step = %(current_step)s,
+    current_metrics = %(metrics)s,
+    current_cost = coalesce(%(current_cost)s::numeric, job.current_cost),
+    estimated_completion_at = clock_timestamp() + %(seconds_left)s::float8 * interval '1 second',
+    last_progress_at = clock_timestamp()
+WHERE job.id = %(job_id)s
+  AND job.lease_epoch = %(epoch)s
+  AND job.status IN ('initializing', 'running')
+RETURNING job.id

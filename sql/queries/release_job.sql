@@ -1,0 +1,29 @@
+-- The host gives the job back unharmed (shutdown, preemption): queued at once, the attempt does not count.
+-- Always one row. `ended` = 0: the lease is lost. `ended` = 1 and no state: the job was cancelled meanwhile.
+WITH ended AS (
+    DELETE FROM training_leases AS lease
+    WHERE lease.job_id = %(job_id)s
+      AND lease.epoch = %(epoch)s
+    RETURNING lease.job_id, lease.epoch
+),
+moved AS (
+    UPDATE training_jobs AS job
+    SET status = 'queued',
+        current_stage = 'queued',
+        attempt = greatest(job.attempt - 1, 0),
+        run_after = NULL,
+        estimated_completion_at = NULL,
+        current_cost = coalesce(%(cost)s::numeric, job.current_cost)
+    FROM ended
+    WHERE job.id = ended.job_id
+      AND job.lease_epoch = ended.epoch
+      AND job.status IN ('initializing', 'running')
+    RETURNING job.id, job.lease_epoch, job.status
+),
+told AS (
+    -- The reason comes before the move in the story: triggers speak at the statement's end.
+    INSERT INTO training_events (job_id, epoch, kind, message)
+    SELECT moved.id, moved.lease_epoch, 'notice', %(reason)s
+    FROM moved
+)
+SELECT (SELECT count(*) FROM ended) AS ended, (SELECT moved.status FROM moved) AS state

@@ -1,0 +1,10 @@
+-- The first optimizer step is done: initializing becomes running. Said twice (an answer was lost), it holds.
+-- No row means that the lease is lost or the job cancelled.
+UPDATE training_jobs AS job
+SET status = 'running',
+    current_stage = 'training',
+    last_progress_at = clock_timestamp()
+WHERE job.id = %(job_id)s
+  AND job.lease_epoch = %(epoch)s
+  AND job.status IN ('initializing', 'running')
+RETURNING job.id
