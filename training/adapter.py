@@ -1,0 +1,53 @@
+"""The finished adapter: a folder that opens with plain PEFT, whole or not there at all, nothing pickled in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from training.spec import JobSpec
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+
+def save_adapter(spec: JobSpec, model: PeftModel, tokenizer: PreTrainedTokenizerBase, extras: dict[str, Path]) -> Path:
+    """Write weights, config, tokenizer, template and `extras` (name → file) beside the goal, then rename.
+
+    Returns the folder, spec.output_dir. What stood there before is replaced.
+    """
+    staging = spec.output_dir.with_name(spec.output_dir.name + ".partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    model.save_pretrained(staging, safe_serialization=True, save_embedding_layers=False)
+    (staging / "README.md").unlink(missing_ok=True)
+    _name_the_base(staging / "adapter_config.json", spec)
+    tokenizer.save_pretrained(staging)
+    for name, source in extras.items():
+        if source.is_file():
+            shutil.copyfile(source, staging / name)
+    _sync(staging)
+    shutil.rmtree(spec.output_dir, ignore_errors=True)
+    staging.rename(spec.output_dir)
+    return spec.output_dir
+
+
+def _name_the_base(path: Path, spec: JobSpec) -> None:
+    """Write the model's public name where PEFT wrote this host's path."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = spec.base_model
+    config["revision"] = spec.model_revision
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _sync(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,112 @@
+"""Every way a run can end badly, in words that a product can show: what happened, with values, and what to do.
+
+The only place where a library's exception becomes an error code.
+"""
+
+from __future__ import annotations
+
+import errno
+import traceback
+from dataclasses import dataclass
+
+from training.events import ErrorCode, Failed
+from training.spec import JobSpec
+
+# What drivers and libraries say when memory ran out without raising torch.OutOfMemoryError.
+_OUT_OF_MEMORY_SIGNS = (
+    "out of memory",
+    "cublas_status_alloc_failed",
+    "can't allocate memory",
+    "not enough memory",
+)
+_DISK_FULL_SIGNS = ("no space left on device", "disk quota exceeded")
+
+
+class TrainingFailed(Exception):
+    """The run cannot go on. `message` and `hint` are written for the user's eyes."""
+
+    def __init__(self, code: ErrorCode, message: str, hint: str, *, transient: bool = False) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.hint = hint
+        self.transient = transient
+
+
+class StopRequested(Exception):
+    """The daemon asked us to stop and everything worth keeping is on disk."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """One exception, understood."""
+
+    code: ErrorCode
+    message: str
+    hint: str
+    transient: bool
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for torch.OutOfMemoryError and for the RuntimeErrors that mean the same."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _OUT_OF_MEMORY_SIGNS)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """True for ENOSPC and EDQUOT, also where a library wrapped them in its own exception."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(sign in str(error).lower() for sign in _DISK_FULL_SIGNS)
+
+
+def diagnose(error: BaseException, spec: JobSpec | None) -> Diagnosis:
+    """Say what an exception means for the user. An unknown one is ours to answer for: `internal`, with its type."""
+    if isinstance(error, TrainingFailed):
+        return Diagnosis(error.code, error.message, error.hint, error.transient)
+    if is_disk_full(error):
+        return Diagnosis(
+            ErrorCode.DISK_FULL,
+            f"the disk is full: {error}",
+            "free space in the work folder or on the models volume, then submit again",
+            transient=False,
+        )
+    if is_out_of_memory(error):
+        return Diagnosis(ErrorCode.OUT_OF_MEMORY, _first_line(error), memory_advice(spec), transient=False)
+    return Diagnosis(
+        ErrorCode.INTERNAL,
+        f"the trainer failed unexpectedly ({type(error).__name__}: {_first_line(error)})",
+        "submit again; if it fails the same way, send the error stack to the operator",
+        transient=True,
+    )
+
+
+def memory_advice(spec: JobSpec | None) -> str:
+    """The one advice for memory, with the values that the job has now."""
+    if spec is None:
+        return "reduce batch_size, lora_rank or max_length"
+    chosen = spec.hyperparameters
+    length = chosen.max_length if chosen.max_length is not None else "taken from the data"
+    return (
+        f"reduce batch_size (current {chosen.batch_size}), lora_rank (current {chosen.lora_rank}) "
+        f"or max_length (current {length}), or ask for a GPU with more memory"
+    )
+
+
+def failed_event(error: BaseException, spec: JobSpec | None, job_id: str) -> Failed:
+    """The last word of a run that ended badly, its stack for the operator."""
+    found = diagnose(error, spec)
+    return Failed(
+        job_id=job_id,
+        code=found.code,
+        message=found.message,
+        hint=found.hint,
+        stack="".join(traceback.format_exception(error))[-16_000:],
+        transient=found.transient,
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:500] if lines else type(error).__name__

@@ -1,0 +1,106 @@
+"""What a base model's folder must hold, checked by names and headers before anything heavy is imported."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.events import ErrorCode
+from training.failures import TrainingFailed
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A folder that has a readable config, every shard of its weights, and a tokenizer."""
+
+    path: Path
+    config: dict[str, Any]
+    shards: tuple[Path, ...]
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(shard.stat().st_size for shard in self.shards)
+
+    @property
+    def context_length(self) -> int:
+        """How many tokens the model reads; 1 Mi where its config does not say."""
+        text_config = self.config.get("text_config")
+        source = text_config if isinstance(text_config, dict) else self.config
+        return int(source.get("max_position_embeddings") or source.get("n_positions") or 1_048_576)
+
+
+def open_model_folder(path: Path, name: str) -> ModelFolder:
+    """Check a folder. Raises TrainingFailed: model_not_found, or model_incomplete naming the missing file."""
+    if not path.is_dir():
+        raise TrainingFailed(
+            ErrorCode.MODEL_NOT_FOUND,
+            f"the base model {name} is not on this host ({path} is no folder)",
+            "download it with `brightrun-trainer models pull`, or correct the model's name",
+        )
+    config = _read_json(path / "config.json", name)
+    shards = _shards(path, name)
+    if not any((path / file).is_file() for file in _TOKENIZER_FILES):
+        raise _incomplete(name, "has no tokenizer (tokenizer.json or tokenizer.model)")
+    return ModelFolder(path, config, shards)
+
+
+def _shards(path: Path, name: str) -> tuple[Path, ...]:
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = _read_json(index, name).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise _incomplete(name, f"{index.name} lists no weights")
+        shards = tuple(path / file for file in sorted(set(map(str, weight_map.values()))))
+        missing = [shard.name for shard in shards if not shard.is_file()]
+        if missing:
+            raise _incomplete(name, f"misses {len(missing)} of {len(shards)} weight files: {', '.join(missing[:5])}")
+    else:
+        shards = tuple(sorted(path.glob("*.safetensors")))
+        if not shards:
+            pickled = any(path.glob("*.bin")) or any(path.glob("*.pt"))
+            raise _incomplete(
+                name, "holds only pickled weights, which are never loaded" if pickled else "holds no *.safetensors file"
+            )
+    for shard in shards:
+        _check_header(shard, name)
+    return shards
+
+
+def _check_header(shard: Path, name: str) -> None:
+    """A download that broke off leaves a file shorter than its own header says."""
+    size = shard.stat().st_size
+    with shard.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, 512 * 1024**2):
+            raise _incomplete(name, f"{shard.name} is truncated ({size} bytes)")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            raise _incomplete(name, f"{shard.name} has an unreadable header") from None
+    end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
+    if size != 8 + length + end:
+        raise _incomplete(name, f"{shard.name} is truncated: {size} bytes of {8 + length + end}")
+
+
+def _read_json(path: Path, name: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise _incomplete(name, f"has no {path.name}") from None
+    except ValueError as error:
+        raise _incomplete(name, f"{path.name} is not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise _incomplete(name, f"{path.name} is not a JSON object")
+    return found
+
+
+def _incomplete(name: str, what: str) -> TrainingFailed:
+    return TrainingFailed(
+        ErrorCode.MODEL_INCOMPLETE,
+        f"the base model {name} {what}",
+        "download the model again (`brightrun-trainer models verify` names every damaged file)",
+    )

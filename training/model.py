@@ -1,0 +1,175 @@
+"""The base model, truly in 4 bits: loaded by transformers, counted afterwards, refused when anything is not whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from training.events import ErrorCode
+from training.failures import TrainingFailed
+from training.folder import ModelFolder
+from training.spec import JobSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Kept in bf16. The head and embeddings: quantising them costs quality and little is saved. The other two are too small
+# for the 4-bit kernels' block size. (This list replaces the library's own, hence lm_head in it.)
+UNQUANTISED_MODULES = ("lm_head", "in_proj_ba", "shared_expert_gate")
+# Above this many elements a weight matrix that stayed in 16 bits means that the plan "4-bit" failed.
+_LARGE_WEIGHT = 1 << 20
+
+
+@dataclass(frozen=True)
+class WeightCount:
+    """Bytes of a loaded model, by how they are stored. Embeddings and head are `kept`."""
+
+    quantised_bytes: int
+    kept_bytes: int
+    parameters: int
+
+
+def load_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer. Raises TrainingFailed(model_incomplete) when it is a hull without a vocabulary."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        raise TrainingFailed(
+            ErrorCode.MODEL_INCOMPLETE,
+            f"the tokenizer of {folder.path.name} cannot be loaded: {error}",
+            "download the model again (`brightrun-trainer models verify` names every damaged file)",
+        ) from error
+    # Missing files give an empty vocabulary without an error.
+    if len(tokenizer) < 16:
+        raise TrainingFailed(
+            ErrorCode.MODEL_INCOMPLETE,
+            f"the tokenizer of {folder.path.name} has a vocabulary of {len(tokenizer)}: its files are missing",
+            "download the model again (`brightrun-trainer models verify` names every damaged file)",
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base_model(spec: JobSpec, folder: ModelFolder) -> PreTrainedModel:
+    """Load frozen weights in NF4 with double quantisation (bf16 when spec.quantize is false).
+
+    Raises TrainingFailed: model_incomplete for missing tensors or damaged files, model_unsupported for an
+    architecture that transformers does not know or that would not become 4-bit.
+    """
+    dtype = compute_dtype(spec.device)
+    options: dict[str, Any] = {}
+    if spec.quantize:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=list(UNQUANTISED_MODULES),
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder.path,
+            config=config,
+            dtype=dtype,
+            # "auto" would size the model in 16 bits and spill half of it to the CPU.
+            device_map={"": 0 if spec.device == "cuda" else "cpu"},
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    except SafetensorError as error:
+        raise TrainingFailed(
+            ErrorCode.MODEL_INCOMPLETE,
+            f"the weights of {spec.base_model} are damaged: {error}",
+            "download the model again (`brightrun-trainer models verify` names every damaged file)",
+        ) from error
+    except (ValueError, KeyError, ImportError) as error:
+        raise TrainingFailed(
+            ErrorCode.MODEL_UNSUPPORTED,
+            f"{spec.base_model} cannot be loaded as a causal language model: {error}",
+            "choose a text model that transformers supports without remote code",
+        ) from error
+    _refuse_missing(report, spec.base_model)
+    if spec.quantize:
+        _refuse_unquantised(model, spec.base_model)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # On a CPU with AVX512 the first evaluation would repack the weights, and not without loss: the run would
+            # go on with another model, and a resumed run would differ from an uninterrupted one.
+            module.support_avx512bf16_for_cpu = False
+    model.config.use_cache = False
+    model.requires_grad_(False)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def compute_dtype(device: str) -> torch.dtype:
+    """bf16 where the hardware multiplies it; float32 on a CPU without bf16 units. float16 overflows on these models."""
+    if device == "cuda" or _cpu_multiplies_bf16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def count_weights(model: torch.nn.Module) -> WeightCount:
+    quantised = kept = parameters = 0
+    for parameter in model.parameters():
+        size = parameter.numel() * parameter.element_size()
+        if parameter.dtype is torch.uint8:
+            quantised += size
+            parameters += parameter.numel() * 2
+        else:
+            kept += size
+            parameters += parameter.numel()
+    return WeightCount(quantised, kept, parameters)
+
+
+def _refuse_missing(report: dict[str, Any], name: str) -> None:
+    """A tensor that the files lack is filled with random numbers; a model like that must not be trained."""
+    missing = sorted(report.get("missing_keys") or [])
+    mismatched = sorted(str(key) for key in report.get("mismatched_keys") or [])
+    if missing or mismatched:
+        named = ", ".join((missing + mismatched)[:5])
+        raise TrainingFailed(
+            ErrorCode.MODEL_INCOMPLETE,
+            f"the weights of {name} lack {len(missing)} tensors and {len(mismatched)} have another shape: {named}",
+            "download the model again (`brightrun-trainer models verify` names every damaged file)",
+        )
+
+
+def _refuse_unquantised(model: torch.nn.Module, name: str) -> None:
+    large = list(_large_unquantised(model))
+    if large:
+        total = sum(numel for _, numel in large)
+        raise TrainingFailed(
+            ErrorCode.MODEL_UNSUPPORTED,
+            f"{len(large)} large weights of {name} did not become 4-bit ({total / 1e9:.2f} billion parameters, "
+            f"first {large[0][0]}); it would need {total * 2 / 2**30:.1f} GiB more than planned",
+            "choose another base model, or report this architecture to the operator",
+        )
+
+
+def _large_unquantised(model: torch.nn.Module) -> Iterator[tuple[str, int]]:
+    kept = {
+        id(parameter)
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+        if layer is not None
+        for parameter in layer.parameters()
+    }
+    for name, parameter in model.named_parameters():
+        if parameter.dtype is not torch.uint8 and parameter.dim() >= 2 and parameter.numel() >= _LARGE_WEIGHT:
+            if id(parameter) in kept or any(part in UNQUANTISED_MODULES for part in name.split(".")):
+                continue
+            yield name, parameter.numel()
+
+
+def _cpu_multiplies_bf16() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

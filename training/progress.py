@@ -1,0 +1,127 @@
+"""From the trainer's callbacks to events: progress each step, evaluation at epochs, checkpoints on the clock."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from training.events import ErrorCode, Progress, Stage
+from training.failures import TrainingFailed
+from training.journal import Journal, StepRecord
+from training.plan import Plan
+from training.spec import JobSpec
+from training.stop import StopSwitch
+from training.voice import Voice
+
+if TYPE_CHECKING:
+    from training.trainer import AdapterTrainer
+
+
+class ProgressCallback(TrainerCallback):
+    """Watches one run: tells each step, refuses numbers that are none, sets the loop's switches."""
+
+    def __init__(
+        self, plan: Plan, journal: Journal, voice: Voice, stop: StopSwitch, spec: JobSpec, trainer: AdapterTrainer
+    ) -> None:
+        self._plan = plan
+        self._journal = journal
+        self._voice = voice
+        self._stop = stop
+        self._spec = spec
+        self._trainer = trainer
+        self._stage = Stage.LOADING
+        now = time.monotonic()
+        self._step_began = now
+        self._checkpoint_at = now
+        self._counted_at = now
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._checkpoint_at = self._counted_at = time.monotonic()
+        # An attempt may have ended between the last step of an epoch and its evaluation.
+        if state.global_step > 0 and self._is_epoch_end(state.global_step):
+            self._trainer.evaluate()
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._stop.requested:
+            # Asked while nothing new was computed: the loop ends after this step, which is soon enough.
+            control.should_training_stop = True
+        self._enter(Stage.TRAINING)
+        self._step_began = time.monotonic()
+        self._trainer.tokens_in_step = 0
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        now = time.monotonic()
+        self._journal.training_seconds += now - self._counted_at
+        self._counted_at = now
+        control.should_evaluate = self._is_epoch_end(state.global_step)
+        if now - self._checkpoint_at >= self._spec.checkpoint_seconds:
+            control.should_save = True
+        if self._stop.requested:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        loss = float(logs["loss"])
+        norm = float(logs["grad_norm"]) if logs.get("grad_norm") is not None else None
+        seconds = time.monotonic() - self._step_began
+        tokens = self._trainer.tokens_in_step
+        record = StepRecord(
+            step=state.global_step,
+            epoch=state.global_step / self._plan.steps_per_epoch,
+            loss=loss,
+            learning_rate=float(logs["learning_rate"]),
+            grad_norm=norm,
+            tokens_per_second=tokens / seconds if seconds > 0 else None,
+            tokens_seen=self._journal.tokens_seen + tokens,
+        )
+        self._journal.steps.append(record)
+        self._voice.say(
+            Progress(
+                job_id=self._voice.job_id,
+                step=record.step,
+                total_steps=self._plan.total_steps,
+                epoch=record.epoch,
+                loss=loss,
+                learning_rate=record.learning_rate,
+                grad_norm=norm,
+                tokens_per_second=record.tokens_per_second,
+                tokens_seen=record.tokens_seen,
+                gpu_memory_gib=_gpu_memory_gib(),
+            )
+        )
+        if not math.isfinite(loss) or (norm is not None and not math.isfinite(norm)):
+            raise TrainingFailed(
+                ErrorCode.NON_FINITE_LOSS,
+                f"training diverged at step {record.step}: loss {loss}, gradient norm {norm}",
+                f"lower learning_rate (current {self._spec.hyperparameters.learning_rate:g}) and submit again",
+            )
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._checkpoint_at = self._counted_at = time.monotonic()
+
+    def _is_epoch_end(self, step: int) -> bool:
+        return step % self._plan.steps_per_epoch == 0
+
+    def _enter(self, stage: Stage) -> None:
+        if self._stage is not stage:
+            self._stage = stage
+            self._voice.stage(stage)
+
+
+def _gpu_memory_gib() -> float | None:
+    if not torch.cuda.is_available():
+        return None
+    return round(torch.cuda.max_memory_allocated() / 2**30, 3)

@@ -1,0 +1,99 @@
+"""The method, from a spec to an adapter; read it aloud.
+
+A base model is frozen in four bits. Beside its linear layers grow small matrices in float32, the adapter, and only
+they learn. They learn from conversations, rendered the way the model will be spoken to, and only from the assistant's
+words in them. Some conversations are held out; how well the model does on those says whether it learned or memorised,
+and the adapter that did best on them is the one that is kept.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from training.adapter import save_adapter
+from training.checkpoint import Checkpoint, CheckpointShelf
+from training.corpus import gather
+from training.events import AdapterSaved, Planned, Stage
+from training.failures import StopRequested
+from training.folder import open_model_folder
+from training.journal import Journal
+from training.lora import attach_adapter, trainable_parameters
+from training.model import load_base_model, load_tokenizer
+from training.plan import Plan, make_plan
+from training.spec import JobSpec
+from training.stop import StopSwitch
+from training.summary import summarise
+from training.template import ChatTemplate
+from training.trainer import AdapterTrainer
+from training.voice import Voice
+
+
+def train_adapter(spec: JobSpec, voice: Voice, stop: StopSwitch) -> None:
+    """Do one job. Ends with `adapter_saved`; raises TrainingFailed, or StopRequested once a checkpoint is on disk."""
+    # The data first: they are what is wrong most often, and looking at them takes a second.
+    folder = open_model_folder(spec.model_path, spec.base_model)
+    tokenizer = load_tokenizer(folder)
+    template = ChatTemplate(tokenizer)
+    corpus = gather(spec.dataset_path, spec.validation_path, spec.hyperparameters, template, folder.context_length)
+    corpus.announce(voice)
+    plan = make_plan(spec, corpus)
+    voice.say(
+        Planned(
+            job_id=spec.job_id,
+            total_steps=plan.total_steps,
+            total_epochs=plan.epochs,
+            train_examples=len(corpus.train),
+            validation_examples=len(corpus.validation),
+            train_tokens=corpus.train_tokens,
+            trained_tokens=corpus.trained_tokens,
+            max_length=corpus.max_length,
+            data=corpus.statistics(),
+        )
+    )
+
+    # The model: frozen, four bits; the adapter: small, float32, the only thing that learns.
+    voice.stage(Stage.LOADING, spec.base_model)
+    model = attach_adapter(load_base_model(spec, folder), spec.hyperparameters)
+
+    # Training, from the beginning or from where an earlier attempt got to.
+    shelf = CheckpointShelf(spec.checkpoint_dir, fingerprint=_fingerprint(spec, plan))
+    checkpoint = _find_checkpoint(shelf, voice)
+    journal = Journal.load(checkpoint.path) if checkpoint else Journal()
+    trainer = AdapterTrainer(spec, corpus, plan, model, tokenizer, shelf, journal, voice, stop)
+    with stop.at_the_next_step():
+        if checkpoint is None:
+            trainer.evaluate()
+        trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        if stop.requested:
+            raise StopRequested
+    trainer.keep_best()
+
+    # The adapter, beside it what it was made with and how the making went.
+    voice.stage(Stage.SAVING)
+    log = spec.work_dir / "training_log.jsonl"
+    journal.write_log(log)
+    path = save_adapter(spec, trainer.model, tokenizer, {"training_log.jsonl": log})
+    summary = summarise(journal, plan, corpus, trainable_parameters(trainer.model))
+    voice.say(AdapterSaved(job_id=spec.job_id, path=str(path), summary=summary))
+
+
+def _find_checkpoint(shelf: CheckpointShelf, voice: Voice) -> Checkpoint | None:
+    checkpoint, passed_over = shelf.newest()
+    for damaged in passed_over:
+        voice.notice("checkpoint_passed_over", f"{damaged.path.name} is not used: {damaged.reason}")
+    if checkpoint is not None:
+        voice.notice("resumed", f"training goes on from step {checkpoint.step}", step=checkpoint.step)
+    return checkpoint
+
+
+def _fingerprint(spec: JobSpec, plan: Plan) -> dict[str, object]:
+    """What must be equal for a checkpoint to be continued: another run's state would be a silent mixture."""
+    return {
+        "base_model": spec.base_model,
+        "model_revision": spec.model_revision,
+        "hyperparameters": spec.hyperparameters.model_dump(mode="json"),
+        "quantize": spec.quantize,
+        "total_steps": plan.total_steps,
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+    }

@@ -1,0 +1,215 @@
+"""The optimisation loop: TRL's SFTTrainer with an exact validation loss and checkpoints that survive anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from transformers import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from training.checkpoint import CheckpointShelf
+from training.corpus import Corpus
+from training.events import CheckpointSaved, Evaluated, Stage
+from training.journal import EvaluationRecord, Journal
+from training.model import compute_dtype
+from training.plan import Plan
+from training.progress import ProgressCallback
+from training.spec import JobSpec
+from training.stop import StopSwitch
+from training.template import Example
+from training.voice import Voice
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+_WEIGHTS = "adapter.safetensors"
+_BEST = "best.safetensors"
+
+
+class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
+    """Trains the adapter of one job; speaks through its voice, remembers in its journal, stops when asked."""
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        corpus: Corpus,
+        plan: Plan,
+        model: PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        shelf: CheckpointShelf,
+        journal: Journal,
+        voice: Voice,
+        stop: StopSwitch,
+    ) -> None:
+        self.plan = plan
+        self.journal = journal
+        self.best_weights: dict[str, torch.Tensor] = {}
+        self._corpus = corpus
+        self._shelf = shelf
+        self._voice = voice
+        self._stop = stop
+        self.tokens_in_step = 0
+        super().__init__(
+            model=model,
+            args=_arguments(spec, plan),
+            train_dataset=_as_dataset(corpus.train),
+            processing_class=tokenizer,
+            callbacks=[ProgressCallback(plan, journal, voice, stop, spec, self)],
+        )
+        # TRL casts the adapter of a quantised model to bf16. A resumed run would read it back as float32 and part from
+        # the uninterrupted one; and bf16 loses small updates.
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        self.remove_callback(PrinterCallback)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        self.tokens_in_step += _token_count(inputs)
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
+
+    def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:
+        """Mean loss over every trained token of the held-out conversations, whatever the batches.
+
+        (The library's own loop averages the means of batches, which weighs a short answer like a long one, and draws
+        from the random generator that dropout uses.) Interrupted by a wish to stop it records nothing.
+        """
+        if not self._corpus.validation or self.journal.evaluated(self.state.global_step):
+            return {}
+        self._voice.stage(Stage.EVALUATING)
+        was_training = self.model.training
+        self.model.eval()
+        total, tokens = 0.0, 0
+        examples = sorted(self._corpus.validation, key=lambda example: len(example.input_ids))
+        for start in range(0, len(examples), self.plan.micro_batch):
+            if self._stop.requested:
+                break
+            batch = examples[start : start + self.plan.micro_batch]
+            summed, count = self._summed_loss(batch)
+            total += summed
+            tokens += count
+        self.model.train(was_training)
+        if self._stop.requested:
+            return {}
+        loss = total / max(1, tokens)
+        step = self.state.global_step
+        record = EvaluationRecord(step=step, epoch=step / self.plan.steps_per_epoch, validation_loss=loss)
+        self.journal.evaluations.append(record)
+        self._voice.say(
+            Evaluated(job_id=self._voice.job_id, step=step, epoch=record.epoch, validation_loss=record.validation_loss)
+        )
+        if self.journal.best is record:
+            self.best_weights = trained_tensors(self.model)
+        return {"eval_loss": loss}
+
+    def _summed_loss(self, batch: list[Example]) -> tuple[float, int]:
+        """Summed loss of some conversations and the number of tokens it was summed over."""
+        inputs = self._prepare_inputs(self.data_collator([_as_row(example) for example in batch]))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = self.model(**inputs, use_cache=False, fused_lm_head=True)
+        return -outputs.log_probs.float().sum().item(), int(outputs.label_mask.sum().item())
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002 - the library's signature
+        folder = self._shelf.prepare()
+        save_file(trained_tensors(self.model), folder / _WEIGHTS)
+        if self.best_weights:
+            save_file(self.best_weights, folder / _BEST)
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_rng_state(str(folder))
+        self.state.save_to_json(str(folder / "trainer_state.json"))
+        self.journal.save(folder)
+        saved = self._shelf.publish(folder, self.state.global_step)
+        self._voice.say(
+            CheckpointSaved(job_id=self._voice.job_id, step=saved.step, path=str(saved.path), bytes=saved.bytes)
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
+        """Put back exactly the tensors that were written; PEFT's loading would convert names on the way."""
+        folder = Path(resume_from_checkpoint)
+        restore_tensors(self.model, load_file(folder / _WEIGHTS))
+        self.best_weights = load_file(folder / _BEST) if (folder / _BEST).exists() else {}
+
+    def keep_best(self) -> None:
+        """End with the weights of the evaluation that was best."""
+        if self.best_weights:
+            restore_tensors(self.model, self.best_weights)
+
+    def create_model_card(self, *_args: Any, **_kwargs: Any) -> None:
+        """Not wanted: a card written by a library says nothing about this run."""
+
+
+def trained_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of everything that is trained, by parameter name, on the CPU."""
+    return {
+        name: parameter.detach().to("cpu", copy=True).contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def restore_tensors(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Copy tensors back into the parameters of the same names. Raises KeyError when the sets differ."""
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if parameters.keys() != tensors.keys():
+        raise KeyError(f"checkpoint and model differ in {sorted(parameters.keys() ^ tensors.keys())[:5]}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def _arguments(spec: JobSpec, plan: Plan) -> SFTConfig:
+    chosen = spec.hyperparameters
+    on_gpu = spec.device == "cuda"
+    return SFTConfig(
+        output_dir=str(spec.work_dir / "trainer"),
+        per_device_train_batch_size=plan.micro_batch,
+        gradient_accumulation_steps=plan.accumulation,
+        num_train_epochs=plan.epochs,
+        learning_rate=chosen.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=plan.warmup_steps,
+        weight_decay=chosen.weight_decay,
+        max_grad_norm=1.0,
+        optim="adamw_torch",
+        bf16=compute_dtype(spec.device) is torch.bfloat16,
+        use_cpu=not on_gpu,
+        # Recomputing activations buys memory with time; only a card is short of memory.
+        gradient_checkpointing=on_gpu,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        # The data arrive tokenised, labelled and cut to length.
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        pad_to_multiple_of=8 if on_gpu else None,
+        router_aux_loss_coef=0.0,
+        # The default would log a loss of 0.0 where it was NaN, and the job would "succeed".
+        logging_nan_inf_filter=False,
+        logging_steps=1,
+        logging_first_step=True,
+        # ProgressCallback decides when to evaluate and to save: on the clock, at epochs, when asked to stop.
+        eval_strategy="no",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=on_gpu,
+        seed=chosen.seed,
+        data_seed=chosen.seed,
+    )
+
+
+def _as_dataset(examples: tuple[Example, ...]) -> Dataset:
+    return Dataset.from_list([_as_row(example) for example in examples])
+
+
+def _as_row(example: Example) -> dict[str, list[int]]:
+    return {"input_ids": example.input_ids, "labels": example.labels}
+
+
+def _token_count(inputs: Any) -> int:
+    mask = inputs.get("attention_mask")
+    return int(mask.sum().item()) if mask is not None else int(inputs["input_ids"].numel())
