@@ -15,13 +15,16 @@ DATA    ?=
 # A CPU needs no more than the CPU build of torch; on a machine with an NVIDIA driver pip takes the default one.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-system lint bench chaos image image-check clean install
+.PHONY: help demo ask test test-system lint bench chaos image image-check clean install
 
 help: ## this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  \033[1mmake %-12s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## watch a real model being fine-tuned because a row was inserted (DATA=my.jsonl takes your own file)
 	@$(PY) -m daemon demo $(if $(DATA),--data "$(DATA)")
+
+ask: $(STAMP) ## ask the model that the demo trained: make ask Q="Why do cats purr?"
+	@$(PY) -m training.ask "$(or $(Q),Why do cats purr?)"
 
 test: $(STAMP) ## the tests that need nothing beyond pip (under ten minutes)
 	@$(PY) -m pytest -m "not system and not gpu"

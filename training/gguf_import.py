@@ -1,4 +1,6 @@
-"""Turn one GGUF file into the safetensors folder that the trainer loads: `python -m training.gguf_import SOURCE TARGET`.
+"""Turn one GGUF file into the safetensors folder that the trainer loads.
+
+    python -m training.gguf_import SOURCE.gguf TARGET
 
 A process of its own, because it needs torch and its caller (the demo) must not load it. TARGET
 appears whole or not at all: it is written beside its place, read back, and renamed.
@@ -13,6 +15,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 # Written last, beside the weights: what every file must weigh and hash to. The caller checks it before each use.
 MANIFEST = "import.json"
@@ -30,7 +33,8 @@ def import_gguf(source: Path, target: Path) -> None:
     if not source.is_file():
         raise ImportFailed(f"there is no GGUF file at {source}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    # Named after this process, so that a caller who kills it knows what to remove.
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-{os.getpid()}-", dir=target.parent))
     try:
         _convert(source, partial)
         _write_manifest(source, partial)
@@ -48,10 +52,10 @@ def _convert(source: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    tokenizer: Any = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     if not tokenizer.chat_template:
         raise ImportFailed(f"{source.name} carries no chat template: take an Instruct model")
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         source.parent,
         gguf_file=source.name,
         dtype=torch.bfloat16,
@@ -61,10 +65,13 @@ def _convert(source: Path, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
-    _, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, output_loading_info=True)
+    reloaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, output_loading_info=True)
+    _, report = reloaded
     # A missing tensor would be filled with random numbers without an error.
     if report["missing_keys"] or report["mismatched_keys"]:
-        raise ImportFailed(f"{source.name} was converted incompletely: {sorted(report['missing_keys'])[:5]} are missing")
+        raise ImportFailed(
+            f"{source.name} was converted incompletely: {sorted(report['missing_keys'])[:5]} are missing"
+        )
     if len(AutoTokenizer.from_pretrained(folder)) != len(tokenizer):
         raise ImportFailed(f"the tokenizer of {source.name} does not read back whole")
 

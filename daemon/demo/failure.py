@@ -1,0 +1,12 @@
+"""The one way the demo says that it cannot go on."""
+
+from __future__ import annotations
+
+
+class DemoFailed(Exception):
+    """What went wrong and what to do; `detail` is the end of a log, or empty."""
+
+    def __init__(self, message: str, detail: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.detail = detail

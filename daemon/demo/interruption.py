@@ -1,0 +1,54 @@
+"""Ctrl-C and TERM as a flag: the demo looks at it between its steps, so that no cleaning up is ever cut in two."""
+
+from __future__ import annotations
+
+import signal
+import time
+from types import FrameType, TracebackType
+
+
+class Interrupted(Exception):
+    """The user, or the system, wants the demo to end. `exit_status` is the shell's word for the signal."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(number.name)
+        self.exit_status = 128 + number
+
+
+class Interruption:
+    """While it is entered, SIGINT, SIGTERM and SIGHUP are only remembered; `check` raises Interrupted for them.
+
+    (A handler that raised wherever the program happens to be could fall between the start of a
+    process and the line that remembers to end it.)
+    """
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self._received: signal.Signals | None = None
+
+    def __enter__(self) -> Interruption:
+        self._before = {number: signal.signal(number, self._remember) for number in self._SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def check(self) -> None:
+        if self._received is not None:
+            raise Interrupted(self._received)
+
+    def sleep(self, seconds: float) -> None:
+        """Wait so long, or until a signal comes. Raises Interrupted."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            self.check()
+            # Python resumes a sleep after a handler that returns: sleep in pieces no human notices.
+            time.sleep(min(left, 0.1))
+        self.check()
+
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        self._received = self._received or signal.Signals(number)
