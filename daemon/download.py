@@ -21,6 +21,7 @@ import structlog
 import tenacity
 
 from daemon.addresses import AddressRefused, AddressRules, AddressUnknown, Target, guarded_client, redact, rules_from
+from daemon.backoff import retry_after_seconds
 from daemon.errors import JobDelayed, JobFailed, TrainerError
 from daemon.job import ClaimedJob
 from daemon.settings import Settings
@@ -265,7 +266,7 @@ async def _refuse(response: httpx.Response, source: str) -> None:
     if code == "InvalidJWT" or status in (401, 403):
         raise _Rejected(f"the server refuses the URL as expired or not allowed (HTTP {status})")
     if status in RETRYABLE:
-        raise _Interrupted(f"the server answered HTTP {status}", _retry_after(response))
+        raise _Interrupted(f"the server answered HTTP {status}", retry_after_seconds(response))
     raise _unreachable(source, f"the server answered HTTP {status}{f' ({code})' if code else ''}")
 
 
@@ -287,11 +288,6 @@ def _strong_validator(response: httpx.Response) -> str | None:
         return None
     tag = response.headers.get("etag")
     return tag if tag and not tag.startswith("W/") else None
-
-
-def _retry_after(response: httpx.Response) -> float:
-    value = response.headers.get("retry-after", "")
-    return float(value) if value.isdigit() and len(value) < 6 else 0.0
 
 
 async def _checked(rules: AddressRules, url: str, source: str) -> Target:

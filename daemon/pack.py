@@ -97,12 +97,11 @@ def object_names(job_id: UUID | str, lease_epoch: int) -> ObjectNames:
     return ObjectNames(f"{stem}.tar.gz", stem)
 
 
-async def publish_adapter(
+async def publish_adapter(  # noqa: PLR0917 - what, whose, and where, in the order of the story
     storage: Storage,
     adapter_dir: Path,
     job_id: UUID | str,
     lease_epoch: int,
-    *,
     manifest_facts: Mapping[str, Any],
     work_dir: Path,
 ) -> Completed:

@@ -199,7 +199,7 @@ def upload_mismatch(name: str, size: int, sha256: str) -> JobDelayed:
 
 
 def _copy_atomically(source: Path, target: Path) -> int:
-    """Copy and return the size. Hidden at first, durable, then renamed: a reader sees the old file, none, or the whole."""
+    """Copy, return the size. Hidden at first, durable, then renamed: a reader sees the old file, none, or the whole."""
     hidden = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ import httpx
 import structlog
 import tenacity
 
+from daemon.backoff import retry_after_seconds
 from daemon.errors import TrainerError
 
 log = structlog.get_logger()
@@ -219,7 +220,7 @@ def refusal(response: httpx.Response) -> UploadRefused | UploadGone | UploadInte
     status, code, message = unfold_error(response)
     # A duplicate is final; a TUS conflict on the offset is not, and only PATCH and HEAD can meet one.
     if status in RETRYABLE and not (status == 409 and response.request.method == "POST"):
-        return UploadInterrupted(f"the storage answered {status} {code}", _retry_after(response))
+        return UploadInterrupted(f"the storage answered {status} {code}", retry_after_seconds(response))
     if status in (404, 410) and response.request.method != "POST":
         return UploadGone(f"the storage no longer knows the upload ({status})")
     return UploadRefused(status, code, message)
@@ -234,11 +235,6 @@ def unfold_error(response: httpx.Response) -> tuple[int, str, str]:
         code = str(body.get("error") or body.get("code") or code)
         message = str(body.get("message") or "")
     return status, code[:100], message[:300]
-
-
-def _retry_after(response: httpx.Response) -> float:
-    value = response.headers.get("retry-after", "")
-    return float(value) if value.isdigit() and len(value) < 6 else 0.0
 
 
 async def _pieces(file: BinaryIO, offset: int, length: int) -> AsyncIterator[bytes]:
