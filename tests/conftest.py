@@ -1,0 +1,43 @@
+"""Fixtures of every test: one Postgres a run, one freshly migrated database a test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.postgres import AppDatabase, Server, migrated, open_server
+
+_POSTGRES = pytest.StashKey[str]()
+
+
+@pytest.fixture(scope="session")
+def postgres(pytestconfig: pytest.Config) -> Iterator[Server]:
+    """The server of this run, started when the first test needs it."""
+    with open_server() as server:
+        pytestconfig.stash[_POSTGRES] = f"{server.kind} ({server.description})"
+        yield server
+
+
+@pytest.fixture(scope="session")
+def migrated_template(postgres: Server) -> Iterator[str]:
+    """A database that has been migrated once and is copied for each test."""
+    with postgres.database() as name:
+        migrated(postgres, name)
+        yield name
+
+
+@pytest.fixture
+def database(postgres: Server, migrated_template: str) -> Iterator[AppDatabase]:
+    """A freshly migrated, empty database of the test's own; `database.dsn` logs in as the superuser."""
+    with postgres.database(template=migrated_template) as name:
+        app = AppDatabase(postgres.dsn(name))
+        yield app
+        app.close()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say which Postgres it was: given, container, installed or wheel."""
+    used = config.stash.get(_POSTGRES, None)
+    if used is not None:
+        terminalreporter.write_line(f"postgres: {used}")

@@ -1,0 +1,205 @@
+"""The Postgres that the tests run on, and the app's side of its tables: users, datasets and jobs as the app inserts them.
+
+Taken in this order: TEST_DATABASE_URL if set, a container if a Docker engine answers, an installed
+PostgreSQL, the wheel. Always real; each test has a database of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+from uuid import UUID, uuid4
+
+import psycopg
+from psycopg import sql
+from psycopg.rows import dict_row
+from psycopg.types.json import Jsonb
+
+from daemon.embedded_postgres import EmbeddedPostgres
+from daemon.migrate import migrate
+
+CONTAINER_IMAGE = "postgres:17-alpine"
+
+
+@dataclass(frozen=True)
+class Server:
+    """One server with a superuser's URL; `kind` is given, container, installed or wheel."""
+
+    kind: str
+    description: str
+    url: str
+    embedded: EmbeddedPostgres | None = None
+
+    def dsn(self, dbname: str) -> str:
+        return urlunsplit(urlsplit(self.url)._replace(path=f"/{dbname}"))
+
+    @contextmanager
+    def database(self, *, template: str | None = None) -> Iterator[str]:
+        """A fresh database, by name; dropped at the end with whoever is still connected."""
+        name = f"brightrun_{uuid4().hex[:12]}"
+        like = sql.SQL(" TEMPLATE {}").format(sql.Identifier(template)) if template else sql.SQL("")
+        with psycopg.connect(self.url, autocommit=True) as admin:
+            admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)) + like)
+            try:
+                yield name
+            finally:
+                if admin.closed or admin.broken:  # the test restarted the server
+                    admin = psycopg.connect(self.url, autocommit=True)
+                admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+@contextmanager
+def open_server() -> Iterator[Server]:
+    """The first server of the order above that there is."""
+    given = os.environ.get("TEST_DATABASE_URL")
+    if given:
+        yield Server("given", _version(given), given)
+        return
+    if _docker_answers():
+        from testcontainers.postgres import PostgresContainer
+
+        with PostgresContainer(CONTAINER_IMAGE, driver=None) as container:
+            url = container.get_connection_url()
+            yield Server("container", _version(url), url)
+        return
+    with EmbeddedPostgres() as server:
+        yield Server(server.origin, server.describe(), server.dsn(), server)
+
+
+def _docker_answers() -> bool:
+    # The client tries for half a second where nobody listens: look for the socket first.
+    if "DOCKER_HOST" not in os.environ and not Path("/var/run/docker.sock").exists():
+        return False
+    from docker.errors import DockerException
+    from testcontainers.core.docker_client import DockerClient
+
+    try:
+        return bool(DockerClient().client.ping())
+    except DockerException:
+        return False
+
+
+def _version(url: str) -> str:
+    with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
+        row = connection.execute("SELECT 'PostgreSQL ' || current_setting('server_version')").fetchone()
+        assert row is not None
+        return str(row[0])
+
+
+class AppDatabase:
+    """A migrated database seen from the app: it inserts, acts as a role, and reads what became of its rows."""
+
+    def __init__(self, dsn: str) -> None:
+        self.dsn = dsn
+        self._connection: psycopg.Connection[dict[str, Any]] | None = None
+
+    def connect(self) -> psycopg.Connection[dict[str, Any]]:
+        """A new connection of the superuser: autocommit, rows as dicts; the caller closes it."""
+        return psycopg.connect(self.dsn, autocommit=True, row_factory=dict_row)
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+
+    def run(self, statement: str, parameters: Mapping[str, Any] | tuple[Any, ...] = ()) -> list[dict[str, Any]]:
+        """One statement of the superuser, autocommitted."""
+        if self._connection is None or self._connection.closed or self._connection.broken:
+            self._connection = self.connect()
+        cursor = self._connection.execute(statement.encode(), parameters or None)
+        return cursor.fetchall() if cursor.description is not None else []
+
+    def one(self, statement: str, parameters: Mapping[str, Any] | tuple[Any, ...] = ()) -> dict[str, Any]:
+        rows = self.run(statement, parameters)
+        assert len(rows) == 1, rows
+        return rows[0]
+
+    @contextmanager
+    def acting(self, role: str, user_id: UUID | None = None) -> Iterator[psycopg.Connection[dict[str, Any]]]:
+        """One transaction as PostgREST makes it: the role and the caller's claims set for its length."""
+        with self.connect() as connection, connection.transaction():
+            claims = {"role": role} | ({"sub": str(user_id)} if user_id else {})
+            connection.execute("SELECT set_config('request.jwt.claims', %s, true)", (json.dumps(claims),))
+            connection.execute("SELECT set_config('role', %s, true)", (role,))
+            yield connection
+
+    def insert_user(self) -> UUID:
+        user_id = uuid4()
+        self.run("INSERT INTO auth.users (id, email) VALUES (%s, %s)", (user_id, f"{user_id}@example.test"))
+        return user_id
+
+    def insert_dataset(self, user_id: UUID, **columns: Any) -> UUID:
+        dataset_id = uuid4()
+        given = {
+            "id": dataset_id,
+            "user_id": user_id,
+            "name": "Conversations",
+            "storage_path": f"{user_id}/{dataset_id}/data.jsonl",
+            "file_name": "data.jsonl",
+            "file_size": 1000,
+            "status": "ready",
+            "training_ready": True,
+        }
+        self._insert("datasets", given | columns)
+        return dataset_id
+
+    def insert_job(self, user_id: UUID, dataset_id: UUID | None = None, **columns: Any) -> UUID:
+        """As the app inserts one, with its own spelling and estimates; `columns` replaces or adds."""
+        given = app_job(user_id, dataset_id or self.insert_dataset(user_id))
+        return self._insert("training_jobs", given | columns)
+
+    def job(self, job_id: UUID) -> dict[str, Any]:
+        return self.one("SELECT * FROM training_jobs WHERE id = %s", (job_id,))
+
+    def story(self, job_id: UUID) -> list[str]:
+        rows = self.run("SELECT kind FROM training_events WHERE job_id = %s ORDER BY id", (job_id,))
+        return [row["kind"] for row in rows]
+
+    def _insert(self, table: str, columns: Mapping[str, Any]) -> UUID:
+        text, values = insert_statement(table, columns)
+        row = self.one(text, values)
+        inserted: UUID = row["id"]
+        return inserted
+
+
+def app_job(user_id: UUID, dataset_id: UUID) -> dict[str, Any]:
+    """The columns that the app sends, in the longer of its two spellings."""
+    return {
+        "user_id": user_id,
+        "dataset_id": dataset_id,
+        "preset_id": "balanced",
+        "hyperparameters": {
+            "base_model": "mistralai/Mistral-7B-v0.1",
+            "learning_rate": 0.0002,
+            "batch_size": 4,
+            "num_epochs": 3,
+            "lora_rank": 16,
+            "lora_alpha": 32,
+            "lora_dropout": 0.05,
+        },
+        "gpu_config": {"gpu_type": "H100", "num_gpus": 1, "gpu_memory_gb": 80, "cost_per_gpu_hour": 3.5},
+        "status": "queued",
+        "current_stage": "queued",
+        "progress": 0,
+        "total_epochs": 3,
+        "total_steps": 300,
+        "estimated_total_cost": 7.5,
+    }
+
+
+def insert_statement(table: str, columns: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """`INSERT … RETURNING id` and its parameters; dicts and lists travel as jsonb."""
+    names = ", ".join(columns)
+    marks = ", ".join(f"%({name})s" for name in columns)
+    values = {name: Jsonb(value) if isinstance(value, dict | list) else value for name, value in columns.items()}
+    return f"INSERT INTO {table} ({names}) VALUES ({marks}) RETURNING id", values
+
+
+def migrated(server: Server, dbname: str) -> None:
+    """Make an empty database ours, with Supabase's stand-ins."""
+    migrate(server.dsn(dbname), local=True)
