@@ -96,6 +96,12 @@ class ClaimedJob:
     def waited_seconds(self) -> float:
         return (self.claimed_at - self.queued_at).total_seconds()
 
+    def seconds_to_deadline(self, attempt_seconds: float) -> float | None:
+        """By the database's clock at the claim and the time since; None without a deadline."""
+        if self.deadline_at is None:
+            return None
+        return (self.deadline_at - self.claimed_at).total_seconds() - attempt_seconds
+
 
 @dataclass(frozen=True)
 class Completed:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 from urllib.parse import urlsplit
 from uuid import UUID, uuid4
 
@@ -22,7 +23,7 @@ CHANNEL = "training_jobs"
 # connection is found within fifteen seconds instead of the two hours of TCP's own keepalive.
 PROBE_SECONDS = 10.0
 PROBE_LIMIT_SECONDS = 5.0
-KEEPALIVE = {"keepalives": 1, "keepalives_idle": 15, "keepalives_interval": 5, "keepalives_count": 3}
+KEEPALIVE: dict[str, Any] = {"keepalives": 1, "keepalives_idle": 15, "keepalives_interval": 5, "keepalives_count": 3}
 
 
 class Listener:
@@ -73,7 +74,7 @@ class Listener:
         Through a transaction pooler LISTEN raises no error and the notification reaches somebody
         else's connection; sent from this very connection the nonce could come back by luck.
         """
-        nonce = f"nonce:{uuid4()}"
+        nonce = f"nonce {uuid4()}"
         async with await psycopg.AsyncConnection.connect(
             self._dsn, autocommit=True, connect_timeout=10, prepare_threshold=None
         ) as other:
@@ -105,7 +106,7 @@ class Listener:
             raise psycopg.OperationalError("this connection no longer listens")
 
     def _handle(self, payload: str) -> None:
-        word, _, job_id = payload.partition(":")
+        word, _, job_id = payload.partition(" ")
         if word == "cancelled":
             try:
                 self._on_cancel(UUID(job_id))

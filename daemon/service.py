@@ -38,7 +38,8 @@ async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_C
         # Three connections: one that works, one that keeps the leases alive, one that listens.
         database = await stack.enter_async_context(Database(dsn, application_name="brightrun-trainer"))
         heartbeat = await stack.enter_async_context(Database(dsn, application_name="brightrun-trainer heartbeat"))
-        storage = await stack.enter_async_context(open_storage(settings))
+        storage = open_storage(settings)
+        stack.push_async_callback(storage.close)
         store = Store(database)
         courier = CallbackCourier(settings)
         worker = Worker(
@@ -72,7 +73,7 @@ async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_C
 async def _check_database(database: Database) -> None:
     """Fail at once where waiting cannot help (no migration, no right); wait where it can."""
     try:
-        await database.check()
+        await database.fetch("SELECT FROM training_leases LIMIT 0")
     except DatabaseAway as error:
         log.warning("database_away_at_start", error=str(error))
         return

@@ -11,9 +11,11 @@ one place and mapped to one move in another.
 from __future__ import annotations
 
 import asyncio
+import random
+import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import TypeVar, assert_never
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, assert_never
 
 import structlog
 
@@ -31,7 +33,7 @@ from daemon.reporter import Reporter
 from daemon.settings import Settings
 from daemon.stop import Stop, StopReason
 from daemon.storage import Storage
-from daemon.store import Store, WorkerRow
+from daemon.store import Store, WorkerRow, WorkerState
 from daemon.workspace import Workspace, remove_old_jobs
 from training.events import ErrorCode, Stage
 from training.spec import JobSpec, ParsedRow, SpecInvalid, parse_row
@@ -45,6 +47,7 @@ AWAY_SECONDS = 1.0
 TIDY_SECONDS = 3600.0
 MAX_LOST_RACES = 8
 RACE_SECONDS = 0.25
+MAX_BACKOFF_SECONDS = 3600.0
 
 
 class Interrupted(Exception):
@@ -196,11 +199,18 @@ class Worker:
                 if not registered:
                     await self._store.register_worker(row)
                     registered = True
-                state = "draining" if self._closing.is_set() else "busy" if self._attempts else "idle"
-                await self._store.touch_worker(host.worker_id, state=state, busy=len(self._attempts), data={})
+                registered = await self._store.touch_worker(
+                    host.worker_id, state=self._worker_state, busy=len(self._attempts), data={}
+                )
             except DatabaseAway as error:
                 log.debug("worker_row_delayed", error=str(error))
             await asyncio.sleep(TOUCH_SECONDS)
+
+    @property
+    def _worker_state(self) -> WorkerState:
+        if self._closing.is_set():
+            return "draining"
+        return "busy" if self._attempts else "idle"
 
     async def _reap(self) -> None:
         """Take back jobs whose host went silent, here or anywhere."""
@@ -209,7 +219,8 @@ class Worker:
             await asyncio.sleep(lease_seconds / 2)
             # After our own reconnect, first give every holder one lease's time to renew: an outage of
             # the database must not look like the death of all hosts.
-            if self._store.connected_seconds() < lease_seconds:
+            connected_at = self._store.database.connected_at
+            if connected_at is None or time.monotonic() - connected_at < lease_seconds:
                 continue
             try:
                 for reaped in await self._store.reap_expired_leases():
@@ -321,19 +332,19 @@ class Worker:
             return self._outcome_of_stop(verdict.reason, reporter)
 
         reporter.enter(Stage.UPLOADING)
-        return await _until_stopped(
+        published = await _until_stopped(
             publish_adapter(
                 self._with.storage,
                 verdict.adapter_dir,
-                job_id=job.id,
-                lease_epoch=job.lease_epoch,
-                spec=spec,
-                summary=verdict.summary,
-                upload_dir=workspace.upload_dir,
+                job.id,
+                job.lease_epoch,
+                _manifest_facts(spec, verdict.summary),
+                workspace.attempt_dir,
             ),
             stop,
             grace=lambda reason: settings.drain_seconds if reason is StopReason.SHUTDOWN else 0.0,
         )
+        return replace(published, summary=verdict.summary)
 
     async def _train(
         self, spec: JobSpec, workspace: Workspace, stop: Stop, reporter: Reporter, places: tuple[int, ...]
@@ -395,6 +406,7 @@ class Worker:
             except DatabaseAway as error:
                 log.warning("ending_delayed", error=str(error))
                 await asyncio.sleep(AWAY_SECONDS)
+        self._with.courier.forget(job.id)
         self._with.courier.wake()
         if state is State.COMPLETED:
             workspace.remove()
@@ -408,7 +420,7 @@ class Worker:
             case Completed():
                 ending = await store.complete_job(lease, outcome, cost=cost)
             case Failed(transient=True):
-                delay = self._settings.retry_backoff_seconds * 2 ** (job.attempt - 1)
+                delay = self._retry_delay(job.attempt)
                 ending = await store.retry_job(lease, outcome, delay_seconds=delay, cost=cost)
             case Failed():
                 ending = await store.fail_job(lease, outcome, cost=cost)
@@ -422,6 +434,11 @@ class Worker:
                 assert_never(outcome)
         log.info("job_moved", state=ending.state, moved=ending.moved)
         return ending.state
+
+    def _retry_delay(self, attempt: int) -> float:
+        # Jitter, so that jobs which failed together do not come back together.
+        spread = random.uniform(0.75, 1.25)  # noqa: S311 - no secret depends on it
+        return min(self._settings.retry_backoff_seconds * 2.0 ** (attempt - 1), MAX_BACKOFF_SECONDS) * spread
 
 
 async def _last_words(reporter: Reporter) -> None:
@@ -438,7 +455,8 @@ async def _watch_limits(job: ClaimedJob, reporter: Reporter, stop: Stop) -> None
         await asyncio.sleep(LIMITS_SECONDS)
         if job.max_cost is not None and (reporter.cost or 0.0) >= job.max_cost:
             stop.request(StopReason.BUDGET)
-        if job.deadline_at is not None and job.seconds_to_deadline(reporter.attempt_seconds) <= 0:
+        seconds_left = job.seconds_to_deadline(reporter.attempt_seconds)
+        if seconds_left is not None and seconds_left <= 0:
             stop.request(StopReason.DEADLINE)
 
 
@@ -488,6 +506,18 @@ def _asked_price(job: ClaimedJob) -> tuple[float | None, int]:
     except SpecInvalid:
         return None, 1
     return config.cost_per_gpu_hour, config.num_gpus
+
+
+def _manifest_facts(spec: JobSpec, summary: dict[str, Any]) -> dict[str, Any]:
+    """What lies beside the adapter for whoever serves it: what it was made from, and how it went."""
+    return {
+        "job_id": spec.job_id,
+        "base_model": spec.base_model,
+        "base_model_revision": spec.model_revision,
+        "hyperparameters": spec.hyperparameters.model_dump(mode="json"),
+        "summary": summary,
+        "versions": installed_versions(),
+    }
 
 
 def _expected_adapter_bytes(row: ParsedRow) -> int:
