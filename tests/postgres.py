@@ -1,4 +1,4 @@
-"""The Postgres that the tests run on, and the app's side of its tables: users, datasets and jobs as the app inserts them.
+"""The Postgres that the tests run on, and the app's side of its tables: users, datasets and jobs as it inserts them.
 
 Taken in this order: TEST_DATABASE_URL if set, a container if a Docker engine answers, an installed
 PostgreSQL, the wheel. Always real; each test has a database of its own.
@@ -46,11 +46,10 @@ class Server:
         like = sql.SQL(" TEMPLATE {}").format(sql.Identifier(template)) if template else sql.SQL("")
         with psycopg.connect(self.url, autocommit=True) as admin:
             admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)) + like)
-            try:
-                yield name
-            finally:
-                if admin.closed or admin.broken:  # the test restarted the server
-                    admin = psycopg.connect(self.url, autocommit=True)
+        try:
+            yield name
+        finally:
+            with psycopg.connect(self.url, autocommit=True) as admin:
                 admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 
 

@@ -1,0 +1,186 @@
+-- What the app shows of a finished job: model_artifacts, cost_records, notifications, written in the transaction of
+-- the ending. None of them may ever fail a training: a fault becomes a line in the job's story. Rows that an older
+-- dispatcher runs (epoch 0) are left to it.
+
+SET LOCAL lock_timeout = '1s';
+
+-- BEFORE the job's own write, so that artifact_id is part of it. Named to come after the guard.
+CREATE OR REPLACE FUNCTION public.training_jobs_results() RETURNS trigger
+LANGUAGE plpgsql
+SET search_path = ''
+SET lock_timeout = '2s'
+AS $$
+DECLARE
+    summary jsonb := coalesce(NEW.result -> 'summary', '{}');
+    seconds double precision := extract(epoch FROM NEW.completed_at - NEW.started_at);
+    dataset_name text;
+    artifact uuid;
+BEGIN
+    IF to_regclass('public.model_artifacts') IS NULL THEN
+        RETURN NEW;
+    END IF;
+    SELECT dataset.name INTO dataset_name FROM public.datasets AS dataset WHERE dataset.id = NEW.dataset_id;
+    INSERT INTO public.model_artifacts AS model
+        (user_id, job_id, dataset_id, name, description, quality_metrics, training_summary, configuration, artifacts)
+    VALUES (
+        NEW.user_id,
+        NEW.id,
+        NEW.dataset_id,
+        left(concat_ws(' on ', regexp_replace(coalesce(NEW.base_model, 'adapter'), '^.*/', ''), nullif(dataset_name, '')), 200),
+        format('LoRA adapter, job %s', NEW.id),
+        jsonb_build_object(
+            'final_training_loss', summary -> 'final_training_loss',
+            'final_validation_loss', summary -> 'final_validation_loss',
+            'perplexity', summary -> 'perplexity',
+            'loss_reduction_percent', summary -> 'loss_reduction_percent',
+            'convergence_quality', summary -> 'convergence_quality',
+            'overall_score', summary -> 'overall_score'
+        ),
+        summary || jsonb_build_object(
+            'epochs_completed', coalesce(summary -> 'epochs_completed', to_jsonb(NEW.current_epoch)),
+            'total_steps', coalesce(summary -> 'total_steps', to_jsonb(NEW.current_step)),
+            'final_loss', coalesce(summary -> 'final_loss', summary -> 'final_training_loss'),
+            'training_duration_hours', round((seconds / 3600)::numeric, 4),
+            'total_cost', NEW.final_cost
+        ),
+        jsonb_build_object(
+            'base_model', NEW.base_model,
+            'preset_id', NEW.preset_id,
+            'hyperparameters', NEW.hyperparameters,
+            'gpu_config', NEW.gpu_config,
+            'adapter_sha256', NEW.adapter_sha256,
+            'adapter_bytes', NEW.adapter_bytes
+        ),
+        coalesce(NEW.result -> 'artifacts', '{}')
+    )
+    ON CONFLICT (job_id) DO UPDATE
+    SET name = excluded.name,
+        quality_metrics = excluded.quality_metrics,
+        training_summary = excluded.training_summary,
+        configuration = excluded.configuration,
+        artifacts = excluded.artifacts,
+        updated_at = clock_timestamp()
+    RETURNING model.id INTO artifact;
+    NEW.artifact_id := artifact;
+    RETURN NEW;
+EXCEPTION WHEN OTHERS THEN
+    INSERT INTO public.training_events (job_id, epoch, kind, message, data)
+    VALUES (NEW.id, NEW.lease_epoch, 'notice', 'the row in model_artifacts could not be written: ' || SQLERRM,
+        jsonb_build_object('code', 'side_table_failed', 'table', 'model_artifacts', 'sqlstate', SQLSTATE));
+    RETURN NEW;
+END
+$$;
+
+-- AFTER it: what the job cost (one record for each time that it ended, corrected when a cancelled job's child is gone).
+CREATE OR REPLACE FUNCTION public.training_jobs_record_cost() RETURNS trigger
+LANGUAGE plpgsql
+SECURITY DEFINER
+SET search_path = ''
+SET lock_timeout = '2s'
+AS $$
+DECLARE
+    details jsonb := jsonb_strip_nulls(jsonb_build_object(
+        'gpu_type', coalesce(NEW.need_gpu_type, NEW.gpu_config ->> 'gpu_type'),
+        'gpu_count', NEW.need_gpus,
+        'duration_hours', round((extract(epoch FROM NEW.completed_at - NEW.started_at) / 3600)::numeric, 4),
+        'attempts', NEW.attempt,
+        'lease_epoch', NEW.lease_epoch
+    ));
+BEGIN
+    IF to_regclass('public.cost_records') IS NULL THEN
+        RETURN NULL;
+    END IF;
+    UPDATE public.cost_records AS cost
+    SET amount = NEW.final_cost,
+        details = training_jobs_record_cost.details
+    WHERE cost.job_id = NEW.id
+      AND cost.cost_type = 'training_compute'
+      AND cost.details ->> 'lease_epoch' = NEW.lease_epoch::text;
+    IF NOT FOUND THEN
+        INSERT INTO public.cost_records (user_id, job_id, cost_type, amount, details, billing_period)
+        VALUES (NEW.user_id, NEW.id, 'training_compute', NEW.final_cost, details,
+            date_trunc('month', clock_timestamp() AT TIME ZONE 'UTC')::date);
+    END IF;
+    RETURN NULL;
+EXCEPTION WHEN OTHERS THEN
+    INSERT INTO public.training_events (job_id, epoch, kind, message, data)
+    VALUES (NEW.id, NEW.lease_epoch, 'notice', 'the row in cost_records could not be written: ' || SQLERRM,
+        jsonb_build_object('code', 'side_table_failed', 'table', 'cost_records', 'sqlstate', SQLSTATE));
+    RETURN NULL;
+END
+$$;
+
+-- What the app's bell shows: the first start, and every ending.
+CREATE OR REPLACE FUNCTION public.training_jobs_notify_user() RETURNS trigger
+LANGUAGE plpgsql
+SECURITY DEFINER
+SET search_path = ''
+SET lock_timeout = '2s'
+AS $$
+DECLARE
+    job_page text := '/training/jobs/' || NEW.id;
+    about jsonb := jsonb_build_object('job_id', NEW.id);
+BEGIN
+    IF to_regclass('public.notifications') IS NULL THEN
+        RETURN NULL;
+    END IF;
+    IF NEW.status = 'running' AND NEW.attempt = 1 THEN
+        INSERT INTO public.notifications (user_id, type, title, message, priority, action_url, metadata)
+        VALUES (NEW.user_id, 'job_started', 'Training has started', 'Your model is being trained.', 'low', job_page, about);
+    ELSIF NEW.status = 'completed' THEN
+        INSERT INTO public.notifications (user_id, type, title, message, priority, action_url, metadata)
+        VALUES (NEW.user_id, 'job_completed', 'Training is complete', 'Your model has been trained.', 'medium', job_page, about);
+        IF NEW.artifact_id IS NOT NULL THEN
+            INSERT INTO public.notifications (user_id, type, title, message, priority, action_url, metadata)
+            VALUES (NEW.user_id, 'artifact_ready', 'Your adapter is ready', 'The adapter can be downloaded.', 'medium',
+                '/models/' || NEW.artifact_id, about || jsonb_build_object('artifact_id', NEW.artifact_id));
+        END IF;
+    ELSIF NEW.status = 'failed' THEN
+        INSERT INTO public.notifications (user_id, type, title, message, priority, action_url, metadata)
+        VALUES (NEW.user_id, 'job_failed', 'Training has failed',
+            concat_ws(' ', coalesce(NEW.error_message, 'The training ended with an error.'), NEW.error_hint),
+            'high', job_page, about || jsonb_build_object('error_code', NEW.error_code));
+    ELSIF NEW.status = 'cancelled' THEN
+        INSERT INTO public.notifications (user_id, type, title, message, priority, action_url, metadata)
+        VALUES (NEW.user_id, 'job_cancelled', 'Training was cancelled', 'The training was cancelled.', 'low', job_page, about);
+    END IF;
+    RETURN NULL;
+EXCEPTION WHEN OTHERS THEN
+    INSERT INTO public.training_events (job_id, epoch, kind, message, data)
+    VALUES (NEW.id, NEW.lease_epoch, 'notice', 'the row in notifications could not be written: ' || SQLERRM,
+        jsonb_build_object('code', 'side_table_failed', 'table', 'notifications', 'sqlstate', SQLSTATE));
+    RETURN NULL;
+END
+$$;
+
+GRANT CREATE ON SCHEMA public TO training_daemon;
+ALTER FUNCTION public.training_jobs_record_cost() OWNER TO training_daemon;
+ALTER FUNCTION public.training_jobs_notify_user() OWNER TO training_daemon;
+REVOKE CREATE ON SCHEMA public FROM training_daemon;
+
+REVOKE EXECUTE ON FUNCTION
+    public.training_jobs_results(), public.training_jobs_record_cost(), public.training_jobs_notify_user()
+FROM PUBLIC, anon, authenticated, service_role;
+
+CREATE OR REPLACE TRIGGER training_jobs_results
+    BEFORE UPDATE ON public.training_jobs
+    FOR EACH ROW
+    WHEN (NEW.status = 'completed' AND OLD.status IS DISTINCT FROM NEW.status AND NEW.lease_epoch > 0)
+    EXECUTE FUNCTION public.training_jobs_results();
+
+CREATE OR REPLACE TRIGGER training_jobs_record_cost
+    AFTER UPDATE ON public.training_jobs
+    FOR EACH ROW
+    WHEN (
+        NEW.status IN ('completed', 'failed', 'cancelled')
+        AND NEW.lease_epoch > 0
+        AND NEW.final_cost IS NOT NULL
+        AND (OLD.status IS DISTINCT FROM NEW.status OR OLD.final_cost IS DISTINCT FROM NEW.final_cost)
+    )
+    EXECUTE FUNCTION public.training_jobs_record_cost();
+
+CREATE OR REPLACE TRIGGER training_jobs_notify_user
+    AFTER UPDATE ON public.training_jobs
+    FOR EACH ROW
+    WHEN (OLD.status IS DISTINCT FROM NEW.status AND NEW.lease_epoch > 0)
+    EXECUTE FUNCTION public.training_jobs_notify_user();
