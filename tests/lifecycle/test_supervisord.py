@@ -1,0 +1,225 @@
+"""The daemon under the real supervisord, with the very supervisord.conf of the image."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.daemon_process import ROOT, SCRIPTED, DaemonProcess, alive, children_of, eventually
+from tests.lifecycle.queue import Queue
+
+SUPERVISORD = Path(sys.executable).with_name("supervisord")
+pytestmark = pytest.mark.timeout(120)
+
+
+class Supervisor:
+    """A supervisord on the shipped configuration. Its output is a pipe, as a container's is."""
+
+    def __init__(self, queue: Queue, folder: Path, **settings: str) -> None:
+        # The shipped file says `$TRAINER_PYTHON -m daemon run`: for that, this one runs the scripted daemon.
+        python = folder / "python"
+        python.write_text(f'#!/bin/sh\n[ "$3" = run ] && exec {" ".join(SCRIPTED)}\nexec {sys.executable} "$@"\n')
+        python.chmod(0o755)
+        self.environment = DaemonProcess(queue.dsn, folder).environment | {
+            "TRAINER_STORAGE_DIR": str(queue.folder / "storage"),
+            "TRAINER_MODELS_DIR": str(queue.folder / "models"),
+            "TRAINER_PYTHON": str(python),
+            "SUPERVISOR_RUN_DIR": str(folder),
+            **settings,
+        }
+        self.folder = folder
+        self._lines: list[str] = []
+
+    def __enter__(self) -> Supervisor:
+        self.process = subprocess.Popen(
+            [str(SUPERVISORD), "-n", "-c", str(ROOT / "supervisord.conf")],
+            env=self.environment,
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                for pid in children_of(self.process.pid):
+                    os.kill(pid, signal.SIGKILL)
+                self.process.kill()
+                self.process.wait(10)
+        self._reader.join(10)
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        self._lines.extend(iter(self.process.stdout.readline, ""))
+
+    @property
+    def output(self) -> str:
+        return "".join(self._lines)
+
+    def logged(self, event: str) -> list[dict[str, Any]]:
+        """The daemon's own log lines of this name, which reach the container's output."""
+        found = []
+        for line in list(self._lines):
+            try:
+                parsed = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(parsed, dict) and parsed.get("event") == event:
+                found.append(parsed)
+        return found
+
+    def wait_for(self, words: str, count: int = 1, seconds: float = 30.0) -> None:
+        eventually(
+            lambda: self.output.count(words) >= count, seconds=seconds, why=lambda: f"no {words!r} in\n{self.output}"
+        )
+
+    @property
+    def daemon_pid(self) -> int:
+        """The daemon that started last and lives."""
+
+        def find() -> int | None:
+            for pid in children_of(self.process.pid):
+                try:
+                    command = Path(f"/proc/{pid}/cmdline").read_bytes()
+                except OSError:
+                    continue
+                if b"scripted_daemon" in command:
+                    return pid
+            return None
+
+        return eventually(find, why=lambda: f"no daemon under supervisord:\n{self.output}")
+
+
+@pytest.fixture
+def supervisor(queue: Queue, tmp_path: Path) -> Iterator[Supervisor]:
+    with Supervisor(queue, tmp_path) as running:
+        yield running
+
+
+def test_the_daemon_starts_and_takes_a_job_under_supervisord(queue: Queue, supervisor: Supervisor) -> None:
+    job = queue.insert()
+    queue.wait_for(job, "completed")
+    assert supervisor.logged("job_claimed"), f"the daemon's log is not in the container's output:\n{supervisor.output}"
+
+
+def test_a_killed_daemon_is_restarted_and_its_job_still_completes(queue: Queue, supervisor: Supervisor) -> None:
+    job = queue.insert(script=[["steps", 100, 0.02]])
+    queue.wait_for(job, "running")
+    first = supervisor.daemon_pid
+
+    os.kill(first, signal.SIGKILL)
+
+    eventually(lambda: supervisor.daemon_pid != first, why=lambda: supervisor.output)
+    row = queue.wait_for(job, "completed", seconds=60)
+    assert row["lease_epoch"] >= 2, "the job was completed by the successor, under a lease of its own"
+
+
+def test_term_drains_the_daemon_and_the_job_goes_back_to_the_queue(queue: Queue, supervisor: Supervisor) -> None:
+    job = queue.insert(script=[["steps", 10_000, 0.02]])
+    queue.wait_for(job, "running")
+    family = [supervisor.daemon_pid, *children_of(supervisor.daemon_pid)]
+    assert len(family) > 1, "a trainer is at work"
+
+    supervisor.process.send_signal(signal.SIGTERM)
+    assert supervisor.process.wait(40) == 0
+
+    row = queue.row(job)
+    assert row["status"] == "queued", row
+    assert row["attempt"] == 0, "a shutdown costs no attempt"
+    assert not [pid for pid in family if alive(pid)]
+
+
+def test_unusable_settings_are_not_restarted_and_end_the_container(queue: Queue, tmp_path: Path) -> None:
+    with Supervisor(queue, tmp_path, TRAINER_LEASE_SECONDS="soon") as supervisor:
+        supervisor.process.wait(30)
+        assert "TRAINER_LEASE_SECONDS" in supervisor.output, "the fault is named"
+        assert supervisor.output.count("spawned: 'trainer'") == 1, supervisor.output
+        assert supervisor.logged("container_ends")
+
+
+def test_on_a_pod_a_daemon_that_will_not_run_again_stops_the_pod(queue: Queue, tmp_path: Path) -> None:
+    with _pods_api() as api:
+        pod = {
+            "RUNPOD_POD_ID": "pod1",
+            "RUNPOD_API_KEY": "key-of-the-pod",
+            "TRAINER_RUNPOD_API_KEY": "key-of-ours",
+            "TRAINER_RUNPOD_API": api.url,
+        }
+        with Supervisor(queue, tmp_path, TRAINER_LEASE_SECONDS="soon", **pod) as supervisor:
+            supervisor.wait_for("pod_stopped")
+            # The pod's own key was refused, ours worked; neither is in the log.
+            assert api.calls == [
+                ("/pods/pod1/action", "Bearer key-of-the-pod", {"action": "stop"}),
+                ("/pods/pod1/action", "Bearer key-of-ours", {"action": "stop"}),
+            ]
+            assert "key-of" not in supervisor.output.replace("TRAINER_RUNPOD_API_KEY", "")
+
+
+@pytest.mark.system
+def test_a_daemon_that_crashes_at_once_again_and_again_becomes_fatal_and_ends_the_container(
+    queue: Queue, tmp_path: Path
+) -> None:
+    supervisor = Supervisor(queue, tmp_path)
+    (tmp_path / "python").write_text(f'#!/bin/sh\n[ "$3" = run ] && exit 1\nexec {sys.executable} "$@"\n')
+    with supervisor:
+        supervisor.process.wait(90)
+        assert supervisor.output.count("spawned: 'trainer'") == 6, "one start and five retries, with growing pauses"
+        assert "PROCESS_STATE_FATAL" in supervisor.output
+
+
+class _PodsApi(ThreadingHTTPServer):
+    """RunPod's pod action on loopback: refuses the pod's own key, as a key without the right is refused."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _PodAction)
+        self.calls: list[tuple[str, str, dict[str, Any]]] = []
+        self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05})
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def __enter__(self) -> _PodsApi:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.shutdown()
+        self._thread.join(10)
+        self.server_close()
+
+
+class _PodAction(BaseHTTPRequestHandler):
+    server: _PodsApi
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        key = self.headers["Authorization"]
+        self.server.calls.append((self.path, key, body))
+        self.send_response(200 if key == "Bearer key-of-ours" else 403)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Silent."""
+
+
+def _pods_api() -> _PodsApi:
+    return _PodsApi()
