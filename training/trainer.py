@@ -15,6 +15,7 @@ from training.checkpoint import CheckpointShelf
 from training.corpus import Corpus
 from training.events import CheckpointSaved, Evaluated, Stage
 from training.journal import EvaluationRecord, Journal
+from training.loss import AnswerLoss
 from training.model import compute_dtype
 from training.plan import Plan
 from training.progress import ProgressCallback
@@ -67,11 +68,19 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         self.remove_callback(PrinterCallback)
+        self._answer_loss = AnswerLoss(self.model.get_base_model())
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         self.tokens_in_step += _token_count(inputs)
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None  # noqa: ARG002
+    ) -> torch.Tensor:
+        """Loss of one micro-batch, as its share of the mean over all trained tokens of the optimizer step."""
+        summed, count = self._answer_loss(inputs)
+        return summed / (count if num_items_in_batch is None else num_items_in_batch)
 
     def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:
         """Mean loss over every trained token of the held-out conversations, whatever the batches.
@@ -111,8 +120,8 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         """Summed loss of some conversations and the number of tokens it was summed over."""
         inputs = self._prepare_inputs(self.data_collator([_as_row(example) for example in batch]))
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = self.model(**inputs, use_cache=False, fused_lm_head=True)
-        return -outputs.log_probs.float().sum().item(), int(outputs.label_mask.sum().item())
+            summed, count = self._answer_loss(inputs)
+        return summed.item(), count
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002 - the library's signature
         folder = self._shelf.prepare()
@@ -180,7 +189,7 @@ def _arguments(spec: JobSpec, plan: Plan) -> SFTConfig:
         use_cpu=not on_gpu,
         # Recomputing activations buys memory with time; only a card is short of memory.
         gradient_checkpointing=on_gpu,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        activation_checkpointing_kwargs={"use_reentrant": False},
         # The data arrive tokenised, labelled and cut to length.
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
