@@ -205,14 +205,21 @@ class SupabaseStorage:
 
     async def _upload_whole(self, local: Path, object_path: str) -> None:
         content = await asyncio.to_thread(local.read_bytes)
+        tries = 0
 
         async def send() -> None:
+            nonlocal tries
+            tries += 1
+            # The try before may have stored it and lost its answer. Sent again it would be a duplicate, answered
+            # before the body is read, which a client sees as a broken connection and never as "Duplicate".
+            if tries > 1 and await self.exists(object_path):
+                return
             try:
                 await self._api.from_(self._bucket).upload(
                     object_path, content, {"content-type": _type_of(object_path)}
                 )
             except StorageApiError as error:
-                # A try whose answer was lost may have stored it: the caller reads it back and decides.
+                # Stored by an earlier try after all: the caller reads it back and decides.
                 if _status_of(error) != 409:
                     raise
 
