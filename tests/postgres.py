@@ -102,15 +102,20 @@ class AppDatabase:
         """A new connection of the superuser: autocommit, rows as dicts; the caller closes it."""
         return psycopg.connect(self.dsn, autocommit=True, row_factory=dict_row)
 
+    @property
+    def session(self) -> psycopg.Connection[dict[str, Any]]:
+        """The superuser's own connection, made anew when the test has broken it."""
+        if self._connection is None or self._connection.closed or self._connection.broken:
+            self._connection = self.connect()
+        return self._connection
+
     def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
 
     def run(self, statement: str, parameters: Mapping[str, Any] | tuple[Any, ...] = ()) -> list[dict[str, Any]]:
         """One statement of the superuser, autocommitted."""
-        if self._connection is None or self._connection.closed or self._connection.broken:
-            self._connection = self.connect()
-        cursor = self._connection.execute(statement.encode(), parameters or None)
+        cursor = self.session.execute(statement.encode(), parameters or None)
         return cursor.fetchall() if cursor.description is not None else []
 
     def one(self, statement: str, parameters: Mapping[str, Any] | tuple[Any, ...] = ()) -> dict[str, Any]:
