@@ -6,6 +6,7 @@ This is the composition root: every object that holds a connection, process or f
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -47,6 +48,37 @@ def migrate(
 
     applied = apply(load_settings().database_url.get_secret_value(), local=local)
     typer.echo("\n".join(f"applied {name}" for name in applied) or "already up to date")
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line instead of a screen.")] = False,
+) -> None:
+    """Say whether this host can work, and for each fault what to do. Exit status 1 when anything is red."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.markup import escape
+
+    from daemon.doctor import Finding, Light, run_doctor
+    from daemon.logs import configure_logs
+    from daemon.settings import load_settings
+
+    settings = load_settings()
+    configure_logs("error")
+    console = Console(soft_wrap=True)
+    colours = {Light.GREEN: "green", Light.YELLOW: "yellow", Light.RED: "red"}
+
+    def show(finding: Finding) -> None:
+        if as_json:
+            typer.echo(json.dumps(asdict(finding)))
+            return
+        light = f"[{colours[finding.light]}]●[/]"
+        console.print(f"{light} [bold]{finding.name:<22}[/] {escape(' '.join(finding.detail.split()))}")
+        if finding.advice:
+            console.print(f"    → {escape(finding.advice)}", style=colours[finding.light])
+
+    raise typer.Exit(run_doctor(settings, show))
 
 
 @app.command()
