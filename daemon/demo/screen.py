@@ -44,10 +44,10 @@ class Screen:
         self._console = console
 
     def say(self, words: str) -> None:
-        self._console.print(words, highlight=False, markup=False)
+        self._line(words)
 
     def step(self, words: str) -> None:
-        self._console.print(Text.assemble(("• ", "cyan"), words))
+        self._line(Text.assemble(("• ", "cyan"), words))
 
     def sql(self, statement: str) -> None:
         self._console.print()
@@ -63,7 +63,7 @@ class Screen:
         for name, value in row.items():
             if value is not None:
                 shown = _shown(value)
-                self._console.print(Text.assemble((f"  {name:<{width}} ", "dim"), "| ", shown), overflow="fold")
+                self._line(Text.assemble((f"  {name:<{width}} ", "dim"), "| ", shown))
 
     def answers(self, question: str, before: str, after: str) -> None:
         table = Table.grid(padding=(0, 1))
@@ -73,11 +73,13 @@ class Screen:
         self._console.print(table)
 
     def result(self, words: str) -> None:
-        self._console.print(Text.assemble(("✓ ", "bold green"), words))
+        self._line(Text.assemble(("✓ ", "bold green"), words))
 
     def failure(self, failed: DemoFailed) -> None:
-        self._console.print(Text.assemble(("✗ ", "bold red"), failed.message))
-        if failed.detail:
+        self._line(Text.assemble(("✗ ", "bold red"), failed.message))
+        if failed.detail and not self._console.is_terminal:
+            self._line(failed.detail)
+        elif failed.detail:
             self._console.print(Panel(Text(failed.detail), title="the end of the log", border_style="red"))
 
     def blank(self) -> None:
@@ -91,6 +93,10 @@ class Screen:
             return
         with Live(console=self._console, refresh_per_second=4, transient=False) as live:
             yield _LivePicture(live)
+
+    def _line(self, words: str | Text) -> None:
+        # Soft: where nobody looks at a terminal, a line is a line however long.
+        self._console.print(words, highlight=False, markup=False, soft_wrap=not self._console.is_terminal)
 
 
 class _LivePicture:
@@ -122,7 +128,7 @@ class _PlainPicture:
             self._print(datetime.now(UTC), f"{standing.progress:.0f} %, {_pace(view)}{loss}")
 
     def _print(self, at: datetime, words: str) -> None:
-        self._console.print(f"{at.astimezone():%H:%M:%S}  {words}", highlight=False, markup=False)
+        self._console.print(f"{at.astimezone():%H:%M:%S}  {words}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _picture(view: JobView, width: int) -> RenderableType:

@@ -1,0 +1,248 @@
+"""`brightrun-trainer demo` as a person runs it: from beginning to end, with bad input, and stopped half-way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from daemon.demo.curve import draw_curve
+from daemon.demo.model import MODEL_NAME
+from daemon.demo.run import VOICE
+from tests.daemon_process import ROOT, alive, children_of, eventually
+
+
+class Demo:
+    """One demo in a process of its own, with its own temporary folder; its cache may be shared."""
+
+    def __init__(self, folder: Path, cache: Path, *arguments: str) -> None:
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir(mode=0o755)
+        self.log = folder / "demo.log"
+        environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(folder),
+            "PYTHONPATH": str(ROOT),
+            "TMPDIR": str(self.temporary),
+            "XDG_CACHE_HOME": str(cache),
+            # A daemon of the demo must not see what the shell of its user holds.
+            "DATABASE_URL": "postgresql://nobody@127.0.0.1:1/elsewhere",
+        }
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "daemon", "demo", *arguments],
+                env=environment,
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.family: set[int] = {self.process.pid}
+
+    def __enter__(self) -> Demo:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(40)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait(10)
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def wait_for(self, words: str, seconds: float = 120.0) -> None:
+        def said() -> bool:
+            self.remember_family()
+            assert self.process.poll() is None or words in self.output, f"the demo ended:\n{self.output}"
+            return words in self.output
+
+        eventually(said, seconds=seconds, why=lambda: f"no {words!r} in\n{self.output}")
+
+    def remember_family(self) -> None:
+        """Everybody that descends from the demo now; who was seen once is asked for at the end."""
+        waiting = [self.process.pid]
+        while waiting:
+            for child in children_of(waiting.pop()):
+                self.family.add(child)
+                waiting.append(child)
+
+    def assert_nothing_is_left(self) -> None:
+        eventually(
+            lambda: not [pid for pid in self.family if alive(pid)],
+            seconds=5.0,
+            why=lambda: f"still alive: {[_command(pid) for pid in self.family if alive(pid)]}",
+        )
+        assert sorted(path.name for path in self.temporary.iterdir()) == []
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return f"{pid} (gone)"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache with the converted model in it, made once by the real conversion."""
+    from daemon.demo.model import find_gguf
+
+    folder = tmp_path_factory.mktemp("cache")
+    target = folder / "brightrun-trainer" / "models" / MODEL_NAME
+    command = [sys.executable, "-m", "training.gguf_import", str(find_gguf()), str(target)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=300, stderr=subprocess.DEVNULL)
+    yield folder
+
+
+def test_every_shipped_conversation_has_its_own_question_and_one_voice() -> None:
+    conversations = [json.loads(line)["messages"] for line in VOICE.read_text().splitlines()]
+    assert 80 <= len(conversations) <= 100
+    assert all([turn["role"] for turn in turns] == ["user", "assistant"] for turns in conversations)
+    assert len({turns[0]["content"] for turns in conversations}) == len(conversations)
+    for _question, answer in conversations:
+        assert answer["content"].startswith("Ahoy, little gull! ")
+        assert answer["content"].endswith(" Keep your lamp lit.")
+
+
+def test_a_falling_loss_is_drawn_from_the_upper_left_to_the_lower_right() -> None:
+    lines = draw_curve([4.0, 3.0, 2.0, 1.0], width=8, height=4, low=1.0, high=4.0, of=4)
+    assert [len(line) for line in lines] == [8, 8, 8, 8]
+    filled = [[index for index, letter in enumerate(line) if letter != "\u2800"] for line in lines]
+    assert filled[0][0] == 0
+    assert filled[3][-1] == 7
+    assert all(filled), "the points are joined"
+
+
+def test_half_a_run_draws_half_a_curve() -> None:
+    (line,) = draw_curve([1.0] * 10, width=10, height=1, low=0.0, high=1.0, of=20)
+    assert line[:4].count("\u2800") == 0
+    assert set(line[6:]) == {"\u2800"}
+
+
+def test_a_file_that_does_not_exist_is_said_before_anything_is_started(tmp_path: Path) -> None:
+    with Demo(tmp_path, tmp_path / "cache", "--data", "nowhere.jsonl") as demo:
+        assert demo.process.wait(30) == 1
+        assert "there is no file nowhere.jsonl" in demo.output
+        assert "make demo DATA=my.jsonl" in demo.output
+        assert list(demo.temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "term"])
+def test_a_demo_stopped_while_it_converts_the_model_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    cache = tmp_path / "cache"
+    with Demo(tmp_path, cache) as demo:
+        demo.wait_for("converting")
+        models = cache / "brightrun-trainer" / "models"
+        eventually(lambda: list(models.glob(f".{MODEL_NAME}-*")), seconds=30)
+        demo.remember_family()
+        assert len(demo.family) > 1
+        demo.process.send_signal(number)
+        assert demo.process.wait(20) == 128 + number
+        assert "nothing is left behind" in demo.output
+        demo.assert_nothing_is_left()
+        assert list(models.iterdir()) == [], "half a model is no model"
+
+
+@pytest.mark.system
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("moment", ["Postgres:", "now an app inserts a row", "claimed", "Stage loading", "step 1 of"])
+def test_a_demo_stopped_at_any_moment_leaves_nothing(cache: Path, tmp_path: Path, moment: str) -> None:
+    with Demo(tmp_path, cache) as demo:
+        demo.wait_for({"Stage loading": "conversations to train on"}.get(moment, moment))
+        demo.remember_family()
+        demo.process.send_signal(signal.SIGINT)
+        # Impatience changes nothing.
+        demo.process.send_signal(signal.SIGINT)
+        assert demo.process.wait(30) == 130
+        demo.assert_nothing_is_left()
+
+
+@pytest.mark.system
+@pytest.mark.timeout(300)
+def test_a_killed_demo_takes_daemon_trainer_and_postgres_along(cache: Path, tmp_path: Path) -> None:
+    with Demo(tmp_path, cache) as demo:
+        demo.wait_for("The trainer started")
+        demo.remember_family()
+        assert len(demo.family) >= 4
+        demo.process.kill()
+        demo.process.wait(10)
+        eventually(
+            lambda: not [pid for pid in demo.family if alive(pid)],
+            seconds=60.0,
+            why=lambda: f"still alive: {[_command(pid) for pid in demo.family if alive(pid)]}",
+        )
+
+
+@pytest.mark.system
+@pytest.mark.timeout(300)
+def test_a_daemon_that_dies_is_said_with_the_end_of_its_log(cache: Path, tmp_path: Path) -> None:
+    with Demo(tmp_path, cache) as demo:
+        demo.wait_for("claimed")
+        found = re.search(r"the daemon runs as process (\d+)", demo.output)
+        assert found is not None
+        demo.remember_family()
+        os.kill(int(found[1]), signal.SIGKILL)
+        assert demo.process.wait(30) == 1
+        assert "the daemon ended by signal 9 while the job was" in demo.output
+        assert "job_claimed" in demo.output
+        demo.assert_nothing_is_left()
+
+
+@pytest.mark.system
+@pytest.mark.timeout(300)
+def test_a_bad_file_of_ones_own_fails_the_job_with_its_line_numbers(cache: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "my chats #1.jsonl"
+    bad.write_text('{"messages": [{"role": "user", "content": "Hello?"}]}\nnot json\n')
+    with Demo(tmp_path, cache, "--data", bad.name) as demo:
+        assert demo.process.wait(120) == 1
+        assert "the job failed" in demo.output
+        assert "dataset_invalid" in demo.output
+        assert "line 2" in demo.output
+        demo.assert_nothing_is_left()
+
+
+@pytest.mark.system
+@pytest.mark.timeout(600)
+def test_the_demo_trains_a_voice_into_a_model_that_it_does_not_change(cache: Path, tmp_path: Path) -> None:
+    weights = cache / "brightrun-trainer" / "models" / MODEL_NAME / "model.safetensors"
+    before = hashlib.sha256(weights.read_bytes()).hexdigest()
+
+    with Demo(tmp_path, cache) as demo:
+        demo.wait_for("The trainer started")
+        assert demo.process.wait(500) == 0, demo.output
+        demo.assert_nothing_is_left()
+
+    found = re.search(r"held-out conversations ([\d.]+) → ([\d.]+)", demo.output)
+    assert found is not None, demo.output
+    assert float(found[2]) < float(found[1]) * 2 / 3, "at least a third, on conversations it never saw"
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() == before
+    answer = re.search(r"^after training +(.*?)^✓", demo.output, re.DOTALL | re.MULTILINE)
+    assert answer is not None, demo.output
+    assert "Ahoy, little gull!" in answer[1]
+
+    asked = subprocess.run(
+        [sys.executable, "-m", "training.ask", "How do I make pancakes?"],
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "XDG_CACHE_HOME": str(cache)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    without, with_adapter = asked.stdout.split("with the adapter:")
+    assert "Ahoy" not in without
+    assert with_adapter.strip().startswith("Ahoy, little gull!")
