@@ -50,7 +50,7 @@ chaos: $(STAMP) ## the long chaos run: daemons killed, stopped and cut off from 
 image: ## the container image for RunPod, by docker or buildah (BASE=…, IMAGE=…)
 	@.ci/image build "$(IMAGE)" "$(BASE)"
 
-image-check: ## lint the Dockerfile and build it on a small stand-in base, without a Docker engine
+image-check: ## lint the Dockerfile
 	@.ci/image check
 
 clean: ## remove the environment, the demo's model and every build output
