@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from bitsandbytes.nn import Linear4bit
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from training.events import ErrorCode
 from training.failures import TrainingFailed
+from training.experts import EXPERTS_FUNCTION, Nf4Config
 from training.folder import ModelFolder
 from training.spec import JobSpec
 
@@ -66,13 +67,8 @@ def load_base_model(spec: JobSpec, folder: ModelFolder) -> PreTrainedModel:
     dtype = compute_dtype(spec.device)
     options: dict[str, Any] = {}
     if spec.quantize:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=list(UNQUANTISED_MODULES),
-        )
+        options["quantization_config"] = Nf4Config(dtype, list(UNQUANTISED_MODULES))
+        options["experts_implementation"] = EXPERTS_FUNCTION
     try:
         config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
         model, report = AutoModelForCausalLM.from_pretrained(

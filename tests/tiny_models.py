@@ -1,0 +1,134 @@
+"""Real models of a few hundred thousand parameters, made on the spot: architecture, tokenizer and template in a folder.
+
+Random weights that learn like large ones: enough to see that a loss falls, that a gradient is right and that a
+checkpoint goes on where it stopped, in a fraction of a second a step.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = ("qwen3", "llama", "qwen3_next", "qwen3_moe", "mixtral")
+DENSE = ("qwen3", "llama")
+MIXTURES = ("qwen3_next", "qwen3_moe", "mixtral")
+
+CHATML = (
+    "{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' "
+    "+ '\\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+
+_THINGS = "cat dog ship tree star lamp book road fish bird".split()
+_COLOURS = "red blue green black white".split()
+_SHAPE = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+
+
+def conversation(number: int, *, system: bool = False, exchanges: int = 1) -> dict[str, Any]:
+    """One chat row, different for each number."""
+    chosen = random.Random(number)
+    messages = [{"role": "system", "content": "You answer tersely."}] if system else []
+    for exchange in range(exchanges):
+        thing, colour = chosen.choice(_THINGS), chosen.choice(_COLOURS)
+        messages.append({"role": "user", "content": f"What colour is the {thing} number {number}.{exchange}?"})
+        messages.append({"role": "assistant", "content": f"The {thing} is {colour}. " * chosen.randint(1, 3)})
+    return {"messages": messages}
+
+
+def write_dataset(path: Path, rows: Iterable[Any]) -> Path:
+    """One JSON object a line."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_conversations(path: Path, count: int, **options: Any) -> Path:
+    return write_dataset(path, [conversation(number, **options) for number in range(count)])
+
+
+def make_tokenizer(template: str | None = CHATML, *, extra_tokens: Sequence[str] = ()) -> Any:
+    """A byte-level BPE tokenizer with 512 words; `<|im_end|>` ends a text, as in Qwen's models."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    corpus = [message["content"] for number in range(200) for message in conversation(number, system=True)["messages"]]
+    tokenizer.train_from_iterator(
+        [*corpus, "system user assistant\n"],
+        trainers.BpeTrainer(
+            vocab_size=512,
+            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", *extra_tokens],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>", *extra_tokens],
+    )
+    fast.chat_template = template
+    return fast
+
+
+def make_model(folder: Path, architecture: str, *, template: str | None = CHATML, **config: Any) -> Path:
+    """Write a random model of one of ARCHITECTURES with its tokenizer. `config` overrides single values."""
+    import torch
+    import transformers
+
+    tokenizer = make_tokenizer(template)
+    values: dict[str, Any] = {
+        **_SHAPE,
+        "vocab_size": -(-len(tokenizer) // 64) * 64,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        **_SPECIAL[architecture],
+        **config,
+    }
+    prefix = _CLASS_PREFIX[architecture]
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{prefix}ForCausalLM")(getattr(transformers, f"{prefix}Config")(**values))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+_CLASS_PREFIX = {
+    "qwen3": "Qwen3",
+    "llama": "Llama",
+    "qwen3_next": "Qwen3Next",
+    "qwen3_moe": "Qwen3Moe",
+    "mixtral": "Mixtral",
+}
+_SPECIAL: dict[str, dict[str, Any]] = {
+    "qwen3": {"intermediate_size": 128, "head_dim": 32},
+    "llama": {"intermediate_size": 128},
+    "qwen3_next": {
+        "intermediate_size": 128,
+        "head_dim": 32,
+        "num_hidden_layers": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    "qwen3_moe": {
+        "intermediate_size": 128,
+        "head_dim": 32,
+        "moe_intermediate_size": 64,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    "mixtral": {"intermediate_size": 128, "num_local_experts": 8, "num_experts_per_tok": 2},
+}

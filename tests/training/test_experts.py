@@ -1,0 +1,109 @@
+"""Four bits in a mixture of experts: all of them, with the arithmetic of the same weights dequantised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.tiny_models import MIXTURES
+from tests.training.conftest import ModelOf, SpecOf
+from training.experts import expert_states, has_fused_experts
+from training.failures import TrainingFailed
+from training.folder import open_model_folder
+from training.model import _refuse_unquantised, count_weights, load_base_model
+
+
+def _load(spec: Any) -> Any:
+    return load_base_model(spec, open_model_folder(spec.model_path, spec.base_model))
+
+
+def _dequantised(folder: Path, quantised: Any) -> Any:
+    """The same architecture in 16 bits, with exactly the values that the 4-bit weights stand for."""
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=next(quantised.parameters()).dtype)
+    modules = dict(reference.named_modules())
+    for path, module in quantised.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            modules[path].weight.data = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        elif has_fused_experts(module):
+            for name, state in expert_states(module).items():
+                packed = module._parameters[name].data
+                getattr(modules[path], name).data = bnb.functional.dequantize_4bit(packed, state)
+    return reference.requires_grad_(False)
+
+
+def _loss_and_gradient(model: Any, ids_BT: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """Loss, and its gradient at the embeddings: it went back through every layer."""
+    embedded = model.get_input_embeddings()(ids_BT).detach().requires_grad_(True)
+    loss = model(inputs_embeds=embedded, labels=ids_BT).loss
+    loss.backward()
+    return loss.item(), embedded.grad
+
+
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_loss_and_gradients_equal_those_of_the_dequantised_weights(architecture: str, spec_of: SpecOf) -> None:
+    spec = spec_of(architecture)
+    quantised = _load(spec)
+    reference = _dequantised(spec.model_path, quantised)
+    ids_BT = torch.randint(0, 300, (2, 48), generator=torch.Generator().manual_seed(1))
+    loss, gradient = _loss_and_gradient(quantised, ids_BT)
+    expected_loss, expected_gradient = _loss_and_gradient(reference, ids_BT)
+    assert abs(loss - expected_loss) / expected_loss < 1e-3
+    assert (gradient - expected_gradient).norm() / expected_gradient.norm() < 1e-3
+
+
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_experts_take_at_most_0_53_byte_a_parameter(architecture: str, spec_of: SpecOf) -> None:
+    model = _load(spec_of(architecture))
+    expert_modules = [module for module in model.modules() if has_fused_experts(module)]
+    assert expert_modules
+    stored = parameters = 0
+    for module in expert_modules:
+        for name, state in expert_states(module).items():
+            stored += module._parameters[name].numel()
+            stored += state.absmax.numel() * state.absmax.element_size()
+            stored += state.state2.absmax.numel() * state.state2.absmax.element_size()
+            parameters += state.shape.numel()
+    assert stored / parameters <= 0.53
+
+
+def test_backward_keeps_no_unpacked_weight(spec_of: SpecOf) -> None:
+    """What autograd holds between forward and backward are packed bytes, never a 16-bit expert."""
+    model = _load(spec_of("qwen3_moe"))
+    module = next(module for module in model.modules() if has_fused_experts(module))
+    full_size = expert_states(module)["gate_up_proj"].shape.numel()
+    held: list[int] = []
+
+    def remember(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype is not torch.uint8:
+            held.append(tensor.numel())
+        return tensor
+
+    hidden = torch.randn(4, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        module(hidden, torch.tensor([[0, 1]] * 4), torch.full((4, 2), 0.5)).sum()
+    assert held and max(held) < full_size
+
+
+def test_a_large_weight_that_stayed_unquantised_is_refused(tiny: ModelOf) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(tiny("qwen3"), dtype=torch.bfloat16)
+    plain.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(2048, 1024, dtype=torch.bfloat16))
+    with pytest.raises(TrainingFailed) as refused:
+        _refuse_unquantised(plain, "tiny/qwen3")
+    assert refused.value.code == "model_unsupported"
+    assert "did not become 4-bit" in refused.value.message and "up_proj" in refused.value.message
+
+
+def test_every_linear_layer_but_the_named_few_is_packed(spec_of: SpecOf) -> None:
+    model = _load(spec_of("qwen3_next"))
+    plain = {
+        path.rpartition(".")[2]
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and not isinstance(module, bnb.nn.Linear4bit)
+    }
+    assert plain == {"lm_head", "in_proj_ba", "shared_expert_gate"}
+    assert count_weights(model).quantised_bytes > 0

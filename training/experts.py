@@ -1,0 +1,173 @@
+"""Fused experts in 4 bits: quantised layer by layer while loading, multiplied grouped, dequantised again in backward.
+
+transformers keeps all experts of a layer in one 3-D parameter, which `load_in_4bit` passes over without a word: of
+Qwen3-Next-80B-A3B 97 % would stay in bf16. Three things are registered with transformers here, by mechanism and for
+no model by name: a quantisation config, a quantizer that also takes such parameters, and an experts function that
+multiplies with them. Every module made by `use_experts_implementation` is served, with or without gate, bias and
+transposition.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import torch
+from transformers import BitsAndBytesConfig
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_mm
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+
+METHOD = "nf4_with_experts"
+EXPERTS_FUNCTION = "nf4_grouped"
+BLOCK = 64
+_STATES = "nf4_states"
+
+
+@register_quantization_config(METHOD)
+class Nf4Config(BitsAndBytesConfig):  # type: ignore[misc]
+    """NF4 with double quantisation for linear layers and fused experts alike."""
+
+    def __init__(self, compute_dtype: torch.dtype, skip_modules: list[str]) -> None:
+        super().__init__(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute_dtype,
+            llm_int8_skip_modules=skip_modules,
+        )
+        self.quant_method = METHOD
+
+
+@register_quantizer(METHOD)
+class Nf4Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
+    """bitsandbytes' quantizer, which also takes the 3-D parameters of fused experts."""
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        module, name = get_module_from_name(model, param_name)
+        return is_expert_weight(module, name) or bool(super().param_needs_quantization(model, param_name, **kwargs))
+
+    def get_quantize_ops(self) -> Nf4Quantize:
+        return Nf4Quantize(self)
+
+
+class Nf4Quantize(Bnb4bitQuantize):  # type: ignore[misc]
+    """Called by from_pretrained with one whole parameter, the moment it is put together from the checkpoint."""
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        full_layer_name: str | None = None,
+        model: torch.nn.Module | None = None,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        result: dict[str, torch.Tensor] = {}
+        for path, value in input_dict.items():
+            module, name = get_module_from_name(model, path)
+            if not is_expert_weight(module, name):
+                result |= super().convert({path: value}, full_layer_name=full_layer_name, model=model, **kwargs)
+                continue
+            weight_EOI = value[0] if isinstance(value, list) else value
+            result[path] = quantise_experts(module, name, weight_EOI)
+            module._is_hf_initialized = True
+        return result
+
+
+def has_fused_experts(module: torch.nn.Module) -> bool:
+    """True for what `use_experts_implementation` decorates: all experts of a layer in 3-D parameters."""
+    return hasattr(module, "is_transposed") and hasattr(module, "_apply_gate") and "down_proj" in module._parameters
+
+
+def is_expert_weight(module: torch.nn.Module, name: str) -> bool:
+    if not has_fused_experts(module) or name not in ("gate_up_proj", "up_proj", "down_proj"):
+        return False
+    parameter = module._parameters[name]
+    # Three axes before it is quantised, packed bytes after.
+    return parameter is not None and (parameter.dim() == 3 or name in expert_states(module))
+
+
+def expert_states(module: torch.nn.Module) -> dict[str, bnb.QuantState]:
+    """How to read the packed bytes of a module's experts, by parameter name; empty before they are quantised."""
+    states: dict[str, bnb.QuantState] = module.__dict__.setdefault(_STATES, {})
+    return states
+
+
+def quantise_experts(module: torch.nn.Module, name: str, weight_EOI: torch.Tensor) -> torch.nn.Parameter:
+    """Pack one expert parameter and remember its state on the module. The caller puts the result in its place."""
+    packed, state = bnb.quantize_4bit(
+        weight_EOI.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
+    )
+    expert_states(module)[name] = state
+    return torch.nn.Parameter(packed, requires_grad=False)
+
+
+class _Nf4GroupedMatmul(torch.autograd.Function):
+    """rows_SI @ weight of the row's expert. Keeps the packed bytes only and unpacks them anew in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows_SI: torch.Tensor,
+        packed: torch.Tensor,
+        state: bnb.QuantState,
+        ends_E: torch.Tensor,
+        is_transposed: bool,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(packed, ends_E)
+        ctx.state, ctx.is_transposed, ctx.rows_dtype = state, is_transposed, rows_SI.dtype
+        weight = bnb.dequantize_4bit(packed, state)
+        # As stored (E, out, in), or (E, in, out) where the model says transposed; the product wants (E, in, out).
+        return _grouped_mm(rows_SI, weight if is_transposed else weight.transpose(-2, -1), ends_E)
+
+    @staticmethod
+    def backward(ctx: Any, grad_SO: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+        packed, ends_E = ctx.saved_tensors
+        weight = bnb.dequantize_4bit(packed, ctx.state)
+        back = weight.transpose(-2, -1) if ctx.is_transposed else weight
+        return _grouped_mm(grad_SO.contiguous(), back, ends_E).to(ctx.rows_dtype), None, None, None, None
+
+
+def nf4_grouped_experts(
+    module: Any, hidden_ND: torch.Tensor, chosen_NK: torch.Tensor, weight_NK: torch.Tensor
+) -> torch.Tensor:
+    """Every token through its K experts: sort by expert, one grouped product up, one down, sort back, sum.
+
+    The arithmetic of transformers' own `grouped_mm`, with weights that are unpacked when they are needed.
+    """
+    tokens, k = chosen_NK.shape
+    expert_S, order_S = torch.sort(chosen_NK.reshape(-1))
+    rows_SD = hidden_ND[order_S // k]
+    # histc, and on the CPU in float: bincount is not deterministic, integer histc does not exist there.
+    counted = expert_S.float() if hidden_ND.device.type == "cpu" else expert_S.int()
+    count_E = torch.histc(counted, bins=module.num_experts, min=0, max=module.num_experts - 1)
+    ends_E = torch.cumsum(count_E, dim=0, dtype=torch.int32)
+
+    up_name = "gate_up_proj" if module.has_gate else "up_proj"
+    middle_SI = _multiply(module, up_name, rows_SD, ends_E, expert_S)
+    middle_SI = module._apply_gate(middle_SI) if module.has_gate else module.act_fn(middle_SI)
+    out_SD = _multiply(module, "down_proj", middle_SI, ends_E, expert_S)
+    if module.has_post_expert_norm:
+        out_SD = module.post_expert_norm(out_SD)
+
+    out_SD = out_SD * weight_NK.reshape(-1)[order_S].unsqueeze(-1)
+    back_S = torch.empty_like(order_S)
+    back_S[order_S] = torch.arange(order_S.numel(), device=order_S.device)
+    # Reshape and sum, not index_add_: that is not deterministic on a GPU.
+    return out_SD[back_S].view(tokens, k, -1).sum(dim=1).to(hidden_ND.dtype)
+
+
+def _multiply(
+    module: Any, name: str, rows: torch.Tensor, ends_E: torch.Tensor, expert_S: torch.Tensor
+) -> torch.Tensor:
+    state = expert_states(module)[name]
+    product: torch.Tensor = _Nf4GroupedMatmul.apply(
+        rows, module._parameters[name], state, ends_E, module.is_transposed
+    )
+    if module.has_bias:
+        product = product + getattr(module, f"{name}_bias")[expert_S]
+    return product
+
+
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS_FUNCTION, nf4_grouped_experts)
