@@ -136,11 +136,7 @@ def _faults_of_shard(file: Path, expected_tensors: set[str] | None) -> Iterator[
         return
     size = file.stat().st_size
     try:
-        with file.open("rb") as stream:
-            (header_bytes,) = struct.unpack("<Q", stream.read(8))
-            if header_bytes > _MAX_HEADER_BYTES:
-                raise ValueError("header too long")
-            header = json.loads(stream.read(header_bytes))
+        header_bytes, header = _read_header(file)
         tensors = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, struct.error):
         yield f"shard {file.name} ({size:,} bytes) has no readable safetensors header"
@@ -152,6 +148,23 @@ def _faults_of_shard(file: Path, expected_tensors: set[str] | None) -> Iterator[
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         yield f"shard {file.name} lacks the tensor {missing[0]}{more}"
+
+
+def _read_header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Length and content of a safetensors header. Raises OSError, ValueError or struct.error when there is none."""
+    with file.open("rb") as stream:
+        (header_bytes,) = struct.unpack("<Q", stream.read(8))
+        if header_bytes > _MAX_HEADER_BYTES:
+            raise ValueError("header too long")
+        return header_bytes, dict(json.loads(stream.read(header_bytes)))
+
+
+def weight_shapes(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor of a whole model folder, without reading the weights."""
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, entry in _read_header(file)[1].items():
+            if name != "__metadata__":
+                yield name, tuple(entry["shape"])
 
 
 def _known_hashes(folder: Path) -> dict[str, str]:

@@ -95,6 +95,8 @@ class Reporter:
         self._must_start = False
         self._started = started_before
         self._plan: events.Planned | None = None
+        self._plan_to_write: events.Planned | None = None
+        self._estimated = False
         self._resumed_at: int | None = None
         self._first_step: tuple[int, float] | None = None
         self._story: deque[_StoryLine] = deque(maxlen=MAX_STORY)
@@ -111,7 +113,7 @@ class Reporter:
             case events.StageEntered():
                 self.enter(event.stage, event.detail)
             case events.Planned():
-                self._plan = event
+                self._plan = self._plan_to_write = event
                 self._standing.total_steps = event.total_steps
                 self.tell("planned", _plan_in_words(event), event.model_dump(exclude={"job_id", "kind"}))
             case events.Progress():
@@ -154,6 +156,13 @@ class Reporter:
         self._raise_progress(STAGE_PROGRESS.get(stage, self._standing.progress))
         self.tell("stage", detail or f"Stage {stage}.", {"stage": stage.value})
 
+    def note_download(self, done_bytes: int, total_bytes: int) -> None:
+        """How far the base model's download is."""
+        self._standing.metrics |= {"downloaded_bytes": done_bytes, "download_total_bytes": total_bytes}
+        begin, end = STAGE_PROGRESS[Stage.DOWNLOADING], STAGE_PROGRESS[Stage.LOADING]
+        self._raise_progress(begin + (end - begin) * done_bytes / max(total_bytes, 1))
+        self._dirty.set()
+
     def _take_step(self, event: events.Progress) -> None:
         standing = self._standing
         if self._first_step is None:
@@ -170,6 +179,9 @@ class Reporter:
             "gpu_memory_gib": event.gpu_memory_gib,
         }
         standing.seconds_left = self._seconds_left(event)
+        if standing.seconds_left is not None and not self._estimated:
+            # The speed is known now: the row's estimate of the cost is corrected, once.
+            self._estimated, self._plan_to_write = True, self._plan
         self._add_point(
             MetricPoint(
                 epoch=int(event.epoch),
@@ -235,6 +247,12 @@ class Reporter:
     def cost(self) -> float | None:
         return self._meter.cost(self.attempt_seconds)
 
+    @property
+    def _estimated_total_cost(self) -> float | None:
+        if self._standing.seconds_left is None:
+            return None
+        return self._meter.cost(self.attempt_seconds + self._standing.seconds_left)
+
     async def run(self) -> None:
         """Write until cancelled, at most once a second; catch up after the database was away."""
         while True:
@@ -265,14 +283,15 @@ class Reporter:
             raise
 
     async def _write_plan(self) -> None:
-        if (plan := self._plan) is not None:
+        if (plan := self._plan_to_write) is not None:
             await self._store.record_plan(
                 self._lease,
                 total_steps=plan.total_steps,
                 total_epochs=plan.total_epochs,
-                estimated_total_cost=None,
+                estimated_total_cost=self._estimated_total_cost,
             )
-            self._plan = None
+            if self._plan_to_write is plan:
+                self._plan_to_write = None
         if (step := self._resumed_at) is not None:
             # Steps after the checkpoint are trained again: their old points would show twice.
             await self._store.forget_metrics(self._lease, step)

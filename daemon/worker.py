@@ -19,6 +19,7 @@ from typing import Any, TypeVar, assert_never
 
 import structlog
 
+from daemon.adapter_size import expected_adapter_bytes
 from daemon.callback import CallbackCourier
 from daemon.child import Patience, Stopped, Verdict, run_child
 from daemon.cost import Meter, price_per_gpu_hour
@@ -303,10 +304,14 @@ class Worker:
             reporter.tell("unknown_keys", f"Unknown and unused: {', '.join(row.unknown_keys)}.")
         workspace = Workspace.open(settings.work_dir, job.id, job.lease_epoch)
 
+        # The data first: they are what is wrong most often, and cost seconds where a model may cost hours.
         reporter.enter(Stage.DOWNLOADING)
-        model = await _until_stopped(resolve_model(row.hyperparameters.base_model, settings), stop)
         dataset = await _until_stopped(fetch_dataset(job, settings, self._with.storage, workspace.dataset_path), stop)
-        await _until_stopped(self._with.storage.check(_expected_adapter_bytes(row)), stop)
+        model = await _until_stopped(
+            resolve_model(row.hyperparameters.base_model, settings, reporter.note_download), stop
+        )
+        adapter_bytes = await asyncio.to_thread(expected_adapter_bytes, model.path, row.hyperparameters)
+        await _until_stopped(self._with.storage.check(adapter_bytes), stop)
 
         spec = JobSpec(
             job_id=str(job.id),
@@ -518,9 +523,3 @@ def _manifest_facts(spec: JobSpec, summary: dict[str, Any]) -> dict[str, Any]:
         "summary": summary,
         "versions": installed_versions(),
     }
-
-
-def _expected_adapter_bytes(row: ParsedRow) -> int:
-    # fp32 pairs of rank x (in + out) for the seven projections of a 40-layer model of width 4096:
-    # about 10 MB a rank; the trainer's own preflight knows the model and is exact.
-    return row.hyperparameters.lora_rank * 10_000_000
