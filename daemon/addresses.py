@@ -16,7 +16,7 @@ import ssl
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http.cookiejar import CookieJar, DefaultCookiePolicy
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from urllib.parse import urlsplit
 
 import httpx
@@ -33,6 +33,19 @@ DEFAULT_PORTS = {"https": 443, "http": 80}
 _LOCAL_NAMES = re.compile(r"(^|\.)(localhost|local|localdomain|internal|intranet|lan|home\.arpa|metadata)$")
 # Azure's wire server and its kin answer on an address that counts as public.
 _CLOUD_METADATA = frozenset({ip_address("168.63.129.16")})
+# The registry of special addresses, as far as Python's own answer differs between versions; Oracle's cloud
+# keeps metadata in the first, Alibaba's in the second.
+_SPECIAL_IPV4 = tuple(
+    IPv4Network(net)
+    for net in (
+        "192.0.0.0/24",
+        "100.64.0.0/10",
+        "192.88.99.0/24",
+        "198.18.0.0/15",
+        "192.31.196.0/24",
+        "192.52.193.0/24",
+    )
+)
 # A name whose last label is a number is an IPv4 address to many parsers: 2130706433, 0x7f.1, 017700000001.
 _ENDS_IN_A_NUMBER = re.compile(r"(^|\.)(\d+|0[xX][0-9a-fA-F]*)$")
 _CANONICAL_IPV4 = re.compile(r"^(0|[1-9]\d{0,2})(\.(0|[1-9]\d{0,2})){3}$")
@@ -145,6 +158,8 @@ def is_public(address: Address) -> bool:
             return is_public(inner)
         if any(address in network for network in _HIDDEN_FORMS):
             return False
+    elif any(address in network for network in _SPECIAL_IPV4):
+        return False
     return address.is_global and not (
         address.is_private
         or address.is_multicast
@@ -204,7 +219,7 @@ def _parse(url: str) -> tuple[httpx.URL, str, int]:
     host = host[:-1] if host.endswith(".") else host
     if not host:
         raise AddressRefused("the URL names no host")
-    port = parsed.port or DEFAULT_PORTS[parsed.scheme]
+    port = DEFAULT_PORTS[parsed.scheme] if parsed.port is None else parsed.port
     if not 0 < port < 65536:
         raise AddressRefused(f"{host}: {port} is not a port")
     return parsed.copy_with(host=host, fragment=None), host, port

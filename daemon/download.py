@@ -7,6 +7,7 @@ of a stored dataset is signed when it is needed and again when it has expired; a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import hashlib
 import re
@@ -41,7 +42,7 @@ MAX_REDIRECTS = 5
 FRUITLESS_TRIES = 5
 FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 30.0
-WRITE_BYTES = 1024 * 1024
+COPY_BYTES = 1024 * 1024
 
 RETRYABLE = frozenset({408, 423, 425, 429, 500, 502, 503, 504, 522, 524, 544})
 _CONTENT_RANGE = re.compile(r"^bytes (?P<first>\d+)-\d+/(?P<total>\d+|\*)$")
@@ -195,7 +196,8 @@ async def download(
     except OSError as error:
         raise _disk_trouble(to, error) from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
     return FetchedDataset(to, transfer.received, transfer.digest.hexdigest(), source)
 
 
@@ -251,7 +253,8 @@ async def _receive(response: httpx.Response, transfer: _Transfer) -> None:
         raise _too_large(transfer, f"{announced:,} bytes")
     if status == 200:
         transfer.validator = _strong_validator(response)
-    async for piece in response.aiter_bytes(WRITE_BYTES):
+    # In the network's own pieces: asked for larger ones, httpx would drop what it had gathered when cut.
+    async for piece in response.aiter_bytes():
         if transfer.received + len(piece) > transfer.max_bytes:
             raise _too_large(transfer, f"more than {transfer.max_bytes:,} bytes")
         await asyncio.to_thread(transfer.write, piece)
@@ -335,7 +338,7 @@ def _copy_local(file: Path, to: Path, max_bytes: int, source: str) -> FetchedDat
         to.parent.mkdir(parents=True, exist_ok=True)
         with file.open("rb") as reading, part.open("wb") as writing:
             transfer = _Transfer(writing, max_bytes, source)
-            while piece := reading.read(WRITE_BYTES):
+            while piece := reading.read(COPY_BYTES):
                 if transfer.received + len(piece) > max_bytes:
                     raise _too_large(transfer, f"{file.stat().st_size:,} bytes")
                 transfer.write(piece)
@@ -344,7 +347,8 @@ def _copy_local(file: Path, to: Path, max_bytes: int, source: str) -> FetchedDat
     except OSError as error:
         raise _disk_trouble(to, error) from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
     return FetchedDataset(to, transfer.received, transfer.digest.hexdigest(), source)
 
 
