@@ -53,7 +53,7 @@ image: ## the container image for RunPod, by docker or buildah (BASE=…, IMAGE=
 image-check: ## lint the Dockerfile
 	@.ci/image check
 
-clean: ## remove the environment, the demo's model and every build output
+clean: ## remove the environment and every build output (the demo's model stays in ~/.cache)
 	@rm -rf $(VENV) .cache build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache *.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
