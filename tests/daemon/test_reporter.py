@@ -1,0 +1,207 @@
+"""From events to rows: what the app reads while a job trains. A real store on a real Postgres."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from uuid import UUID, uuid4
+
+import pytest
+
+from daemon.cost import Meter
+from daemon.database import Database
+from daemon.job import ClaimedJob
+from daemon.reporter import Reporter
+from daemon.store import Store
+from tests.postgres import AppDatabase
+from training import events
+from training.events import Stage
+
+
+@dataclass
+class Claimed:
+    """A claimed job, its reporter, and how often a write was refused."""
+
+    app: AppDatabase
+    store: Store
+    job: ClaimedJob
+    refusals: list[None] = field(default_factory=list)
+
+    @property
+    def id(self) -> UUID:
+        return self.job.id
+
+    def reporter(self, price: float | None = None) -> Reporter:
+        meter = Meter(price=price, num_gpus=1, already_spent=0.0)
+        return Reporter(self.store, self.job.lease, meter=meter, on_refused=lambda: self.refusals.append(None))
+
+    def step(self, number: int, total: int = 10, **changes: object) -> events.Progress:
+        said: dict[str, object] = {
+            "job_id": str(self.id),
+            "step": number,
+            "total_steps": total,
+            "epoch": number / total,
+            "loss": 2.0,
+            "learning_rate": 1e-4,
+            "grad_norm": 1.0,
+            "tokens_per_second": 50.0,
+        }
+        return events.Progress.model_validate(said | changes)
+
+    def points(self) -> list[dict[str, object]]:
+        return self.app.run("SELECT * FROM metrics_points WHERE job_id = %s ORDER BY step", (self.id,))
+
+
+@pytest.fixture
+async def claimed(database: AppDatabase) -> AsyncIterator[Claimed]:
+    user_id = database.insert_user()
+    database.insert_job(user_id, database.insert_dataset(user_id))
+    async with Database(database.dsn, application_name="test") as connection:
+        store = Store(connection)
+        claim = await store.claim_job(
+            uuid4(), free_gpus=None, gpu_memory_gb=None, gpu_type=None, models=None, user_cap=None, lease_seconds=60
+        )
+        assert claim.job is not None
+        yield Claimed(database, store, claim.job)
+
+
+async def test_the_first_step_makes_the_job_running_and_steps_make_points(claimed: Claimed) -> None:
+    reporter = claimed.reporter()
+    reporter.enter(Stage.LOADING)
+    await reporter.flush()
+    assert claimed.app.job(claimed.id)["status"] == "initializing"
+    for number in (1, 2, 3):
+        reporter.report(claimed.step(number))
+    await reporter.flush()
+    row = claimed.app.job(claimed.id)
+    assert (row["status"], row["current_stage"], row["current_step"]) == ("running", "training", 3)
+    assert float(row["progress"]) == 5 + 90 * 0.3
+    assert [point["step"] for point in claimed.points()] == [1, 2, 3]
+    assert row["current_metrics"]["training_loss"] == 2.0
+
+
+async def test_many_events_become_one_write_of_the_row_a_second(claimed: Claimed) -> None:
+    reporter = claimed.reporter()
+    claimed.app.run(
+        "CREATE TABLE written (at timestamptz); "
+        "CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS "
+        "$$ BEGIN INSERT INTO public.written VALUES (clock_timestamp()); RETURN NULL; END $$; "
+        "CREATE TRIGGER zz_note AFTER UPDATE ON training_jobs FOR EACH ROW EXECUTE FUNCTION note()"
+    )
+    writing = asyncio.create_task(reporter.run())
+    for number in range(1, 251):
+        reporter.report(claimed.step(number, total=1000))
+        await asyncio.sleep(0.01)
+    writing.cancel()
+    await asyncio.gather(writing, return_exceptions=True)
+    await reporter.flush()
+    written = claimed.app.one("SELECT count(*) AS count FROM written")["count"]
+    # Two and a half seconds or a little more: start, about one write a second, the last flush.
+    assert written <= 8
+    assert len(claimed.points()) == 250
+
+
+async def test_numbers_of_any_size_never_break_the_stream(claimed: Claimed) -> None:
+    reporter = claimed.reporter()
+    huge = [
+        claimed.step(1, grad_norm=1e30),
+        claimed.step(2, loss=1e12),
+        claimed.step(3, loss="NaN"),
+        claimed.step(4, grad_norm="Infinity", tokens_per_second=0.0),
+        claimed.step(5),
+    ]
+    for event in huge:
+        reporter.report(event)
+    await reporter.flush()
+    points = {point["step"]: point for point in claimed.points()}
+    assert set(points) == {1, 2, 4, 5}
+    assert points[1]["gradient_norm"] is None and points[4]["gradient_norm"] is None
+    assert claimed.app.job(claimed.id)["current_step"] == 5
+    assert "notice" in claimed.app.story(claimed.id)
+
+
+async def test_a_validation_loss_joins_its_step_point(claimed: Claimed) -> None:
+    reporter = claimed.reporter()
+    reporter.report(claimed.step(4))
+    await reporter.flush()
+    reporter.report(events.Evaluated(job_id=str(claimed.id), step=4, epoch=1.0, validation_loss=1.25))
+    await reporter.flush()
+    (point,) = claimed.points()
+    assert float(str(point["validation_loss"])) == 1.25 and float(str(point["training_loss"])) == 2.0
+
+
+async def test_a_resume_forgets_the_points_after_its_checkpoint(claimed: Claimed) -> None:
+    reporter = claimed.reporter()
+    for number in range(1, 6):
+        reporter.report(claimed.step(number))
+    await reporter.flush()
+    reporter.report(events.Notice(job_id=str(claimed.id), code="resumed", message="…", data={"step": 2}))
+    reporter.report(claimed.step(3, loss=9.0))
+    await reporter.flush()
+    assert [(point["step"], float(str(point["training_loss"]))) for point in claimed.points()] == [
+        (1, 2.0),
+        (2, 2.0),
+        (3, 9.0),
+    ]
+
+
+async def test_progress_never_falls_within_an_attempt(claimed: Claimed) -> None:
+    reporter = claimed.reporter()
+    reporter.report(claimed.step(8))
+    await reporter.flush()
+    reporter.report(claimed.step(2))
+    await reporter.flush()
+    assert float(claimed.app.job(claimed.id)["progress"]) == 5 + 90 * 0.8
+
+
+async def test_the_cost_grows_with_the_hosts_price_and_the_estimate_is_corrected(claimed: Claimed) -> None:
+    reporter = claimed.reporter(price=3600.0)
+    reporter.report(
+        events.Planned(
+            job_id=str(claimed.id), total_steps=10, total_epochs=2, train_examples=9, validation_examples=1,
+            train_tokens=900, trained_tokens=300, max_length=64,
+        )
+    )  # fmt: skip
+    reporter.report(claimed.step(1))
+    await asyncio.sleep(0.2)
+    reporter.report(claimed.step(2))
+    await reporter.flush()
+    row = claimed.app.job(claimed.id)
+    assert (row["total_steps"], row["total_epochs"]) == (10, 2)
+    assert float(row["current_cost"]) >= 0.2
+    assert float(row["estimated_total_cost"]) > float(row["current_cost"])
+    assert row["estimated_completion_at"] is not None
+
+
+async def test_a_refused_write_raises_doubt_and_loses_nothing_of_the_story(claimed: Claimed) -> None:
+    reporter = claimed.reporter()
+    claimed.app.run("UPDATE training_jobs SET status = 'cancelled' WHERE id = %s", (claimed.id,))
+    reporter.report(claimed.step(1))
+    writing = asyncio.create_task(reporter.run())
+    async with asyncio.timeout(10):
+        while not claimed.refusals:
+            await asyncio.sleep(0.02)
+    writing.cancel()
+    await asyncio.gather(writing, return_exceptions=True)
+    assert claimed.app.job(claimed.id)["status"] == "cancelled"
+
+
+async def test_while_the_database_is_away_everything_is_kept_and_written_when_it_is_back(claimed: Claimed) -> None:
+    reporter = claimed.reporter()
+    writing = asyncio.create_task(reporter.run())
+    try:
+        for number in range(1, 4):
+            reporter.report(claimed.step(number))
+            claimed.app.run(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE application_name = 'test' AND datname = current_database()"
+            )
+            await asyncio.sleep(0.3)
+        async with asyncio.timeout(20):
+            while len(claimed.points()) < 3:
+                await asyncio.sleep(0.05)
+    finally:
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)
+    assert [point["step"] for point in claimed.points()] == [1, 2, 3]
