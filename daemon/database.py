@@ -91,7 +91,9 @@ class Database:
         async with self._lock:
             # A task of its own: a half-open connection can swallow one cancellation, never the loop below.
             work = asyncio.ensure_future(self._fetch(statement, parameters or {}))
-            allowed = self._statement_seconds + (self._connect_seconds if self._connection is None else 0.0) + 5.0
+            connecting = self._connect_seconds if self._connection is None else 0.0
+            # Postgres itself ends what is late; the margin is for one that does not answer at all.
+            allowed = self._statement_seconds + connecting + min(5.0, self._statement_seconds)
             try:
                 done, _ = await asyncio.wait({work}, timeout=allowed)
             except asyncio.CancelledError:

@@ -37,7 +37,17 @@ async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_C
     async with AsyncExitStack() as stack:
         # Three connections: one that works, one that keeps the leases alive, one that listens.
         database = await stack.enter_async_context(Database(dsn, application_name="brightrun-trainer"))
-        heartbeat = await stack.enter_async_context(Database(dsn, application_name="brightrun-trainer heartbeat"))
+        # A heartbeat without an answer is given up after a third of the lease: found half open, its connection is
+        # made anew before anybody else may think us dead.
+        patience = settings.lease_seconds / 6
+        heartbeat = await stack.enter_async_context(
+            Database(
+                dsn,
+                application_name="brightrun-trainer heartbeat",
+                connect_seconds=patience,
+                statement_seconds=patience,
+            )
+        )
         storage = open_storage(settings)
         stack.push_async_callback(storage.close)
         store = Store(database)

@@ -1,0 +1,317 @@
+"""The database goes away, the network lies, a pooler swallows notifications: no job is lost and none is done twice.
+
+Each test that stops Postgres has a server of its own; cuts and half-open connections are made by a proxy.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import UUID
+
+import psycopg
+import pytest
+
+from daemon.embedded_postgres import EmbeddedPostgres
+from daemon.migrate import migrate
+from tests.daemon_process import DaemonProcess, alive, eventually
+from tests.lifecycle.queue import Queue
+from tests.lifecycle.tcp_proxy import TcpProxy
+
+SLOW_POLL = 60
+# A minute is what made pgqueuer and procrastinate give up for good.
+OUTAGE_SECONDS = [3, pytest.param(60, marks=[pytest.mark.system, pytest.mark.timeout(240)])]
+LISTENER, WORK, HEARTBEAT = (
+    "brightrun-trainer listener",
+    "brightrun-trainer",
+    "brightrun-trainer heartbeat",
+)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[EmbeddedPostgres]:
+    """A server that may be stopped: nobody else uses it."""
+    with EmbeddedPostgres() as server:
+        yield server
+
+
+@pytest.fixture
+def own_queue(server: EmbeddedPostgres, tmp_path: Path) -> Queue:
+    name = f"outage_{time.time_ns()}"
+    with psycopg.connect(server.dsn(), autocommit=True) as admin:
+        admin.execute(f"CREATE DATABASE {name}".encode())
+    migrate(server.dsn(dbname=name), local=True)
+    return Queue(server.dsn(dbname=name), tmp_path)
+
+
+@pytest.fixture
+def proxy(own_queue: Queue) -> Iterator[TcpProxy]:
+    port = psycopg.conninfo.conninfo_to_dict(own_queue.dsn)["port"]
+    assert port is not None
+    with TcpProxy(int(port)) as proxy:
+        yield proxy
+
+
+def trained_steps(folder: Path, job: UUID) -> int:
+    """What the child has done, from its checkpoint: the database may be away."""
+    steps = [int(path.read_text()) for path in (folder / "jobs" / str(job) / "checkpoints").glob("e*/step")]
+    return max(steps, default=0)
+
+
+def settled_once(queue: Queue, job: UUID) -> bool:
+    return queue.story(job).count("completed") == 1 and queue.leases() == []
+
+
+# -- Postgres stops and starts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seconds", OUTAGE_SECONDS)
+def test_an_idle_daemon_outlives_an_outage_and_is_awake_at_once(
+    server: EmbeddedPostgres, own_queue: Queue, tmp_path: Path, seconds: int
+) -> None:
+    with own_queue.daemon(tmp_path, poll_seconds=SLOW_POLL) as daemon:
+        daemon.wait_for_log("listener_hears")
+        server.stop()
+        try:
+            daemon.wait_for_log("listener_lost")
+            time.sleep(seconds)  # the outage itself
+        finally:
+            server.start()
+        daemon.wait_for_log("listener_hears", count=2, seconds=25)
+        begun = time.monotonic()
+        own_queue.wait_for(own_queue.insert(), "completed")
+        assert time.monotonic() - begun < SLOW_POLL / 4 and alive(daemon.pid)
+
+
+@pytest.mark.parametrize("seconds", OUTAGE_SECONDS)
+def test_training_goes_on_through_an_outage_and_ends_with_one_attempt(
+    server: EmbeddedPostgres, own_queue: Queue, tmp_path: Path, seconds: int
+) -> None:
+    lease_seconds = 2
+    with (
+        own_queue.daemon(tmp_path, name="one", lease_seconds=lease_seconds) as one,
+        own_queue.daemon(tmp_path, name="two", lease_seconds=lease_seconds) as two,
+    ):
+        steps = 40 * (seconds + lease_seconds)
+        job = own_queue.insert(script=[["steps", steps, 0.05]])
+        own_queue.wait_for(job, "running")
+        server.stop()
+        try:
+            before = trained_steps(tmp_path, job)
+            time.sleep(seconds)
+            during = trained_steps(tmp_path, job)
+        finally:
+            server.start()
+        assert during > before + 5 * seconds
+        row = own_queue.wait_for(job, "completed", seconds=30 + steps * 0.06)
+        eventually(lambda: settled_once(own_queue, job))
+        assert not one.logged("job_reaped") and not two.logged("job_reaped")
+    assert row["attempt"] == 1 and "reaped" not in own_queue.story(job)
+    # The reporter caught up: no point of the curve is missing.
+    assert [point["step"] for point in own_queue.points(job)] == list(range(1, steps + 1))
+
+
+def test_a_training_that_ends_during_an_outage_is_completed_after_it(
+    server: EmbeddedPostgres, own_queue: Queue, tmp_path: Path
+) -> None:
+    with own_queue.daemon(tmp_path, lease_seconds=2) as daemon:
+        job = own_queue.insert(script=[["steps", 40, 0.03]])
+        own_queue.wait_for(job, "running")
+        server.stop()
+        try:
+            daemon.wait_for_log("ending_delayed", seconds=15)
+        finally:
+            server.start()
+        row = own_queue.wait_for(job, "completed")
+        eventually(lambda: settled_once(own_queue, job))
+    assert row["attempt"] == 1
+    assert (tmp_path / "storage" / row["adapter_path"]).stat().st_size == row["adapter_bytes"]
+
+
+def test_a_server_that_crashes_costs_no_attempt(server: EmbeddedPostgres, own_queue: Queue, tmp_path: Path) -> None:
+    with own_queue.daemon(tmp_path, lease_seconds=2):
+        job = own_queue.insert(script=[["steps", 100, 0.03]])
+        own_queue.wait_for(job, "running")
+        server.kill()
+        server.start()
+        row = own_queue.wait_for(job, "completed")
+        eventually(lambda: settled_once(own_queue, job))
+    assert row["attempt"] == 1
+
+
+def test_nobody_is_reaped_for_the_time_that_the_server_was_down(
+    server: EmbeddedPostgres, own_queue: Queue, tmp_path: Path
+) -> None:
+    """pg_cron and the gateway reap as well, and may be back before the daemon is."""
+    with own_queue.daemon(tmp_path, lease_seconds=2) as daemon:
+        job = own_queue.insert(script=[["steps", 150, 0.03]])
+        own_queue.wait_for(job, "running")
+        server.stop()
+        try:
+            daemon.signal(signal.SIGSTOP)
+            time.sleep(2.5)  # longer than the lease
+        finally:
+            server.start()
+        with own_queue.connect() as cron:
+            assert cron.execute("SELECT * FROM reap_expired_leases()").fetchall() == []
+        daemon.signal(signal.SIGCONT)
+        assert own_queue.wait_for(job, "completed")["attempt"] == 1
+
+
+# -- connections that are cut or say nothing any more --------------------------------------------------------------
+
+
+def test_cut_connections_are_made_again_and_the_job_does_not_notice(
+    own_queue: Queue, proxy: TcpProxy, tmp_path: Path
+) -> None:
+    with DaemonProcess(proxy.dsn(own_queue.dsn), tmp_path, poll_seconds=SLOW_POLL) as daemon:
+        daemon.wait_for_log("listener_hears")
+        job = own_queue.insert(script=[["steps", 150, 0.02]])
+        own_queue.wait_for(job, "running")
+        assert proxy.cut() == 3
+        row = own_queue.wait_for(job, "completed")
+        daemon.wait_for_log("listener_hears", count=2)
+    assert row["attempt"] == 1
+
+
+def test_backends_that_an_operator_terminates_are_replaced(own_queue: Queue, tmp_path: Path) -> None:
+    with own_queue.daemon(tmp_path, poll_seconds=SLOW_POLL) as daemon, own_queue.connect() as operator:
+        daemon.wait_for_log("listener_hears")
+        job = own_queue.insert(script=[["steps", 150, 0.02]])
+        own_queue.wait_for(job, "running")
+        ended = operator.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND application_name LIKE 'brightrun-trainer%'"
+        ).fetchall()
+        assert len(ended) == 3
+        row = own_queue.wait_for(job, "completed")
+        daemon.wait_for_log("listener_hears", count=2)
+    assert row["attempt"] == 1
+
+
+def test_a_half_open_listener_is_found_and_replaced(own_queue: Queue, proxy: TcpProxy, tmp_path: Path) -> None:
+    with DaemonProcess(proxy.dsn(own_queue.dsn), tmp_path, poll_seconds=300) as daemon:
+        daemon.wait_for_log("listener_hears")
+        assert proxy.half_open(LISTENER) == 1
+        job = own_queue.insert()  # its notification falls into the void
+        daemon.wait_for_log("listener_lost", seconds=25)
+        own_queue.wait_for(job, "completed")
+
+
+def test_a_half_open_heartbeat_is_replaced_before_the_lease_runs_out(
+    own_queue: Queue, proxy: TcpProxy, tmp_path: Path
+) -> None:
+    with (
+        DaemonProcess(proxy.dsn(own_queue.dsn), tmp_path, name="holder", lease_seconds=9) as holder,
+        own_queue.daemon(tmp_path, name="heir", lease_seconds=9) as heir,
+    ):
+        heir.wait_for_log("listener_hears")
+        holder.wait_for_log("listener_hears")
+        heir.signal(signal.SIGUSR1)  # so that the job is the holder's
+        heir.wait()
+        job = own_queue.insert(script=[["steps", 500, 0.04]])
+        own_queue.wait_for(job, "running")
+        with own_queue.daemon(tmp_path, name="reaper", lease_seconds=1) as reaper:
+            # Its connection is made for the first renewal.
+            eventually(lambda: (lease := own_queue.leases()[0])["heartbeat_at"] > lease["claimed_at"])
+            assert proxy.half_open(HEARTBEAT) == 1
+            holder.wait_for_log("lease_not_renewed", seconds=20)
+            row = own_queue.wait_for(job, "completed", seconds=60)
+            assert not reaper.logged("job_reaped")
+        assert not holder.logged("lease_lost")
+    assert row["attempt"] == 1
+
+
+@pytest.mark.system
+def test_a_half_open_work_connection_is_given_up_and_everything_written(
+    own_queue: Queue, proxy: TcpProxy, tmp_path: Path
+) -> None:
+    with DaemonProcess(proxy.dsn(own_queue.dsn), tmp_path, lease_seconds=9) as daemon:
+        job = own_queue.insert(script=[["steps", 100, 0.04]])
+        own_queue.wait_for(job, "running")
+        assert proxy.half_open(WORK) == 1
+        row = own_queue.wait_for(job, "completed", seconds=60)
+        assert daemon.logged("report_delayed") or daemon.logged("ending_delayed")
+    assert row["attempt"] == 1
+    assert [point["step"] for point in own_queue.points(job)] == list(range(1, 101))
+
+
+def test_a_partitioned_daemon_that_shall_stop_ends_its_child_and_another_goes_on(
+    own_queue: Queue, proxy: TcpProxy, tmp_path: Path
+) -> None:
+    with DaemonProcess(
+        proxy.dsn(own_queue.dsn), tmp_path, name="cut_off", lease_seconds=2, on_partition="stop"
+    ) as cut_off:
+        job = own_queue.insert(script=[["steps", 150, 0.05]])
+        own_queue.wait_for(job, "running")
+        children = cut_off.children()
+        proxy.partition()
+        with own_queue.daemon(tmp_path, name="heir", lease_seconds=2) as heir:
+            eventually(lambda: not any(alive(pid) for pid in children), seconds=15)
+            cut_off.wait_for_log("attempt_superseded")
+            row = own_queue.wait_for(job, "completed", seconds=40)
+            heir.wait_for_log("job_claimed")
+        proxy.heal()
+        cut_off.wait_for_log("listener_hears", count=2, seconds=40)
+        own_queue.wait_for(own_queue.insert(), "completed")
+    assert row["attempt"] == 2 and own_queue.story(job).count("completed") == 1
+
+
+# -- a transaction pooler ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pooled(own_queue: Queue, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The queue's URL through PgBouncer in transaction mode, on the port where Supabase's stands."""
+    given = psycopg.conninfo.conninfo_to_dict(own_queue.dsn)
+    # An address of loopback that nobody else uses: the port is the one that the daemon knows poolers by.
+    address, port = "127.43.0.1", 6543
+    folder = tmp_path_factory.mktemp("pgbouncer")
+    (folder / "users.txt").write_text(f'"{given["user"]}" "{given["password"]}"\n')
+    (folder / "pgbouncer.ini").write_text(
+        f"[databases]\n{given['dbname']} = host=127.0.0.1 port={given['port']}\n"
+        f"[pgbouncer]\nlisten_addr = {address}\nlisten_port = {port}\nunix_socket_dir =\nauth_type = plain\n"
+        f"auth_file = {folder}/users.txt\npool_mode = transaction\ndefault_pool_size = 4\n"
+    )
+    command = ["/usr/sbin/pgbouncer", str(folder / "pgbouncer.ini")]
+    # PgBouncer refuses to run as root, as Postgres does.
+    user = {"user": "nobody"} if os.geteuid() == 0 else {}
+    if user:
+        entry = pwd.getpwnam("nobody")
+        for path in (folder, *folder.iterdir()):
+            os.chown(path, entry.pw_uid, entry.pw_gid)
+        for parent in folder.parents:
+            if parent.stat().st_uid == 0 and parent.name.startswith("pytest-"):
+                parent.chmod(0o755)
+    with (folder / "log").open("ab") as log, subprocess.Popen(command, stdout=log, stderr=log, **user) as pooler:
+        dsn = f"postgresql://{given['user']}:{given['password']}@{address}:{port}/{given['dbname']}"
+
+        def answers() -> bool:
+            assert pooler.poll() is None, (folder / "log").read_text()
+            try:
+                psycopg.connect(dsn, prepare_threshold=None).close()
+            except psycopg.OperationalError:
+                return False
+            return True
+
+        eventually(answers, seconds=10)
+        yield dsn
+        pooler.terminate()
+
+
+@pytest.mark.system
+def test_behind_a_transaction_pooler_the_daemon_says_so_and_finds_jobs_by_its_poll(
+    own_queue: Queue, pooled: str, tmp_path: Path
+) -> None:
+    with DaemonProcess(pooled, tmp_path, poll_seconds=1) as daemon:
+        deaf = daemon.wait_for_log("listener_deaf", seconds=20)
+        assert deaf["port"] == 6543 and "session pooler (port 5432)" in deaf["advice"]
+        row = own_queue.wait_for(own_queue.insert(script=[["steps", 50, 0.02]]), "completed")
+        second = own_queue.wait_for(own_queue.insert(), "completed", seconds=15)
+    assert row["attempt"] == 1 and second["attempt"] == 1
+    assert len(own_queue.points(row["id"])) == 50
