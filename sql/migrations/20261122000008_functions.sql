@@ -39,6 +39,8 @@ AS $$
         SELECT lease.job_id, lease.epoch
         FROM public.training_leases AS lease
         WHERE lease.expires_at < clock_timestamp()
+          -- Nobody could renew while the server was down: after a restart each lease has its whole length again.
+          AND pg_postmaster_start_time() + (lease.expires_at - lease.heartbeat_at) < clock_timestamp()
         ORDER BY lease.expires_at
         LIMIT most
         FOR UPDATE SKIP LOCKED
