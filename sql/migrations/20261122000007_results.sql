@@ -79,7 +79,7 @@ SET search_path = ''
 SET lock_timeout = '2s'
 AS $$
 DECLARE
-    details jsonb := jsonb_strip_nulls(jsonb_build_object(
+    facts jsonb := jsonb_strip_nulls(jsonb_build_object(
         'gpu_type', coalesce(NEW.need_gpu_type, NEW.gpu_config ->> 'gpu_type'),
         'gpu_count', NEW.need_gpus,
         'duration_hours', round((extract(epoch FROM NEW.completed_at - NEW.started_at) / 3600)::numeric, 4),
@@ -92,13 +92,13 @@ BEGIN
     END IF;
     UPDATE public.cost_records AS cost
     SET amount = NEW.final_cost,
-        details = training_jobs_record_cost.details
+        details = facts
     WHERE cost.job_id = NEW.id
       AND cost.cost_type = 'training_compute'
       AND cost.details ->> 'lease_epoch' = NEW.lease_epoch::text;
     IF NOT FOUND THEN
         INSERT INTO public.cost_records (user_id, job_id, cost_type, amount, details, billing_period)
-        VALUES (NEW.user_id, NEW.id, 'training_compute', NEW.final_cost, details,
+        VALUES (NEW.user_id, NEW.id, 'training_compute', NEW.final_cost, facts,
             date_trunc('month', clock_timestamp() AT TIME ZONE 'UTC')::date);
     END IF;
     RETURN NULL;

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import psycopg
 import pytest
@@ -13,29 +12,7 @@ import pytest
 from daemon.database import Database
 from daemon.store import Claim, Store
 from tests.postgres import AppDatabase
-
-
-@pytest.fixture
-async def store(database: AppDatabase) -> AsyncIterator[Store]:
-    async with Database(database.dsn, application_name="test") as connection:
-        yield Store(connection)
-
-
-@pytest.fixture
-def user(database: AppDatabase) -> UUID:
-    return database.insert_user()
-
-
-async def claim(store: Store, worker: UUID | None = None, **limits: Any) -> Claim:
-    given: dict[str, Any] = {
-        "free_gpus": None,
-        "gpu_memory_gb": None,
-        "gpu_type": None,
-        "models": None,
-        "user_cap": None,
-        "lease_seconds": 60.0,
-    }
-    return await store.claim_job(worker or uuid4(), **(given | limits))
+from tests.sql.claiming import claim
 
 
 async def claimed_ids(store: Store, **limits: Any) -> list[UUID]:

@@ -1,0 +1,1 @@
+"""What people look up: one statement to a file, all of them reads, under the reader's own rights."""

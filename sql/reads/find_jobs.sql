@@ -1,0 +1,7 @@
+-- Jobs whose id begins with what a person typed, as a range of uuids, so that the primary key answers it.
+-- At most five: enough to say that there are several. No row: there is no such job.
+SELECT job.id
+FROM public.training_jobs AS job
+WHERE job.id BETWEEN %(low)s::uuid AND %(high)s::uuid
+ORDER BY job.id
+LIMIT 5

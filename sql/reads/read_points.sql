@@ -1,0 +1,9 @@
+-- The chart of one job after a step, in its order.
+SELECT
+    point.step,
+    point.training_loss::float8 AS loss,
+    point.validation_loss::float8 AS validation_loss
+FROM public.metrics_points AS point
+WHERE point.job_id = %(job_id)s
+  AND point.step > %(after)s
+ORDER BY point.step

@@ -1,0 +1,299 @@
+"""What a change of status says: the story, the outbox, the wake-up, and the app's own rows, in one transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from uuid import UUID
+
+import psycopg
+import pytest
+
+from daemon.job import Completed, Failed, State
+from daemon.store import Callback, MetricPoint, Store
+from tests.postgres import AppDatabase
+from tests.sql.claiming import claimed
+from training.events import ErrorCode
+
+SUMMARY = {
+    "final_training_loss": 0.8,
+    "final_loss": 0.8,
+    "final_validation_loss": 0.9,
+    "perplexity": 2.46,
+    "loss_reduction_percent": 40.0,
+    "convergence_quality": "good",
+    "overall_score": 4,
+    "epochs_completed": 3.0,
+    "total_steps": 300,
+}
+ARTIFACTS = {"adapter_model": "adapters/x.tar.gz", "adapter_config": "adapters/x/adapter_config.json"}
+DONE = Completed("lora-models/adapters/x.tar.gz", "ab" * 32, 1234, ARTIFACTS, SUMMARY)
+BROKEN = Failed(ErrorCode.OUT_OF_MEMORY, "out of memory", hint="reduce batch_size")
+
+
+class Ear:
+    """A listener that says what it has heard, in order."""
+
+    def __init__(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
+        self._connection = connection
+        connection.execute("LISTEN training_jobs")
+
+    def heard(self) -> list[str]:
+        # The fence is delivered after everything that was committed before it.
+        self._connection.execute("SELECT pg_notify('training_jobs', 'fence')")
+        payloads: list[str] = []
+        for notification in self._connection.notifies(timeout=5):
+            if notification.payload == "fence":
+                return payloads
+            payloads.append(notification.payload)
+        raise AssertionError("the fence was not heard")
+
+
+@pytest.fixture
+def ear(database: AppDatabase) -> Iterator[Ear]:
+    with database.connect() as connection:
+        yield Ear(connection)
+
+
+async def test_daemons_are_woken_by_insert_requeue_and_cancel_and_by_nothing_else(
+    store: Store, database: AppDatabase, user: UUID, ear: Ear
+) -> None:
+    job_id = database.insert_job(user, callback_url="https://app.example.org/hook")
+    assert ear.heard() == [f"queued {job_id}"]
+    lease = (await claimed(store)).lease
+    await store.start_job(lease)
+    await store.record_plan(lease, total_steps=10, total_epochs=1, estimated_total_cost=1)
+    for step in range(5):
+        await store.record_progress(
+            lease, stage="training", progress=step, epoch=0, step=step, metrics={}, current_cost=0, seconds_left=1
+        )
+        await store.record_metrics(lease, [MetricPoint(step, 0, 1.0, 1e-4)])
+        await store.record_event(lease, "notice", "x", {})
+        await store.renew_lease(lease, 60)
+    assert ear.heard() == []
+    await store.retry_job(lease, BROKEN, delay_seconds=0, cost=None)
+    assert ear.heard() == [f"queued {job_id}"]
+    await store.release_job((await claimed(store)).lease, "x", cost=None)
+    assert ear.heard() == [f"queued {job_id}"]
+    lease = (await claimed(store)).lease
+    database.run("UPDATE training_leases SET expires_at = clock_timestamp()")
+    await store.reap_expired_leases()
+    assert ear.heard() == [f"queued {job_id}"]
+    database.run("UPDATE training_jobs SET run_after = NULL")
+    await store.fail_job((await claimed(store)).lease, BROKEN, cost=None)
+    assert ear.heard() == []
+    database.run("SELECT retry_training_job(%s)", (job_id,))
+    assert ear.heard() == [f"queued {job_id}"]
+    database.run("UPDATE training_jobs SET status = 'cancelled'")
+    assert ear.heard() == [f"cancelled {job_id}"]
+
+
+async def test_a_scheduled_insert_and_a_delayed_retry_wake_as_well_so_that_timers_are_set(
+    store: Store, database: AppDatabase, user: UUID, ear: Ear
+) -> None:
+    later = database.one("SELECT now() + interval '1 hour' AS at")["at"]
+    scheduled = database.insert_job(user, run_after=later)
+    assert ear.heard() == [f"queued {scheduled}"]
+    job_id = database.insert_job(user)
+    await store.retry_job((await claimed(store)).lease, BROKEN, delay_seconds=3600, cost=None)
+    assert ear.heard() == [f"queued {job_id}", f"queued {job_id}"]
+
+
+def test_a_rolled_back_insert_wakes_nobody(database: AppDatabase, user: UUID, ear: Ear) -> None:
+    with database.connect() as app, app.transaction(force_rollback=True):
+        app.execute("INSERT INTO training_jobs (user_id, dataset_url) VALUES (%s, 'https://x.org/a')", (user,))
+    assert ear.heard() == []
+
+
+async def test_the_outbox_gets_every_state_change_of_a_job_with_a_callback(
+    store: Store, database: AppDatabase, user: UUID
+) -> None:
+    job_id = database.insert_job(user, callback_url="https://me:pw@App.Example.org:8443/hook?x=1")
+    await store.release_job((await claimed(store)).lease, "x", cost=None)
+    lease = (await claimed(store)).lease
+    await store.start_job(lease)
+    await store.complete_job(lease, DONE, cost=2.5)
+    rows = database.run("SELECT * FROM training_callbacks ORDER BY sequence")
+    assert [row["event"] for row in rows] == [
+        "job.initializing", "job.released", "job.initializing", "job.started", "job.completed"
+    ]  # fmt: skip
+    assert {row["host"] for row in rows} == {"app.example.org:8443"} and {row["user_id"] for row in rows} == {user}
+    assert all(row["payload"]["sequence"] == row["sequence"] for row in rows)
+    assert [row["payload"]["status"] for row in rows] == ["running"] * 4 + ["completed"]
+    last = rows[-1]["payload"]
+    assert (last["job_id"], last["event"], last["progress"]) == (str(job_id), "job.completed", 100)
+    assert last["adapter_path"] == DONE.adapter_path and last["error_message"] is None and last["cost"] == 2.5
+    assert set(last) >= {"status", "progress", "current_epoch", "current_step", "stage", "metrics", "error_message"}
+
+
+async def test_a_job_without_a_callback_fills_no_outbox(store: Store, database: AppDatabase, user: UUID) -> None:
+    database.insert_job(user)
+    await store.fail_job((await claimed(store)).lease, BROKEN, cost=None)
+    assert database.run("SELECT FROM training_callbacks") == []
+
+
+def test_the_apps_cancel_reaches_story_and_outbox_without_rights_on_them(database: AppDatabase, user: UUID) -> None:
+    job_id = database.insert_job(user, callback_url="https://app.example.org/hook")
+    with database.acting("authenticated", user) as owner:
+        owner.execute("UPDATE training_jobs SET status = 'cancelled' WHERE id = %s", (job_id,))
+    row = database.one("SELECT event, payload FROM training_callbacks")
+    assert row["event"] == "job.cancelled" and row["payload"]["status"] == "failed"
+    assert row["payload"]["error_message"].startswith("cancelled by")
+
+
+# The outbox's own life.
+
+
+async def test_a_callback_is_taken_delivered_postponed_and_buried(
+    store: Store, database: AppDatabase, user: UUID
+) -> None:
+    assert await store.claim_callbacks(10, 30) == [] and await store.oldest_callback_age() is None
+    for _ in range(3):
+        database.insert_job(user, callback_url="https://app.example.org/hook")
+        await store.fail_job((await claimed(store)).lease, BROKEN, cost=None)
+    database.run("DELETE FROM training_callbacks WHERE event <> 'job.failed'")
+    age = await store.oldest_callback_age()
+    assert age is not None and age >= 0
+    (first,) = await store.claim_callbacks(10, 30)
+    (second,) = await store.claim_callbacks(10, 30)
+    (third,) = await store.claim_callbacks(10, 30)
+    assert await store.claim_callbacks(10, 30) == []
+    assert first.sequence < second.sequence < third.sequence and first.attempts == 1
+    assert await store.deliver_callback(first.id, first.token, 200)
+    assert await store.postpone_callback(second.id, second.token, 0, 503, "busy\x00")
+    assert await store.bury_callback(third.id, third.token, 410, None)
+    states = {row["id"]: row for row in database.run("SELECT * FROM training_callbacks")}
+    assert [states[callback.id]["state"] for callback in (first, second, third)] == ["delivered", "pending", "dead"]
+    (again,) = await store.claim_callbacks(10, 30)
+    assert again.id == second.id and again.token != second.token and again.attempts == 2
+    assert not await store.deliver_callback(second.id, second.token, 200)
+    assert await store.deliver_callback(again.id, again.token, 200)
+    with database.acting("authenticated", user) as owner:
+        owner.execute("SELECT resend_callback(%s)", (third.id,))
+    (resent,) = await store.claim_callbacks(10, 30)
+    assert resent.id == third.id and resent.attempts == 1
+
+
+async def test_a_callback_whose_deliverer_died_is_due_again(store: Store, database: AppDatabase, user: UUID) -> None:
+    database.insert_job(user, callback_url="https://app.example.org/hook")
+    await claimed(store)
+    (first,) = await store.claim_callbacks(10, 0.05)
+    assert await store.claim_callbacks(10, 30) == []
+    database.run("SELECT pg_sleep(0.06)")
+    (again,) = await store.claim_callbacks(10, 30)
+    assert again.id == first.id
+    assert not await store.postpone_callback(first.id, first.token, 0, None, "late")
+
+
+async def test_one_dead_host_with_many_rows_holds_up_nobody(store: Store, database: AppDatabase, user: UUID) -> None:
+    for host in ("dead.example", "one.example", "two.example"):
+        database.insert_job(user, callback_url=f"https://{host}/hook")
+        await claimed(store)
+    database.run(
+        "INSERT INTO training_callbacks (job_id, user_id, url, host, event, payload, next_at) "
+        "SELECT job_id, user_id, url, host, event, payload, next_at - interval '1 h' "
+        "FROM training_callbacks, generate_series(1, 500) WHERE host = 'dead.example'"
+    )
+    taken: list[Callback] = await store.claim_callbacks(10, 30)
+    assert sorted(callback.host for callback in taken) == ["dead.example", "one.example", "two.example"]
+    assert len(await store.claim_callbacks(2, 30)) == 1
+
+
+async def test_two_daemons_never_take_the_same_callback(store: Store, database: AppDatabase, user: UUID) -> None:
+    for number in range(6):
+        database.insert_job(user, callback_url=f"https://h{number}.example/hook")
+        await claimed(store)
+    with database.connect() as rival, rival.transaction():
+        rival.execute("SELECT FROM training_callbacks WHERE host IN ('h0.example', 'h1.example') FOR UPDATE")
+        taken = await store.claim_callbacks(10, 30)
+    assert sorted(callback.host for callback in taken) == [f"h{number}.example" for number in range(2, 6)]
+
+
+# The app's own rows.
+
+
+async def test_a_completion_writes_artifact_cost_and_notifications(
+    store: Store, database: AppDatabase, user: UUID
+) -> None:
+    job_id = database.insert_job(user)
+    lease = (await claimed(store)).lease
+    await store.start_job(lease)
+    await store.complete_job(lease, DONE, cost=2.5)
+    artifact = database.one("SELECT * FROM model_artifacts")
+    row = database.job(job_id)
+    assert row["artifact_id"] == artifact["id"] and artifact["job_id"] == job_id and artifact["user_id"] == user
+    assert artifact["artifacts"] == ARTIFACTS and artifact["dataset_id"] == row["dataset_id"]
+    assert artifact["quality_metrics"] == {name: SUMMARY[name] for name in (
+        "final_training_loss", "final_validation_loss", "perplexity", "loss_reduction_percent",
+        "convergence_quality", "overall_score",
+    )}  # fmt: skip
+    summary = artifact["training_summary"]
+    assert (summary["epochs_completed"], summary["total_steps"], summary["final_loss"]) == (3.0, 300, 0.8)
+    assert summary["total_cost"] == 2.5 and summary["training_duration_hours"] >= 0
+    assert artifact["configuration"]["hyperparameters"] == row["hyperparameters"]
+    cost = database.one("SELECT * FROM cost_records")
+    assert (cost["cost_type"], float(cost["amount"]), cost["billing_period"].day) == ("training_compute", 2.5, 1)
+    assert {"gpu_type", "gpu_count", "duration_hours"} <= set(cost["details"])
+    types = [row["type"] for row in database.run("SELECT type FROM notifications ORDER BY created_at, type")]
+    assert sorted(types) == ["artifact_ready", "job_completed", "job_started"]
+    links = {row["action_url"] for row in database.run("SELECT action_url FROM notifications")}
+    assert links == {f"/training/jobs/{job_id}", f"/models/{artifact['id']}"}
+
+
+async def test_a_cancelled_jobs_cost_record_is_corrected_when_its_child_is_gone(
+    store: Store, database: AppDatabase, user: UUID
+) -> None:
+    database.insert_job(user)
+    lease = (await claimed(store)).lease
+    database.run("UPDATE training_jobs SET status = 'cancelled'")
+    await store.end_cancelled_job(lease, cost=3.25, data={})
+    assert float(database.one("SELECT amount FROM cost_records")["amount"]) == 3.25
+
+
+async def test_each_run_of_a_job_submitted_again_has_its_own_cost_record(
+    store: Store, database: AppDatabase, user: UUID
+) -> None:
+    job_id = database.insert_job(user)
+    for cost in (1.0, 2.0):
+        await store.fail_job((await claimed(store)).lease, BROKEN, cost=cost)
+        database.run("SELECT retry_training_job(%s)", (job_id,))
+    amounts = [float(row["amount"]) for row in database.run("SELECT amount FROM cost_records ORDER BY amount")]
+    assert amounts == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "sabotage",
+    [
+        "DROP TABLE {table} CASCADE",
+        "ALTER TABLE {table} ADD COLUMN must_have integer NOT NULL DEFAULT NULL",
+        "REVOKE ALL ON {table} FROM training_daemon",
+    ],
+)
+@pytest.mark.parametrize("table", ["model_artifacts", "cost_records", "notifications"])
+async def test_a_side_table_that_fails_never_fails_a_training(
+    store: Store, database: AppDatabase, user: UUID, table: str, sabotage: str
+) -> None:
+    database.run(sabotage.format(table=table))
+    job_id = database.insert_job(user)
+    lease = (await claimed(store)).lease
+    await store.start_job(lease)
+    ending = await store.complete_job(lease, DONE, cost=1)
+    assert ending.moved and ending.state is State.COMPLETED
+    notices = database.run(
+        "SELECT data FROM training_events WHERE job_id = %s AND data ->> 'code' = 'side_table_failed'", (job_id,)
+    )
+    if sabotage.startswith("DROP"):
+        assert notices == []
+    else:
+        assert {notice["data"]["table"] for notice in notices} == {table}
+
+
+async def test_an_older_dispatchers_endings_make_no_rows_of_ours(database: AppDatabase, user: UUID) -> None:
+    job_id = database.insert_job(user)
+    with database.connect() as connection, connection.transaction():
+        connection.execute("SET LOCAL session_replication_role = replica")
+        connection.execute("UPDATE training_jobs SET status = 'running', due = false WHERE id = %s", (job_id,))
+    with database.acting("service_role") as service:
+        service.execute("UPDATE training_jobs SET status = 'completed', final_cost = 3 WHERE id = %s", (job_id,))
+    for table in ("model_artifacts", "cost_records", "notifications"):
+        assert database.run(f"SELECT FROM {table}") == []
