@@ -48,7 +48,8 @@ BESIDE = {
 # Formats that run code when they are opened.
 PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 
-_SAFE_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+# A file, or one in a folder: a tokenizer with several chat templates keeps them in one.
+_SAFE_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}(/[A-Za-z0-9][A-Za-z0-9._-]{0,99})?$")
 # LoRA weights hardly shrink; a higher level costs minutes and wins one percent.
 _GZIP_LEVEL = 1
 MAX_MEMBERS = 1000
@@ -185,6 +186,8 @@ def unpack_adapter(archive: Path, to: Path) -> dict[str, Any]:
         hidden.replace(to)
     except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ArchiveInvalid(f"{archive.name} is damaged: {error}") from error
+    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        raise ArchiveInvalid(f"{archive.name} has a name that is both file and folder") from error
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
     return manifest
@@ -198,7 +201,7 @@ def _unpack_members(archive: Path, folder: Path) -> dict[str, PackedFile]:
             if not member.isreg():
                 raise ArchiveInvalid(f"member {member.name!r} is a link, folder or device, not a plain file")
             if not _SAFE_NAME.match(member.name) or member.name in files:
-                raise ArchiveInvalid(f"member name {member.name!r} is not a plain file name, or occurs twice")
+                raise ArchiveInvalid(f"member name {member.name!r} is not a plain name, or occurs twice")
             if Path(member.name).suffix in PICKLES:
                 raise ArchiveInvalid(f"member {member.name!r} may run code when it is loaded")
             left -= member.size
@@ -206,18 +209,20 @@ def _unpack_members(archive: Path, folder: Path) -> dict[str, PackedFile]:
                 raise ArchiveInvalid("more files or bytes than any adapter has")
             content = tar.extractfile(member)
             assert content is not None
-            files[member.name] = _write_hashed(content, folder / member.name)
+            files[member.name] = _write_hashed(content, folder, member.name)
     return files
 
 
-def _write_hashed(content: IO[bytes], target: Path) -> PackedFile:
+def _write_hashed(content: IO[bytes], folder: Path, name: str) -> PackedFile:
     digest, size = hashlib.sha256(), 0
+    target = folder / name
+    target.parent.mkdir(exist_ok=True)
     with target.open("xb") as file:
         while piece := content.read(READ_BYTES):
             file.write(piece)
             digest.update(piece)
             size += len(piece)
-    return PackedFile(target.name, size, digest.hexdigest())
+    return PackedFile(name, size, digest.hexdigest())
 
 
 def _read_manifest(file: Path, unpacked: Mapping[str, PackedFile]) -> dict[str, Any]:
@@ -240,16 +245,17 @@ def _names_to_pack(adapter_dir: Path) -> list[str]:
     if not adapter_dir.is_dir():
         raise _not_an_adapter(f"there is no adapter folder at {adapter_dir.name}")
     names = []
-    for entry in sorted(adapter_dir.iterdir()):
-        if entry.name == MANIFEST:
+    for entry in sorted(adapter_dir.rglob("*")):
+        name = entry.relative_to(adapter_dir).as_posix()
+        if name == MANIFEST or (entry.is_dir() and not entry.is_symlink()):
             continue
         if entry.is_symlink() or not entry.is_file():
-            raise _not_an_adapter(f"the adapter folder holds {entry.name!r}, which is no plain file")
-        if not _SAFE_NAME.match(entry.name):
-            raise _not_an_adapter(f"the adapter folder holds a file with the name {entry.name!r}")
+            raise _not_an_adapter(f"the adapter folder holds {name!r}, which is no plain file")
+        if not _SAFE_NAME.match(name):
+            raise _not_an_adapter(f"the adapter folder holds a file with the name {name!r}")
         if entry.suffix in PICKLES:
-            raise _not_an_adapter(f"the adapter folder holds {entry.name!r}, which may run code when it is loaded")
-        names.append(entry.name)
+            raise _not_an_adapter(f"the adapter folder holds {name!r}, which may run code when it is loaded")
+        names.append(name)
     missing = [name for name in REQUIRED if name not in names]
     if missing:
         raise _not_an_adapter(f"the adapter folder lacks {', '.join(missing)}")
