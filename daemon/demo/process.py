@@ -78,7 +78,8 @@ def _end_with_parent() -> Callable[[], None]:
     prctl = ctypes.CDLL(None, use_errno=True).prctl
 
     def ask_the_kernel() -> None:
-        # A demo that is killed without a word takes its daemon along.
-        prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+        # A demo that is killed without a word takes its daemon along. By KILL: Postgres goes too, and a daemon that
+        # was only asked would wait for ever to write the job's ending.
+        prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
     return ask_the_kernel
