@@ -7,7 +7,8 @@ together, and a broken configuration exits 78 so that no supervisor restarts it 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
+from uuid import UUID
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -121,18 +122,44 @@ class Settings(BaseSettings):
         default=(), description="`host` or `host:port`, by comma, that may be private or plain http"
     )
 
+    # The HTTP gateway.
+    gateway_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        default=(), description="bearer keys that callers of `serve` send, by comma, 16 characters or more each"
+    )
+    gateway_host: str = Field(default="0.0.0.0", description="address that the gateway listens on")  # noqa: S104
+    gateway_port: int = Field(default=8000, ge=0, le=65535, description="port that the gateway listens on")
+    gateway_requests_per_second: float = Field(
+        default=50.0, gt=0, description="of each key, twice as many at once; more are answered 429"
+    )
+    gateway_max_body_bytes: int = Field(default=1024**2, ge=1024, description="larger requests are answered 413")
+    gateway_wait_seconds: float = Field(
+        default=60.0, ge=0, le=95, description="how long `/runsync` waits for an ending; proxies cut at 100 s"
+    )
+    service_user_id: UUID | None = Field(
+        default=None, description="owner of jobs whose caller has no row: a user of the project"
+    )
+
     # Logs.
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="what is logged")
     log_format: Literal["auto", "json", "pretty"] = Field(
         default="auto", description="auto is pretty on a terminal, JSON elsewhere"
     )
 
-    @field_validator("allowed_models", "dataset_buckets", "allowed_hosts", "callback_secrets", mode="before")
+    @field_validator(
+        "allowed_models", "dataset_buckets", "allowed_hosts", "callback_secrets", "gateway_keys", mode="before"
+    )
     @classmethod
     def _split_commas(cls, value: object) -> object:
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
+
+    @field_validator("gateway_keys")
+    @classmethod
+    def _gateway_keys_are_long(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        if any(len(key.get_secret_value()) < 16 for key in keys):
+            raise ValueError("each key needs 16 characters or more; `openssl rand -hex 32` makes a good one")
+        return keys
 
     @field_validator("database_url")
     @classmethod
@@ -155,10 +182,12 @@ class Settings(BaseSettings):
         return self.storage or ("supabase" if self.supabase_url else "folder")
 
 
-def load_settings() -> Settings:
-    """Read the environment. Raises HostUnfit listing every fault, by the variable's name and never by its value."""
+def load_settings(**given: Any) -> Settings:
+    """Read the environment; what is given counts before it.
+
+    Raises HostUnfit listing every fault, by the variable's name and never by its value."""
     try:
-        return Settings()
+        return Settings(**given)
     except ValidationError as error:
         lines = [f"  {_variable(item['loc'])}: {item['msg']}" for item in error.errors(include_input=False)]
         raise HostUnfit("the configuration is not usable:\n" + "\n".join(lines)) from None

@@ -1,0 +1,158 @@
+"""What every request passes before a route sees it: a key, a rate, a body of bounded size that arrives in time.
+
+In this order, so that a stranger costs one hash and no body. Plain ASGI, because a body must be
+refused while it is still arriving.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+
+from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from daemon.gateway_words import Problem
+
+# Read by load balancers and by people; nothing in them is anybody's.
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
+BODY_SECONDS = 15.0
+# Strangers share one bucket: guessing keys is slow for all of them together and costs a caller with a key nothing.
+STRANGERS_PER_SECOND = 20.0
+
+
+class KeyRing:
+    """The keys that open the gateway, kept as digests."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._digests = [sha256(key.encode()).digest() for key in keys]
+
+    def find(self, authorization: str) -> int | None:
+        """Which key this header carries. Every key is compared, each in constant time."""
+        scheme, _, given = authorization.partition(" ")
+        digest = sha256(given.strip().encode("utf-8", "surrogateescape")).digest()
+        found = None
+        for place, known in enumerate(self._digests):
+            if hmac.compare_digest(known, digest):
+                found = place
+        return found if scheme.lower() == "bearer" else None
+
+
+@dataclass
+class Bucket:
+    """Tokens that come back at a steady rate, up to twice as many as a second brings."""
+
+    rate: float
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
+        self._size = max(1.0, 2 * self.rate)
+        self._left = self._size
+        self._filled_at = self.clock()
+
+    def take(self) -> float:
+        """Take one token. Returns 0, or the seconds until there is one."""
+        now = self.clock()
+        self._left = min(self._size, self._left + (now - self._filled_at) * self.rate)
+        self._filled_at = now
+        if self._left < 1.0:
+            return (1.0 - self._left) / self.rate
+        self._left -= 1.0
+        return 0.0
+
+
+class Gate:
+    def __init__(self, app: ASGIApp, *, keys: Sequence[str], requests_per_second: float, max_body_bytes: int) -> None:
+        self._app = app
+        self._keys = KeyRing(keys)
+        self._buckets = [Bucket(requests_per_second) for _ in keys]
+        self._strangers = Bucket(STRANGERS_PER_SECOND)
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+            await self._app(scope, receive, send)
+            return
+        key = self._keys.find(_header(scope, b"authorization"))
+        seconds = (self._strangers if key is None else self._buckets[key]).take()
+        if seconds > 0:
+            await _refuse(
+                429, "Too many requests.", "Wait as long as Retry-After says.", {"Retry-After": str(math.ceil(seconds))}
+            )(scope, receive, send)
+            return
+        if key is None:
+            await _refuse(
+                401, "A valid key is needed.", "Send Authorization: Bearer KEY.", {"WWW-Authenticate": "Bearer"}
+            )(scope, receive, send)
+            return
+        body = await self._read_body(scope, receive)
+        if not isinstance(body, bytes):
+            await body(scope, receive, send)
+            return
+        await self._app(_as_json(scope), _replay(body, receive), send)
+
+    async def _read_body(self, scope: Scope, receive: Receive) -> bytes | JSONResponse:
+        too_large = _refuse(
+            413,
+            f"The body is larger than {self._max_body_bytes} bytes.",
+            "Datasets are named by dataset_url, never sent along.",
+            # What is still arriving is not read: this connection cannot carry another request.
+            {"Connection": "close"},
+        )
+        announced = _header(scope, b"content-length")
+        if announced.isdigit() and int(announced) > self._max_body_bytes:
+            return too_large
+        pieces: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return _refuse(400, "The request ended before its body did.", None, {})
+                    piece = message.get("body", b"")
+                    size += len(piece)
+                    if size > self._max_body_bytes:
+                        return too_large
+                    pieces.append(piece)
+                    if not message.get("more_body", False):
+                        return b"".join(pieces)
+        except TimeoutError:
+            return _refuse(
+                408, f"The body did not arrive within {BODY_SECONDS:.0f} s.", "Send it again.", {"Connection": "close"}
+            )
+
+
+def _header(scope: Scope, name: bytes) -> str:
+    for given, value in scope["headers"]:
+        if given == name:
+            return bytes(value).decode("latin-1")
+    return ""
+
+
+def _as_json(scope: Scope) -> Scope:
+    # Older callers leave Content-Type out, or let their library write text/plain: a body here is always JSON.
+    others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+    return {**scope, "headers": [*others, (b"content-type", b"application/json")]}
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    sent = False
+
+    async def again() -> Message:
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
+def _refuse(status: int, error: str, hint: str | None, headers: dict[str, str]) -> JSONResponse:
+    return JSONResponse(Problem(error=error, hint=hint).model_dump(exclude_none=True), status, headers)

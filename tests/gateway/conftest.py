@@ -1,0 +1,68 @@
+"""A gateway of one's own for each test: the real process on a loopback port, over a fresh database."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.daemon_process import ROOT, DaemonProcess
+from tests.gateway.files import FileServer
+from tests.lifecycle.queue import Queue
+from tests.postgres import AppDatabase
+
+KEY = "the-key-of-this-test-0123456789"
+SERVE = (sys.executable, str(ROOT / "tests" / "gateway" / "serve.py"))
+
+
+class Gateway(DaemonProcess):
+    """As DaemonProcess; `client` speaks to it with the right key."""
+
+    def __init__(self, queue: Queue, folder: Path, **settings: object) -> None:
+        given = {
+            "gateway_keys": KEY,
+            "gateway_host": "127.0.0.1",
+            "gateway_port": 0,
+            "service_user_id": queue.user_id,
+        } | settings
+        super().__init__(queue.dsn, folder, name="gateway", command=SERVE, **given)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.wait_for_log('gateway_started')['port']}"
+
+    def client(self, key: str = KEY) -> httpx.Client:
+        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {key}"}, timeout=30)
+
+
+@pytest.fixture
+def queue(database: AppDatabase, tmp_path: Path) -> Queue:
+    return Queue(database.dsn, tmp_path)
+
+
+@pytest.fixture
+def gateway(queue: Queue, tmp_path: Path) -> Iterator[Gateway]:
+    with Gateway(queue, tmp_path) as running:
+        yield running
+
+
+@pytest.fixture
+def client(gateway: Gateway) -> Iterator[httpx.Client]:
+    with gateway.client() as caller:
+        yield caller
+
+
+@pytest.fixture
+def files() -> Iterator[FileServer]:
+    """Where callers without a row have their datasets."""
+    with FileServer() as server:
+        yield server
+
+
+def script_file(*actions: list[object]) -> bytes:
+    """A dataset that tells the scripted trainer what to do."""
+    return (json.dumps({"script": actions}) + "\n").encode()
