@@ -29,7 +29,7 @@ from daemon.host import GpuPool, Host, installed_versions, read_load
 from daemon.job import Cancelled, ClaimedJob, Completed, Failed, Outcome, Released, State, Superseded
 from daemon.lease import HeldLease, LeaseKeeper
 from daemon.models import resolve_model
-from daemon.pack import publish_adapter
+from daemon.pack import publish_adapter, withdraw_adapter
 from daemon.reporter import Reporter
 from daemon.settings import Settings
 from daemon.stop import Stop, StopReason
@@ -414,10 +414,19 @@ class Worker:
         self._with.courier.forget(job.id)
         self._with.courier.wake()
         if state is State.COMPLETED:
+            await self._withdraw_earlier(job)
             workspace.remove()
         else:
             # Whoever retries goes on from the checkpoints; what nobody retries is tidied away.
             workspace.forget_attempt()
+
+    async def _withdraw_earlier(self, job: ClaimedJob) -> None:
+        """Delete what earlier attempts stored before they died: the row names the winner, nobody misses the rest."""
+        try:
+            for epoch in range(1, job.lease_epoch):
+                await withdraw_adapter(self._with.storage, job.id, epoch)
+        except JobError as error:
+            log.warning("earlier_objects_left", error=error.message)
 
     async def _move(self, job: ClaimedJob, outcome: Outcome, cost: float | None) -> State | None:
         store, lease = self._store, job.lease

@@ -25,13 +25,13 @@ class Queue:
         self.dsn = dsn
         self.folder = folder
         self.user_id = uuid4()
-        self._run("INSERT INTO auth.users (id, email) VALUES (%s, %s)", self.user_id, f"{self.user_id}@example.test")
+        self.select("INSERT INTO auth.users (id, email) VALUES (%s, %s)", self.user_id, f"{self.user_id}@example.test")
         write_model_folder(folder / "models" / "tiny")
 
     def connect(self) -> psycopg.Connection[dict[str, Any]]:
         return psycopg.connect(self.dsn, autocommit=True, row_factory=dict_row)
 
-    def _run(self, statement: str, *parameters: object) -> list[dict[str, Any]]:
+    def select(self, statement: str, *parameters: object) -> list[dict[str, Any]]:
         with self.connect() as connection:
             cursor = connection.execute(statement, parameters)
             return cursor.fetchall() if cursor.description else []
@@ -106,7 +106,7 @@ class Queue:
             )
 
     def row(self, job: UUID) -> dict[str, Any]:
-        return self._run("SELECT * FROM training_jobs WHERE id = %s", job)[0]
+        return self.select("SELECT * FROM training_jobs WHERE id = %s", job)[0]
 
     def wait_for(self, job: UUID, status: str, *, seconds: float = 30.0) -> dict[str, Any]:
         def reached() -> dict[str, Any] | None:
@@ -119,16 +119,16 @@ class Queue:
         return eventually(reached, seconds=seconds, why=lambda: f"not {status}: {self.row(job)}")
 
     def events(self, job: UUID) -> list[dict[str, Any]]:
-        return self._run("SELECT * FROM training_events WHERE job_id = %s ORDER BY id", job)
+        return self.select("SELECT * FROM training_events WHERE job_id = %s ORDER BY id", job)
 
     def story(self, job: UUID) -> list[str]:
         return [event["kind"] for event in self.events(job)]
 
     def points(self, job: UUID) -> list[dict[str, Any]]:
-        return self._run("SELECT * FROM metrics_points WHERE job_id = %s ORDER BY step", job)
+        return self.select("SELECT * FROM metrics_points WHERE job_id = %s ORDER BY step", job)
 
     def leases(self) -> list[dict[str, Any]]:
-        return self._run("SELECT * FROM training_leases")
+        return self.select("SELECT * FROM training_leases")
 
 
 def write_model_folder(folder: Path) -> None:

@@ -1,0 +1,186 @@
+"""The whole line with Supabase's doubles around it: datasets signed, adapters uploaded, callbacks delivered.
+
+The daemon is a process of its own; Storage and the callback receiver are real HTTP servers on loopback.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import json
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from pydantic import SecretStr
+
+from daemon.webhook import signing_keys, verify
+from tests.daemon_process import DaemonProcess, alive
+from tests.lifecycle.queue import Queue
+from tests.receiver import Answer, Receiver
+from tests.storage_double import StorageDouble
+
+SECRET = "whsec_" + base64.b64encode(b"marked-callback-secret-of-the-test").decode()
+
+
+@dataclass
+class Project:
+    """A Supabase project as the daemon sees it."""
+
+    queue: Queue
+    storage: StorageDouble
+    receiver: Receiver
+    folder: Path
+
+    def daemon(self, name: str = "daemon", **settings: Any) -> DaemonProcess:
+        daemon = self.queue.daemon(
+            self.folder,
+            name=name,
+            storage="supabase",
+            callback_secrets=SECRET,
+            allowed_hosts=self.receiver.host,
+            lease_seconds=1.5,
+            **settings,
+        )
+        daemon.environment |= {"SUPABASE_URL": self.storage.url, "SUPABASE_SERVICE_ROLE_KEY": self.storage.key}
+        return daemon
+
+    def insert(self, script: list[list[Any]] | None = None, **columns: Any) -> UUID:
+        """A job whose dataset lies in the project's storage, not in a folder."""
+        job = self.queue.insert(script=script, callback_url=self.receiver.url, **columns)
+        source = self.queue.folder / "storage" / "lora-datasets"
+        for file in source.rglob("*.jsonl"):
+            self.storage.put("lora-datasets", str(file.relative_to(source)), file.read_bytes())
+            file.unlink()
+        return job
+
+    async def wait_for(self, job: UUID, status: str, seconds: float = 40.0) -> dict[str, Any]:
+        return await asyncio.to_thread(self.queue.wait_for, job, status, seconds=seconds)
+
+    async def endings(self, job: UUID, event: str = "job.completed") -> list[Any]:
+        def of_job(received: list[Any]) -> list[Any]:
+            return [one for one in received if one.payload["job_id"] == str(job) and one.payload["event"] == event]
+
+        return of_job(await self.receiver.wait_for(lambda received: bool(of_job(received)), seconds=20))
+
+    def objects(self) -> set[str]:
+        bucket = self.storage.path_of("lora-models", "")
+        return {str(file.relative_to(bucket)) for file in bucket.rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+async def project(queue: Queue, tmp_path: Path) -> AsyncIterator[Project]:
+    async with StorageDouble(tmp_path / "double") as storage, Receiver() as receiver:
+        yield Project(queue, storage, receiver, tmp_path)
+
+
+async def test_a_row_becomes_an_adapter_in_storage_and_every_row_that_the_app_expects(project: Project) -> None:
+    with project.daemon():
+        job = project.insert(gpu_config=json.dumps({"type": "H100", "count": 1, "cost_per_gpu_hour": 3.5}))
+        row = await project.wait_for(job, "completed")
+        (ending, *_again) = await project.endings(job)
+    assert ending.payload["status"] == "completed"
+    assert ending.payload["adapter_path"] == row["adapter_path"] == f"lora-models/adapters/{job}.tar.gz"
+    verify(signing_keys([SecretStr(SECRET)]), ending.headers, ending.body, time.time())
+    told = [one.payload["event"] for one in project.receiver.received if one.payload["event"] != "job.progress"]
+    assert told == ["job.initializing", "job.started", "job.completed"]
+    sequences = [one.payload["sequence"] for one in project.receiver.received if one.payload["event"] != "job.progress"]
+    assert sequences == sorted(sequences)
+
+    stored = project.storage.path_of("lora-models", f"adapters/{job}.tar.gz").read_bytes()
+    assert hashlib.sha256(stored).hexdigest() == row["adapter_sha256"] and len(stored) == row["adapter_bytes"]
+    (artifact,) = project.queue.select("SELECT * FROM model_artifacts WHERE job_id = %s", job)
+    assert row["artifact_id"] == artifact["id"]
+    for name in ("adapter_model", "adapter_config", "training_logs", "metrics_chart"):
+        assert artifact["artifacts"][name] in project.objects()
+    (cost,) = project.queue.select("SELECT * FROM cost_records WHERE job_id = %s", job)
+    assert cost["cost_type"] == "training_compute"
+    kinds = {row["type"] for row in project.queue.select("SELECT type FROM notifications")}
+    assert {"job_started", "job_completed"} <= kinds
+
+
+async def test_secrets_appear_in_no_row_log_callback_argument_environment_or_file(project: Project) -> None:
+    marks = {"SUPABASE_SERVICE_ROLE_KEY": project.storage.key, "secret": SECRET, "HF_TOKEN": "hf_marked_token_0001"}
+    seen = project.folder / "environment.json"
+    daemon = project.daemon(callback_authorization="Bearer marked-authorization-0002")
+    daemon.environment |= {"HF_TOKEN": marks["HF_TOKEN"], "RUNPOD_API_KEY": "rpa_marked_0003"}
+    marks |= {"authorization": "marked-authorization-0002", "runpod": "rpa_marked_0003"}
+    arguments: list[str] = []
+    with daemon:
+        job = project.insert(script=[["environment", str(seen)], ["steps", 30, 0.05]])
+        await project.wait_for(job, "running")
+        for pid in (daemon.pid, *daemon.children()):
+            arguments.append(Path(f"/proc/{pid}/cmdline").read_text())
+        await project.wait_for(job, "completed")
+        await project.endings(job)
+        broken = project.insert(script=[["print", "x"], ["exit", 3]], max_attempts=1)
+        await project.wait_for(broken, "failed")
+    tables = [
+        row["name"]
+        for row in project.queue.select(
+            "SELECT c.relname AS name FROM pg_class c WHERE c.relnamespace = 'public'::regnamespace AND c.relkind = 'r'"
+        )
+    ]
+    places = {f"table {name}": str(project.queue.select(f"SELECT * FROM {name}")) for name in tables}
+    places["log"] = daemon.log_path.read_text()
+    places["arguments"] = "\n".join(arguments)
+    places["child environment"] = seen.read_text()
+    places |= {f"callback {index}": one.body.decode() for index, one in enumerate(project.receiver.received)}
+    files = [file for root in ("double", "jobs", "storage") for file in (project.folder / root).rglob("*")]
+    places |= {str(file): file.read_bytes().decode("latin-1") for file in files if file.is_file()}
+    leaks = [f"{mark} in {place}" for place, text in places.items() for mark, secret in marks.items() if secret in text]
+    assert leaks == []
+    assert "token=secret-of-the-url" not in places["log"]
+
+
+@pytest.mark.parametrize("requests_before", [1, 3, 6, 9, 12])
+async def test_killed_between_any_two_steps_of_finishing_there_is_one_artifact_and_one_completion(
+    project: Project, requests_before: int
+) -> None:
+    with project.daemon("first") as first:
+        job = project.insert(script=[["steps", 5, 0.0]])
+        await asyncio.to_thread(first.wait_for_log, "trainer_ended")
+        before = len(project.storage.requests)
+        async with asyncio.timeout(20):
+            while len(project.storage.requests) < before + requests_before and alive(first.pid):
+                if project.queue.row(job)["status"] == "completed":
+                    break
+                await asyncio.sleep(0.001)
+        os.kill(first.pid, signal.SIGKILL)
+    with project.daemon("second"):
+        row = await project.wait_for(job, "completed")
+        endings = await project.endings(job)
+    assert len({one.headers["webhook-id"] for one in endings}) == 1
+    assert project.queue.story(job).count("completed") == 1
+    assert len(project.queue.select("SELECT id FROM model_artifacts WHERE job_id = %s", job)) == 1
+    winner = row["adapter_path"].removeprefix("lora-models/")
+    stored = project.storage.path_of("lora-models", winner).read_bytes()
+    assert hashlib.sha256(stored).hexdigest() == row["adapter_sha256"]
+    # What the dead host had stored is gone, or is the winner's.
+    folder = winner.removesuffix(".tar.gz")
+    assert {name for name in project.objects() if name != winner and not name.startswith(f"{folder}/")} == set()
+
+
+async def test_a_dead_receiver_delays_neither_training_nor_the_next_callback(queue: Queue, tmp_path: Path) -> None:
+    async with StorageDouble(tmp_path / "double") as storage, Receiver(Answer(hang=True)) as dead, Receiver() as well:
+        project = Project(queue, storage, dead, tmp_path)
+        daemon = project.daemon()
+        daemon.environment["TRAINER_ALLOWED_HOSTS"] = f"{dead.host},{well.host}"
+        with daemon:
+            unheard = project.insert()
+            await project.wait_for(unheard, "completed")
+            project.receiver = well
+            heard = project.insert()
+            await project.wait_for(heard, "completed")
+            assert await project.endings(heard)
+    (waiting,) = queue.select(
+        "SELECT state FROM training_callbacks WHERE job_id = %s AND event = 'job.completed'", unheard
+    )
+    assert waiting["state"] == "pending"
