@@ -68,6 +68,7 @@ class Reaped:
 
 
 WorkerState = Literal["idle", "busy", "draining"]
+Wish = Literal["serve", "drain"]
 
 
 @dataclass(frozen=True)
@@ -302,10 +303,15 @@ class Store:
         }
         await self._run("register_worker", values)
 
-    async def touch_worker(self, worker_id: UUID, *, state: WorkerState, busy: int, data: Mapping[str, Any]) -> bool:
-        """The daemon lives. False: its row is gone, register again."""
+    async def touch_worker(
+        self, worker_id: UUID, *, state: WorkerState, busy: int, data: Mapping[str, Any]
+    ) -> Wish | None:
+        """The daemon lives; the answer is what the operator wants of it. None: its row is gone, register again."""
         values = {"id": worker_id, "state": state, "busy": busy, "data": Jsonb(clean_json(data))}
-        return bool(await self._run("touch_worker", values))
+        rows = await self._run("touch_worker", values)
+        if not rows:
+            return None
+        return "drain" if rows[0]["drain"] else "serve"
 
     async def end_worker(self, worker_id: UUID) -> None:
         """The daemon has left in good order."""
@@ -335,8 +341,8 @@ class Store:
 
     async def oldest_callback_age(self) -> float | None:
         """Seconds that the oldest unsent callback has waited; None when none waits."""
-        rows = await self._run("oldest_callback", {})
-        return float(rows[0]["seconds"]) if rows else None
+        seconds: float | None = (await self._run("oldest_callback", {}))[0]["seconds"]
+        return seconds
 
     async def _run(self, name: str, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
         return await self._database.fetch(statement(name), parameters)

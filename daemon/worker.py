@@ -200,9 +200,12 @@ class Worker:
                 if not registered:
                     await self._store.register_worker(row)
                     registered = True
-                registered = await self._store.touch_worker(
+                wish = await self._store.touch_worker(
                     host.worker_id, state=self._worker_state, busy=len(self._attempts), data={}
                 )
+                registered = wish is not None
+                if wish == "drain" and not self._closing.is_set():
+                    self.drain()
             except DatabaseAway as error:
                 log.debug("worker_row_delayed", error=str(error))
             await asyncio.sleep(TOUCH_SECONDS)

@@ -44,6 +44,8 @@ CREATE TABLE IF NOT EXISTS public.training_workers (
     user_cap integer,
     busy integer NOT NULL DEFAULT 0,
     state text NOT NULL DEFAULT 'idle',
+    -- The operator's wish: claim nothing more, finish, end. The daemon reads it whenever it touches its row.
+    drain boolean NOT NULL DEFAULT false,
     versions jsonb NOT NULL DEFAULT '{}',
     data jsonb NOT NULL DEFAULT '{}',
     started_at timestamptz NOT NULL DEFAULT clock_timestamp(),

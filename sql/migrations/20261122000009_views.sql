@@ -109,6 +109,7 @@ SELECT
     worker.pod,
     CASE
         WHEN worker.state <> 'gone' AND worker.last_seen_at < clock_timestamp() - interval '2 minutes' THEN 'lost'
+        WHEN worker.drain AND worker.state <> 'gone' THEN 'draining'
         ELSE worker.state
     END AS state,
     worker.device,

@@ -1,8 +1,9 @@
--- A daemon lives: what it does and how its hardware fares. No row means that it was never registered.
+-- A daemon lives: what it does and how its hardware fares. It learns whether the operator wants it drained.
+-- No row means that it was never registered.
 UPDATE training_workers AS worker
 SET state = %(state)s,
     busy = %(busy)s,
     data = %(data)s,
     last_seen_at = clock_timestamp()
 WHERE worker.id = %(id)s
-RETURNING worker.id
+RETURNING worker.drain
