@@ -9,20 +9,23 @@ transposition.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import bitsandbytes.functional as bnb
 import torch
 from transformers import BitsAndBytesConfig
+from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_mm
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
+from training.nf4 import BLOCK, PIECE_ELEMENTS, pack, pieces_of
+
 METHOD = "nf4_with_experts"
 EXPERTS_FUNCTION = "nf4_grouped"
-BLOCK = 64
 _STATES = "nf4_states"
 
 
@@ -52,6 +55,62 @@ class Nf4Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
     def get_quantize_ops(self) -> Nf4Quantize:
         return Nf4Quantize(self)
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Where the checkpoint holds experts one by one, pack them one by one instead of stacking them first."""
+        conversions: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        for conversion in conversions:
+            kinds = [type(operation) for operation in getattr(conversion, "operations", ())]
+            if kinds in ([MergeModulelist], [MergeModulelist, Concatenate]) and _targets_experts(conversion, model):
+                conversion.operations = [PackExperts()]
+        return conversions
+
+
+class PackExperts(ConversionOps):  # type: ignore[misc]
+    """In place of stack and concatenate: at no time is more than one parameter of one layer in 16 bits."""
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, list[torch.Tensor]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        full_layer_name: str,
+        model: Any,
+        **_kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        module, name = get_module_from_name(model, full_layer_name)
+        # The order of the sources is the order in the fused weight: gate before up.
+        lists = [input_dict.pop(pattern) for pattern in source_patterns if pattern in input_dict]
+        first = lists[0][0]
+        rows = sum(experts[0].shape[0] for experts in lists)
+        shape = torch.Size((len(lists[0]), rows, *first.shape[1:]))
+        packed, state = pack(_consume(lists), shape, first.dtype, first.device)
+        expert_states(module)[name] = state
+        return {target_patterns[0]: torch.nn.Parameter(packed, requires_grad=False)}
+
+
+def _consume(lists: list[list[torch.Tensor]]) -> Iterator[torch.Tensor]:
+    """Whole experts, several together, each let go once it is packed."""
+    size = sum(experts[0].numel() for experts in lists)
+    together = max(1, PIECE_ELEMENTS // size)
+    count = len(lists[0])
+    for start in range(0, count, together):
+        group = range(start, min(start + together, count))
+        yield torch.stack([torch.cat([experts[index] for experts in lists]) for index in group])
+        for experts in lists:
+            for index in group:
+                experts[index] = experts[index].new_empty(0)
+
+
+def _targets_experts(conversion: Any, model: Any) -> bool:
+    """True when what the conversion makes are fused experts whose single experts fill whole blocks."""
+    names = {target.rpartition(".")[2] for target in conversion.target_patterns}
+    modules = [module for module in model.modules() if has_fused_experts(module)]
+    weights = [module._parameters[name] for module in modules for name in names if name in module._parameters]
+    return bool(weights) and all(
+        weight is not None and weight.dim() == 3 and weight[0].numel() % BLOCK == 0 for weight in weights
+    )
+
 
 class Nf4Quantize(Bnb4bitQuantize):  # type: ignore[misc]
     """Called by from_pretrained with one whole parameter, the moment it is put together from the checkpoint."""
@@ -69,8 +128,9 @@ class Nf4Quantize(Bnb4bitQuantize):  # type: ignore[misc]
             if not is_expert_weight(module, name):
                 result |= super().convert({path: value}, full_layer_name=full_layer_name, model=model, **kwargs)
                 continue
-            weight_EOI = value[0] if isinstance(value, list) else value
-            result[path] = quantise_experts(module, name, weight_EOI)
+            weight = value[0] if isinstance(value, list) else value
+            # Packed already where the experts came one by one; whole where the checkpoint holds them fused.
+            result[path] = weight if name in expert_states(module) else quantise_experts(module, name, weight)
             module._is_hf_initialized = True
         return result
 
@@ -96,9 +156,7 @@ def expert_states(module: torch.nn.Module) -> dict[str, bnb.QuantState]:
 
 def quantise_experts(module: torch.nn.Module, name: str, weight_EOI: torch.Tensor) -> torch.nn.Parameter:
     """Pack one expert parameter and remember its state on the module. The caller puts the result in its place."""
-    packed, state = bnb.quantize_4bit(
-        weight_EOI.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
-    )
+    packed, state = pack(pieces_of(weight_EOI), weight_EOI.shape, weight_EOI.dtype, weight_EOI.device)
     expert_states(module)[name] = state
     return torch.nn.Parameter(packed, requires_grad=False)
 
@@ -158,13 +216,9 @@ def nf4_grouped_experts(
     return out_SD[back_S].view(tokens, k, -1).sum(dim=1).to(hidden_ND.dtype)
 
 
-def _multiply(
-    module: Any, name: str, rows: torch.Tensor, ends_E: torch.Tensor, expert_S: torch.Tensor
-) -> torch.Tensor:
+def _multiply(module: Any, name: str, rows: torch.Tensor, ends_E: torch.Tensor, expert_S: torch.Tensor) -> torch.Tensor:
     state = expert_states(module)[name]
-    product: torch.Tensor = _Nf4GroupedMatmul.apply(
-        rows, module._parameters[name], state, ends_E, module.is_transposed
-    )
+    product: torch.Tensor = _Nf4GroupedMatmul.apply(rows, module._parameters[name], state, ends_E, module.is_transposed)
     if module.has_bias:
         product = product + getattr(module, f"{name}_bias")[expert_S]
     return product

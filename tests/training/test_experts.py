@@ -8,14 +8,17 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+import training.experts
 from tests.tiny_models import MIXTURES
 from tests.training.conftest import ModelOf, SpecOf
 from training.experts import expert_states, has_fused_experts
 from training.failures import TrainingFailed
 from training.folder import open_model_folder
 from training.model import _refuse_unquantised, count_weights, load_base_model
+from training.nf4 import pack
 
 
 def _load(spec: Any) -> Any:
@@ -107,3 +110,23 @@ def test_every_linear_layer_but_the_named_few_is_packed(spec_of: SpecOf) -> None
     }
     assert plain == {"lm_head", "in_proj_ba", "shared_expert_gate"}
     assert count_weights(model).quantised_bytes > 0
+
+
+def test_packing_in_pieces_equals_packing_at_once() -> None:
+    weight = torch.randn(6, 128, 96)
+    whole, expected = bnb.functional.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    packed, state = pack(iter(weight), weight.shape, weight.dtype, weight.device)
+    assert torch.equal(packed, whole)
+    assert torch.equal(state.absmax, expected.absmax) and torch.equal(state.state2.absmax, expected.state2.absmax)
+    assert torch.equal(bnb.functional.dequantize_4bit(packed, state), bnb.functional.dequantize_4bit(whole, expected))
+
+
+def test_experts_in_the_hubs_layout_are_packed_one_by_one(spec_of: SpecOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint on disk names single experts, and none of them passes through a stacked 16-bit copy."""
+    spec = spec_of("qwen3_moe")
+    with safe_open(spec.model_path / "model.safetensors", framework="pt") as file:
+        assert any(".experts.0.gate_proj.weight" in name for name in file.keys())  # noqa: SIM118 - not a dict
+    stacked = []
+    monkeypatch.setattr(training.experts, "quantise_experts", lambda *arguments: stacked.append(arguments))
+    _load(spec)
+    assert not stacked
