@@ -181,6 +181,7 @@ class EmbeddedPostgres:
         if self._user is not None and not _readable_by_others(self._binaries):
             install = self._folder / "install"
             shutil.copytree(self._binaries.parent, install, symlinks=True)
+            _open_to_others(install)
             self._binaries = install / self._binaries.name
         for name in ("data", "socket"):
             path = self._folder / name
@@ -274,6 +275,14 @@ def _unprivileged_user() -> pwd.struct_passwd:
 
 def _readable_by_others(folder: Path) -> bool:
     return all(path.stat().st_mode & stat.S_IXOTH for path in (folder, *folder.resolve().parents))
+
+
+def _open_to_others(folder: Path) -> None:
+    """Let everybody read what its owner may read: a copy keeps the modes of a private virtual environment."""
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            mode = stat.S_IMODE(path.stat().st_mode)
+            path.chmod(mode | (mode & 0o500) >> 3 | (mode & 0o500) >> 6)
 
 
 def _free_port() -> int:

@@ -50,14 +50,12 @@ lease AS (
     FROM picked
     CROSS JOIN LATERAL (
         SELECT CASE WHEN %(user_cap)s::int IS NOT NULL THEN (
-            SELECT slot
+            SELECT min(slot)
             FROM generate_series(1, %(user_cap)s::int) AS slot
             WHERE NOT EXISTS (
                 SELECT FROM training_leases AS taken
                 WHERE taken.user_id = picked.user_id AND taken.user_slot = slot
             )
-            ORDER BY slot
-            LIMIT 1
         ) END AS slot
     ) AS free
     WHERE %(user_cap)s::int IS NULL OR free.slot IS NOT NULL

@@ -1,0 +1,224 @@
+"""The one connection: it says clearly that Postgres is away, and is there again when Postgres is."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator
+
+import psycopg
+import pytest
+
+from daemon.database import Database
+from daemon.embedded_postgres import EmbeddedPostgres
+from daemon.errors import DatabaseAway, HostUnfit
+from daemon.migrate import migrate
+from tests.postgres import AppDatabase, Server
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[EmbeddedPostgres]:
+    """A server of this module's own, to be stopped and killed."""
+    with EmbeddedPostgres() as own:
+        migrate(own.dsn(), local=True)
+        yield own
+
+
+def database_on(dsn: str, **options: float | bool) -> Database:
+    return Database(dsn, application_name="test", **options)  # type: ignore[arg-type]
+
+
+async def test_a_session_is_prepared_for_the_daemon(database: AppDatabase) -> None:
+    async with database_on(database.dsn, statement_seconds=7) as db:
+        assert db.role_warning is None
+        row = (await db.fetch(
+            "SELECT current_user::text AS who, current_setting('statement_timeout') AS statement, "
+            "current_setting('application_name') AS name, current_setting('plan_cache_mode') AS plans"
+        ))[0]  # fmt: skip
+        assert row == {"who": "training_daemon", "statement": "7s", "name": "test", "plans": "force_generic_plan"}
+        assert db.role_warning is not None and "ALTER ROLE training_daemon" in db.role_warning
+
+
+@pytest.mark.parametrize("how", ["restart", "kill"])
+async def test_after_an_outage_the_next_call_works_again(server: EmbeddedPostgres, how: str) -> None:
+    async with database_on(server.dsn()) as db:
+        await db.fetch("SELECT 1")
+        if how == "restart":
+            server.restart()
+        else:
+            server.kill()
+            with pytest.raises(DatabaseAway):
+                await db.fetch("SELECT 1")
+            server.start()
+        with pytest.raises(DatabaseAway) if how == "restart" else _nothing():
+            await db.fetch("SELECT 1")
+        assert await db.fetch("SELECT 1 AS one") == [{"one": 1}]
+
+
+class _nothing:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *ending: object) -> None:
+        return None
+
+
+async def test_a_terminated_session_is_away_once(database: AppDatabase) -> None:
+    async with database_on(database.dsn) as db:
+        pid = (await db.fetch("SELECT pg_backend_pid() AS pid"))[0]["pid"]
+        database.run("SELECT pg_terminate_backend(%s, 5000)", (pid,))
+        with pytest.raises(DatabaseAway):
+            await db.fetch("SELECT 1")
+        assert await db.fetch("SELECT 1 AS one") == [{"one": 1}]
+
+
+async def test_nobody_listening_is_away() -> None:
+    async with database_on("postgresql://postgres@127.0.0.1:9/postgres") as db:
+        with pytest.raises(DatabaseAway):
+            await db.fetch("SELECT 1")
+
+
+async def test_a_peer_that_never_answers_is_away_in_time() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        async with (
+            database_on(
+                f"postgresql://postgres@127.0.0.1:{port}/postgres", connect_seconds=2, statement_seconds=1
+            ) as db,
+            asyncio.timeout(15),
+        ):
+            with pytest.raises(DatabaseAway):
+                await db.fetch("SELECT 1")
+
+
+async def test_a_half_open_connection_is_away_in_time_and_then_made_anew(database: AppDatabase) -> None:
+    proxy = await SilenceableProxy.start(database.dsn)
+    async with proxy, database_on(proxy.dsn, connect_seconds=2, statement_seconds=1) as db:
+        await db.fetch("SELECT 1")
+        proxy.silent.set()
+        async with asyncio.timeout(30):
+            with pytest.raises(DatabaseAway):
+                await db.fetch("SELECT 1")
+        proxy.silent.clear()
+        assert await db.fetch("SELECT 1 AS one") == [{"one": 1}]
+
+
+class SilenceableProxy:
+    """Forwards bytes to Postgres until told to swallow them: the peer is gone, and TCP has not noticed."""
+
+    def __init__(self, dsn: str) -> None:
+        self._target = psycopg.conninfo.conninfo_to_dict(dsn)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.silent = asyncio.Event()
+
+    @classmethod
+    async def start(cls, dsn: str) -> SilenceableProxy:
+        proxy = cls(dsn)
+        proxy._server = await asyncio.start_server(proxy._serve, "127.0.0.1", 0)
+        port = proxy._server.sockets[0].getsockname()[1]
+        wanted = proxy._target | {"host": "127.0.0.1", "port": port}
+        proxy.dsn = psycopg.conninfo.make_conninfo(**wanted)
+        return proxy
+
+    async def __aenter__(self) -> SilenceableProxy:
+        return self
+
+    async def __aexit__(self, *ending: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there = await asyncio.open_connection(str(self._target["host"]), int(str(self._target["port"])))
+        for source, sink in ((reader, there[1]), (there[0], writer)):
+            task = asyncio.ensure_future(self._forward(source, sink))
+            self._tasks.add(task)
+
+    async def _forward(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        while data := await source.read(65536):
+            if not self.silent.is_set():
+                sink.write(data)
+                await sink.drain()
+        sink.close()
+
+
+@pytest.mark.parametrize(
+    ("trouble", "said"),
+    [
+        ("SELECT pg_sleep(60)", "statement timeout"),
+        ("DO $$ BEGIN RAISE serialization_failure; END $$", "serialization_failure"),
+        ("DO $$ BEGIN RAISE deadlock_detected; END $$", "deadlock_detected"),
+        ("DO $$ BEGIN RAISE SQLSTATE '25006'; END $$", "25006|read_only"),
+        ("DO $$ BEGIN RAISE SQLSTATE '53100'; END $$", "53100|disk_full"),
+        ("DO $$ BEGIN RAISE SQLSTATE '57P03'; END $$", "57P03|cannot_connect"),
+    ],
+)
+async def test_not_now_is_away_and_the_next_call_works(database: AppDatabase, trouble: str, said: str) -> None:
+    async with database_on(database.dsn, statement_seconds=1) as db:
+        with pytest.raises(DatabaseAway, match=said):
+            await db.fetch(trouble)
+        assert await db.fetch("SELECT 1 AS one") == [{"one": 1}]
+
+
+async def test_a_cancelled_caller_leaves_a_usable_connection(database: AppDatabase) -> None:
+    async with database_on(database.dsn) as db:
+        call = asyncio.ensure_future(db.fetch("SELECT pg_sleep(30)"))
+        async with asyncio.timeout(10):
+            while not database.run(
+                "SELECT FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(30)' AND state = 'active'"
+            ):
+                await asyncio.sleep(0.01)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert await db.fetch("SELECT 1 AS one") == [{"one": 1}]
+
+
+async def test_calls_at_once_take_turns(database: AppDatabase) -> None:
+    async with database_on(database.dsn) as db:
+        answers = await asyncio.gather(*(db.fetch("SELECT %(n)s::int AS n", {"n": n}) for n in range(20)))
+    assert [rows[0]["n"] for rows in answers] == list(range(20))
+
+
+async def test_a_database_without_our_migration_says_which_command_to_run(postgres: Server) -> None:
+    with postgres.database() as name:
+        async with database_on(postgres.dsn(name)) as db:
+            with pytest.raises(HostUnfit, match="brightrun-trainer migrate"):
+                await db.fetch("SELECT FROM training_jobs")
+
+
+async def test_a_cluster_without_our_role_says_which_command_to_run() -> None:
+    with EmbeddedPostgres() as bare:
+        async with database_on(bare.dsn()) as db:
+            with pytest.raises(HostUnfit, match=r"training_daemon does not exist.*brightrun-trainer migrate"):
+                await db.fetch("SELECT 1")
+
+
+async def test_a_login_that_may_not_be_the_daemon_is_told_so(server: EmbeddedPostgres) -> None:
+    with psycopg.connect(server.dsn(), autocommit=True) as admin:
+        admin.execute(f"CREATE ROLE somebody LOGIN PASSWORD '{server.password}'")
+    async with database_on(server.dsn(user="somebody")) as db:
+        with pytest.raises(HostUnfit, match="GRANT training_daemon TO somebody"):
+            await db.fetch("SELECT 1")
+
+
+async def test_a_wrong_password_is_no_outage(server: EmbeddedPostgres) -> None:
+    async with database_on(server.dsn().replace(server.password, "wrong")) as db:
+        with pytest.raises(HostUnfit, match="password authentication failed"):
+            await db.fetch("SELECT 1")
+
+
+async def test_behind_a_transaction_pooler_nothing_is_left_on_the_session(database: AppDatabase) -> None:
+    async with database_on(database.dsn, transaction_pooler=True) as db:
+        rows = await db.fetch("SELECT current_user::text AS who, current_setting('statement_timeout') AS timeout")
+        assert rows == [{"who": "training_daemon", "timeout": "30s"}]
+        for _ in range(8):
+            await db.fetch("SELECT 1 AS one")
+        assert db._connection is not None
+        cursor = await db._connection.execute(
+            "SELECT current_user::text AS who, (SELECT count(*) FROM pg_prepared_statements) AS prepared"
+        )
+        assert await cursor.fetchone() == {"who": "postgres", "prepared": 0}
+    assert database_on("postgresql://u@h.example:6543/postgres").transaction_pooler
+    assert not database_on("postgresql://u@h.example:5432/postgres").transaction_pooler
