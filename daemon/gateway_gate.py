@@ -21,7 +21,7 @@ from daemon.gateway_words import Problem
 
 # Read by load balancers and by people; nothing in them is anybody's.
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
-BODY_SECONDS = 15.0
+BODY_SECONDS = 10.0
 # Strangers share one bucket: guessing keys is slow for all of them together and costs a caller with a key nothing.
 STRANGERS_PER_SECOND = 20.0
 

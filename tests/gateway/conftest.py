@@ -13,7 +13,7 @@ import pytest
 from tests.daemon_process import ROOT, DaemonProcess
 from tests.gateway.files import FileServer
 from tests.lifecycle.queue import Queue
-from tests.postgres import AppDatabase
+from tests.postgres import AppDatabase, Server
 
 KEY = "the-key-of-this-test-0123456789"
 SERVE = (sys.executable, str(ROOT / "tests" / "gateway" / "serve.py"))
@@ -66,3 +66,17 @@ def files() -> Iterator[FileServer]:
 def script_file(*actions: list[object]) -> bytes:
     """A dataset that tells the scripted trainer what to do."""
     return (json.dumps({"script": actions}) + "\n").encode()
+
+
+@pytest.fixture(scope="module")
+def shared_client(
+    postgres: Server, migrated_template: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[httpx.Client]:
+    """One gateway for a whole file's questions that leave no trace."""
+    folder = tmp_path_factory.mktemp("gateway")
+    with (
+        postgres.database(template=migrated_template) as name,
+        Gateway(Queue(postgres.dsn(name), folder), folder, gateway_requests_per_second=1000) as running,
+        running.client() as caller,
+    ):
+        yield caller
