@@ -57,7 +57,9 @@ class Trainer:
             loss = 3.0 / (1 + self.step)
             self.say(
                 "progress", step=self.step, total_steps=count, epoch=self.step / count, loss=loss,
-                learning_rate=1e-4, grad_norm=1.0, tokens_per_second=100.0,
+                learning_rate=1e-4, grad_norm=1.0,
+                # Whose number it is: the chaos run's judge compares it with the epoch of the row it lands in.
+                tokens_per_second=float(str(self.spec["lease_epoch"])),
             )  # fmt: skip
             if self.step % 5 == 0:
                 self.save_checkpoint()

@@ -227,18 +227,18 @@ def test_a_half_open_heartbeat_is_replaced_before_the_lease_runs_out(
     assert row["attempt"] == 1
 
 
-@pytest.mark.system
+@pytest.mark.system  # a statement has thirty-five seconds to answer
 def test_a_half_open_work_connection_is_given_up_and_everything_written(
     own_queue: Queue, proxy: TcpProxy, tmp_path: Path
 ) -> None:
     with DaemonProcess(proxy.dsn(own_queue.dsn), tmp_path, lease_seconds=9) as daemon:
-        job = own_queue.insert(script=[["steps", 100, 0.04]])
+        job = own_queue.insert(script=[["steps", 1200, 0.04]])
         own_queue.wait_for(job, "running")
         assert proxy.half_open(WORK) == 1
-        row = own_queue.wait_for(job, "completed", seconds=60)
+        row = own_queue.wait_for(job, "completed", seconds=120)
         assert daemon.logged("report_delayed") or daemon.logged("ending_delayed")
     assert row["attempt"] == 1
-    assert [point["step"] for point in own_queue.points(job)] == list(range(1, 101))
+    assert [point["step"] for point in own_queue.points(job)] == list(range(1, 1201))
 
 
 def test_a_partitioned_daemon_that_shall_stop_ends_its_child_and_another_goes_on(

@@ -1,0 +1,394 @@
+"""Everything that can go wrong with hosts, processes, connections and the server, at random, and a judge apart.
+
+Seeded: CHAOS_SEED repeats a run's order of faults (not its timing). The judge (oracle.py) is a script of its own that
+knows only what an audit trigger recorded; that it can say no is tested here as well.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from urllib.parse import quote
+from uuid import UUID
+
+import psycopg
+import pytest
+
+from daemon.database import Database
+from daemon.embedded_postgres import EmbeddedPostgres
+from daemon.errors import DatabaseAway, LeaseLost
+from daemon.migrate import migrate
+from daemon.store import MetricPoint, Store
+from tests.daemon_process import ROOT, SCRIPTED, DaemonProcess, eventually
+from tests.lifecycle.queue import Queue
+from tests.lifecycle.tcp_proxy import TcpProxy
+from tests.lifecycle.test_peer_failures import STALE_WRITES, claim, reaped_lease
+
+ORACLE = Path(__file__).with_name("oracle.py")
+LEASE_SECONDS = 2
+
+
+def as_host(dsn: str, host: str) -> str:
+    """The URL under which the audit knows this client."""
+    return f"{dsn}?options={quote(f'-c audit.host={host}')}"
+
+
+def run_oracle(dsn: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ORACLE), dsn, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture
+def server() -> Iterator[EmbeddedPostgres]:
+    # A commit survives a kill of the server; only the machine's own crash is not waited for.
+    with EmbeddedPostgres(settings={"synchronous_commit": "on"}) as server:
+        migrate(server.dsn(), local=True)
+        yield server
+
+
+# -- the chaos -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Host:
+    """One place in the fleet: whoever is booted there has a name of his own."""
+
+    place: str
+    through: TcpProxy | None
+    settings: Mapping[str, Any]
+    command: tuple[str, ...] = SCRIPTED
+    boots: int = 0
+    daemon: DaemonProcess | None = None
+    continues_at: float | None = None
+
+
+class Chaos:
+    """A fleet on one queue, and the faults that befall it. Nothing of it is alive after the block."""
+
+    def __init__(self, server: EmbeddedPostgres, proxy: TcpProxy, folder: Path, seed: int) -> None:
+        self.server, self.proxy, self.folder = server, proxy, folder
+        self.order = random.Random(seed)
+        self.queue = Queue(as_host(server.dsn(), "app"), folder)
+        self.hosts: list[Host] = []
+        self.faults: Counter[str] = Counter()
+        self.killed_in_training: set[UUID] = set()
+
+    def __enter__(self) -> Chaos:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        for host in self.hosts:
+            if host.daemon is not None:
+                host.daemon.kill()
+
+    def add_host(
+        self, place: str, *, through: TcpProxy | None = None, command: tuple[str, ...] = SCRIPTED, **settings: Any
+    ) -> None:
+        host = Host(place, through, {"lease_seconds": LEASE_SECONDS, "poll_seconds": 1, **settings}, command)
+        self.hosts.append(host)
+        self.boot(host)
+
+    def boot(self, host: Host) -> None:
+        host.boots += 1
+        name = f"{host.place}-{host.boots}"
+        dsn = as_host(self.server.dsn(), name)
+        host.daemon = DaemonProcess(
+            host.through.dsn(self.server.dsn()) + dsn[len(self.server.dsn()) :] if host.through else dsn,
+            self.folder, name=name, command=host.command, **host.settings,
+        ).start()  # fmt: skip
+
+    # Each fault is one that a fleet meets in a year; all of them in a minute here.
+
+    def kill_daemon(self) -> None:
+        host = self._any_awake()
+        if host is not None and host.daemon is not None:
+            host.daemon.kill()
+            self.boot(host)
+
+    def kill_child(self) -> None:
+        host = self._any_awake()
+        children = host.daemon.children() if host is not None and host.daemon is not None else []
+        if children:
+            try:
+                os.kill(self.order.choice(children), signal.SIGKILL)
+            except ProcessLookupError:
+                return
+
+    def stop_past_the_lease(self) -> None:
+        host = self._any_awake()
+        if host is not None and host.daemon is not None and sum(h.continues_at is not None for h in self.hosts) < 2:
+            host.daemon.signal(signal.SIGSTOP)
+            host.continues_at = time.monotonic() + LEASE_SECONDS * self.order.uniform(1.2, 1.8)
+
+    def terminate_backend(self) -> None:
+        with self.queue.connect() as operator:
+            operator.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE application_name LIKE 'brightrun-trainer%' ORDER BY random() LIMIT 2"
+            )
+
+    def restart_postgres(self) -> None:
+        self.server.stop()
+        time.sleep(self.order.uniform(0.0, 1.5))
+        self.server.start()
+
+    def crash_postgres(self) -> None:
+        self.server.kill()
+        self.server.start()
+
+    def cut_the_network(self) -> None:
+        self.proxy.cut()
+
+    def leave_half_open(self) -> None:
+        self.proxy.half_open(self.order.choice([None, "brightrun-trainer listener", "brightrun-trainer heartbeat"]))
+
+    def heal_the_network(self) -> None:
+        self.proxy.heal()
+
+    def cancel(self) -> None:
+        job = self._any_job("status IN ('queued', 'initializing', 'running')")
+        if job is not None:
+            try:
+                self.queue.cancel_as_owner(job)
+            except psycopg.errors.RaiseException:
+                return  # it ended in the meantime
+
+    def resubmit(self) -> None:
+        job = self._any_job("status IN ('failed', 'cancelled')")
+        if job is not None:
+            with self.queue.connect() as app:
+                app.execute("SELECT retry_training_job(%s)", (job,))
+
+    def drain(self) -> None:
+        """A pod is preempted: TERM, and another one comes."""
+        host = self._any_awake()
+        if host is not None and host.daemon is not None and host.daemon.logged("daemon_started"):
+            host.daemon.signal(signal.SIGTERM)
+            host.daemon.wait(60)
+            self.boot(host)
+
+    def _any_awake(self) -> Host | None:
+        awake = [host for host in self.hosts if host.continues_at is None]
+        return self.order.choice(awake) if awake else None
+
+    def _any_job(self, condition: str) -> UUID | None:
+        with self.queue.connect() as app:
+            row = app.execute(
+                f"SELECT id FROM training_jobs WHERE {condition} ORDER BY md5(id::text || %s) LIMIT 1".encode(),
+                (str(self.order.random()),),
+            ).fetchone()
+        return None if row is None else row["id"]
+
+    def wake_sleepers(self, *, all_of_them: bool = False) -> None:
+        for host in self.hosts:
+            if host.continues_at is not None and (all_of_them or time.monotonic() >= host.continues_at):
+                assert host.daemon is not None
+                host.daemon.signal(signal.SIGCONT)
+                host.continues_at = None
+
+    def be_impatient(self) -> None:
+        """What was reaped often waits minutes; its owner may say "now", as long as it is queued."""
+        with self.queue.connect() as app:
+            app.execute("UPDATE training_jobs SET run_after = NULL WHERE status = 'queued' AND run_after IS NOT NULL")
+
+    def rage(self, faults: Mapping[str, int], seconds: float) -> None:
+        """Fault after fault, by weight, until the time is over or nothing is left to disturb."""
+        ends_at = time.monotonic() + seconds
+        while time.monotonic() < ends_at and self.unfinished():
+            name = self.order.choices(list(faults), list(faults.values()))[0]
+            getattr(self, name)()
+            self.faults[name] += 1
+            self.wake_sleepers()
+            self.be_impatient()
+            time.sleep(self.order.uniform(0.1, 0.5))
+
+    def calm(self, seconds: float) -> None:
+        """No more faults: everything that is left must end now, and every daemon leave in good order."""
+        self.wake_sleepers(all_of_them=True)
+        self.proxy.heal()
+
+        def ended() -> bool:
+            self.be_impatient()
+            return not self.unfinished() and not self.queue.leases()
+
+        eventually(ended, seconds=seconds, why=lambda: f"left over: {self.unfinished()}\n{self._tails()}")
+        for host in self.hosts:
+            assert host.daemon is not None
+            # Before that a TERM simply ends the process: nothing is held yet.
+            host.daemon.wait_for_log("daemon_started", seconds=60)
+            host.daemon.signal(signal.SIGTERM)
+        for host in self.hosts:
+            assert host.daemon is not None and host.daemon.wait(60) == 0, self._tails()
+
+    def unfinished(self) -> list[dict[str, Any]]:
+        with self.queue.connect() as app:
+            return app.execute(
+                "SELECT id, status, attempt, due, run_after FROM training_jobs "
+                "WHERE status NOT IN ('completed', 'failed', 'cancelled')"
+            ).fetchall()
+
+    def _tails(self) -> str:
+        return "\n\n".join(f"{host.place}\n{host.daemon.tail(8)}" for host in self.hosts if host.daemon is not None)
+
+    def judge(self) -> subprocess.CompletedProcess[str]:
+        dsn = as_host(self.server.dsn(), "oracle")
+        return run_oracle(dsn, "--storage", str(self.folder / "storage"), "--processes-of", str(self.folder))
+
+
+FAULTS = {
+    "kill_daemon": 5, "kill_child": 6, "stop_past_the_lease": 4, "terminate_backend": 4, "restart_postgres": 1,
+    "crash_postgres": 1, "cut_the_network": 3, "leave_half_open": 2, "heal_the_network": 4, "cancel": 3, "resubmit": 3,
+    "drain": 1,
+}  # fmt: skip
+
+
+def seed_of_the_run() -> int:
+    return int(os.environ.get("CHAOS_SEED") or random.SystemRandom().randrange(1_000_000))
+
+
+def insert_short_jobs(chaos: Chaos, count: int) -> None:
+    for _ in range(count):
+        order = chaos.order
+        script: list[list[object]] = [["steps", order.randint(4, 16), order.choice([0.01, 0.03, 0.06])]]
+        if order.random() < 0.1:
+            script.insert(0, ["ignore_term"])
+        if order.random() < 0.1:
+            script.insert(0, ["steps", 3, 0.01])
+            script.insert(1, ["kill_self_once"])
+        chaos.queue.insert(script=script, max_attempts=order.choice([1, 3, 20, 20, 20]))
+
+
+def report(chaos: Chaos, seed: int, verdict: subprocess.CompletedProcess[str], seconds: float) -> None:
+    faults = ", ".join(f"{count} {name}" for name, count in sorted(chaos.faults.items()))
+    boots = sum(host.boots for host in chaos.hosts)
+    print(f"\nchaos seed {seed}, {seconds:.0f} s, {boots} boots; {faults}\n{verdict.stdout}{verdict.stderr}")
+
+
+@pytest.mark.timeout(170)
+def test_a_short_chaos_leaves_every_job_ended_once(
+    server: EmbeddedPostgres, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_chaos(server, tmp_path, capsys, jobs=60, rage_seconds=22, calm_seconds=90)
+
+
+@pytest.mark.system
+@pytest.mark.timeout(900)
+def test_a_long_chaos_leaves_every_job_ended_once(
+    server: EmbeddedPostgres, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_chaos(server, tmp_path, capsys, jobs=240, rage_seconds=180, calm_seconds=300)
+
+
+def run_chaos(
+    server: EmbeddedPostgres,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    *,
+    jobs: int,
+    rage_seconds: float,
+    calm_seconds: float,
+) -> None:
+    seed, begun = seed_of_the_run(), time.monotonic()
+    assert run_oracle(server.dsn(), "--install").returncode == 0
+    with TcpProxy(server.port) as proxy, Chaos(server, proxy, folder, seed) as chaos:
+        insert_short_jobs(chaos, jobs)
+        for number in range(4):
+            chaos.add_host(f"host{number}", through=proxy if number % 2 else None, slots=2)
+        chaos.rage(FAULTS, rage_seconds)
+        chaos.calm(calm_seconds)
+        verdict = chaos.judge()
+        with capsys.disabled():
+            report(chaos, seed, verdict, time.monotonic() - begun)
+        assert verdict.returncode == 0, f"seed {seed}\n{verdict.stdout}{verdict.stderr}"
+
+
+# -- the judge can say no ----------------------------------------------------------------------------------------
+
+EPOCH_PREDICATE = re.compile(r"^ *(?:AND|WHERE) (?:lease|job)\.(?:lease_)?epoch = %\(epoch\)s\n", re.MULTILINE)
+
+
+def without_epoch(statement: str) -> str:
+    mutated, cuts = EPOCH_PREDICATE.subn("", statement, count=1)
+    assert cuts == 1, statement
+    return mutated
+
+
+def test_a_daemon_whose_heartbeat_forgets_its_epoch_is_found_out(server: EmbeddedPostgres, tmp_path: Path) -> None:
+    """The whole line once more, with one predicate deleted from a copy of the statements."""
+    shutil.copytree(ROOT / "sql", tmp_path / "mutated" / "sql")
+    renew = tmp_path / "mutated" / "sql" / "queries" / "renew_lease.sql"
+    renew.write_text(without_epoch(renew.read_text()))
+    assert run_oracle(server.dsn(), "--install").returncode == 0
+    queue = Queue(as_host(server.dsn(), "app"), tmp_path)
+    sleeper = DaemonProcess(as_host(server.dsn(), "sleeper"), tmp_path, name="sleeper", lease_seconds=LEASE_SECONDS)
+    # The first folder on the path wins: this daemon reads the copy.
+    sleeper.environment["PYTHONPATH"] = f"{tmp_path / 'mutated'}{os.pathsep}{sleeper.environment['PYTHONPATH']}"
+    heir = DaemonProcess(as_host(server.dsn(), "heir"), tmp_path, name="heir", lease_seconds=LEASE_SECONDS)
+    with sleeper:
+        job = queue.insert(script=[["steps", 120, 0.05]])
+        queue.wait_for(job, "running")
+        sleeper.signal(signal.SIGSTOP)
+        with heir:
+            heir.wait_for_log("job_claimed", seconds=30)
+            sleeper.signal(signal.SIGCONT)
+            queue.wait_for(job, "completed", seconds=40)
+    verdict = run_oracle(as_host(server.dsn(), "oracle"))
+    assert verdict.returncode == 1 and "sleeper renewed the lease 1 of heir" not in verdict.stdout
+    assert "sleeper renewed the lease 2 of heir" in verdict.stdout
+
+
+@pytest.mark.parametrize("write", STALE_WRITES)
+async def test_each_statement_without_its_epoch_turns_the_judge_red(queue: Queue, write: str) -> None:
+    """A stale owner says it once, with and without the predicate: only the latter is a violation."""
+    assert run_oracle(queue.dsn, "--install").returncode == 0
+    app = Queue(as_host(queue.dsn, "app"), queue.folder)
+    app.insert(hyperparameters={"base_model": "tiny"})
+    async with (
+        Database(as_host(queue.dsn, "stale"), application_name="stale") as one,
+        Database(as_host(queue.dsn, "heir"), application_name="heir") as other,
+    ):
+        lease = await reaped_lease(Store(one))
+        heir = await claim(Store(other))
+        await Store(other).start_job(heir)
+        await Store(other).record_metrics(
+            heir, [MetricPoint(step=1, epoch=0, training_loss=1.0, learning_rate=1.0, throughput=2.0)]
+        )
+        if write in {"end_cancelled_job", "settle_cancelled_job"}:
+            app.cancel_as_owner(heir.job_id)
+        with pytest.raises(LeaseLost):
+            await STALE_WRITES[write](Store(one), lease)
+        assert "stale " not in offences(queue.dsn)
+        try:
+            await STALE_WRITES[write](MutatedStore(one), lease)
+        except (LeaseLost, DatabaseAway) as refused:
+            raise AssertionError("the mutation made no difference") from refused
+    assert "stale " in offences(queue.dsn)
+
+
+def offences(dsn: str) -> str:
+    """What the judge says about the host called stale; the job itself has not ended yet, which is not the question."""
+    lines = run_oracle(as_host(dsn, "oracle")).stdout.splitlines()[1:]
+    kinds = ("stale", "lease taken", "terminal state left", "completed", "ending", "reaped")
+    return "\n".join(line for line in lines if line.startswith(kinds) and "stale" in line)
+
+
+class MutatedStore(Store):
+    """The same methods over statements that forgot their epoch."""
+
+    async def _run(self, name: str, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
+        text = (ROOT / "sql" / "queries" / f"{name}.sql").read_text()
+        return await self.database.fetch(without_epoch(text) if name in STALE_WRITES else text, parameters)
