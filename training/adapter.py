@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def save_adapter(spec: JobSpec, model: PeftModel, tokenizer: PreTrainedTokenizerBase, extras: dict[str, Path]) -> Path:
-    """Write weights, config, tokenizer, template and `extras` (name → file) beside the goal, then rename.
+def save_adapter(spec: JobSpec, model: PeftModel, tokenizer: PreTrainedTokenizerBase, extras: tuple[Path, ...]) -> Path:
+    """Write weights, config, tokenizer, template and the `extras` (files) beside the goal, then rename.
 
     Returns the folder, spec.output_dir. What stood there before is replaced.
     """
@@ -27,9 +27,8 @@ def save_adapter(spec: JobSpec, model: PeftModel, tokenizer: PreTrainedTokenizer
     (staging / "README.md").unlink(missing_ok=True)
     _name_the_base(staging / "adapter_config.json", spec)
     tokenizer.save_pretrained(staging)
-    for name, source in extras.items():
-        if source.is_file():
-            shutil.copyfile(source, staging / name)
+    for source in extras:
+        shutil.copyfile(source, staging / source.name)
     _sync(staging)
     shutil.rmtree(spec.output_dir, ignore_errors=True)
     staging.rename(spec.output_dir)

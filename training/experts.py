@@ -165,7 +165,7 @@ class _Nf4GroupedMatmul(torch.autograd.Function):
     """rows_SI @ weight of the row's expert. Keeps the packed bytes only and unpacks them anew in backward."""
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0917 - autograd passes its arguments by position
         ctx: Any,
         rows_SI: torch.Tensor,
         packed: torch.Tensor,

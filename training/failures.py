@@ -82,12 +82,12 @@ def diagnose(error: BaseException, spec: JobSpec | None) -> Diagnosis:
     )
 
 
-def memory_advice(spec: JobSpec | None) -> str:
+def memory_advice(spec: JobSpec | None, max_length: int | None = None) -> str:
     """The one advice for memory, with the values that the job has now."""
     if spec is None:
         return "reduce batch_size, lora_rank or max_length"
     chosen = spec.hyperparameters
-    length = chosen.max_length if chosen.max_length is not None else "taken from the data"
+    length = max_length or chosen.max_length or "taken from the data"
     return (
         f"reduce batch_size (current {chosen.batch_size}), lora_rank (current {chosen.lora_rank}) "
         f"or max_length (current {length}), or ask for a GPU with more memory"

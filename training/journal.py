@@ -36,7 +36,6 @@ class Journal:
     steps: list[StepRecord] = field(default_factory=list)
     evaluations: list[EvaluationRecord] = field(default_factory=list)
     training_seconds: float = 0.0
-    samples_before: dict[str, str] = field(default_factory=dict)
 
     @property
     def tokens_seen(self) -> int:
@@ -61,7 +60,6 @@ class Journal:
             steps=[StepRecord(**record) for record in raw["steps"]],
             evaluations=[EvaluationRecord(**record) for record in raw["evaluations"]],
             training_seconds=raw["training_seconds"],
-            samples_before=raw["samples_before"],
         )
 
     def write_log(self, path: Path) -> None:

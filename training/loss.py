@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 SLICE_TOKENS = 1024
 
 
-
 class AnswerLoss:
     """Summed loss of a batch, and the number of tokens it was summed over. Holds no state but the model."""
 

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from training.events import ErrorCode
-from training.failures import TrainingFailed
 from training.experts import EXPERTS_FUNCTION, Nf4Config
+from training.failures import TrainingFailed
 from training.folder import ModelFolder
 from training.spec import JobSpec
 

@@ -25,7 +25,7 @@ class ProgressCallback(TrainerCallback):
     """Watches one run: tells each step, refuses numbers that are none, sets the loop's switches."""
 
     def __init__(
-        self, plan: Plan, journal: Journal, voice: Voice, stop: StopSwitch, spec: JobSpec, trainer: AdapterTrainer
+        self, *, plan: Plan, journal: Journal, voice: Voice, stop: StopSwitch, spec: JobSpec, trainer: AdapterTrainer
     ) -> None:
         self._plan = plan
         self._journal = journal
@@ -39,13 +39,13 @@ class ProgressCallback(TrainerCallback):
         self._checkpoint_at = now
         self._counted_at = now
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: Any) -> None:
         self._checkpoint_at = self._counted_at = time.monotonic()
         # An attempt may have ended between the last step of an epoch and its evaluation.
         if state.global_step > 0 and self._is_epoch_end(state.global_step):
             self._trainer.evaluate()
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_begin(self, _args: TrainingArguments, _state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._stop.requested:
             # Asked while nothing new was computed: the loop ends after this step, which is soon enough.
             control.should_training_stop = True
@@ -53,7 +53,7 @@ class ProgressCallback(TrainerCallback):
         self._step_began = time.monotonic()
         self._trainer.tokens_in_step = 0
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, _args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         now = time.monotonic()
         self._journal.training_seconds += now - self._counted_at
         self._counted_at = now
@@ -66,12 +66,13 @@ class ProgressCallback(TrainerCallback):
 
     def on_log(
         self,
-        args: TrainingArguments,
+        _args: TrainingArguments,
         state: TrainerState,
-        control: TrainerControl,
+        _control: TrainerControl,
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
+        """Tell the step that was just made."""
         if logs is None or "loss" not in logs:
             return
         loss = float(logs["loss"])
@@ -109,7 +110,7 @@ class ProgressCallback(TrainerCallback):
                 f"lower learning_rate (current {self._spec.hyperparameters.learning_rate:g}) and submit again",
             )
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(self, _args: TrainingArguments, _state: TrainerState, _control: TrainerControl, **_: Any) -> None:
         self._checkpoint_at = self._counted_at = time.monotonic()
 
     def _is_epoch_end(self, step: int) -> bool:

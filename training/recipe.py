@@ -9,8 +9,11 @@ and the adapter that did best on them is the one that is kept.
 from __future__ import annotations
 
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from training.adapter import save_adapter
+from training.batches import packs_without_leaks
+from training.chart import draw_chart
 from training.checkpoint import Checkpoint, CheckpointShelf
 from training.corpus import gather
 from training.events import AdapterSaved, Planned, Stage
@@ -20,12 +23,16 @@ from training.journal import Journal
 from training.lora import attach_adapter, trainable_parameters
 from training.model import load_base_model, load_tokenizer
 from training.plan import Plan, make_plan
+from training.samples import answer, choose_prompts
 from training.spec import JobSpec
 from training.stop import StopSwitch
 from training.summary import summarise
 from training.template import ChatTemplate
 from training.trainer import AdapterTrainer
 from training.voice import Voice
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def train_adapter(spec: JobSpec, voice: Voice, stop: StopSwitch) -> None:
@@ -53,13 +60,30 @@ def train_adapter(spec: JobSpec, voice: Voice, stop: StopSwitch) -> None:
 
     # The model: frozen, four bits; the adapter: small, float32, the only thing that learns.
     voice.stage(Stage.LOADING, spec.base_model)
-    model = attach_adapter(load_base_model(spec, folder), spec.hyperparameters)
+    base = load_base_model(spec, folder)
+    packed = may_pack(spec, base, voice)
+    model = attach_adapter(base, spec.hyperparameters)
 
     # Training, from the beginning or from where an earlier attempt got to.
     shelf = CheckpointShelf(spec.checkpoint_dir, fingerprint=_fingerprint(spec, plan))
     checkpoint = _find_checkpoint(shelf, voice)
     journal = Journal.load(checkpoint.path) if checkpoint else Journal()
-    trainer = AdapterTrainer(spec, corpus, plan, model, tokenizer, shelf, journal, voice, stop)
+    trainer = AdapterTrainer(
+        spec=spec,
+        corpus=corpus,
+        plan=plan,
+        model=model,
+        tokenizer=tokenizer,
+        shelf=shelf,
+        journal=journal,
+        voice=voice,
+        stop=stop,
+        packed=packed,
+    )
+    prompts = choose_prompts(spec, corpus)
+    if checkpoint is None:
+        for prompt, text in answer(spec, trainer.model, tokenizer, template, prompts):
+            voice.sample("before", prompt, text)
     with stop.at_the_next_step():
         if checkpoint is None:
             trainer.evaluate()
@@ -67,14 +91,32 @@ def train_adapter(spec: JobSpec, voice: Voice, stop: StopSwitch) -> None:
         if stop.requested:
             raise StopRequested
     trainer.keep_best()
+    for prompt, text in answer(spec, trainer.model, tokenizer, template, prompts):
+        voice.sample("after", prompt, text)
 
     # The adapter, beside it what it was made with and how the making went.
     voice.stage(Stage.SAVING)
-    log = spec.work_dir / "training_log.jsonl"
+    log, chart = spec.work_dir / "training_log.jsonl", spec.work_dir / "metrics_chart.png"
     journal.write_log(log)
-    path = save_adapter(spec, trainer.model, tokenizer, {"training_log.jsonl": log})
+    draw_chart(journal, chart, title=f"{spec.base_model}, r = {spec.hyperparameters.lora_rank}")
+    path = save_adapter(spec, trainer.model, tokenizer, (log, chart))
     summary = summarise(journal, plan, corpus, trainable_parameters(trainer.model))
     voice.say(AdapterSaved(job_id=spec.job_id, path=str(path), summary=summary))
+
+
+def may_pack(spec: JobSpec, base: PreTrainedModel, voice: Voice) -> bool:
+    """Whether conversations of a micro-batch are laid end to end instead of padded: where it changes nothing."""
+    if spec.hyperparameters.packing is False:
+        return False
+    if packs_without_leaks(base):
+        return True
+    if spec.hyperparameters.packing:
+        voice.notice(
+            "packing_refused",
+            "packing is off: this architecture would carry one conversation into the next without "
+            "flash-linear-attention and causal-conv1d",
+        )
+    return False
 
 
 def _find_checkpoint(shelf: CheckpointShelf, voice: Voice) -> Checkpoint | None:

@@ -65,7 +65,7 @@ class ChatTemplate:
             raise TrainingFailed(
                 ErrorCode.MODEL_UNSUPPORTED,
                 "this model has no fast tokenizer (tokenizer.json), which training needs to find the answers' tokens",
-                "convert the tokenizer with transformers (save_pretrained of the fast class) and put it beside the model",
+                "convert it with transformers (save_pretrained of the fast class) and put it beside the model",
             )
         self.is_default = not self._tokenizer.chat_template
         if self.is_default:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
+from training.batches import conversations_in, halve
 from training.checkpoint import CheckpointShelf
 from training.corpus import Corpus
-from training.events import CheckpointSaved, Evaluated, Stage
+from training.events import CheckpointSaved, ErrorCode, Evaluated, Stage
+from training.failures import TrainingFailed, is_out_of_memory, memory_advice
 from training.journal import EvaluationRecord, Journal
 from training.loss import AnswerLoss
 from training.model import compute_dtype
@@ -37,6 +40,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
 
     def __init__(
         self,
+        *,
         spec: JobSpec,
         corpus: Corpus,
         plan: Plan,
@@ -46,7 +50,9 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         journal: Journal,
         voice: Voice,
         stop: StopSwitch,
+        packed: bool,
     ) -> None:
+        self.spec = spec
         self.plan = plan
         self.journal = journal
         self.best_weights: dict[str, torch.Tensor] = {}
@@ -55,12 +61,14 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         self._voice = voice
         self._stop = stop
         self.tokens_in_step = 0
+        # Conversations a micro-batch; halved when memory runs out, never raised again.
+        self._micro_batch = plan.micro_batch
         super().__init__(
             model=model,
-            args=_arguments(spec, plan),
+            args=_arguments(spec, plan, packed=packed),
             train_dataset=_as_dataset(corpus.train),
             processing_class=tokenizer,
-            callbacks=[ProgressCallback(plan, journal, voice, stop, spec, self)],
+            callbacks=[ProgressCallback(plan=plan, journal=journal, voice=voice, stop=stop, spec=spec, trainer=self)],
         )
         # TRL casts the adapter of a quantised model to bf16. A resumed run would read it back as float32 and part from
         # the uninterrupted one; and bf16 loses small updates.
@@ -71,14 +79,72 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         self._answer_loss = AnswerLoss(self.model.get_base_model())
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """One micro-batch forward and backward; in halves, and then in halves for good, when memory runs out.
+
+        The step is not lost and the effective batch stays what was asked. Raises TrainingFailed(out_of_memory) when a
+        single conversation is too much.
+        """
         self.tokens_in_step += _token_count(inputs)
-        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
-        return loss
+        pending = self._within_the_limit(self._prepare_inputs(inputs))
+        total = torch.zeros((), device=self.args.device)
+        while pending:
+            before = {parameter: parameter.grad.clone() for parameter in self._trained() if parameter.grad is not None}
+            try:
+                total += super().training_step(model, pending[0], num_items_in_batch)
+                pending.pop(0)
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Out of the except block, so that the failed pass's tensors are free before the next try. Backward may
+            # have got half way: put the gradients back to where they were.
+            for parameter in self._trained():
+                parameter.grad = before.get(parameter)
+            halves = self._halve(pending.pop(0))
+            pending = [part for half in halves for part in self._within_the_limit(half)] + [
+                part for rest in pending for part in self._within_the_limit(rest)
+            ]
+        return total
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def _within_the_limit(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+        if conversations_in(inputs) <= self._micro_batch:
+            return [inputs]
+        halves = halve(inputs)
+        return [inputs] if halves is None else [part for half in halves for part in self._within_the_limit(half)]
+
+    def _halve(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        halves = halve(inputs)
+        if halves is None:
+            raise TrainingFailed(
+                ErrorCode.OUT_OF_MEMORY,
+                f"out of memory with a single conversation of {inputs['input_ids'].shape[1]} tokens at a time",
+                memory_advice(self.spec, self._corpus.max_length),
+            )
+        self._micro_batch = max(conversations_in(half) for half in halves)
+        self._voice.notice(
+            "out_of_memory_recovered",
+            f"memory ran out: going on with {self._micro_batch} conversations at a time, the batch size stays "
+            f"{self.spec.hyperparameters.batch_size}",
+            micro_batch=self._micro_batch,
+            step=self.state.global_step,
+        )
+        return halves
 
     def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None  # noqa: ARG002
+        self,
+        _model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> torch.Tensor:
         """Loss of one micro-batch, as its share of the mean over all trained tokens of the optimizer step."""
+        assert not return_outputs, "nothing here asks for logits"
         summed, count = self._answer_loss(inputs)
         return summed / (count if num_items_in_batch is None else num_items_in_batch)
 
@@ -94,14 +160,20 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         was_training = self.model.training
         self.model.eval()
         total, tokens = 0.0, 0
-        examples = sorted(self._corpus.validation, key=lambda example: len(example.input_ids))
-        for start in range(0, len(examples), self.plan.micro_batch):
-            if self._stop.requested:
-                break
-            batch = examples[start : start + self.plan.micro_batch]
-            summed, count = self._summed_loss(batch)
-            total += summed
-            tokens += count
+        pending = sorted(self._corpus.validation, key=lambda example: len(example.input_ids))
+        while pending and not self._stop.requested:
+            batch, pending = pending[: self._micro_batch], pending[self._micro_batch :]
+            try:
+                summed, count = self._summed_loss(batch)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                pending = batch + pending
+            else:
+                total += summed
+                tokens += count
+                continue
+            self._halve(self.data_collator([_as_row(example) for example in batch]))
         self.model.train(was_training)
         if self._stop.requested:
             return {}
@@ -114,7 +186,20 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         )
         if self.journal.best is record:
             self.best_weights = trained_tensors(self.model)
+        elif self._patience_is_over():
+            self._voice.notice(
+                "stopped_early",
+                f"no better validation loss in {self.spec.hyperparameters.early_stopping_patience} evaluations; "
+                f"the adapter of step {self.journal.best.step if self.journal.best else 0} is kept",
+            )
+            self.control.should_training_stop = True
         return {"eval_loss": loss}
+
+    def _patience_is_over(self) -> bool:
+        patience, best = self.spec.hyperparameters.early_stopping_patience, self.journal.best
+        if patience is None or best is None:
+            return False
+        return sum(record.step > best.step for record in self.journal.evaluations) >= patience
 
     def _summed_loss(self, batch: list[Example]) -> tuple[float, int]:
         """Summed loss of some conversations and the number of tokens it was summed over."""
@@ -171,7 +256,7 @@ def restore_tensors(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) ->
             parameter.copy_(tensors[name])
 
 
-def _arguments(spec: JobSpec, plan: Plan) -> SFTConfig:
+def _arguments(spec: JobSpec, plan: Plan, *, packed: bool) -> SFTConfig:
     chosen = spec.hyperparameters
     on_gpu = spec.device == "cuda"
     return SFTConfig(
@@ -193,7 +278,8 @@ def _arguments(spec: JobSpec, plan: Plan) -> SFTConfig:
         # The data arrive tokenised, labelled and cut to length.
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
-        pad_to_multiple_of=8 if on_gpu else None,
+        padding_free=packed,
+        pad_to_multiple_of=8 if on_gpu and not packed else None,
         router_aux_loss_coef=0.0,
         # The default would log a loss of 0.0 where it was NaN, and the job would "succeed".
         logging_nan_inf_filter=False,
