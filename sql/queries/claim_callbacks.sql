@@ -1,4 +1,5 @@
--- A daemon takes callbacks to deliver: of each host the first that is due, so that a dead host holds up nobody else.
+-- A daemon takes callbacks to deliver: of each host the first that is due and none while one is on its way there,
+-- so that a dead host holds up nobody else, wears out no other callback's attempts, and gets them in their order.
 -- One row a callback; none means that nothing is due. Unanswered by locked_until, a callback is due again.
 WITH RECURSIVE hosts AS (
     -- From host to host along the index training_callbacks_pending, one probe each.
@@ -28,18 +29,28 @@ picked AS MATERIALIZED (
         FROM training_callbacks AS callback
         WHERE callback.state = 'pending'
           AND callback.host = hosts.host
-          AND callback.next_at <= clock_timestamp()
+          AND callback.next_at <= statement_timestamp()
         ORDER BY callback.next_at, callback.sequence
         LIMIT 1
         FOR UPDATE SKIP LOCKED
     ) AS first
     WHERE hosts.host IS NOT NULL
+      AND NOT EXISTS (
+          -- A callback that is on its way has its next_at at the end of its lock: a short stretch of the index.
+          -- The statement's time, not the clock's: a volatile bound cannot be searched for in an index.
+          SELECT FROM training_callbacks AS busy
+          WHERE busy.state = 'pending'
+            AND busy.host = hosts.host
+            AND busy.next_at > statement_timestamp()
+            AND busy.next_at <= statement_timestamp() + %(lock_seconds)s::float8 * interval '1 second'
+            AND busy.locked_until > clock_timestamp()
+      )
     LIMIT %(limit)s
 )
 UPDATE training_callbacks AS callback
 SET lock_token = gen_random_uuid(),
     locked_until = clock_timestamp() + %(lock_seconds)s::float8 * interval '1 second',
-    -- Invisible until then: the next claim takes the host's next callback.
+    -- Not due until then; the host's next callback waits for this one to be settled.
     next_at = clock_timestamp() + %(lock_seconds)s::float8 * interval '1 second',
     attempts = callback.attempts + 1
 FROM picked
