@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import typer
 
-from daemon.cli import host, jobs
+from daemon.cli import host, jobs, watch
 from daemon.errors import TrainerError
 
 app = typer.Typer(
@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 
 _WORDS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Jobs": (jobs.jobs, jobs.show, jobs.events, jobs.cancel, jobs.retry, jobs.release_held),
+    "Jobs": (jobs.jobs, jobs.show, watch.watch, jobs.events, jobs.cancel, jobs.retry, jobs.release_held),
     "Hosts and database": (host.run, host.serve, host.workers, host.drain, host.doctor, host.migrate, host.demo),
 }
 for _panel, _words in _WORDS.items():

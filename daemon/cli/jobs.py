@@ -98,10 +98,11 @@ def events(
     from daemon.cli.rows import EVENTS_A_READ, find_job, read_job, read_story
     from daemon.cli.story import event_line
     from daemon.cli.terminal import print_json, say
-    from daemon.cli.wakeup import wait_for_change
+    from daemon.cli.wakeup import listen, wait_for_change
 
     with open_database() as connection:
         job_id = find_job(connection, job)
+        listen(connection)
         after = 0
         while True:
             # The row before the story: an ending that is seen in the row is in the story that is read after it.
