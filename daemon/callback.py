@@ -8,10 +8,10 @@ slow or talking nonsense costs its own messages time and nobody else's.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import ssl
 import time
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -46,12 +46,9 @@ JITTER = 0.1
 
 TIMEOUT = httpx.Timeout(15.0, connect=5.0)
 TOTAL_SECONDS = 20.0
-MAX_IN_FLIGHT = 16
-# One on its way and a few behind it, in order. More go back to the outbox: a dead host holds up nobody else.
-MAX_PER_HOST = 4
-# Longer than MAX_PER_HOST messages to a host that never answers.
-LOCK_SECONDS = 120.0
-GIVEN_BACK_SECONDS = 60.0
+MAX_IN_FLIGHT = 32
+# Longer than one message may take. A daemon that dies holds a host's messages up for so long.
+LOCK_SECONDS = 60.0
 POLL_SECONDS = 15.0
 MAX_PROGRESS_IN_FLIGHT = 8
 # After a failed progress post the receiver is left alone for a while; the newest is sent then.
@@ -123,8 +120,6 @@ class CallbackCourier:
         self._idle = asyncio.Event()
         self._running = False
         self._in_flight: set[asyncio.Task[None]] = set()
-        self._at_host: Counter[str] = Counter()
-        self._host_turns: dict[str, asyncio.Lock] = {}
         self._newest_progress: dict[UUID, tuple[ClaimedJob, dict[str, Any]]] = {}
         self._progress_tasks: dict[UUID, asyncio.Task[None]] = {}
         self._progress_room = asyncio.Semaphore(MAX_PROGRESS_IN_FLIGHT)
@@ -144,11 +139,9 @@ class CallbackCourier:
             while True:
                 self._wake.clear()
                 claimed = await self._claim(outbox)
-                # A claim gives one row a host: ask again, unless all it found belongs to hosts that are busy.
-                more = any(self._at_host[callback.host] < MAX_PER_HOST for callback in claimed or ())
                 for callback in claimed or ():
                     self._start(outbox, callback)
-                if more and self._room > 0:
+                if claimed:
                     continue
                 # Woken while we asked: what is due now may not have been in the answer.
                 if claimed == [] and not self._in_flight and not self._wake.is_set():
@@ -167,7 +160,8 @@ class CallbackCourier:
             return False
         self.wake()
         try:
-            await asyncio.wait_for(self._idle.wait(), deadline_seconds)
+            async with asyncio.timeout(deadline_seconds):
+                await self._idle.wait()
         except TimeoutError:
             log.warning("callbacks_left", in_flight=len(self._in_flight))
             return False
@@ -202,30 +196,22 @@ class CallbackCourier:
 
     async def _claim(self, outbox: Outbox) -> list[Callback] | None:
         """What is due, one row a host; None when that cannot be known now."""
-        if self._room <= 0:
+        room = MAX_IN_FLIGHT - len(self._in_flight)
+        if room <= 0:
             return None
         try:
-            return await outbox.claim_callbacks(self._room, LOCK_SECONDS)
+            return await outbox.claim_callbacks(room, LOCK_SECONDS)
         except DatabaseAway as error:
             log.debug("callbacks_delayed", error=str(error))
             return None
 
-    @property
-    def _room(self) -> int:
-        # What waits in a host's turn costs no connection.
-        return MAX_IN_FLIGHT - len(self._at_host)
-
     def _start(self, outbox: Outbox, callback: Callback) -> None:
-        self._at_host[callback.host] += 1
         task = asyncio.create_task(self._serve(outbox, callback), name=f"callback {callback.id}")
         self._in_flight.add(task)
 
         def ended(done: asyncio.Task[None]) -> None:
             self._in_flight.discard(done)
-            self._at_host[callback.host] -= 1
-            if self._at_host[callback.host] <= 0:
-                del self._at_host[callback.host]
-                self._host_turns.pop(callback.host, None)
+            # Its host may have another one.
             self._wake.set()
             if not done.cancelled() and (error := done.exception()) is not None:
                 log.error("callback_crashed", callback_id=str(callback.id), exc_info=error)
@@ -233,15 +219,10 @@ class CallbackCourier:
         task.add_done_callback(ended)
 
     async def _serve(self, outbox: Outbox, callback: Callback) -> None:
-        """One row: post it in its host's turn and settle it."""
-        if self._at_host[callback.host] > MAX_PER_HOST:
-            verdict: Verdict = Postponed(None, "waiting behind other callbacks of the same host")
-            delay: float | None = GIVEN_BACK_SECONDS
-        else:
-            async with self._host_turns.setdefault(callback.host, asyncio.Lock()):
-                payload = {**callback.payload, "event": callback.event, "sequence": callback.sequence}
-                verdict = await self._post(str(callback.id), callback.url, message_body(payload))
-            delay = self._delay_after(callback.attempts, verdict)
+        """One row: post it and settle it. The outbox hands out one row a host at a time."""
+        payload = {**callback.payload, "event": callback.event, "sequence": callback.sequence}
+        verdict = await self._post(str(callback.id), callback.url, message_body(payload))
+        delay = self._delay_after(callback.attempts, verdict)
         try:
             await self._settle(outbox, callback, verdict, delay)
         except DatabaseAway as error:
@@ -341,10 +322,10 @@ class CallbackCourier:
     # -- waiting and ending ---------------------------------------------------------------------------------------
 
     async def _wait(self) -> None:
-        try:
-            await asyncio.wait_for(self._wake.wait(), self._poll_seconds)
-        except TimeoutError:
-            return
+        # Not wait_for: before Python 3.12 it swallows a cancellation that arrives together with the event.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._poll_seconds):
+                await self._wake.wait()
 
     async def _end_all(self) -> None:
         tasks = [*self._in_flight, *self._progress_tasks.values()]

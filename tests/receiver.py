@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.loopback import Exchange, LoopbackServer
+from tests.loopback import Cut, Exchange, LoopbackServer
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ class Receiver:
 
     async def wait_for(self, enough: Callable[[list[Received]], bool], seconds: float = 10.0) -> list[Received]:
         async with self._arrival:
-            await asyncio.wait_for(self._arrival.wait_for(lambda: enough(self.received)), seconds)
+            async with asyncio.timeout(seconds):
+                await self._arrival.wait_for(lambda: enough(self.received))
         return list(self.received)
 
     async def _handle(self, exchange: Exchange) -> None:
@@ -81,7 +82,8 @@ class Receiver:
             if answer.nonsense is not None:
                 exchange.writer.write(answer.nonsense)
                 await exchange.writer.drain()
-                return
+                exchange.writer.close()
+                raise Cut("nothing more to say")
             await exchange.answer(answer.status, answer.body, answer.headers)
         finally:
             self._at_once -= 1
