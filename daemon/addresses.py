@@ -234,14 +234,14 @@ def _literal(host: str) -> Address | None:
             return IPv6Address(host)
         except ValueError as error:
             raise AddressRefused(f"{host}: not an IPv6 address") from error
-    if _CANONICAL_IPV4.match(host):
+    if _CANONICAL_IPV4.fullmatch(host):
         try:
             return IPv4Address(host)
         except ValueError as error:
             raise AddressRefused(f"{host}: not an IPv4 address") from error
     if _ENDS_IN_A_NUMBER.search(host):
         raise AddressRefused(f"{host}: write IPv4 addresses as four decimal numbers")
-    if not _HOST_NAME.match(host):
+    if not _HOST_NAME.fullmatch(host):
         raise AddressRefused(f"{host!r}: not a host name")
     return None
 

@@ -171,6 +171,6 @@ def _known_hashes(folder: Path) -> dict[str, str]:
     marker = read_marker(folder)
     known = dict(marker.sha256) if marker else {}
     for file in folder.iterdir():
-        if file.is_symlink() and _SHA256.match(file.readlink().name):
+        if file.is_symlink() and _SHA256.fullmatch(file.readlink().name):
             known.setdefault(file.name, file.readlink().name)
     return known

@@ -145,7 +145,7 @@ def verify_model(
 
 def checked_name(name: str, settings: Settings) -> str:
     """The name itself, if it is one (never a path) and the operator allows it."""
-    if not re.match(MODEL_NAME, name) or ".." in name or "--" in name:
+    if not re.fullmatch(MODEL_NAME, name) or ".." in name or "--" in name:
         raise JobFailed(
             ErrorCode.INVALID_SPEC,
             f"{name[:200]!r} is not a model's name",

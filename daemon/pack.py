@@ -200,7 +200,7 @@ def _unpack_members(archive: Path, folder: Path) -> dict[str, PackedFile]:
         for member in tar:
             if not member.isreg():
                 raise ArchiveInvalid(f"member {member.name!r} is a link, folder or device, not a plain file")
-            if not _SAFE_NAME.match(member.name) or member.name in files:
+            if not _SAFE_NAME.fullmatch(member.name) or member.name in files:
                 raise ArchiveInvalid(f"member name {member.name!r} is not a plain name, or occurs twice")
             if Path(member.name).suffix in PICKLES:
                 raise ArchiveInvalid(f"member {member.name!r} may run code when it is loaded")
@@ -251,7 +251,7 @@ def _names_to_pack(adapter_dir: Path) -> list[str]:
             continue
         if entry.is_symlink() or not entry.is_file():
             raise _not_an_adapter(f"the adapter folder holds {name!r}, which is no plain file")
-        if not _SAFE_NAME.match(name):
+        if not _SAFE_NAME.fullmatch(name):
             raise _not_an_adapter(f"the adapter folder holds a file with the name {name!r}")
         if entry.suffix in PICKLES:
             raise _not_an_adapter(f"the adapter folder holds {name!r}, which may run code when it is loaded")

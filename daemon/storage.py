@@ -163,7 +163,7 @@ class FolderStorage:
 def safe_object_path(path: str) -> str:
     """The path itself. Raises JobFailed(invalid_spec) unless it is relative, plain ASCII and free of dot segments."""
     parts = PurePosixPath(path).parts
-    plain = _OBJECT_PATH.match(path) and "/".join(parts) == path and not {"..", "."} & set(parts)
+    plain = _OBJECT_PATH.fullmatch(path) and "/".join(parts) == path and not {"..", "."} & set(parts)
     if not plain or path.startswith("/"):
         raise JobFailed(
             ErrorCode.INVALID_SPEC,

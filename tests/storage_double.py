@@ -8,7 +8,8 @@
   HTTP statuses with plain text.
 
 Faults are injected: cut a request or an answer at any byte, answer 5xx for a while, lose an answer.
-As a process of its own: `python -m tests.storage_double FOLDER` prints its URL and serves until stdin closes.
+As a process of its own: `python -m tests.storage_double FOLDER [CUTS]` prints its URL and serves until stdin
+closes; every second PATCH, CUTS times, it cuts a chunk somewhere inside. It ends with the number of cuts made.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import base64
 import hashlib
 import hmac
 import json
+import random
 import re
 import sys
 import time
@@ -421,12 +423,20 @@ def _file_of_form(content_type: str, form: bytes) -> tuple[str, bytes]:
     raise StorageRefuses(400, "InvalidRequest", "no file in the form")
 
 
-async def _serve_until_stdin_closes(folder: Path) -> None:
+async def _serve_until_stdin_closes(folder: Path, cuts: int) -> None:
     async with StorageDouble(folder) as double:
+        source = random.Random(0)
+
+        def every_second_patch(exchange: Exchange) -> bool:
+            return exchange.method == "PATCH" and double.count("PATCH") % 2 == 0
+
+        for _ in range(cuts):
+            double.faults.append(Fault(every_second_patch, cut_request_after=source.randrange(1, 1_000_000)))
         sys.stdout.write(double.url + "\n")
         sys.stdout.flush()
         await asyncio.to_thread(sys.stdin.read)
+        sys.stdout.write(f"{cuts - sum(fault.times for fault in double.faults)}\n")
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve_until_stdin_closes(Path(sys.argv[1])))
+    asyncio.run(_serve_until_stdin_closes(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0))

@@ -70,7 +70,9 @@ async def test_a_disk_too_small_for_the_adapter_is_named_before_training(tmp_pat
     assert raised.value.code is ErrorCode.DISK_FULL
 
 
-@pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a//b", "a/./b", "", "a/", "a\nb", "ü", "a#b", "a%2f", "a\\b"])
+@pytest.mark.parametrize(
+    "path", ["../x", "/etc/passwd", "a//b", "a/./b", "", "a/", "a\nb", "a\n", "ü", "a#b", "a%2f", "a\\b"]
+)
 async def test_a_path_that_leaves_the_bucket_is_refused(tmp_path: Path, file: Path, path: str) -> None:
     storage = FolderStorage(tmp_path / "root")
     with pytest.raises(JobFailed, match="not a path inside a bucket"):
