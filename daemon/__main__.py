@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import typer
 
-from daemon.cli import host, jobs, watch
+from daemon.cli import adapters, chat, host, jobs, models, watch
 from daemon.errors import TrainerError
 
 app = typer.Typer(
@@ -24,11 +24,13 @@ app = typer.Typer(
 
 _WORDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Jobs": (jobs.jobs, jobs.show, watch.watch, jobs.events, jobs.cancel, jobs.retry, jobs.release_held),
+    "Models and data": (adapters.download, chat.chat),
     "Hosts and database": (host.run, host.serve, host.workers, host.drain, host.doctor, host.migrate, host.demo),
 }
 for _panel, _words in _WORDS.items():
     for _word in _words:
         app.command(rich_help_panel=_panel)(_word)
+app.add_typer(models.app, rich_help_panel="Models and data")
 
 
 def main() -> None:

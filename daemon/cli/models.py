@@ -1,0 +1,131 @@
+"""Base models on this host: pull, list, verify, quantize. None of it asks the database."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+
+    from daemon.models import FoundModel
+    from daemon.settings import Settings
+
+app = typer.Typer(name="models", help="Base models on this host.", no_args_is_help=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="JSON, one object a line, instead of a screen.")]
+
+
+def _complete_models(incomplete: str) -> list[str]:
+    from daemon.errors import HostUnfit
+    from daemon.models import list_models
+
+    try:
+        return [model.name for model in list_models(model_settings()) if model.name.startswith(incomplete)]
+    except HostUnfit:
+        return []
+
+
+ModelName = Annotated[
+    str, typer.Argument(metavar="MODEL", help="As the hub names it: ORG/NAME.", autocompletion=_complete_models)
+]
+
+
+@app.command()
+def pull(model: ModelName, as_json: AsJson = False) -> None:
+    """Download a model from the hub into TRAINER_MODELS_DIR, going on from what is there.
+
+    The disk is checked before the first byte.
+    """
+    import asyncio
+
+    from daemon.cli.terminal import print_json, say_done
+    from daemon.cli.transfer import transfer_bar
+    from daemon.models import pull_model
+
+    settings = model_settings()
+    with transfer_bar(model, shown=not as_json) as progress:
+        pulled = asyncio.run(pull_model(model, settings, progress))
+    if as_json:
+        print_json(pulled)
+    else:
+        say_done(f"{pulled.name} is whole in {pulled.path}" + (f" ({pulled.revision[:12]})" if pulled.revision else ""))
+
+
+@app.command(name="list")
+def list_(as_json: AsJson = False) -> None:
+    """List the model folders that jobs would be served from, and what is wrong with each."""
+    from rich.text import Text
+
+    from daemon.cli.plain import plain
+    from daemon.cli.terminal import columns_table, console, print_json, say
+    from daemon.cli.wording import size
+    from daemon.models import list_models
+
+    settings = model_settings()
+    found = list_models(settings)
+    if as_json:
+        for model in found:
+            print_json(model)
+        return
+    if not found:
+        say(f"no model under {settings.models_dir}; `brightrun-trainer models pull ORG/NAME` fetches one")
+        return
+    table = columns_table()
+    table.add_column("MODEL", no_wrap=True, overflow="ellipsis")
+    table.add_column("SIZE", no_wrap=True, justify="right", min_width=8)
+    table.add_column("STATE", no_wrap=True, min_width=8)
+    table.add_column("WHERE", overflow="fold")
+    for model in found:
+        state = Text("● whole", style="green") if not model.faults else Text("● broken", style="red")
+        table.add_row(Text(plain(model.name)), size(model.bytes), state, Text(plain(model.path), style="dim"))
+    console().print(table)
+    for model in found:
+        for fault in model.faults:
+            say(Text(f"{plain(model.name)}: {plain(fault)}", style="red"))
+
+
+@app.command()
+def verify(model: ModelName, as_json: AsJson = False) -> None:
+    """Read a model's every file and compare sizes and hashes, where they are known. Exit status 1 for any fault."""
+    from daemon.cli.failure import EXIT_FAILED
+    from daemon.cli.plain import plain
+    from daemon.cli.terminal import print_json, say, say_done
+    from daemon.cli.transfer import transfer_bar
+    from daemon.models import verify_model
+
+    settings = model_settings()
+    known = _folder_of(model, settings)
+    total = known.bytes if known else 0
+    done = 0
+    with transfer_bar(model, shown=not as_json, verb="reading") as progress:
+
+        def on_file(_name: str, num_bytes: int) -> None:
+            nonlocal done
+            done += num_bytes
+            progress(done, max(total, done))
+
+        faults = verify_model(model, settings, on_file)
+    if as_json:
+        print_json({"model": model, "path": known.path if known else None, "faults": faults})
+    elif faults:
+        for fault in faults:
+            say(f"✗ {plain(fault)}")
+        say(f"  → `brightrun-trainer models pull {model}` completes it")
+    else:
+        say_done(f"{model} is whole" + (f" in {known.path}" if known else ""))
+    if faults:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _folder_of(model: str, settings: Settings) -> FoundModel | None:
+    from daemon.models import list_models
+
+    return next((found for found in list_models(settings) if found.name == model), None)
+
+
+def model_settings() -> Settings:
+    """The settings without what models do not need: a host may fetch its models before it knows its database."""
+    from daemon.settings import load_settings
+
+    return load_settings(database_url="postgresql://", storage="folder")
