@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from training.lora import openable_config
 from training.spec import JobSpec
 
 if TYPE_CHECKING:
@@ -25,7 +25,11 @@ def save_adapter(spec: JobSpec, model: PeftModel, tokenizer: PreTrainedTokenizer
     staging.mkdir(parents=True)
     model.save_pretrained(staging, safe_serialization=True, save_embedding_layers=False)
     (staging / "README.md").unlink(missing_ok=True)
-    _name_the_base(staging / "adapter_config.json", spec)
+    config = openable_config(model)
+    # The model's public name where PEFT writes this host's path.
+    config.base_model_name_or_path, config.revision = spec.base_model, spec.model_revision
+    config.inference_mode = True
+    config.save_pretrained(staging)
     tokenizer.save_pretrained(staging)
     for source in extras:
         shutil.copyfile(source, staging / source.name)
@@ -33,14 +37,6 @@ def save_adapter(spec: JobSpec, model: PeftModel, tokenizer: PreTrainedTokenizer
     shutil.rmtree(spec.output_dir, ignore_errors=True)
     staging.rename(spec.output_dir)
     return spec.output_dir
-
-
-def _name_the_base(path: Path, spec: JobSpec) -> None:
-    """Write the model's public name where PEFT wrote this host's path."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = spec.base_model
-    config["revision"] = spec.model_revision
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _sync(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -45,6 +46,7 @@ DEFAULT_TARGETS = (
     "fc2",
 )
 # A router decides which experts see a token; trained with a few hundred conversations it only forgets.
+_FUSED_IN_MIXTURES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 _ROUTERS = ("gate", "router", "shared_expert_gate")
 
 
@@ -69,36 +71,35 @@ def attach_adapter(model: PreTrainedModel, chosen: Hyperparameters) -> PeftModel
 
 
 def choose_targets(model: PreTrainedModel, asked: tuple[str, ...] | None) -> tuple[str, ...]:
-    """Names for LoraConfig, as suffixes of module paths, each of which exists in this model."""
-    found = _suffixes(model)
+    """Names for LoraConfig, each of which means at least one linear layer of this model and no router.
+
+    On a model with fused experts `gate_proj`, `up_proj`, `down_proj` mean the shared expert; the experts stay frozen.
+    """
+    found = _linear_layers(model)
     if asked is None:
-        targets = tuple(sorted(suffix for suffix in found if suffix.rpartition(".")[2] in DEFAULT_TARGETS))
+        targets = tuple(sorted({path.rpartition(".")[2] for path in found} & set(DEFAULT_TARGETS)))
         if not targets:
             raise TrainingFailed(
                 ErrorCode.MODEL_UNSUPPORTED,
                 "no layer with a known name was found to put LoRA on",
-                f"give target_modules; this model has {', '.join(sorted(found)[:20])}",
+                f"give target_modules; this model has {_names(found)}",
             )
         return targets
-    targets_asked: list[str] = []
     for name in asked:
-        leaf = name.rpartition(".")[2]
-        if leaf in _ROUTERS:
+        if name.rpartition(".")[2] in _ROUTERS:
             raise _bad_target(f"{name} is a router, which is never trained")
-        if name == "experts" or ".experts" in f".{name}":
-            raise _bad_target("the experts themselves cannot be adapted yet; they stay frozen in 4 bits")
-        matching = [suffix for suffix in found if suffix == name or suffix.endswith(f".{name}")]
-        if not matching:
-            raise _bad_target(f"no linear layer of this model is called {name}; it has {', '.join(sorted(found)[:20])}")
-        targets_asked += matching
-    return tuple(sorted(set(targets_asked)))
+        if "experts" in name.split("."):
+            raise _bad_target(f"{name}: the experts themselves cannot be adapted yet; they stay frozen in 4 bits")
+        if not any(path == name or path.endswith(f".{name}") for path in found):
+            raise _bad_target(f"no linear layer of this model is called {name}; it has {_names(found)}")
+    return tuple(sorted(set(asked)))
 
 
 def trainable_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def _suffixes(model: PreTrainedModel) -> set[str]:
+def _linear_layers(model: PreTrainedModel) -> set[str]:
     """Paths of linear layers inside the repeated blocks, without the block's number: `self_attn.q_proj`."""
     found = set()
     for path, module in model.named_modules():
@@ -106,10 +107,35 @@ def _suffixes(model: PreTrainedModel) -> set[str]:
             continue
         parts = path.split(".")
         numbers = [index for index, part in enumerate(parts) if part.isdigit()]
-        if not numbers or parts[-1] in _ROUTERS:
-            continue
-        found.add(".".join(parts[numbers[-1] + 1 :]))
+        if numbers and parts[-1] not in _ROUTERS:
+            found.add(".".join(parts[numbers[-1] + 1 :]))
     return found
+
+
+def _names(paths: set[str]) -> str:
+    return ", ".join(sorted({path.rpartition(".")[2] for path in paths})[:20])
+
+
+def openable_config(model: PeftModel) -> LoraConfig:
+    """The adapter's config in words that plain `PeftModel.from_pretrained` reads as they are meant.
+
+    For mixture models PEFT rewrites gate/up/down_proj in target_modules to the fused experts, and fails. As
+    target_parameters the shared expert's weights are left alone and the stored tensors keep their names; PEFT allows
+    no dropout with those, and an adapter that is opened for use has none.
+    """
+    config: LoraConfig = copy.deepcopy(model.peft_config["default"])
+    rewritten = copy.deepcopy(config)
+    try:
+        peft_conversion.convert_peft_config_for_transformers(rewritten, model=model.get_base_model(), conversions=None)
+        refused = set(config.target_modules) - set(rewritten.target_modules)
+    except ValueError:
+        # It refuses a part of the three fused names; then all of them have to go round it.
+        refused = {name for name in config.target_modules if name.rpartition(".")[2] in _FUSED_IN_MIXTURES}
+    if refused:
+        config.target_modules = set(config.target_modules) - refused
+        config.target_parameters = sorted(f"{name}.weight" for name in refused)
+        config.lora_dropout = 0.0
+    return config
 
 
 @contextmanager

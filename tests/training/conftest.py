@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.tiny_models import make_model, write_conversations
 from training.spec import Hyperparameters, JobSpec
+from training.stop import StopSwitch
+from training.voice import AnyEvent, Voice
+
+# Before torch is imported: for models this small one thread is fastest, and none may spin while others work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+class HeardVoice(Voice):
+    """Keeps what was said, in order, where the real one writes it to a pipe."""
+
+    def __init__(self, job_id: str = "job") -> None:
+        super().__init__(-1, job_id)
+        self.heard: list[AnyEvent] = []
+
+    def say(self, event: AnyEvent) -> None:
+        self.heard.append(event)
+
+    def kinds(self) -> list[str]:
+        return [event.kind for event in self.heard]
+
+    def all(self, kind: str) -> list[Any]:
+        return [event for event in self.heard if event.kind == kind]
+
+
+def train(spec: JobSpec) -> HeardVoice:
+    """One whole job in this process; its events."""
+    from training.recipe import train_adapter
+
+    voice = HeardVoice(spec.job_id)
+    train_adapter(spec, voice, StopSwitch())
+    return voice
+
 
 ModelOf = Callable[[str], Path]
 SpecOf = Callable[..., JobSpec]

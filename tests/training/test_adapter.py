@@ -1,0 +1,113 @@
+"""The adapter is what the user gets: it opens with plain PEFT on a plain base model, and it changes the answers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.tiny_models import ARCHITECTURES
+from tests.training.conftest import ModelOf, SpecOf, train
+from training.failures import TrainingFailed
+from training.lora import attach_adapter, choose_targets, trainable_parameters
+from training.spec import Hyperparameters
+
+
+def _plain(folder: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_adapter_opens_with_plain_peft_and_changes_the_answers(architecture: str, spec_of: SpecOf) -> None:
+    spec = spec_of(architecture)
+    voice = train(spec)
+    saved = voice.all("adapter_saved")[0]
+    stored = load_file(spec.output_dir / "adapter_model.safetensors")
+    ids_BT = torch.arange(3, 19)[None]
+    before = _plain(spec.model_path)(input_ids=ids_BT).logits
+    opened = PeftModel.from_pretrained(_plain(spec.model_path), spec.output_dir)
+    loaded = {name.replace(".default", ""): value for name, value in opened.named_parameters() if "lora_" in name}
+    assert loaded.keys() == stored.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in stored.items())
+    assert not torch.allclose(before, opened(input_ids=ids_BT).logits, atol=1e-3)
+    assert saved.summary["trainable_parameters"] == sum(value.numel() for value in stored.values())
+
+
+def test_the_folder_holds_everything_and_nothing_pickled(spec_of: SpecOf) -> None:
+    spec = spec_of("llama")
+    train(spec)
+    names = {path.name for path in spec.output_dir.iterdir()}
+    assert {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "training_log.jsonl",
+        "metrics_chart.png",
+    } <= names
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
+    assert (spec.output_dir / "metrics_chart.png").read_bytes().startswith(b"\x89PNG")
+    config = json.loads((spec.output_dir / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "tiny/llama"
+    assert set(config["target_modules"]) == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
+    assert config["r"] == 4 and AutoTokenizer.from_pretrained(spec.output_dir).chat_template
+    log = [json.loads(line) for line in (spec.output_dir / "training_log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log if "loss" in line] == list(range(1, len([x for x in log if "loss" in x]) + 1))
+
+
+def test_shared_expert_and_deltanet_are_adapted_and_router_and_experts_are_not(tiny: ModelOf) -> None:
+    model = _plain(tiny("qwen3_next"))
+    adapted = attach_adapter(model, Hyperparameters(lora_rank=4))
+    paths = {name.split(".layers.")[1].split(".", 1)[1] for name, _ in adapted.named_parameters() if "lora_A" in name}
+    layers = {path.split(".lora_A")[0] for path in paths}
+    assert {
+        "linear_attn.in_proj_qkvz",
+        "linear_attn.out_proj",
+        "self_attn.q_proj",
+        "mlp.shared_expert.up_proj",
+    } <= layers
+    assert not [path for path in layers if ".experts" in path or path.endswith(("mlp.gate", "shared_expert_gate"))]
+    assert all(p.dtype is torch.float32 for p in adapted.parameters() if p.requires_grad)
+    assert 0 < trainable_parameters(adapted) < 100_000
+
+
+def test_equal_seeds_give_equal_adapters(tiny: ModelOf) -> None:
+    def weights(seed: int) -> list[torch.Tensor]:
+        adapted = attach_adapter(_plain(tiny("qwen3")), Hyperparameters(lora_rank=4, seed=seed))
+        return [value for name, value in adapted.named_parameters() if "lora_A" in name]
+
+    assert all(map(torch.equal, weights(1), weights(1)))
+    assert not all(map(torch.equal, weights(1), weights(2)))
+
+
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [
+        (("gate",), "router"),
+        (("mlp.experts",), "experts themselves"),
+        (("experts.gate_up_proj",), "experts themselves"),
+        (("no_such_proj",), "no linear layer of this model is called no_such_proj; it has"),
+    ],
+)
+def test_targets_that_cannot_be_adapted_are_refused(tiny: ModelOf, targets: tuple[str, ...], words: str) -> None:
+    with pytest.raises(TrainingFailed) as refused:
+        choose_targets(_plain(tiny("qwen3_next")), targets)
+    assert refused.value.code == "invalid_spec" and words in refused.value.message
+
+
+def test_the_jobs_own_targets_are_taken(tiny: ModelOf) -> None:
+    assert choose_targets(_plain(tiny("qwen3")), ("q_proj", "mlp.up_proj")) == ("mlp.up_proj", "q_proj")
