@@ -6,6 +6,7 @@ knows only what an audit trigger recorded; that it can say no is tested here as 
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -31,13 +32,15 @@ from daemon.embedded_postgres import EmbeddedPostgres
 from daemon.errors import DatabaseAway, LeaseLost
 from daemon.migrate import migrate
 from daemon.store import MetricPoint, Store
-from tests.daemon_process import ROOT, SCRIPTED, DaemonProcess, eventually
+from tests.daemon_process import REAL, ROOT, SCRIPTED, DaemonProcess, eventually
 from tests.lifecycle.queue import Queue
 from tests.lifecycle.tcp_proxy import TcpProxy
 from tests.lifecycle.test_peer_failures import STALE_WRITES, claim, reaped_lease
+from tests.tiny_models import conversation, make_model
 
 ORACLE = Path(__file__).with_name("oracle.py")
 LEASE_SECONDS = 2
+REAL_MODEL = "tiny-real"
 
 
 def as_host(dsn: str, host: str) -> str:
@@ -128,6 +131,25 @@ class Chaos:
             except ProcessLookupError:
                 return
 
+    def kill_real_trainings(self) -> None:
+        """Each real training once, when it has trained some steps: its next attempt goes on from a checkpoint."""
+        for host in self.hosts:
+            if host.command != REAL or host.daemon is None or host.continues_at is not None:
+                continue
+            for pid in host.daemon.children():
+                started = host.daemon.logged("trainer_started", pid=pid)
+                job = UUID(started[-1]["job_id"]) if started else None
+                if job is None or job in self.killed_in_training or (self.queue.row(job)["current_step"] or 0) < 5:
+                    continue
+                self.killed_in_training.add(job)
+                # Now the child alone, now its host with it: the one is retried, the other reaped.
+                if len(self.killed_in_training) % 2:
+                    os.kill(pid, signal.SIGKILL)
+                else:
+                    host.daemon.kill()
+                    self.boot(host)
+                    break
+
     def stop_past_the_lease(self) -> None:
         host = self._any_awake()
         if host is not None and host.daemon is not None and sum(h.continues_at is not None for h in self.hosts) < 2:
@@ -182,7 +204,8 @@ class Chaos:
             self.boot(host)
 
     def _any_awake(self) -> Host | None:
-        awake = [host for host in self.hosts if host.continues_at is None]
+        # The host of the real trainings has its own kills; at this pace it would never get as far as a step.
+        awake = [host for host in self.hosts if host.continues_at is None and host.command != REAL]
         return self.order.choice(awake) if awake else None
 
     def _any_job(self, condition: str) -> UUID | None:
@@ -212,6 +235,7 @@ class Chaos:
             name = self.order.choices(list(faults), list(faults.values()))[0]
             getattr(self, name)()
             self.faults[name] += 1
+            self.kill_real_trainings()
             self.wake_sleepers()
             self.be_impatient()
             time.sleep(self.order.uniform(0.1, 0.5))
@@ -222,6 +246,7 @@ class Chaos:
         self.proxy.heal()
 
         def ended() -> bool:
+            self.kill_real_trainings()
             self.be_impatient()
             return not self.unfinished() and not self.queue.leases()
 
@@ -272,10 +297,22 @@ def insert_short_jobs(chaos: Chaos, count: int) -> None:
         chaos.queue.insert(script=script, max_attempts=order.choice([1, 3, 20, 20, 20]))
 
 
+def insert_real_jobs(chaos: Chaos, count: int) -> None:
+    """Real trainings of a small model on the CPU, long enough to be killed in the middle."""
+    make_model(chaos.folder / "models" / REAL_MODEL, "llama")
+    for number in range(count):
+        chaos.queue.insert(
+            lines=[json.dumps(conversation(100 * number + line)) for line in range(32)],
+            hyperparameters={"base_model": REAL_MODEL, "batch_size": 4, "num_epochs": 10, "lora_rank": 4},
+            max_attempts=50,
+        )
+
+
 def report(chaos: Chaos, seed: int, verdict: subprocess.CompletedProcess[str], seconds: float) -> None:
     faults = ", ".join(f"{count} {name}" for name, count in sorted(chaos.faults.items()))
-    boots = sum(host.boots for host in chaos.hosts)
-    print(f"\nchaos seed {seed}, {seconds:.0f} s, {boots} boots; {faults}\n{verdict.stdout}{verdict.stderr}")
+    boots, killed = sum(host.boots for host in chaos.hosts), len(chaos.killed_in_training)
+    print(f"\nchaos seed {seed}, {seconds:.0f} s, {boots} boots, {killed} real trainings killed; {faults}")
+    print(f"{verdict.stdout}{verdict.stderr}")
 
 
 @pytest.mark.timeout(170)
@@ -290,7 +327,7 @@ def test_a_short_chaos_leaves_every_job_ended_once(
 def test_a_long_chaos_leaves_every_job_ended_once(
     server: EmbeddedPostgres, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_chaos(server, tmp_path, capsys, jobs=240, rage_seconds=180, calm_seconds=300)
+    run_chaos(server, tmp_path, capsys, jobs=240, rage_seconds=150, calm_seconds=400, trainings=6)
 
 
 def run_chaos(
@@ -301,15 +338,21 @@ def run_chaos(
     jobs: int,
     rage_seconds: float,
     calm_seconds: float,
+    trainings: int = 0,
 ) -> None:
     seed, begun = seed_of_the_run(), time.monotonic()
     assert run_oracle(server.dsn(), "--install").returncode == 0
     with TcpProxy(server.port) as proxy, Chaos(server, proxy, folder, seed) as chaos:
         insert_short_jobs(chaos, jobs)
         for number in range(4):
-            chaos.add_host(f"host{number}", through=proxy if number % 2 else None, slots=2)
+            through = proxy if number % 2 else None
+            chaos.add_host(f"host{number}", through=through, slots=2, allowed_models="tiny")
+        if trainings:
+            insert_real_jobs(chaos, trainings)
+            chaos.add_host("trainer", command=REAL, allowed_models=REAL_MODEL, checkpoint_seconds=1)
         chaos.rage(FAULTS, rage_seconds)
         chaos.calm(calm_seconds)
+        assert len(chaos.killed_in_training) == trainings, "not every real training was killed in mid-run"
         verdict = chaos.judge()
         with capsys.disabled():
             report(chaos, seed, verdict, time.monotonic() - begun)
