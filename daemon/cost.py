@@ -21,6 +21,6 @@ class Meter:
         return self.already_spent + self.price * self.num_gpus * attempt_seconds / SECONDS_AN_HOUR
 
 
-def price_per_gpu_hour(host_price: float | None, asked_price: float | None) -> float | None:
-    """The host's own price counts before the one in gpu_config, which a tenant wrote."""
-    return host_price if host_price is not None else asked_price
+def price_per_gpu_hour(platform: float | None, operator: float | None, asked: float | None) -> float | None:
+    """What the platform charges, else what the operator set, else the price in gpu_config, which a tenant wrote."""
+    return next((price for price in (platform, operator, asked) if price is not None), None)

@@ -1,4 +1,4 @@
-"""Taking back jobs whose host went silent, from a process that runs none itself.
+"""Taking back jobs whose host went silent, here or anywhere.
 
 Any process with a store may do this at any time: the database checks each lease as it ends it.
 """
@@ -26,7 +26,7 @@ async def reap_for_ever(store: Store, lease_seconds: float) -> None:
         connected_at = store.database.connected_at
         try:
             if connected_at is None:
-                # Connects, so that the waiting begins; this process may have nothing else to ask.
+                # Connects, so that the waiting begins; a process without work may have nothing else to ask.
                 await store.next_due_in()
             elif time.monotonic() - connected_at >= lease_seconds:
                 for reaped in await store.reap_expired_leases():

@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack
 
 import structlog
 
+from daemon.attempt import Collaborators
 from daemon.callback import CallbackCourier
 from daemon.database import Database
 from daemon.errors import DatabaseAway
@@ -17,10 +18,12 @@ from daemon.host import inspect_host
 from daemon.lease import LeaseKeeper
 from daemon.listener import Listener
 from daemon.logs import configure_logs
+from daemon.pod_end import chosen_end, end_own_pod, keys_of
+from daemon.pod_life import PodLife, PodPrice, pod_environment
 from daemon.settings import Settings
 from daemon.storage import open_storage
 from daemon.store import Store
-from daemon.worker import Collaborators, Worker
+from daemon.worker import Worker
 
 log = structlog.get_logger()
 
@@ -52,6 +55,8 @@ async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_C
         stack.push_async_callback(storage.close)
         store = Store(database)
         courier = CallbackCourier(settings)
+        environment = pod_environment(settings)
+        price = PodPrice(settings.pod_id, keys_of(environment), settings.runpod_api)
         worker = Worker(
             Collaborators(
                 settings=settings,
@@ -63,13 +68,23 @@ async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_C
                 storage=storage,
                 courier=courier,
                 trainer_command=trainer_command,
+                platform_price=lambda: price.per_gpu_hour,
             )
         )
         await _check_database(database)
         _obey_signals(worker)
         log.info("daemon_started", worker_id=str(host.worker_id), device=host.device, gpus=len(host.gpus))
+        await price.read()
         listener = Listener(dsn, wake=worker.wake, on_cancel=worker.cancelled)
-        background = [asyncio.create_task(listener.run()), asyncio.create_task(courier.run(store))]
+        background = [asyncio.create_task(chore) for chore in (listener.run(), courier.run(store), price.run())]
+        if settings.pod_id is not None:
+            life = PodLife(
+                settings,
+                worker,
+                endings_wait=lambda: _has_callbacks(store),
+                end_pod=lambda: end_own_pod(str(settings.pod_id), chosen_end(environment), environment),
+            )
+            background.append(asyncio.create_task(life.run()))
         try:
             await worker.run()
             await courier.flush(LAST_CALLBACKS_SECONDS)
@@ -78,6 +93,10 @@ async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_C
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
         log.info("daemon_ended")
+
+
+async def _has_callbacks(store: Store) -> bool:
+    return await store.oldest_callback_age() is not None
 
 
 async def _check_database(database: Database) -> None:
@@ -114,6 +133,8 @@ def _secrets(settings: Settings) -> Iterator[str]:
         settings.supabase_service_role_key,
         settings.hf_token,
         settings.callback_authorization,
+        settings.pod_api_key,
+        settings.runpod_api_key,
         *settings.callback_secrets,
     ):
         if secret is not None:

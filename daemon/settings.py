@@ -139,6 +139,31 @@ class Settings(BaseSettings):
         default=None, description="owner of jobs whose caller has no row: a user of the project"
     )
 
+    # Pod life.
+    pod_id: str | None = Field(
+        default=None,
+        validation_alias=AliasChoices("RUNPOD_POD_ID", "pod_id"),
+        description="the pod that this is; RunPod sets it",
+    )
+    pod_api_key: SecretStr | None = Field(
+        default=None,
+        validation_alias=AliasChoices("RUNPOD_API_KEY", "pod_api_key"),
+        description="the pod's own key; RunPod sets it, and it may lack rights",
+    )
+    runpod_api_key: SecretStr | None = Field(
+        default=None, description="a key of your own that may read and end pods (`fleet`: create them too)"
+    )
+    runpod_api: str = Field(default="https://api.runpod.io/v2", description="RunPod's API")
+    idle_minutes: float | None = Field(
+        default=None, gt=0, description="a pod without a job for so long ends itself; never when absent"
+    )
+    max_hours: float | None = Field(
+        default=None, gt=0, description="a pod so old finishes its jobs and ends itself; never when absent"
+    )
+    pod_end: Literal["stop", "terminate"] | None = Field(
+        default=None, description="how; when absent terminate with a network volume, else stop"
+    )
+
     # Logs.
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="what is logged")
     log_format: Literal["auto", "json", "pretty"] = Field(

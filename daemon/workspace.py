@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import re
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
@@ -21,6 +23,8 @@ from daemon.errors import JobDelayed
 from training.events import ErrorCode
 
 log = structlog.get_logger()
+
+TIDY_SECONDS = 3600.0
 
 _JOB_FOLDER = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -90,6 +94,13 @@ class Workspace:
     def remove(self) -> None:
         """Remove the whole job: it is final."""
         shutil.rmtree(self.job_dir, ignore_errors=True)
+
+
+async def tidy_for_ever(work_dir: Path, keep_days: float, *, running: Callable[[], set[str]]) -> None:
+    """Remove what jobs left on the volume that nobody came back for, until cancelled."""
+    while True:
+        await asyncio.to_thread(remove_old_jobs, work_dir, keep_days, running())
+        await asyncio.sleep(TIDY_SECONDS)
 
 
 def remove_old_jobs(work_dir: Path, keep_days: float, running: set[str]) -> None:

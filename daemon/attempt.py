@@ -1,0 +1,293 @@
+"""One attempt at a job, from the claimed row to its ending; read `_work` aloud.
+
+    parse -> fetch the data, find the model -> run the trainer -> publish the adapter
+
+Each step either yields what the next one needs or raises a JobError; a stop request cuts any of
+them short. The outcome is decided here and written by daemon.settlement.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, assert_never
+
+import structlog
+
+from daemon.adapter_size import expected_adapter_bytes
+from daemon.callback import CallbackCourier
+from daemon.child import Patience, Stopped, Verdict, run_child
+from daemon.cost import Meter, price_per_gpu_hour
+from daemon.download import fetch_dataset
+from daemon.errors import JobDelayed, JobError, JobFailed
+from daemon.host import Host, installed_versions, read_load
+from daemon.job import Cancelled, ClaimedJob, Failed, Outcome, Released, Superseded
+from daemon.lease import HeldLease, LeaseKeeper
+from daemon.models import resolve_model
+from daemon.pack import publish_adapter
+from daemon.reporter import Reporter
+from daemon.settings import Settings
+from daemon.settlement import settle
+from daemon.stop import Stop, StopReason
+from daemon.storage import Storage
+from daemon.store import Store
+from daemon.workspace import Workspace
+from training.events import ErrorCode, Stage
+from training.spec import JobSpec, ParsedRow, SpecInvalid, parse_row
+
+log = structlog.get_logger()
+T = TypeVar("T")
+
+LIMITS_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Collaborators:
+    """What a worker works with; built in __main__ only."""
+
+    settings: Settings
+    host: Host
+    store: Store
+    leases: LeaseKeeper
+    storage: Storage
+    courier: CallbackCourier
+    trainer_command: tuple[str, ...]
+    platform_price: Callable[[], float | None] = lambda: None
+
+
+class Interrupted(Exception):
+    """A stop request arrived between two steps, or cut one short."""
+
+    def __init__(self, reason: StopReason) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Attempt:
+    """A claimed job, the places (cards, or slots of a CPU host) it may use, and a way to stop it."""
+
+    def __init__(self, collaborators: Collaborators, job: ClaimedJob, stop: Stop, places: tuple[int, ...]) -> None:
+        self._with = collaborators
+        self._job = job
+        self._stop = stop
+        self._places = places
+
+    async def run(self) -> None:
+        """Hold the lease, do the work, write the ending. Nothing of it runs any more on return."""
+        job = self._job
+        structlog.contextvars.bind_contextvars(job_id=str(job.id), attempt=job.attempt)
+        log.info("job_claimed", waited_seconds=round(job.waited_seconds, 3), lease_epoch=job.lease_epoch)
+        async with self._with.leases.hold(job.lease, self._stop) as held:
+            reporter = self._reporter(held)
+            writing = asyncio.create_task(reporter.run())
+            limits = asyncio.create_task(_watch_limits(job, reporter, self._stop))
+            try:
+                outcome = await self._outcome(reporter)
+            finally:
+                limits.cancel()
+                writing.cancel()
+                await asyncio.gather(limits, writing, return_exceptions=True)
+            self._with.courier.forget(job.id)
+            await settle(
+                job,
+                outcome,
+                reporter,
+                store=self._with.store,
+                storage=self._with.storage,
+                settings=self._with.settings,
+            )
+        self._with.courier.wake()
+        log.info("attempt_settled", outcome=type(outcome).__name__.lower(), seconds=round(reporter.attempt_seconds, 1))
+
+    def _reporter(self, held: HeldLease) -> Reporter:
+        asked_price, num_gpus = _asked_price(self._job)
+        meter = Meter(
+            price=price_per_gpu_hour(self._with.platform_price(), self._with.settings.cost_per_gpu_hour, asked_price),
+            num_gpus=num_gpus,
+            already_spent=self._job.spent,
+        )
+        on_gpu = self._with.host.device == "cuda"
+        return Reporter(
+            self._with.store,
+            self._job.lease,
+            meter=meter,
+            on_refused=held.doubt,
+            read_load=(lambda: read_load(self._places[0])) if on_gpu else (lambda: None),
+            on_written=lambda status: self._with.courier.send_progress(self._job, status),
+        )
+
+    async def _outcome(self, reporter: Reporter) -> Outcome:
+        """Do the work and say how it ended. Decides everything, writes nothing."""
+        try:
+            return await self._work(reporter)
+        except Interrupted as interruption:
+            return _outcome_of_stop(interruption.reason, reporter)
+        except JobError as error:
+            transient = isinstance(error, JobDelayed)
+            return Failed(error.code, error.message, error.hint, error.stack, transient)
+        except Exception as error:  # the outermost loop of an attempt: the daemon lives on
+            log.exception("attempt_broke")
+            return Failed(
+                ErrorCode.INTERNAL,
+                f"The service failed while it worked on this job ({type(error).__name__}).",
+                hint="This is a fault of the service, not of your job. The job is tried again.",
+                stack=repr(error),
+                transient=True,
+            )
+
+    async def _work(self, reporter: Reporter) -> Outcome:
+        job, stop, settings = self._job, self._stop, self._with.settings
+        row = _parse(job)
+        if row.unknown_keys:
+            reporter.tell("unknown_keys", f"Unknown and unused: {', '.join(row.unknown_keys)}.")
+        workspace = Workspace.open(settings.work_dir, job.id, job.lease_epoch)
+
+        # The data first: they are what is wrong most often, and cost seconds where a model may cost hours.
+        reporter.enter(Stage.DOWNLOADING)
+        dataset = await _until_stopped(fetch_dataset(job, settings, self._with.storage, workspace.dataset_path), stop)
+        model = await _until_stopped(
+            resolve_model(row.hyperparameters.base_model, settings, reporter.note_download), stop
+        )
+        adapter_bytes = await asyncio.to_thread(expected_adapter_bytes, model.path, row.hyperparameters)
+        await _until_stopped(self._with.storage.check(adapter_bytes), stop)
+
+        spec = JobSpec(
+            job_id=str(job.id),
+            attempt=job.attempt,
+            lease_epoch=job.lease_epoch,
+            base_model=model.name,
+            model_path=model.path,
+            model_revision=model.revision,
+            dataset_path=dataset.path,
+            work_dir=workspace.attempt_dir,
+            checkpoint_dir=workspace.checkpoint_dir,
+            output_dir=workspace.adapter_dir,
+            quantized_dir=settings.models_dir / ".quantized",
+            hyperparameters=row.hyperparameters,
+            num_gpus=row.gpu_config.num_gpus,
+            device=self._with.host.device,
+            checkpoint_seconds=settings.checkpoint_seconds,
+        )
+        verdict = await self._train(spec, workspace, reporter)
+        if isinstance(verdict, Failed):
+            return verdict
+        if isinstance(verdict, Stopped):
+            return _outcome_of_stop(verdict.reason, reporter)
+
+        reporter.enter(Stage.UPLOADING)
+        published = await _until_stopped(
+            publish_adapter(
+                self._with.storage,
+                verdict.adapter_dir,
+                job.id,
+                job.lease_epoch,
+                _manifest_facts(spec, verdict.summary),
+                workspace.attempt_dir,
+            ),
+            stop,
+            grace=lambda reason: settings.drain_seconds if reason is StopReason.SHUTDOWN else 0.0,
+        )
+        return replace(published, summary=verdict.summary)
+
+    async def _train(self, spec: JobSpec, workspace: Workspace, reporter: Reporter) -> Verdict:
+        settings = self._with.settings
+        if self._stop.reason is not None:
+            return Stopped(self._stop.reason)
+        return await run_child(
+            spec,
+            on_event=reporter.report,
+            stop=self._stop,
+            patience=Patience(settings.stall_seconds, settings.drain_seconds, settings.kill_seconds),
+            log_path=workspace.log_path,
+            gpus=self._places if self._with.host.device == "cuda" else (),
+            command=self._with.trainer_command,
+        )
+
+
+def _outcome_of_stop(reason: StopReason, reporter: Reporter) -> Outcome:
+    match reason:
+        case StopReason.LEASE_LOST:
+            return Superseded()
+        case StopReason.CANCELLED:
+            return Cancelled()
+        case StopReason.SHUTDOWN:
+            return Released("the host is shutting down")
+        case StopReason.BUDGET:
+            return Failed(
+                ErrorCode.BUDGET_EXCEEDED,
+                f"The job reached its max_cost (spent {reporter.cost or 0:.2f} US dollars).",
+                hint="Raise max_cost and retry: it goes on from the last checkpoint.",
+            )
+        case StopReason.DEADLINE:
+            return Failed(
+                ErrorCode.DEADLINE_EXCEEDED,
+                "The job passed its deadline_at before it was done.",
+                hint="Set a later deadline_at and retry: it goes on from the last checkpoint.",
+            )
+        case _:
+            assert_never(reason)
+
+
+async def _watch_limits(job: ClaimedJob, reporter: Reporter, stop: Stop) -> None:
+    """Ask for an end when the job passes what its owner set: money or time."""
+    while True:
+        await asyncio.sleep(LIMITS_SECONDS)
+        if job.max_cost is not None and (reporter.cost or 0.0) >= job.max_cost:
+            stop.request(StopReason.BUDGET)
+        seconds_left = job.seconds_to_deadline(reporter.attempt_seconds)
+        if seconds_left is not None and seconds_left <= 0:
+            stop.request(StopReason.DEADLINE)
+
+
+async def _until_stopped(
+    step: Awaitable[T], stop: Stop, grace: Callable[[StopReason], float] = lambda _reason: 0.0
+) -> T:
+    """Await one step; on a stop request give it its grace, then cut it short and raise Interrupted."""
+    task = asyncio.ensure_future(step)
+    asked = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({task, asked}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            await asyncio.wait({task}, timeout=grace(asked.result()))
+        if task.done():
+            return task.result()
+        raise Interrupted(asked.result())
+    finally:
+        asked.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+def _parse(job: ClaimedJob) -> ParsedRow:
+    try:
+        return parse_row(job.hyperparameters, job.gpu_config)
+    except SpecInvalid as invalid:
+        listed = "\n".join(f"- {fault.field}: {fault.message}" for fault in invalid.faults)
+        count = f"{len(invalid.faults)} fault{'s' if len(invalid.faults) > 1 else ''}"
+        raise JobFailed(
+            ErrorCode.INVALID_SPEC,
+            f"The job cannot be run as it is written: {count}.\n{listed}",
+            hint="Correct the fields and insert the job again.",
+        ) from invalid
+
+
+def _asked_price(job: ClaimedJob) -> tuple[float | None, int]:
+    try:
+        config = parse_row({}, job.gpu_config).gpu_config
+    except SpecInvalid:
+        return None, 1
+    return config.cost_per_gpu_hour, config.num_gpus
+
+
+def _manifest_facts(spec: JobSpec, summary: dict[str, Any]) -> dict[str, Any]:
+    """What lies beside the adapter for whoever serves it: what it was made from, and how it went."""
+    return {
+        "job_id": spec.job_id,
+        "base_model": spec.base_model,
+        "base_model_revision": spec.model_revision,
+        "hyperparameters": spec.hyperparameters.model_dump(mode="json"),
+        "summary": summary,
+        "versions": installed_versions(),
+    }
