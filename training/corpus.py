@@ -49,6 +49,10 @@ class Corpus:
     def trained_tokens(self) -> int:
         return sum(example.trained_tokens for example in self.train)
 
+    @property
+    def validation_tokens(self) -> int:
+        return sum(len(example.input_ids) for example in self.validation)
+
     def statistics(self) -> dict[str, Any]:
         """Tokens a conversation, as numbers a dashboard can show."""
         lengths = sorted(len(example.input_ids) for example in self.train)

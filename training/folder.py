@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,22 @@ class ModelFolder:
         return sum(shard.stat().st_size for shard in self.shards)
 
     @property
+    def text_config(self) -> dict[str, Any]:
+        """The part of the config that describes the language model."""
+        nested = self.config.get("text_config")
+        return nested if isinstance(nested, dict) else self.config
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and shape of every stored tensor, read from the files' headers."""
+        for shard in self.shards:
+            for name, entry in read_header(shard).items():
+                if name != "__metadata__":
+                    yield name, tuple(entry["shape"])
+
+    @property
     def context_length(self) -> int:
         """How many tokens the model reads; 1 Mi where its config does not say."""
-        text_config = self.config.get("text_config")
-        source = text_config if isinstance(text_config, dict) else self.config
+        source = self.text_config
         return int(source.get("max_position_embeddings") or source.get("n_positions") or 1_048_576)
 
 
@@ -46,6 +59,23 @@ def open_model_folder(path: Path, name: str) -> ModelFolder:
     if not any((path / file).is_file() for file in _TOKENIZER_FILES):
         raise _incomplete(name, "has no tokenizer (tokenizer.json or tokenizer.model)")
     return ModelFolder(path, config, shards)
+
+
+def read_header(shard: Path) -> dict[str, Any]:
+    """The JSON that a safetensors file begins with. Raises ValueError where it does not."""
+    size = shard.stat().st_size
+    with shard.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        # Half a GiB of names is more than any model has; a damaged length must not make us read the whole file.
+        if size < 8 or length > min(size - 8, 512 * 1024**2):
+            raise ValueError(f"{shard.name} is truncated ({size} bytes)")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            raise ValueError(f"{shard.name} has an unreadable header") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{shard.name} has an unreadable header")
+    return header
 
 
 def _shards(path: Path, name: str) -> tuple[Path, ...]:
@@ -72,18 +102,16 @@ def _shards(path: Path, name: str) -> tuple[Path, ...]:
 
 def _check_header(shard: Path, name: str) -> None:
     """A download that broke off leaves a file shorter than its own header says."""
+    try:
+        header = read_header(shard)
+    except ValueError as error:
+        raise _incomplete(name, f"is damaged: {error}") from None
+    data = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
     size = shard.stat().st_size
     with shard.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, 512 * 1024**2):
-            raise _incomplete(name, f"{shard.name} is truncated ({size} bytes)")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            raise _incomplete(name, f"{shard.name} has an unreadable header") from None
-    end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
-    if size != 8 + length + end:
-        raise _incomplete(name, f"{shard.name} is truncated: {size} bytes of {8 + length + end}")
+        whole = 8 + int.from_bytes(file.read(8), "little") + data
+    if size != whole:
+        raise _incomplete(name, f"is damaged: {shard.name} has {size} bytes of {whole}")
 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:

@@ -14,40 +14,13 @@ from peft import LoraConfig, get_peft_model
 from training.events import ErrorCode
 from training.failures import TrainingFailed
 from training.spec import Hyperparameters
+from training.targets import DEFAULT_TARGETS, ROUTERS
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-# Linear layers of a decoder block by the names that transformers gives them. Left of these stand attention and
-# feed-forward of dense models; in_proj_qkvz and out_proj are Gated DeltaNet's.
-DEFAULT_TARGETS = (
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-    "in_proj_qkvz",
-    "in_proj_qkv",
-    "in_proj_z",
-    "out_proj",
-    "qkv_proj",
-    "gate_up_proj",
-    "dense",
-    "query_key_value",
-    "dense_h_to_4h",
-    "dense_4h_to_h",
-    "c_attn",
-    "c_proj",
-    "c_fc",
-    "fc1",
-    "fc2",
-)
-# A router decides which experts see a token; trained with a few hundred conversations it only forgets.
 _FUSED_IN_MIXTURES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-_ROUTERS = ("gate", "router", "shared_expert_gate")
 
 
 def attach_adapter(model: PreTrainedModel, chosen: Hyperparameters) -> PeftModel:
@@ -86,7 +59,7 @@ def choose_targets(model: PreTrainedModel, asked: tuple[str, ...] | None) -> tup
             )
         return targets
     for name in asked:
-        if name.rpartition(".")[2] in _ROUTERS:
+        if name.rpartition(".")[2] in ROUTERS:
             raise _bad_target(f"{name} is a router, which is never trained")
         if "experts" in name.split("."):
             raise _bad_target(f"{name}: the experts themselves cannot be adapted yet; they stay frozen in 4 bits")
@@ -107,7 +80,7 @@ def _linear_layers(model: PreTrainedModel) -> set[str]:
             continue
         parts = path.split(".")
         numbers = [index for index, part in enumerate(parts) if part.isdigit()]
-        if numbers and parts[-1] not in _ROUTERS:
+        if numbers and parts[-1] not in ROUTERS:
             found.add(".".join(parts[numbers[-1] + 1 :]))
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,20 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from bitsandbytes.nn import Linear4bit
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from training.events import ErrorCode
 from training.experts import EXPERTS_FUNCTION, Nf4Config
 from training.failures import TrainingFailed
 from training.folder import ModelFolder
 from training.spec import JobSpec
+from training.targets import UNQUANTISED_MODULES
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
-# Kept in bf16. The head and embeddings: quantising them costs quality and little is saved. The other two are too small
-# for the 4-bit kernels' block size. (This list replaces the library's own, hence lm_head in it.)
-UNQUANTISED_MODULES = ("lm_head", "in_proj_ba", "shared_expert_gate")
 # Above this many elements a weight matrix that stayed in 16 bits means that the plan "4-bit" failed.
 _LARGE_WEIGHT = 1 << 20
 
@@ -34,28 +33,6 @@ class WeightCount:
     quantised_bytes: int
     kept_bytes: int
     parameters: int
-
-
-def load_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer. Raises TrainingFailed(model_incomplete) when it is a hull without a vocabulary."""
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
-        raise TrainingFailed(
-            ErrorCode.MODEL_INCOMPLETE,
-            f"the tokenizer of {folder.path.name} cannot be loaded: {error}",
-            "download the model again (`brightrun-trainer models verify` names every damaged file)",
-        ) from error
-    # Missing files give an empty vocabulary without an error.
-    if len(tokenizer) < 16:
-        raise TrainingFailed(
-            ErrorCode.MODEL_INCOMPLETE,
-            f"the tokenizer of {folder.path.name} has a vocabulary of {len(tokenizer)}: its files are missing",
-            "download the model again (`brightrun-trainer models verify` names every damaged file)",
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def load_base_model(spec: JobSpec, folder: ModelFolder) -> PreTrainedModel:
@@ -113,6 +90,13 @@ def compute_dtype(device: str) -> torch.dtype:
     if device == "cuda" or _cpu_multiplies_bf16():
         return torch.bfloat16
     return torch.float32
+
+
+def device_memory_bytes(device: str) -> int:
+    """All memory of the card, or of the host."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def count_weights(model: torch.nn.Module) -> WeightCount:

@@ -21,13 +21,15 @@ from training.failures import StopRequested
 from training.folder import open_model_folder
 from training.journal import Journal
 from training.lora import attach_adapter, trainable_parameters
-from training.model import load_base_model, load_tokenizer
-from training.plan import Plan, make_plan
+from training.model import device_memory_bytes, load_base_model
+from training.plan import Plan
+from training.preflight import check_resources, look_ahead, memory_remark
 from training.samples import answer, choose_prompts
 from training.spec import JobSpec
 from training.stop import StopSwitch
 from training.summary import summarise
 from training.template import ChatTemplate
+from training.tokenizer import load_tokenizer
 from training.trainer import AdapterTrainer
 from training.voice import Voice
 
@@ -43,7 +45,11 @@ def train_adapter(spec: JobSpec, voice: Voice, stop: StopSwitch) -> None:
     template = ChatTemplate(tokenizer)
     corpus = gather(spec.dataset_path, spec.validation_path, spec.hyperparameters, template, folder.context_length)
     corpus.announce(voice)
-    plan = make_plan(spec, corpus)
+    plan, estimate = look_ahead(spec, folder, corpus)
+    memory = device_memory_bytes(spec.device)
+    check_resources(spec, estimate, memory)
+    if warning := memory_remark(spec, estimate, memory):
+        voice.notice("memory_tight", warning)
     voice.say(
         Planned(
             job_id=spec.job_id,
@@ -54,7 +60,7 @@ def train_adapter(spec: JobSpec, voice: Voice, stop: StopSwitch) -> None:
             train_tokens=corpus.train_tokens,
             trained_tokens=corpus.trained_tokens,
             max_length=corpus.max_length,
-            data=corpus.statistics(),
+            data={**corpus.statistics(), "estimate": estimate.as_dict()},
         )
     )
 

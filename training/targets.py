@@ -1,0 +1,35 @@
+"""Names of the linear layers that an adapter goes to, without the libraries that make one."""
+
+from __future__ import annotations
+
+# Linear layers of a decoder block by the names that transformers gives them: attention and feed-forward of dense
+# models, Gated DeltaNet's in_proj and out_proj, and the fused forms of some families.
+DEFAULT_TARGETS = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "in_proj_qkvz",
+    "in_proj_qkv",
+    "in_proj_z",
+    "out_proj",
+    "qkv_proj",
+    "gate_up_proj",
+    "dense",
+    "query_key_value",
+    "dense_h_to_4h",
+    "dense_4h_to_h",
+    "c_attn",
+    "c_proj",
+    "c_fc",
+    "fc1",
+    "fc2",
+)
+# A router decides which experts see a token; trained with a few hundred conversations it only forgets.
+ROUTERS = ("gate", "router", "shared_expert_gate")
+# Kept in 16 bits. The head: quantising it costs quality and saves little. The other two are too small for the 4-bit
+# kernels' blocks. (This list replaces the library's own, hence lm_head in it.)
+UNQUANTISED_MODULES = ("lm_head", "in_proj_ba", "shared_expert_gate")
