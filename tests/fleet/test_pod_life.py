@@ -1,0 +1,121 @@
+"""A pod ends itself when it has nothing to do, and never while it has: the real daemon, a RunPod on loopback."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.daemon_process import DaemonProcess
+from tests.lifecycle.queue import Queue
+from tests.postgres import AppDatabase
+from tests.runpod_double import RunPodDouble
+
+TWO_SECONDS = 2 / 60
+
+
+@pytest.fixture
+def queue(database: AppDatabase, tmp_path: Path) -> Queue:
+    return Queue(database.dsn, tmp_path)
+
+
+def on_a_pod(
+    queue: Queue, folder: Path, runpod: RunPodDouble, key: str = "good-key", **settings: object
+) -> DaemonProcess:
+    """A daemon in the pod `me`, which costs 6 dollars an hour for its two cards."""
+    runpod.add("me", cost=6.0, gpu={"id": "NVIDIA H100 80GB HBM3", "count": 2})
+    daemon = queue.daemon(folder, runpod_api=runpod.url, **settings)
+    # A PATH without runpodctl, an older API that is ours too.
+    daemon.environment |= {
+        "RUNPOD_POD_ID": "me",
+        "RUNPOD_API_KEY": key,
+        "RUNPOD_API_BASE_URL": runpod.root,
+        "PATH": str(folder),
+    }
+    return daemon
+
+
+def test_an_idle_pod_stops_itself_and_the_daemon_leaves_in_good_order(
+    database: AppDatabase, queue: Queue, tmp_path: Path, runpod: RunPodDouble
+) -> None:
+    with on_a_pod(queue, tmp_path, runpod, idle_minutes=TWO_SECONDS) as daemon:
+        assert daemon.wait(30) == 0
+    assert runpod.pods["me"].status == "EXITED"
+    assert daemon.logged("pod_ends", reason="idle") and daemon.logged("pod_stopped", way="api")
+    assert [row["state"] for row in database.run("SELECT state FROM training_workers")] == ["gone"]
+
+
+def test_a_job_that_outlasts_the_idle_time_is_not_disturbed_and_the_clock_starts_at_its_end(
+    queue: Queue, tmp_path: Path, runpod: RunPodDouble
+) -> None:
+    job = queue.insert(script=[["steps", 200, 0.03]])
+    with on_a_pod(queue, tmp_path, runpod, idle_minutes=TWO_SECONDS, pod_end="terminate") as daemon:
+        daemon.wait_for_log("job_claimed")
+        begun = time.monotonic()
+        row = queue.wait_for(job, "completed")
+        assert time.monotonic() - begun > 4, "twice the idle time"
+        assert runpod.pods["me"].status == "RUNNING" and row["attempt"] == 1
+        ended_at = time.monotonic()
+        assert daemon.wait(30) == 0
+        assert time.monotonic() - ended_at > 1.5
+    assert runpod.pods["me"].status == "TERMINATED"
+
+
+def test_without_the_setting_a_pod_never_ends_itself(queue: Queue, tmp_path: Path, runpod: RunPodDouble) -> None:
+    with on_a_pod(queue, tmp_path, runpod) as daemon:
+        daemon.wait_for_log("listener_hears")
+        queue.wait_for(queue.insert(), "completed")
+    assert runpod.called("POST") == []
+
+
+def test_a_pod_past_its_lifetime_finishes_its_job_takes_no_other_and_ends(
+    queue: Queue, tmp_path: Path, runpod: RunPodDouble
+) -> None:
+    first = queue.insert(script=[["steps", 150, 0.03]])
+    with on_a_pod(queue, tmp_path, runpod, max_hours=1 / 3600) as daemon:
+        daemon.wait_for_log("pod_drains", reason="lifetime")
+        second = queue.insert()
+        assert runpod.pods["me"].status == "RUNNING"
+        queue.wait_for(first, "completed")
+        assert daemon.wait(30) == 0
+    assert queue.row(second)["status"] == "queued" and queue.row(second)["attempt"] == 0
+    assert runpod.pods["me"].status == "EXITED"
+
+
+def test_a_pod_that_cannot_be_ended_says_so_loudly_and_goes_on_serving(
+    queue: Queue, tmp_path: Path, runpod: RunPodDouble
+) -> None:
+    with on_a_pod(queue, tmp_path, runpod, key="wrong-key", idle_minutes=TWO_SECONDS) as daemon:
+        daemon.wait_for_log("pod_idle_and_billing", seconds=40)
+        queue.wait_for(queue.insert(), "completed")
+        assert daemon.process is not None and daemon.process.poll() is None
+        assert "wrong-key" not in daemon.log_path.read_text()
+
+
+def test_an_ending_that_nobody_takes_yet_holds_the_pod_for_its_minutes(
+    database: AppDatabase, queue: Queue, tmp_path: Path, runpod: RunPodDouble
+) -> None:
+    # Nobody listens at port 9: the first retry comes after five seconds, the idle time is two.
+    settings = {"idle_minutes": TWO_SECONDS, "allowed_hosts": "127.0.0.1:9"}
+    job = queue.insert(callback_url="http://127.0.0.1:9/callback")
+    with on_a_pod(queue, tmp_path, runpod, **settings) as daemon:
+        queue.wait_for(job, "completed")
+        daemon.wait_for_log("callback_postponed", count=4, seconds=30)
+        assert runpod.pods["me"].status == "RUNNING", "the retry after five seconds was awaited"
+        database.run("UPDATE training_callbacks SET state = 'dead'")
+        assert daemon.wait(30) == 0
+    assert runpod.pods["me"].status == "EXITED"
+
+
+def test_the_price_that_runpod_charges_counts_before_the_setting_and_the_tenants_price(
+    queue: Queue, tmp_path: Path, runpod: RunPodDouble
+) -> None:
+    tenant = json.dumps({"cost_per_gpu_hour": 1e-6})
+    job = queue.insert(script=[["steps", 100, 0.02]], gpu_config=tenant)
+    with on_a_pod(queue, tmp_path, runpod, cost_per_gpu_hour=1e-6) as daemon:
+        runpod.pods["me"].cost = 36_000.0  # 5 dollars a second for each of the two cards
+        daemon.wait_for_log("pod_price", per_gpu_hour=18_000.0)
+        row = queue.wait_for(job, "completed")
+    assert row["final_cost"] > 5, "the two seconds and more that its steps took"
