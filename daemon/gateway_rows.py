@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -47,6 +48,7 @@ class Standing:
     job_id: UUID
     state: str
     contract: Mapping[str, Any]
+    lease_expires_at: datetime | None = None
 
     @property
     def is_final(self) -> bool:
@@ -83,8 +85,10 @@ class GatewayRows:
         finally:
             self._free.put_nowait(database)
 
-    async def submit(self, submission: Submission) -> UUID:
-        """The job of this submission: the row it names, or one that is made for it."""
+    async def submit(self, submission: Submission, hold_seconds: float | None = None) -> UUID:
+        """The job of this submission: the row it names, or one that is made for it.
+
+        With `hold_seconds` the daemons leave a row that is made here alone for so long."""
         if submission.row_id is not None:
             known = await self._adopt(submission.row_id, submission.callback_url)
             if known is not None:
@@ -106,14 +110,14 @@ class GatewayRows:
         except SpecInvalid as invalid:
             raise Refused(422, "The job cannot be run as it is written.", faults=tuple(invalid.faults)) from invalid
         job = submission.model_dump(mode="json") | {"user_id": str(self._service_user_id)}
-        rows = await self._call("submit_job", {"job": Jsonb(job)})
+        rows = await self._call("submit_job", {"job": Jsonb(job), "hold_seconds": hold_seconds})
         return UUID(str(rows[0]["job_id"]))
 
     async def standing(self, job_id: UUID) -> Standing:
         rows = await self.fetch("read_job_standing", {"job_id": job_id})
         if not rows:
             raise unknown_job()
-        return Standing(job_id, rows[0]["state"], rows[0]["contract"])
+        return Standing(job_id, **rows[0])
 
     async def cancel(self, job_id: UUID) -> None:
         """Cancelling twice is no error; a job that completed or failed is refused."""
@@ -128,6 +132,12 @@ class GatewayRows:
                 409,
                 f"The job is {rows[0]['state']} under an older dispatcher, which took it before we were installed.",
                 "Insert it again: a row that is queued is run here.",
+            )
+        if rows[0]["held"]:
+            raise Refused(
+                409,
+                "The job was queued before the trainer was installed and is held: somebody else may have run it.",
+                "The operator lets such jobs in by release_held_jobs().",
             )
         return job_id
 

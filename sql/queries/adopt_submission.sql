@@ -14,6 +14,7 @@ SELECT
     job.status AS state,
     -- An older dispatcher took this row before we were installed: nobody here will ever run it.
     job.status IN ('initializing', 'running') AND job.lease_epoch = 0 AS foreign_run,
+    job.status = 'queued' AND job.held AS held,
     (SELECT count(*) FROM told) AS told
 FROM training_jobs AS job
 WHERE job.id = %(job_id)s

@@ -276,17 +276,20 @@ def test_a_gateway_whose_database_is_away_says_so_and_recovers(queue: Queue, tmp
     """Refused for a while, as at a failover: connections are ended and no new one is let in."""
     with queue.connect() as connection:
         name = connection.info.dbname
-    with psycopg.connect(postgres.url, autocommit=True) as admin:
-        with Gateway(queue, tmp_path) as gateway, gateway.client() as client:
-            assert client.get("/readyz").status_code == 200
-            admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false".encode())
-            admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", (name,))
-            eventually(lambda: client.get("/readyz").status_code == 503)
-            assert client.get(f"/status/{UNKNOWN}").status_code == 503
-            assert client.get("/healthz").status_code == 200
-            assert "trainer_database_up 0.0" in client.get("/metrics").text
-            admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true".encode())
-            eventually(lambda: client.get("/readyz").status_code == 200)
+    with (
+        psycopg.connect(postgres.url, autocommit=True) as admin,
+        Gateway(queue, tmp_path) as gateway,
+        gateway.client() as client,
+    ):
+        assert client.get("/readyz").status_code == 200
+        admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false".encode())
+        admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", (name,))
+        eventually(lambda: client.get("/readyz").status_code == 503)
+        assert client.get(f"/status/{UNKNOWN}").status_code == 503
+        assert client.get("/healthz").status_code == 200
+        assert "trainer_database_up 0.0" in client.get("/metrics").text
+        admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true".encode())
+        eventually(lambda: client.get("/readyz").status_code == 200)
 
 
 def test_the_gateway_stays_small(gateway: DaemonProcess) -> None:

@@ -1,0 +1,225 @@
+"""What stands in for the rows on a serverless host without a database: one process's memory of its own jobs.
+
+The worker above it is the same, and so are its moves; what is written here is read back into the
+caller's answer, and its endings go to the callback URL from an outbox that lives as long as the process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import urlsplit
+from uuid import NAMESPACE_URL, UUID, uuid4, uuid5
+
+from daemon.database import Database
+from daemon.gateway_rows import Refused, Standing, unknown_job
+from daemon.gateway_words import Submission
+from daemon.job import ClaimedJob, State
+from daemon.store import Callback, Store
+from training.spec import Fault
+
+MAX_ATTEMPTS = 3
+NOBODY = UUID(int=0)
+
+_WORDS = {State.COMPLETED: "completed", State.FAILED: "failed", State.CANCELLED: "failed"}
+_OUTBOX_EVENTS = {State.QUEUED: "job.released"}
+
+
+@dataclass
+class _Job:
+    id: UUID
+    submission: Submission
+    queued_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    state: State = State.QUEUED
+    attempt: int = 0
+    due_at: float = 0.0
+    spent: float = 0.0
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+class RowlessStore(Store):
+    """A Store that never connects. The leases it gives out are never lost: nobody else knows of these jobs."""
+
+    def __init__(self) -> None:
+        super().__init__(Database("postgresql://", application_name="none"))
+        self._jobs: dict[UUID, _Job] = {}
+        self._outbox: dict[UUID, Callback] = {}
+        self._not_before: dict[UUID, float] = {}
+        self._sequence = 0
+
+    # -- what the serverless host asks ----------------------------------------------------------------------------
+
+    async def submit(self, submission: Submission) -> UUID:
+        """Remember a job; a job_id that was seen before is the same job."""
+        if submission.dataset_url is None:
+            raise Refused(
+                422, "A job needs a dataset.", faults=(Fault("dataset_url", "needed: no database is configured"),)
+            )
+        own_id = submission.job_id or str(uuid4())
+        job_id = submission.row_id or uuid5(NAMESPACE_URL, own_id)
+        self._jobs.setdefault(job_id, _Job(job_id, submission))
+        return job_id
+
+    async def claim(self, job_id: UUID) -> ClaimedJob | None:
+        """Take the job if it waits and its time has come."""
+        job = self._jobs[job_id]
+        if job.state is not State.QUEUED or time.monotonic() < job.due_at:
+            return None
+        job.attempt += 1
+        job.columns = {"current_stage": "setup", "progress": 0.0, "current_epoch": 0, "current_step": 0}
+        self._move(job, State.INITIALIZING)
+        gpus = job.submission.gpu_config.get("num_gpus", job.submission.gpu_config.get("count", 1))
+        return ClaimedJob(
+            id=job.id,
+            lease_epoch=job.attempt,
+            attempt=job.attempt,
+            max_attempts=MAX_ATTEMPTS,
+            user_id=NOBODY,
+            dataset_id=job.id,
+            # What is no number is told by the worker, with every other fault.
+            need_gpus=gpus if isinstance(gpus, int) and gpus > 0 else 1,
+            hyperparameters=job.submission.hyperparameters,
+            gpu_config=job.submission.gpu_config,
+            dataset_url=job.submission.dataset_url,
+            storage_bucket=None,
+            storage_path=None,
+            dataset_user_id=None,
+            callback_url=job.submission.callback_url,
+            queued_at=job.queued_at,
+            claimed_at=datetime.now(UTC),
+            started_at=None,
+            spent=job.spent,
+        )
+
+    async def standing(self, job_id: UUID) -> Standing:
+        job = self._jobs.get(job_id)
+        if job is None:
+            raise unknown_job()
+        return Standing(job_id, job.state.value, self._contract(job))
+
+    async def cancel(self, job_id: UUID) -> None:
+        """Cancelling twice is no error, and what has ended stays as it ended."""
+        job = self._jobs[job_id]
+        if job.state in (State.QUEUED, State.INITIALIZING, State.RUNNING):
+            self._move(job, State.CANCELLED, error_message="cancelled by request", error_hint=None)
+
+    # -- what the worker writes ------------------------------------------------------------------------------------
+
+    async def _run(self, name: str, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
+        match name:
+            case "claim_callbacks":
+                return self._claim_callbacks(parameters)
+            case "deliver_callback" | "bury_callback":
+                return [{"id": parameters["id"]}] if self._outbox.pop(parameters["id"], None) else []
+            case "postpone_callback":
+                self._not_before[parameters["id"]] = time.monotonic() + parameters["delay_seconds"]
+                return [{"id": parameters["id"]}] if parameters["id"] in self._outbox else []
+            case "oldest_callback":
+                return []
+        job = self._jobs[parameters["job_id"]]
+        match name:
+            case "renew_lease":
+                return [{"state": job.state.value}]
+            case "start_job":
+                if job.state is State.INITIALIZING:
+                    self._move(job, State.RUNNING)
+                return [{"id": job.id}] if job.state is State.RUNNING else []
+            case "record_progress":
+                job.columns |= {
+                    "current_stage": parameters["stage"],
+                    "progress": max(job.columns["progress"], parameters["progress"]),
+                    "current_epoch": parameters["current_epoch"],
+                    "current_step": parameters["current_step"],
+                    "current_metrics": parameters["metrics"].obj,
+                }
+                return [{"id": job.id}]
+            case "record_plan" | "record_event":
+                return [{"id": job.id}]
+            case "record_metrics" | "forget_metrics":
+                return [{"held": 1}]
+            case _:
+                return self._end_attempt(name, job, parameters)
+
+    def _end_attempt(self, name: str, job: _Job, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
+        job.spent = float(parameters.get("cost") or job.spent)
+        if name in ("end_cancelled_job", "settle_cancelled_job", "read_job_state"):
+            return [{"ended": 1, "state": job.state.value}]
+        if job.state is State.CANCELLED:
+            return [{"ended": 1, "state": None}]
+        error = {key: value for key, value in parameters.items() if key.startswith("error_")}
+        match name:
+            case "complete_job":
+                adapter = {key: value for key, value in parameters.items() if key.startswith("adapter_")}
+                self._move(job, State.COMPLETED, progress=100.0, **adapter)
+            case "fail_job":
+                self._move(job, State.FAILED, **error)
+            case "retry_job" if job.attempt < MAX_ATTEMPTS:
+                job.due_at = time.monotonic() + parameters["delay_seconds"]
+                self._move(job, State.QUEUED, **error)
+            case "retry_job":
+                self._move(job, State.FAILED, **error)
+            case "release_job":
+                job.attempt -= 1
+                self._move(job, State.QUEUED)
+            case _:
+                raise NotImplementedError(f"{name} has no meaning without a database")
+        return [{"ended": 1, "state": job.state.value}]
+
+    def _move(self, job: _Job, state: State, **columns: Any) -> None:
+        job.state = state
+        job.columns |= columns
+        url = job.submission.callback_url
+        if url is None:
+            return
+        self._sequence += 1
+        event = _OUTBOX_EVENTS.get(state, f"job.{state.value}")
+        told = {"job_id": str(job.id), "event": event, "sequence": self._sequence, "at": datetime.now(UTC).isoformat()}
+        callback = Callback(
+            id=uuid4(),
+            token=uuid4(),
+            job_id=job.id,
+            sequence=self._sequence,
+            url=url,
+            host=urlsplit(url).netloc.rpartition("@")[2].lower(),
+            event=event,
+            payload=self._contract(job) | told,
+            attempts=0,
+            created_at=datetime.now(UTC),
+        )
+        self._outbox[callback.id] = callback
+
+    def _claim_callbacks(self, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
+        # As the statement does: of each host the first, once at a time, so that a dead one holds up nobody else.
+        first: dict[str, Callback] = {}
+        for callback in self._outbox.values():
+            first.setdefault(callback.host, callback)
+        now = time.monotonic()
+        due = [callback for callback in first.values() if self._not_before.get(callback.id, 0.0) <= now]
+        claimed = [replace(callback, attempts=callback.attempts + 1) for callback in due[: parameters["limit"]]]
+        for callback in claimed:
+            self._outbox[callback.id] = callback
+            self._not_before[callback.id] = now + parameters["lock_seconds"]
+        return [vars(callback) for callback in claimed]
+
+    def _contract(self, job: _Job) -> dict[str, Any]:
+        """The keys of training_status_json (sql/migrations)."""
+        return {
+            "status": _WORDS.get(job.state, "running"),
+            "state": job.state.value,
+            "progress": job.columns.get("progress", 0.0),
+            "current_epoch": job.columns.get("current_epoch", 0),
+            "current_step": job.columns.get("current_step", 0),
+            "stage": job.columns.get("current_stage", "queued"),
+            "metrics": job.columns.get("current_metrics") or {},
+            "attempt": job.attempt,
+            "cost": job.spent,
+            "adapter_path": job.columns.get("adapter_path"),
+            "adapter_sha256": job.columns.get("adapter_sha256"),
+            "adapter_bytes": job.columns.get("adapter_bytes"),
+            "error_code": job.columns.get("error_code"),
+            "error_message": job.columns.get("error_message"),
+            "error_hint": job.columns.get("error_hint"),
+        }

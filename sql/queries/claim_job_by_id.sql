@@ -1,0 +1,69 @@
+-- A serverless host takes the one job that it was called for, if it waits and nobody holds it. A new job is taken
+-- before its run_after, which only kept the daemons away; a retry waits for its time like everywhere.
+-- One row when it was claimed; none when it is held, final, not due yet, or was queued before the installation.
+WITH picked AS MATERIALIZED (
+    SELECT job.id, job.user_id, job.lease_epoch
+    FROM training_jobs AS job
+    WHERE job.id = %(job_id)s
+      AND job.status = 'queued'
+      AND NOT job.held
+      AND (job.attempt = 0 OR job.run_after IS NULL OR job.run_after <= clock_timestamp())
+      AND NOT EXISTS (SELECT FROM training_leases AS lease WHERE lease.job_id = job.id)
+    FOR NO KEY UPDATE OF job SKIP LOCKED
+),
+lease AS (
+    INSERT INTO training_leases (job_id, epoch, worker_id, user_id, expires_at)
+    SELECT picked.id, picked.lease_epoch + 1, %(worker_id)s, picked.user_id,
+           clock_timestamp() + %(lease_seconds)s::float8 * interval '1 second'
+    FROM picked
+    ON CONFLICT DO NOTHING
+    RETURNING job_id, epoch, claimed_at
+),
+claimed AS (
+    UPDATE training_jobs AS job
+    SET status = 'initializing',
+        current_stage = 'setup',
+        lease_epoch = lease.epoch,
+        attempt = job.attempt + 1,
+        retry_count = job.attempt,
+        due = false,
+        run_after = NULL,
+        progress = 0,
+        current_epoch = 0,
+        current_step = 0,
+        started_at = coalesce(job.started_at, lease.claimed_at),
+        completed_at = NULL,
+        final_cost = NULL,
+        error_code = NULL,
+        error_message = NULL,
+        error_hint = NULL,
+        error_stack = NULL,
+        last_progress_at = lease.claimed_at
+    FROM lease
+    WHERE job.id = lease.job_id
+    RETURNING job.*, lease.claimed_at
+)
+SELECT
+    claimed.id,
+    claimed.lease_epoch,
+    claimed.attempt,
+    claimed.max_attempts,
+    claimed.user_id,
+    claimed.dataset_id,
+    claimed.need_gpus,
+    claimed.base_model,
+    claimed.hyperparameters,
+    claimed.gpu_config,
+    claimed.dataset_url,
+    claimed.callback_url,
+    claimed.queued_at,
+    claimed.claimed_at,
+    claimed.started_at,
+    coalesce(claimed.current_cost, 0)::float8 AS spent,
+    claimed.max_cost::float8 AS max_cost,
+    claimed.deadline_at,
+    dataset.storage_bucket,
+    dataset.storage_path,
+    dataset.user_id AS dataset_user_id
+FROM claimed
+LEFT JOIN datasets AS dataset ON dataset.id = claimed.dataset_id
