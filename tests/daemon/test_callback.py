@@ -230,12 +230,13 @@ async def test_a_daemon_that_died_while_sending_leaves_it_to_the_next(outbox: Ou
     assert [received.headers["webhook-id"] for received in receiver.received] == [str(callback)] * 2
 
 
-@pytest.mark.parametrize("url", ["http://10.0.0.1/x", "https://169.254.169.254/", "http://127.0.0.1:1/x", "ftp://a.b/"])
-async def test_an_address_that_is_not_allowed_is_never_contacted_and_buried(outbox: Outbox, url: str) -> None:
-    callback = outbox.add(url)
+async def test_an_address_that_is_not_allowed_is_never_contacted_and_buried(outbox: Outbox) -> None:
+    urls = ["http://10.0.0.1/x", "https://169.254.169.254/", "http://127.0.0.1:1/x", "ftp://a.b/", "nonsense"]
+    callbacks = [outbox.add(url) for url in urls]
     async with delivering(outbox.database, CallbackCourier(settings_of([]))):
-        row = await outbox.settled(callback, lambda row: row["state"] == "dead")
-    assert row["last_error"]
+        for callback in callbacks:
+            row = await outbox.settled(callback, lambda row: row["state"] == "dead")
+            assert row["last_error"]
 
 
 async def test_a_host_that_is_down_is_tried_later_and_its_url_stays_out_of_the_error(outbox: Outbox) -> None:
@@ -336,34 +337,33 @@ async def test_a_receiver_that_wants_no_progress_is_left_alone(outbox: Outbox) -
 # -- the project's own functions --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("path", "given"),
-    [
-        ("/functions/v1/training-webhook", True),
-        ("/functions/v1/training-webhook?x=1", True),
-        ("/rest/v1/users", False),
-        ("/auth/v1/admin/users", False),
-        ("/functions/v1/../../rest/v1/users", False),
-        ("/functions/v1/%2e%2e/rest/v1/users", False),
-        ("/functions/v1/..%2frest/v1/users", False),
-        ("/functions/v1//rest", False),
-        ("/", False),
-    ],
-)
-async def test_the_authorization_goes_to_the_projects_functions_and_nowhere_else(
-    outbox: Outbox, path: str, given: bool
-) -> None:
+OWN_PATHS = {
+    "/functions/v1/training-webhook": True,
+    "/functions/v1/other?x=1": True,
+    "/rest/v1/users": False,
+    "/auth/v1/admin/users": False,
+    "/functions/v1/../../rest/v1/users": False,
+    "/functions/v1/%2e%2e/rest/v1/users": False,
+    "/functions/v1/..%2frest/v1/users": False,
+    "/functions/v1//rest": False,
+    "/": False,
+}
+
+
+async def test_the_authorization_goes_to_the_projects_functions_and_nowhere_else(outbox: Outbox) -> None:
     async with Receiver() as own, Receiver() as foreign:
-        base = own.url.partition("/callback")[0]
+        base, other = (receiver.url.partition("/callback")[0] for receiver in (own, foreign))
         settings = settings_of(
             [foreign], supabase_url=base, supabase_service_role_key="key", callback_authorization="Bearer own-secret"
         )
-        callbacks = [outbox.add(base + path), outbox.add(foreign.url.partition("/callback")[0] + path)]
-        async with delivering(outbox.database, CallbackCourier(settings)):
-            for callback in callbacks:
-                await outbox.settled(callback, lambda row: row["state"] == "delivered")
-    assert [_authorization(received) for received in own.received] == ["Bearer own-secret" if given else None]
-    assert [_authorization(received) for received in foreign.received] == [None]
+        to_own = {str(outbox.add(base + path)): given for path, given in OWN_PATHS.items()}
+        for path in OWN_PATHS:
+            outbox.add(other + path)
+        async with delivering(outbox.database, CallbackCourier(settings)) as courier:
+            assert await courier.flush(15)
+    given = {received.headers["webhook-id"]: _authorization(received) for received in own.received}
+    assert given == {callback: "Bearer own-secret" if wanted else None for callback, wanted in to_own.items()}
+    assert [_authorization(received) for received in foreign.received] == [None] * len(OWN_PATHS)
 
 
 def _authorization(received: Received) -> str | None:
