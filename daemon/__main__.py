@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import typer
 
-from daemon.cli import adapters, chat, host, jobs, models, watch
+from daemon.cli import adapters, chat, check, host, jobs, models, submit, trainer_logs, watch
 from daemon.errors import TrainerError
 
 app = typer.Typer(
@@ -23,8 +23,18 @@ app = typer.Typer(
 )
 
 _WORDS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Jobs": (jobs.jobs, jobs.show, watch.watch, jobs.events, jobs.cancel, jobs.retry, jobs.release_held),
-    "Models and data": (adapters.download, chat.chat),
+    "Jobs": (
+        submit.submit,
+        jobs.jobs,
+        jobs.show,
+        watch.watch,
+        jobs.events,
+        trainer_logs.logs,
+        jobs.cancel,
+        jobs.retry,
+        jobs.release_held,
+    ),
+    "Models and data": (check.check, adapters.download, chat.chat),
     "Hosts and database": (host.run, host.serve, host.workers, host.drain, host.doctor, host.migrate, host.demo),
 }
 for _panel, _words in _WORDS.items():

@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 import typer
 
 from daemon.cli.failure import CommandFailed
+from daemon.cli.trainer_process import trainer_environment
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -113,7 +114,7 @@ def _conversation(model_dir: Path, adapter: Path, max_tokens: int) -> Iterator[C
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
-            env=_environment(),
+            env=trainer_environment(),
         ) as process,
     ):
         try:
@@ -121,15 +122,6 @@ def _conversation(model_dir: Path, adapter: Path, max_tokens: int) -> Iterator[C
         finally:
             # Nothing of it is worth saving.
             process.kill()
-
-
-def _environment() -> dict[str, str]:
-    """Ours without its secrets, and offline: everything that it opens is on this disk."""
-    import os
-
-    secret = ("DATABASE_URL", "SUPABASE_", "TRAINER_", "RUNPOD_", "HF_TOKEN")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(secret)}
-    return kept | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def _questions(given: list[str] | None) -> Iterator[str]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from pathlib import Path
 
     from daemon.models import FoundModel
     from daemon.settings import Settings
@@ -129,3 +130,19 @@ def model_settings() -> Settings:
     from daemon.settings import load_settings
 
     return load_settings(database_url="postgresql://", storage="folder")
+
+
+def local_model(name: str, settings: Settings) -> Path | None:
+    """The folder of a model that is on this host and whole; None when it is not here. Never downloads."""
+    import asyncio
+
+    from daemon.errors import JobFailed
+    from daemon.logs import configure_logs
+    from daemon.models import resolve_model
+
+    configure_logs("error")
+    here = settings.model_copy(update={"model_downloads": False, "allowed_models": ()})
+    try:
+        return asyncio.run(resolve_model(name, here)).path
+    except JobFailed:
+        return None

@@ -128,13 +128,19 @@ class WorkerRow:
     versions: dict[str, str]
 
 
-def find_job(connection: Connection, wanted: str) -> UUID:
-    """The job whose id begins with `wanted`. Raises Misused when that names none, or several."""
+def job_digits(wanted: str) -> str:
+    """The hexadecimal digits that an id begins with. Raises Misused for what cannot be one, or is too short."""
     digits = wanted.strip().lower().replace("-", "")
     if not _HEX.match(digits) or len(digits) < MIN_PREFIX:
         raise Misused(
             f"{wanted[:80]!r} is not a job's id", f"give its first {MIN_PREFIX} characters or more; `jobs` lists them"
         )
+    return digits
+
+
+def find_job(connection: Connection, wanted: str) -> UUID:
+    """The job whose id begins with `wanted`. Raises Misused when that names none, or several."""
+    digits = job_digits(wanted)
     bounds = {"low": digits.ljust(_UUID_DIGITS, "0"), "high": digits.ljust(_UUID_DIGITS, "f")}
     found = [row["id"] for row in connection.execute(read_statement("find_jobs"), bounds)]
     if not found:
