@@ -39,7 +39,9 @@ class HeldLease:
     async def wait(self, seconds: float) -> None:
         """Until the next renewal is due, or somebody doubts."""
         try:
-            await asyncio.wait_for(self._doubted.wait(), seconds)
+            # Not wait_for: on Python 3.11 it can swallow a cancellation that comes with the event.
+            async with asyncio.timeout(seconds):
+                await self._doubted.wait()
         except TimeoutError:
             return
         self._doubted.clear()

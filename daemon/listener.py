@@ -98,9 +98,8 @@ class Listener:
             )
 
     async def _probe(self, connection: psycopg.AsyncConnection) -> None:
-        cursor = await asyncio.wait_for(
-            connection.execute("SELECT %s IN (SELECT pg_listening_channels())", (CHANNEL,)), PROBE_LIMIT_SECONDS
-        )
+        async with asyncio.timeout(PROBE_LIMIT_SECONDS):
+            cursor = await connection.execute("SELECT %s IN (SELECT pg_listening_channels())", (CHANNEL,))
         row = await cursor.fetchone()
         if self.hears.is_set() and (row is None or not row[0]):
             raise psycopg.OperationalError("this connection no longer listens")

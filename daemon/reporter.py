@@ -329,7 +329,7 @@ class Reporter:
             }
         self._standing_is_new = False
         try:
-            await self._store.record_progress(
+            sequence = await self._store.record_progress(
                 self._lease,
                 stage=standing.stage.value,
                 progress=round(standing.progress, 2),
@@ -344,6 +344,7 @@ class Reporter:
             raise
         self._on_written(
             {
+                "sequence": sequence,
                 "status": "running",
                 "progress": round(standing.progress, 2),
                 "current_epoch": standing.epoch,

@@ -193,8 +193,10 @@ class Store:
         metrics: Mapping[str, Any],
         current_cost: float | None,
         seconds_left: float | None,
-    ) -> None:
-        """Where the attempt is. Progress (percent) never falls within an attempt, whatever is passed."""
+    ) -> int | None:
+        """Where the attempt is. Progress (percent) never falls within an attempt, whatever is passed.
+
+        Returns the number of the progress callback that follows; None when nobody is called."""
         # A century of seconds: further off is no forecast.
         left = fit_numeric(seconds_left, 11, 1)
         values = {
@@ -206,7 +208,8 @@ class Store:
             "current_cost": fit_numeric(current_cost, 10, 2),
             "seconds_left": None if left is None or left > 3.2e9 else max(left, 0.0),
         }
-        await self._fenced("record_progress", lease, values)
+        sequence: int | None = (await self._fenced("record_progress", lease, values))[0]["sequence"]
+        return sequence
 
     async def record_metrics(self, lease: Lease, points: Sequence[MetricPoint]) -> None:
         """Points for the charts, fitted to their columns; what did not fit is told once in the story."""

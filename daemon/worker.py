@@ -72,9 +72,8 @@ class Worker:
     async def _claim_all(self) -> float:
         """Claim until nothing is due or no place is free. Returns the seconds to sleep unless woken."""
         settings = self._settings
+        lost_races = 0
         try:
-            await self._store.promote_due_jobs()
-            lost_races = 0
             while self._pool.has_room and not self._paused and not self._closing.is_set():
                 claim = await self._store.claim_job(
                     self._host.worker_id,
@@ -89,11 +88,17 @@ class Worker:
                     self.begin(claim.job)
                     continue
                 if claim.seen == 0:
+                    # After the claim, so that a wake-up does not wait for it.
+                    if await self._store.promote_due_jobs():
+                        continue
                     break
                 # Candidates were there and somebody else took them, or holds them still: look again, but not for ever.
                 lost_races += 1
                 if lost_races == MAX_LOST_RACES:
                     return RACE_SECONDS
+            if not self._pool.has_room:
+                # A queue that is never empty must not starve the scheduled jobs.
+                await self._store.promote_due_jobs()
             due_in = await self._store.next_due_in()
         except DatabaseAway as error:
             log.warning("claim_failed", error=str(error))
@@ -172,6 +177,8 @@ class Worker:
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:
     try:
-        await asyncio.wait_for(event.wait(), seconds)
+        # Not wait_for: on Python 3.11 it can swallow a cancellation that comes with the event.
+        async with asyncio.timeout(seconds):
+            await event.wait()
     except TimeoutError:
         return

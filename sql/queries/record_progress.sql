@@ -1,4 +1,5 @@
 -- The attempt has moved: stage, progress (never backwards), step, metrics, cost and the time left.
+-- `sequence` numbers the progress callback that follows.
 -- No row means that the lease is lost or the job cancelled.
 UPDATE training_jobs AS job
 SET current_stage = %(stage)s,
@@ -12,4 +13,7 @@ SET current_stage = %(stage)s,
 WHERE job.id = %(job_id)s
   AND job.lease_epoch = %(epoch)s
   AND job.status IN ('initializing', 'running')
-RETURNING job.id
+RETURNING
+    job.id,
+    -- Its place among the job's callbacks; only where somebody is called.
+    CASE WHEN job.callback_url IS NOT NULL THEN nextval('training_callbacks_sequence_seq') END AS sequence
