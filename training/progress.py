@@ -45,10 +45,7 @@ class ProgressCallback(TrainerCallback):
         if state.global_step > 0 and self._is_epoch_end(state.global_step):
             self._trainer.evaluate()
 
-    def on_step_begin(self, _args: TrainingArguments, _state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._stop.requested:
-            # Asked while nothing new was computed: the loop ends after this step, which is soon enough.
-            control.should_training_stop = True
+    def on_step_begin(self, _args: TrainingArguments, _state: TrainerState, _control: TrainerControl, **_: Any) -> None:
         self._enter(Stage.TRAINING)
         self._step_began = time.monotonic()
         self._trainer.tokens_in_step = 0

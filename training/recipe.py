@@ -95,6 +95,7 @@ def train_adapter(spec: JobSpec, voice: Voice, stop: StopSwitch) -> None:
             trainer.evaluate()
         trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         if stop.requested:
+            trainer.leave_checkpoint()
             raise StopRequested
     trainer.keep_best()
     for prompt, text in answer(spec, trainer.model, tokenizer, template, prompts):

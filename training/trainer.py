@@ -61,6 +61,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         self._voice = voice
         self._stop = stop
         self.tokens_in_step = 0
+        self._saved_step = 0
         # Conversations a micro-batch; halved when memory runs out, never raised again.
         self._micro_batch = plan.micro_batch
         super().__init__(
@@ -176,6 +177,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
             self._halve(self.data_collator([_as_row(example) for example in batch]))
         self.model.train(was_training)
         if self._stop.requested:
+            self.control.should_save = self.control.should_training_stop = True
             return {}
         loss = total / max(1, tokens)
         step = self.state.global_step
@@ -218,6 +220,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         self.state.save_to_json(str(folder / "trainer_state.json"))
         self.journal.save(folder)
         saved = self._shelf.publish(folder, self.state.global_step)
+        self._saved_step = saved.step
         self._voice.say(
             CheckpointSaved(job_id=self._voice.job_id, step=saved.step, path=str(saved.path), bytes=saved.bytes)
         )
@@ -227,6 +230,11 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         folder = Path(resume_from_checkpoint)
         restore_tensors(self.model, load_file(folder / _WEIGHTS))
         self.best_weights = load_file(folder / _BEST) if (folder / _BEST).exists() else {}
+
+    def leave_checkpoint(self) -> None:
+        """Before going: save what the last checkpoint does not hold yet."""
+        if self.state.global_step > self._saved_step:
+            self._save_checkpoint(self.model, None)
 
     def keep_best(self) -> None:
         """End with the weights of the evaluation that was best."""

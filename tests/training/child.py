@@ -1,0 +1,98 @@
+"""The trainer as its daemon starts it: a real process, a spec on stdin, events on a pipe."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from training.events import Event, parse_event
+from training.spec import JobSpec
+
+_ROOT = Path(__file__).parents[2]
+
+
+class Child:
+    """One running trainer. Events are read in a thread; waiting is on a condition with a deadline."""
+
+    def __init__(self, process: subprocess.Popen[bytes], events_fd: int) -> None:
+        self.process = process
+        self.events: list[Event] = []
+        self._changed = threading.Condition()
+        self._ended = False
+        self._reader = threading.Thread(target=self._read, args=(events_fd,), daemon=True)
+        self._reader.start()
+
+    def _read(self, descriptor: int) -> None:
+        with os.fdopen(descriptor, "rb") as pipe:
+            for line in pipe:
+                event = parse_event(line)
+                assert event is not None, line
+                with self._changed:
+                    self.events.append(event)
+                    self._changed.notify_all()
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def send(self, line: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line.encode() + b"\n")
+        self.process.stdin.flush()
+
+    def close_stdin(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+
+    def wait_for(self, kind: str, *, step: int | None = None, seconds: float = 120) -> Any:
+        """The first event of a kind (and step), or an error that shows what was said instead."""
+
+        def found() -> Any:
+            return next(
+                (e for e in self.events if e.kind == kind and (step is None or getattr(e, "step", None) == step)), None
+            )
+
+        with self._changed:
+            self._changed.wait_for(lambda: found() is not None or self._ended, timeout=seconds)
+            event = found()
+        assert event is not None, [e.model_dump(exclude={"job_id"}) for e in self.events][-4:]
+        return event
+
+    def exit_status(self, seconds: float = 120) -> int:
+        status = self.process.wait(timeout=seconds)
+        self._reader.join(timeout=10)
+        return status
+
+    def terminate(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+
+@contextmanager
+def start(*specs: JobSpec) -> Iterator[Child]:
+    """A trainer that was given these specs and no more; killed at the end whatever happens."""
+    reading, writing = os.pipe()
+    with subprocess.Popen(
+        [sys.executable, "-m", "training", "--events-fd", str(writing)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=[writing],
+        cwd=_ROOT,
+        start_new_session=True,
+    ) as process:
+        os.close(writing)
+        child = Child(process, reading)
+        try:
+            for spec in specs:
+                child.send(spec.model_dump_json())
+            if specs:
+                child.close_stdin()
+            yield child
+        finally:
+            process.kill()
