@@ -150,16 +150,14 @@ async def under_an_old_snapshot(app: App, store: Store, dsn: str, claims: int, b
 
 async def among_idle_daemons(app: App, dsn: str, daemons: int, jobs: int) -> tuple[str, float, float, float]:
     """From the commit to the first claim, when each of so many daemons wakes up and tries."""
-    claimed: dict[UUID, float] = {}
-    taken = asyncio.Condition()
+    # The insert blocks this loop: nobody can claim before its future is here.
+    claimed: dict[UUID, asyncio.Future[float]] = {}
 
     async def daemon(store: Store, ears: psycopg.AsyncConnection[Any]) -> None:
         async for _ in ears.notifies():
             found = await claim(store)
             if found.job is not None:
-                claimed[found.job.id] = time.perf_counter()
-                async with taken:
-                    taken.notify_all()
+                claimed[found.job.id].set_result(time.perf_counter())
                 await store.fail_job(found.job.lease, OVER, cost=0)
 
     waits = []
@@ -178,9 +176,8 @@ async def among_idle_daemons(app: App, dsn: str, daemons: int, jobs: int) -> tup
                 (app.user, app.user),
             ).fetchone()
             assert row is not None
-            async with asyncio.timeout(30), taken:
-                await taken.wait_for(lambda job=row[0]: job in claimed)
-            waits.append((claimed[row[0]] - begun) * 1000)
+            claimed[row[0]] = asyncio.get_running_loop().create_future()
+            waits.append((await asyncio.wait_for(claimed[row[0]], 30) - begun) * 1000)
             await asyncio.sleep(0.05 + 0.002 * daemons)
         for task in tasks:
             task.cancel()

@@ -91,7 +91,7 @@ def work_pgqueuer(dsn: str, told: Path, *, driver: str) -> None:
 
     async def run() -> None:
         if driver == "asyncpg":
-            import asyncpg
+            import asyncpg  # type: ignore[import-untyped]
 
             queue = PgQueuer(AsyncpgDriver(await asyncpg.connect(dsn)))
         else:
@@ -159,6 +159,7 @@ def make_floor(dsn: str, told: Path) -> Contestant:
     async def insert(connection: psycopg.AsyncConnection[Any]) -> str:
         cursor = await connection.execute("INSERT INTO floor DEFAULT VALUES RETURNING id")
         row = await cursor.fetchone()
+        assert row is not None
         await connection.execute("NOTIFY floor")
         return str(row[0])
 
@@ -183,7 +184,9 @@ def make_ours(dsn: str, told: Path) -> Contestant:
             "VALUES (%s, %s, '{\"epochs\": -1}') RETURNING id",
             (user, dataset),
         )
-        return str((await cursor.fetchone())[0])
+        row = await cursor.fetchone()
+        assert row is not None
+        return str(row[0])
 
     home = told.parent
     environment = {

@@ -280,15 +280,15 @@ def pooled(own_queue: Queue, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     )
     command = ["/usr/sbin/pgbouncer", str(folder / "pgbouncer.ini")]
     # PgBouncer refuses to run as root, as Postgres does.
-    user = {"user": "nobody"} if os.geteuid() == 0 else {}
+    user = "nobody" if os.geteuid() == 0 else None
     if user:
-        entry = pwd.getpwnam("nobody")
+        entry = pwd.getpwnam(user)
         for path in (folder, *folder.iterdir()):
             os.chown(path, entry.pw_uid, entry.pw_gid)
         for parent in folder.parents:
             if parent.stat().st_uid == 0 and parent.name.startswith("pytest-"):
                 parent.chmod(0o755)
-    with (folder / "log").open("ab") as log, subprocess.Popen(command, stdout=log, stderr=log, **user) as pooler:
+    with (folder / "log").open("ab") as log, subprocess.Popen(command, stdout=log, stderr=log, user=user) as pooler:
         dsn = f"postgresql://{given['user']}:{given['password']}@{address}:{port}/{given['dbname']}"
 
         def answers() -> bool:

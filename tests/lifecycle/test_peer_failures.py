@@ -85,7 +85,8 @@ def test_a_sleeping_daemon_sets_its_clock_to_the_next_scheduled_job(queue: Queue
         daemon.wait_for_log("listener_hears")
         job = queue.insert(hyperparameters=REFUSED, run_after_seconds=2)
         queue.wait_for(job, "failed", seconds=SLOW_POLL / 6)
-    assert 2 <= waits(queue)[0] < 4
+    # The two seconds run from before the insert; a machine under load is late, a slow poll would be later.
+    assert 1.5 <= waits(queue)[0] < SLOW_POLL / 4
 
 
 def test_a_job_longer_than_many_leases_is_never_rescued_by_age(queue: Queue, tmp_path: Path) -> None:
