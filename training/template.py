@@ -77,6 +77,7 @@ class ChatTemplate:
                 )
             self._tokenizer.chat_template = DEFAULT_TEMPLATE
         self.folds_system = not self._takes_system()
+        self._end_mark = self._find_end_mark()
 
     def encode(self, conversation: Conversation) -> Example:
         """Tokenise with labels. Raises TemplateRefuses when the template will not have these roles in this order."""
@@ -146,7 +147,9 @@ class ChatTemplate:
         before = self._render(turns[:index], add_generation_prompt=True)
         through = self._render(turns[: index + 1])
         if text.startswith(through) and through.startswith(before):
-            return len(before), len(through.rstrip())
+            # What follows the mark (Phi-3 closes the whole text with another) is not the answer's.
+            marked = through.rfind(self._end_mark, len(before)) if self._end_mark else -1
+            return len(before), marked + len(self._end_mark) if marked >= 0 else len(through.rstrip())
         # The template renders a turn differently once others follow it (Qwen3 drops earlier reasoning). Change the
         # answer and see which characters move.
         changed = list(turns)
@@ -155,14 +158,25 @@ class ChatTemplate:
         content_start = _common_prefix(text, other)
         content_end = max(content_start, len(text) - _common_suffix(text[content_start:], other[content_start:]))
         start = len(before) if text.startswith(before) and len(before) <= content_start else content_start
-        # What the template puts after this answer when nothing follows is the end mark; take as much of it as is here.
-        content = turns[index].content.strip()
-        tail = through.rpartition(content)[2] if content in through else ""
-        end = content_end + _common_prefix(text[content_end:], tail.rstrip())
+        end = content_end + (len(self._end_mark) if text.startswith(self._end_mark, content_end) else 0)
         return start, end
 
+    def _find_end_mark(self) -> str:
+        """What ends an answer: the text that stands after it whether or not another turn follows."""
+        turns = (Turn("user", "q", trained=False), Turn("assistant", f"{_MARK}a", trained=True))
+        try:
+            last = self._render(turns).rpartition(f"{_MARK}a")[2]
+            followed = self._render((*turns, Turn("user", "q", trained=False))).rpartition(f"{_MARK}a")[2]
+        except TemplateRefuses:
+            return ""
+        # Compared by tokens, for `<|user|>` and `<|end|>` begin with the same characters.
+        left = self._tokenizer(last, add_special_tokens=False, return_offsets_mapping=True)
+        right = self._tokenizer(followed, add_special_tokens=False)
+        same = _common_prefix(left["input_ids"], right["input_ids"])
+        return last[: left["offset_mapping"][same - 1][1]].rstrip() if same else ""
 
-def _common_prefix(left: str, right: str) -> int:
+
+def _common_prefix(left: Sequence[object], right: Sequence[object]) -> int:
     length = min(len(left), len(right))
     return next((index for index in range(length) if left[index] != right[index]), length)
 
