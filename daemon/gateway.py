@@ -1,7 +1,7 @@
 """The HTTP gateway as a process: the older contracts for callers that cannot insert a row.
 
 It also does what any process beside the GPU hosts can do for them: takes back the jobs of dead hosts
-and delivers the callbacks that they left.
+and, where it has their callback settings, delivers the callbacks that they left.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ async def run_gateway(settings: Settings, closing: asyncio.Event) -> None:
             metrics = ServiceMetrics(rows)
             await _first_look(metrics)
             store = Store(chores)
-            background = [
-                asyncio.create_task(reap_for_ever(store, settings.lease_seconds)),
-                asyncio.create_task(CallbackCourier(settings).run(store)),
-            ]
+            background = [asyncio.create_task(reap_for_ever(store, settings.lease_seconds))]
+            # Without the secrets it would send unsigned what the daemons would sign.
+            if settings.callback_secrets:
+                background.append(asyncio.create_task(CallbackCourier(settings).run(store)))
             server = _Server(
                 uvicorn.Config(
                     build_app(settings, rows, metrics, closing),
@@ -75,7 +75,13 @@ async def run_gateway(settings: Settings, closing: asyncio.Event) -> None:
             )
             ending = asyncio.create_task(_end_when(closing, server))
             host, port = listening.getsockname()[:2]
-            log.info("gateway_started", host=host, port=port, keys=len(settings.gateway_keys))
+            log.info(
+                "gateway_started",
+                host=host,
+                port=port,
+                keys=len(settings.gateway_keys),
+                delivers_callbacks=bool(settings.callback_secrets),
+            )
             try:
                 await server.serve(sockets=[listening])
             finally:

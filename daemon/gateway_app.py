@@ -50,6 +50,12 @@ and subscribe to it needs none of this. Cancelled jobs read as `failed` under `/
 under the serverless paths.
 """
 
+# The version in Prometheus' content type is the exposition format's.
+_METRICS_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
+    **{status: {"model": Problem} for status in (400, 401, 408, 413, 429)},
+}
+
 JobId = Annotated[str, Path(description="as the submit returned it")]
 
 
@@ -73,21 +79,36 @@ def build_app(settings: Settings, rows: GatewayRows, metrics: ServiceMetrics, cl
 def _add_training_routes(app: FastAPI, rows: GatewayRows, locked: Sequence[Depends]) -> None:
     """The first contract."""
 
-    @app.post("/training/submit", dependencies=locked, tags=["training"], responses=_problems(409))
+    @app.post(
+        "/training/submit",
+        dependencies=locked,
+        tags=["training"],
+        responses=_problems(409) | _next("external_job_id", "trainingStatus", "trainingCancel"),
+    )
     async def submit(submission: Submission) -> Submitted:
         """Submit a job. A job_id that names a row is that job; any other is made one, once."""
         job_id = await rows.submit(submission)
         log.info("job_submitted", job_id=str(job_id), by="training")
         return Submitted(external_job_id=str(job_id))
 
-    @app.get("/training/status/{external_job_id}", dependencies=locked, tags=["training"], responses=_problems(404))
+    @app.get(
+        "/training/status/{external_job_id}",
+        operation_id="trainingStatus",
+        dependencies=locked,
+        tags=["training"],
+        responses=_problems(404),
+    )
     async def status(external_job_id: JobId) -> TrainingStatus:
         """Where the job stands."""
         standing = await rows.standing(_known_shape(external_job_id))
         return training_status(standing.state, standing.contract)
 
     @app.post(
-        "/training/cancel/{external_job_id}", dependencies=locked, tags=["training"], responses=_problems(404, 409)
+        "/training/cancel/{external_job_id}",
+        operation_id="trainingCancel",
+        dependencies=locked,
+        tags=["training"],
+        responses=_problems(404, 409),
     )
     async def cancel(external_job_id: JobId) -> TrainingCancelled:
         """Cancel the job; twice is no error, and a job that has ended is refused with 409."""
@@ -100,7 +121,12 @@ def _add_training_routes(app: FastAPI, rows: GatewayRows, locked: Sequence[Depen
 def _add_serverless_routes(app: FastAPI, rows: GatewayRows, waiting: _Waiting, locked: Sequence[Depends]) -> None:
     """The shape of RunPod's serverless API."""
 
-    @app.post("/run", dependencies=locked, tags=["serverless"], responses=_problems(409))
+    @app.post(
+        "/run",
+        dependencies=locked,
+        tags=["serverless"],
+        responses=_problems(409) | _next("id", "status", "cancel"),
+    )
     async def run(request: RunRequest) -> Accepted:
         """Submit a job and return at once."""
         job_id = await rows.submit(request.input)
@@ -112,7 +138,7 @@ def _add_serverless_routes(app: FastAPI, rows: GatewayRows, waiting: _Waiting, l
         "/runsync",
         dependencies=locked,
         tags=["serverless"],
-        responses=_problems(409),
+        responses=_problems(409) | _next("id", "status", "cancel"),
         response_model=RunStatus,
     )
     async def runsync(
@@ -125,13 +151,24 @@ def _add_serverless_routes(app: FastAPI, rows: GatewayRows, waiting: _Waiting, l
         return _run_answer(await waiting.for_end(job_id, None if wait is None else wait / 1000.0))
 
     @app.get(
-        "/status/{job_id}", dependencies=locked, tags=["serverless"], responses=_problems(404), response_model=RunStatus
+        "/status/{job_id}",
+        operation_id="status",
+        dependencies=locked,
+        tags=["serverless"],
+        responses=_problems(404),
+        response_model=RunStatus,
     )
     async def status(job_id: JobId) -> Response:
         """Where the job stands."""
         return _run_answer(await rows.standing(_known_shape(job_id)))
 
-    @app.post("/cancel/{job_id}", dependencies=locked, tags=["serverless"], responses=_problems(404, 409))
+    @app.post(
+        "/cancel/{job_id}",
+        operation_id="cancel",
+        dependencies=locked,
+        tags=["serverless"],
+        responses=_problems(404, 409),
+    )
     async def cancel(job_id: JobId) -> Accepted:
         """Cancel the job; twice is no error, and a job that has ended is refused with 409."""
         known = _known_shape(job_id)
@@ -157,7 +194,7 @@ def _add_operator_routes(app: FastAPI, metrics: ServiceMetrics, locked: Sequence
             workers=WorkerCounts(idle=now["workers"].get("idle", 0), running=now["workers"].get("busy", 0)),
         )
 
-    @app.get("/metrics", dependencies=locked, tags=["operator"], response_class=Response)
+    @app.get("/metrics", dependencies=locked, tags=["operator"], response_class=Response, responses=_METRICS_ANSWERS)
     async def prometheus() -> Response:
         """For Prometheus; it sends the key as its `authorization`."""
         return Response(await metrics.exposition(), media_type=CONTENT_TYPE)
@@ -247,6 +284,16 @@ def _answer_errors(app: FastAPI) -> None:
 
 def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": Problem} for status in (400, 401, 408, 413, 422, 429, 503, *statuses)}
+
+
+def _next(name: str, *operations: str) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI links: what a caller does next with the id that he was given."""
+    parameter = {"id": "job_id"}.get(name, name)
+    links = {
+        operation: {"operationId": operation, "parameters": {parameter: f"$response.body#/{name}"}}
+        for operation in operations
+    }
+    return {200: {"links": links}}
 
 
 def _known_shape(text: str) -> UUID:

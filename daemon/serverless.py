@@ -40,7 +40,6 @@ from daemon.service import TRAINER_COMMAND
 from daemon.settings import Settings, load_settings
 from daemon.storage import open_storage
 from daemon.store import Store
-from daemon.attempt import Collaborators
 from daemon.worker import Worker
 
 log = structlog.get_logger()
