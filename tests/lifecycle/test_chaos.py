@@ -132,14 +132,14 @@ class Chaos:
                 return
 
     def kill_real_trainings(self) -> None:
-        """Each real training once, when it has trained some steps: its next attempt goes on from a checkpoint."""
+        """Each real training once, when it has trained a step or more: its next attempt goes on from a checkpoint."""
         for host in self.hosts:
             if host.command != REAL or host.daemon is None or host.continues_at is not None:
                 continue
             for pid in host.daemon.children():
                 started = host.daemon.logged("trainer_started", pid=pid)
                 job = UUID(started[-1]["job_id"]) if started else None
-                if job is None or job in self.killed_in_training or (self.queue.row(job)["current_step"] or 0) < 5:
+                if job is None or job in self.killed_in_training or not self.queue.row(job)["current_step"]:
                     continue
                 self.killed_in_training.add(job)
                 # Now the child alone, now its host with it: the one is retried, the other reaped.
@@ -211,7 +211,7 @@ class Chaos:
     def _any_job(self, condition: str) -> UUID | None:
         with self.queue.connect() as app:
             row = app.execute(
-                f"SELECT id FROM training_jobs WHERE {condition} ORDER BY md5(id::text || %s) LIMIT 1".encode(),
+                f"SELECT id FROM training_jobs WHERE {condition} AND base_model = 'tiny' ORDER BY md5(id::text || %s) LIMIT 1".encode(),
                 (str(self.order.random()),),
             ).fetchone()
         return None if row is None else row["id"]
@@ -303,7 +303,7 @@ def insert_real_jobs(chaos: Chaos, count: int) -> None:
     for number in range(count):
         chaos.queue.insert(
             lines=[json.dumps(conversation(100 * number + line)) for line in range(32)],
-            hyperparameters={"base_model": REAL_MODEL, "batch_size": 4, "num_epochs": 10, "lora_rank": 4},
+            hyperparameters={"base_model": REAL_MODEL, "batch_size": 4, "num_epochs": 15, "lora_rank": 4},
             max_attempts=50,
         )
 
