@@ -16,8 +16,10 @@ from training.events import ErrorCode
 from training.experts import EXPERTS_FUNCTION, Nf4Config
 from training.failures import TrainingFailed
 from training.folder import ModelFolder
+from training.quantized import CopyUnusable, QuantizedCopy
 from training.spec import JobSpec
 from training.targets import UNQUANTISED_MODULES
+from training.voice import Voice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,13 +37,43 @@ class WeightCount:
     parameters: int
 
 
-def load_base_model(spec: JobSpec, folder: ModelFolder) -> PreTrainedModel:
+def load_base_model(spec: JobSpec, folder: ModelFolder, voice: Voice) -> PreTrainedModel:
     """Load frozen weights in NF4 with double quantisation (bf16 when spec.quantize is false).
 
     Raises TrainingFailed: model_incomplete for missing tensors or damaged files, model_unsupported for an
     architecture that transformers does not know or that would not become 4-bit.
     """
     dtype = compute_dtype(spec.device)
+    copy = None
+    if spec.quantize and spec.quantized_dir is not None:
+        copy = QuantizedCopy.of(spec.quantized_dir, folder, spec.base_model, dtype)
+    model = _load_copy(copy, spec, folder, voice) if copy is not None and copy.exists else None
+    if model is None:
+        model = _load_original(spec, folder, dtype)
+        if copy is not None and not copy.save(model):
+            voice.notice("quantized_copy_skipped", "the volume has no room for a 4-bit copy of the base model")
+    if spec.quantize:
+        _refuse_unquantised(model, spec.base_model)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # On a CPU with AVX512 the first evaluation would repack the weights, and not without loss: the run would
+            # go on with another model, and a resumed run would differ from an uninterrupted one.
+            module.support_avx512bf16_for_cpu = False
+    model.config.use_cache = False
+    model.requires_grad_(False)
+    return model
+
+
+def _load_copy(copy: QuantizedCopy, spec: JobSpec, folder: ModelFolder, voice: Voice) -> PreTrainedModel | None:
+    try:
+        return copy.load(folder, compute_dtype(spec.device), _device(spec))
+    except CopyUnusable as error:
+        voice.notice("quantized_copy_refused", f"the 4-bit copy on the volume is not used: {error}; it is made anew")
+        copy.discard()
+        return None
+
+
+def _load_original(spec: JobSpec, folder: ModelFolder, dtype: torch.dtype) -> PreTrainedModel:
     options: dict[str, Any] = {}
     if spec.quantize:
         options["quantization_config"] = Nf4Config(dtype, list(UNQUANTISED_MODULES))
@@ -53,7 +85,7 @@ def load_base_model(spec: JobSpec, folder: ModelFolder) -> PreTrainedModel:
             config=config,
             dtype=dtype,
             # "auto" would size the model in 16 bits and spill half of it to the CPU.
-            device_map={"": 0 if spec.device == "cuda" else "cpu"},
+            device_map={"": _device(spec)},
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
@@ -72,17 +104,12 @@ def load_base_model(spec: JobSpec, folder: ModelFolder) -> PreTrainedModel:
             "choose a text model that transformers supports without remote code",
         ) from error
     _refuse_missing(report, spec.base_model)
-    if spec.quantize:
-        _refuse_unquantised(model, spec.base_model)
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            # On a CPU with AVX512 the first evaluation would repack the weights, and not without loss: the run would
-            # go on with another model, and a resumed run would differ from an uninterrupted one.
-            module.support_avx512bf16_for_cpu = False
-    model.config.use_cache = False
-    model.requires_grad_(False)
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _device(spec: JobSpec) -> torch.device:
+    return torch.device("cuda", 0) if spec.device == "cuda" else torch.device("cpu")
 
 
 def compute_dtype(device: str) -> torch.dtype:

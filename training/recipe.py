@@ -66,7 +66,7 @@ def train_adapter(spec: JobSpec, voice: Voice, stop: StopSwitch) -> None:
 
     # The model: frozen, four bits; the adapter: small, float32, the only thing that learns.
     voice.stage(Stage.LOADING, spec.base_model)
-    base = load_base_model(spec, folder)
+    base = load_base_model(spec, folder, voice)
     packed = may_pack(spec, base, voice)
     model = attach_adapter(base, spec.hyperparameters)
 

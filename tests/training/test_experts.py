@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import training.experts
 from tests.tiny_models import MIXTURES
-from tests.training.conftest import ModelOf, SpecOf
+from tests.training.conftest import HeardVoice, ModelOf, SpecOf
 from training.experts import expert_states, has_fused_experts
 from training.failures import TrainingFailed
 from training.folder import open_model_folder
@@ -22,7 +22,7 @@ from training.nf4 import pack
 
 
 def _load(spec: Any) -> Any:
-    return load_base_model(spec, open_model_folder(spec.model_path, spec.base_model))
+    return load_base_model(spec, open_model_folder(spec.model_path, spec.base_model), HeardVoice())
 
 
 def _dequantised(folder: Path, quantised: Any) -> Any:

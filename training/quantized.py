@@ -1,0 +1,219 @@
+"""A 4-bit copy of a base model on the volume: written once after the first load, a quarter of the bytes ever after.
+
+Named by a fingerprint of everything that could make it another model: the source's files, the settings, the library
+versions. Its files are hashed before each use. Where anything differs it is not used but written anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import QuantState
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+from training.experts import EXPERTS_FUNCTION, Nf4Config, Nf4Quantizer, expert_states, has_fused_experts
+from training.folder import ModelFolder, read_header
+from training.targets import UNQUANTISED_MODULES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_FORMAT = 1
+_MANIFEST = "manifest.json"
+_SHARD_BYTES = 4 * 2**30
+# Never fill a volume to the brim: checkpoints of running jobs live there, too.
+_SPARE_BYTES = 2 * 2**30
+
+
+class CopyUnusable(Exception):
+    """The copy must not be loaded; says why."""
+
+
+@dataclass(frozen=True)
+class QuantizedCopy:
+    """Where the copy of one model stands, or will stand."""
+
+    path: Path
+    fingerprint: dict[str, Any]
+
+    @classmethod
+    def of(cls, root: Path, folder: ModelFolder, name: str, dtype: torch.dtype) -> QuantizedCopy:
+        fingerprint = _fingerprint(folder, name, dtype)
+        digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
+        return cls(root / f"{name.replace('/', '--')}-nf4-{digest[:16]}", fingerprint)
+
+    @property
+    def exists(self) -> bool:
+        return self.path.is_dir()
+
+    def load(self, folder: ModelFolder, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+        """Build the model from the copy. Raises CopyUnusable when a file differs from what was written."""
+        manifest = self._verified_manifest()
+        config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
+        settings = Nf4Config(dtype, list(UNQUANTISED_MODULES))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, experts_implementation=EXPERTS_FUNCTION, trust_remote_code=False
+            )
+        replace_with_bnb_linear(
+            model, modules_to_not_convert=list(UNQUANTISED_MODULES), quantization_config=settings, pre_quantized=True
+        )
+        states: dict[str, dict[str, torch.Tensor]] = {}
+        plain: dict[str, torch.Tensor] = {}
+        for file_name in manifest["files"]:
+            with safe_open(self.path / file_name, framework="pt", device=str(device)) as file:
+                for key in file.keys():  # noqa: SIM118 - a safetensors file is no dict
+                    kind, path, *part = key.split(":")
+                    if kind == "state":
+                        states.setdefault(path, {})[part[0]] = file.get_tensor(key)
+                    else:
+                        plain[key] = file.get_tensor(key)
+        for key, tensor in plain.items():
+            kind, path = key.split(":")
+            _put(model, kind, path, tensor, states.get(path))
+        model.tie_weights()
+        left = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if value.is_meta]
+        if left:
+            raise CopyUnusable(f"it lacks {', '.join(left[:5])}")
+        if (folder.path / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder.path)
+        quantizer = Nf4Quantizer(settings, pre_quantized=False)
+        model.hf_quantizer = quantizer
+        model.is_quantized, model.quantization_method = True, settings.quant_method
+        quantizer.postprocess_model(model)
+        loaded: PreTrainedModel = model.eval()
+        return loaded
+
+    def save(self, model: PreTrainedModel) -> bool:
+        """Write the copy beside its place and rename it. False where the volume has no room for it."""
+        needed = sum(tensor.numel() * tensor.element_size() for _, tensor in _tensors(model))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(self.path.parent).free < needed + _SPARE_BYTES:
+            return False
+        staging = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        try:
+            files = {}
+            for number, shard in enumerate(_shards(model)):
+                file = staging / f"weights-{number:05}.safetensors"
+                save_file(shard, file)
+                files[file.name] = _sha256(file)
+                _sync(file)
+            manifest = {"fingerprint": self.fingerprint, "files": files}
+            (staging / _MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
+            _sync(staging / _MANIFEST)
+            self.discard()
+            staging.rename(self.path)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        return True
+
+    def discard(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _verified_manifest(self) -> dict[str, Any]:
+        try:
+            manifest: dict[str, Any] = json.loads((self.path / _MANIFEST).read_text(encoding="utf-8"))
+            if manifest["fingerprint"] != self.fingerprint:
+                raise CopyUnusable("it was made from other files, with other settings or by other versions")
+            for name, expected in manifest["files"].items():
+                if _sha256(self.path / name) != expected:
+                    raise CopyUnusable(f"{name} has another hash than when it was written")
+        except (OSError, ValueError, KeyError) as error:
+            raise CopyUnusable(f"it cannot be read ({error})") from error
+        return manifest
+
+
+def _fingerprint(folder: ModelFolder, name: str, dtype: torch.dtype) -> dict[str, Any]:
+    """The headers name every tensor, its shape and place; with the sizes they tell one checkpoint from another.
+
+    Contents are not hashed: 160 GB would take minutes at every start, and `models verify` does it once.
+    """
+    return {
+        "format": _FORMAT,
+        "model": name,
+        "config": hashlib.sha256(json.dumps(folder.config, sort_keys=True).encode()).hexdigest(),
+        "source": {
+            shard.name: [
+                shard.stat().st_size,
+                shard.stat().st_mtime_ns,
+                hashlib.sha256(json.dumps(read_header(shard), sort_keys=True).encode()).hexdigest(),
+            ]
+            for shard in folder.shards
+        },
+        "settings": ["nf4", 64, "double", str(dtype), *UNQUANTISED_MODULES],
+        "versions": {library: version(library) for library in ("bitsandbytes", "transformers", "torch")},
+    }
+
+
+def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Everything that the model consists of, by kind and path; buffers too, for nobody else would compute them."""
+    for path, parameter in model.named_parameters():
+        yield f"parameter:{path}", parameter.detach()
+    for path, buffer in model.named_buffers():
+        yield f"buffer:{path}", buffer
+    for path, module in model.named_modules():
+        states = dict(expert_states(module)) if has_fused_experts(module) else {}
+        if isinstance(module, bnb.nn.Linear4bit):
+            states = {"weight": module.weight.quant_state}
+        for name, state in states.items():
+            for part, tensor in state.as_dict(packed=True).items():
+                yield f"state:{path}.{name}:{part}", tensor
+
+
+def _shards(model: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """Tensors on the CPU, a few GiB together; never the whole model at once."""
+    shard: dict[str, torch.Tensor] = {}
+    size = 0
+    for key, tensor in _tensors(model):
+        # A copy of its own: two names for one memory are refused by safetensors.
+        shard[key] = tensor.to("cpu", copy=True).contiguous()
+        size += tensor.numel() * tensor.element_size()
+        if size >= _SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+    if shard:
+        yield shard
+
+
+def _put(model: Any, kind: str, path: str, tensor: torch.Tensor, state: dict[str, torch.Tensor] | None) -> None:
+    owner_path, _, name = path.rpartition(".")
+    owner = model.get_submodule(owner_path)
+    if kind == "buffer":
+        owner._buffers[name] = tensor
+    elif state is None:
+        owner._parameters[name] = torch.nn.Parameter(tensor, requires_grad=False)
+    elif isinstance(owner, bnb.nn.Linear4bit):
+        owner.weight = bnb.nn.Params4bit.from_prequantized(
+            data=tensor, quantized_stats=state, requires_grad=False, device=tensor.device, module=owner
+        )
+    else:
+        expert_states(owner)[name] = QuantState.from_dict(state, device=tensor.device)
+        owner._parameters[name] = torch.nn.Parameter(tensor, requires_grad=False)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
