@@ -164,6 +164,24 @@ class Settings(BaseSettings):
         default=None, description="how; when absent terminate with a network volume, else stop"
     )
 
+    # Fleet.
+    fleet_pod: str | None = Field(
+        default=None, description="the pod that `fleet` starts: JSON or a file with it, see the operator's guide"
+    )
+    fleet_max_pods: int = Field(default=1, ge=0, le=1000, description="pods at once, whatever waits")
+    fleet_jobs_per_pod: int = Field(default=1, ge=1, description="jobs for each card before another pod is started")
+    fleet_patience_seconds: float = Field(default=10.0, ge=0, description="a job waits so long before a pod is started")
+    fleet_cooldown_seconds: float = Field(
+        default=60.0, ge=0, description="after a kind of card was not to be had or its pod failed; doubles"
+    )
+    fleet_report_minutes: float = Field(
+        default=20.0, gt=0, description="a pod whose daemon is not heard of for so long is terminated"
+    )
+    fleet_overstay_minutes: float = Field(
+        default=60.0, gt=0, description="an idle pod that did not end itself by then is terminated"
+    )
+    fleet_poll_seconds: float = Field(default=30.0, gt=0, description="between two looks when nothing wakes it")
+
     # Logs.
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="what is logged")
     log_format: Literal["auto", "json", "pretty"] = Field(

@@ -1,0 +1,73 @@
+"""What the fleet may start: one pod as RunPod's API takes it, and the kinds of cards that it may have.
+
+{"pod":  {"image": "…", "disk": 50, "mounts": {…}, "env": {…}},        body of POST /v2/pods
+ "gpus": [{"id": "NVIDIA H100 80GB HBM3", "memory_gb": 80, "max_pods": 2}, …]}   tried in this order
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from daemon.errors import HostUnfit
+
+NAME_PREFIX = "brightrun-"
+
+
+class GpuKind(BaseModel):
+    """One kind of card that a pod may have. `memory_gb` is of one card."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str = Field(min_length=1)
+    count: int = Field(default=1, ge=1, le=8)
+    memory_gb: float | None = Field(default=None, gt=0)
+    max_pods: int | None = Field(default=None, ge=0)
+
+
+class FleetPlan(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pod: dict[str, Any]
+    gpus: tuple[GpuKind, ...] = Field(min_length=1)
+
+    @field_validator("pod")
+    @classmethod
+    def _pod_is_ours_to_complete(cls, pod: dict[str, Any]) -> dict[str, Any]:
+        if not pod.get("image") and not pod.get("templateId"):
+            raise ValueError("needs an image (or a templateId)")
+        taken = sorted({"name", "gpu", "cpu"} & pod.keys())
+        if taken:
+            raise ValueError(f"the fleet fills in {', '.join(taken)}: leave it out, and list the cards under gpus")
+        return pod
+
+    def body(self, name: str, kind: GpuKind) -> dict[str, Any]:
+        return {**self.pod, "name": name, "gpu": {"id": kind.id, "count": kind.count}}
+
+    @property
+    def ends_itself(self) -> bool:
+        """Whether the pod is told to end itself when idle; a template of RunPod's may say so too, unseen by us."""
+        return "TRAINER_IDLE_MINUTES" in (self.pod.get("env") or {}) or "templateId" in self.pod
+
+
+def read_plan(given: str | None) -> FleetPlan:
+    """Parse TRAINER_FLEET_POD: JSON, or the path of a file with it. Raises HostUnfit listing every fault."""
+    if not given:
+        raise HostUnfit("the fleet needs TRAINER_FLEET_POD: the pod to start, as JSON or a file (operator's guide)")
+    text = given
+    if not given.lstrip().startswith("{"):
+        try:
+            text = Path(given).read_text(encoding="utf-8")
+        except OSError as error:
+            raise HostUnfit(f"TRAINER_FLEET_POD: {given} cannot be read: {error.strerror}") from error
+    try:
+        return FleetPlan.model_validate(json.loads(text))
+    except ValueError as error:
+        if not isinstance(error, ValidationError):
+            raise HostUnfit(f"TRAINER_FLEET_POD is no JSON: {error}") from error
+        # Values may be secrets: fields and messages only.
+        faults = [f"  {'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_input=False)]
+        raise HostUnfit("TRAINER_FLEET_POD is not usable:\n" + "\n".join(faults)) from None

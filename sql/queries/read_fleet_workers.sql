@@ -1,0 +1,19 @@
+-- Reads the hosts that were seen since an instant, and whatever was seen last on given pods, with the leases they hold.
+-- No row means that no host lives.
+SELECT
+    worker.id,
+    worker.pod,
+    worker.device,
+    worker.gpu_count,
+    worker.gpu_memory_gb,
+    worker.gpu_type,
+    worker.models,
+    worker.slots,
+    worker.busy,
+    worker.state,
+    worker.last_seen_at,
+    (SELECT count(*) FROM training_leases AS lease WHERE lease.worker_id = worker.id) AS leases
+FROM training_workers AS worker
+WHERE worker.last_seen_at > %(since)s
+   OR worker.pod = ANY (%(pods)s)
+ORDER BY worker.last_seen_at

@@ -1,0 +1,6 @@
+-- A pod was found without a job, or with one again (since is null). No row means that it has ended.
+UPDATE training_pods AS pod
+SET idle_since = %(since)s
+WHERE pod.id = %(id)s
+  AND pod.ended_at IS NULL
+RETURNING pod.id
