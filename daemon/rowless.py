@@ -25,7 +25,8 @@ MAX_ATTEMPTS = 3
 NOBODY = UUID(int=0)
 
 _WORDS = {State.COMPLETED: "completed", State.FAILED: "failed", State.CANCELLED: "failed"}
-_OUTBOX_EVENTS = {State.QUEUED: "job.released"}
+# As the announcing trigger names them.
+_OUTBOX_EVENTS = {State.QUEUED: "job.released", State.RUNNING: "job.started"}
 
 
 @dataclass
@@ -118,7 +119,8 @@ class RowlessStore(Store):
                 self._not_before[parameters["id"]] = time.monotonic() + parameters["delay_seconds"]
                 return [{"id": parameters["id"]}] if parameters["id"] in self._outbox else []
             case "oldest_callback":
-                return []
+                ages = [(datetime.now(UTC) - callback.created_at).total_seconds() for callback in self._outbox.values()]
+                return [{"seconds": max(ages, default=None)}]
         job = self._jobs[parameters["job_id"]]
         match name:
             case "renew_lease":
@@ -135,7 +137,7 @@ class RowlessStore(Store):
                     "current_step": parameters["current_step"],
                     "current_metrics": parameters["metrics"].obj,
                 }
-                return [{"id": job.id}]
+                return [{"id": job.id, "sequence": self._next_sequence() if job.submission.callback_url else None}]
             case "record_plan" | "record_event":
                 return [{"id": job.id}]
             case "record_metrics" | "forget_metrics":
@@ -174,14 +176,14 @@ class RowlessStore(Store):
         url = job.submission.callback_url
         if url is None:
             return
-        self._sequence += 1
+        sequence = self._next_sequence()
         event = _OUTBOX_EVENTS.get(state, f"job.{state.value}")
-        told = {"job_id": str(job.id), "event": event, "sequence": self._sequence, "at": datetime.now(UTC).isoformat()}
+        told = {"job_id": str(job.id), "event": event, "sequence": sequence, "at": datetime.now(UTC).isoformat()}
         callback = Callback(
             id=uuid4(),
             token=uuid4(),
             job_id=job.id,
-            sequence=self._sequence,
+            sequence=sequence,
             url=url,
             host=urlsplit(url).netloc.rpartition("@")[2].lower(),
             event=event,
@@ -190,6 +192,10 @@ class RowlessStore(Store):
             created_at=datetime.now(UTC),
         )
         self._outbox[callback.id] = callback
+
+    def _next_sequence(self) -> int:
+        self._sequence += 1
+        return self._sequence
 
     def _claim_callbacks(self, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
         # As the statement does: of each host the first, once at a time, so that a dead one holds up nobody else.

@@ -1,18 +1,21 @@
-"""A file server on loopback, for datasets that a caller names by URL."""
+"""A caller's own server on loopback: gives the datasets that he names by URL, takes the callbacks that he asked for."""
 
 from __future__ import annotations
 
+import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
+from typing import Any
 
 
 class FileServer:
-    """`files` maps a path to its bytes. Enter it to serve."""
+    """`files` maps a path to its bytes; `posted` keeps each callback's headers and body. Enter it to serve."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
-        files = self.files
+        self.posted: list[tuple[dict[str, str], dict[str, Any]]] = []
+        files, posted = self.files, self.posted
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
@@ -21,6 +24,12 @@ class FileServer:
                 self.send_header("Content-Length", str(len(content or b"")))
                 self.end_headers()
                 self.wfile.write(content or b"")
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                posted.append((dict(self.headers), body))
+                self.send_response(204)
+                self.end_headers()
 
             def log_message(self, format: str, *arguments: object) -> None:
                 """Nothing: the test's output is its own."""

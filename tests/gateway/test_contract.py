@@ -219,6 +219,18 @@ def test_a_dead_hosts_job_reads_as_lost_until_the_gateway_itself_reaps_it(queue:
         assert client.get(f"/status/{job}").json()["status"] == "IN_QUEUE"
 
 
+def test_a_gateway_with_the_secrets_delivers_signed_what_dead_hosts_left(
+    queue: Queue, tmp_path: Path, files: FileServer
+) -> None:
+    job = queue.insert(callback_url=f"http://{files.host}/hook")
+    queue.cancel_as_owner(job)
+    with Gateway(queue, tmp_path, allowed_hosts=files.host, callback_secrets="whsec_" + "QUJD" * 8):
+        eventually(lambda: files.posted)
+    headers, body = files.posted[0]
+    assert body["event"] == "job.cancelled" and body["job_id"] == str(job)
+    assert {name.lower(): value for name, value in headers.items()}["webhook-signature"].startswith("v1,")
+
+
 def test_the_openapi_page_describes_every_route(gateway: Gateway) -> None:
     with httpx.Client(base_url=gateway.url) as stranger:
         described = stranger.get("/openapi.json").json()

@@ -188,9 +188,12 @@ def test_without_a_database_the_same_job_ends_in_the_same_result(
     write_model_folder(tmp_path / "models" / "tiny")
     url = files.put("data.jsonl", script_file(["steps", 60, 0.05]))
     with ServerlessWorker(None, tmp_path, runpod, files) as worker:
-        runpod.run("run-1", job_id="test-123", dataset_url=url, hyperparameters={"epochs": 1, "rank": 8})
+        given = {"dataset_url": url, "callback_url": f"http://{files.host}/hook"}
+        runpod.run("run-1", job_id="test-123", hyperparameters={"epochs": 1, "rank": 8}, **given)
         result = runpod.wait_for_result("run-1")
         assert worker.logged("serverless_started", rows=False)
+        endings = [body["event"] for _headers, body in files.posted if body["event"] != "job.progress"]
+        assert endings == ["job.initializing", "job.started", "job.completed"]
     assert "error" not in result and set(result["output"]) == RESULT and result["output"]["status"] == "completed"
     adapter = result["output"]["adapter_path"]
     assert adapter.startswith("lora-models/adapters/") and (tmp_path / "storage" / adapter).exists()
