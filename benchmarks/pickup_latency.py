@@ -283,7 +283,8 @@ async def one_turn(contestant: Contestant, told: Path, jobs: int, burst: int, or
         for _ in range(jobs):
             job, at = await committed(connection, contestant.insert)
             single[job] = at
-            await asyncio.sleep(order.uniform(0.02, 0.05))
+            # Long enough to be idle again: what ended before is settled.
+            await asyncio.sleep(order.uniform(0.1, 0.2))
         waits = await all_claimed(contestant, told, single, 60)
         contestant.p50.append(statistics.median(waits))
         contestant.p99.append(waits[round(0.99 * (len(waits) - 1))])

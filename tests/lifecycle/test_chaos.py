@@ -211,7 +211,8 @@ class Chaos:
     def _any_job(self, condition: str) -> UUID | None:
         with self.queue.connect() as app:
             row = app.execute(
-                f"SELECT id FROM training_jobs WHERE {condition} AND base_model = 'tiny' ORDER BY md5(id::text || %s) LIMIT 1".encode(),
+                f"SELECT id FROM training_jobs WHERE {condition} AND base_model = 'tiny' "
+                "ORDER BY md5(id::text || %s) LIMIT 1".encode(),
                 (str(self.order.random()),),
             ).fetchone()
         return None if row is None else row["id"]
