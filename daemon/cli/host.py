@@ -132,9 +132,9 @@ def drain(
         chosen = _choose_worker(list_workers(connection), worker)
         connection.execute(statement("drain_worker").encode(), {"id": chosen.worker_id})
     if as_json:
-        print_json({"worker_id": chosen.worker_id, "host": chosen.host, "busy": chosen.busy})
+        print_json({"worker_id": chosen.worker_id, "host": chosen.host, "jobs": chosen.jobs})
         return
-    work = f"ends after {count(chosen.busy, 'job')}" if chosen.busy else "ends"
+    work = f"ends after {count(len(chosen.jobs), 'job')}" if chosen.jobs else "ends"
     say_done(f"{chosen.worker_id} drains: it hears of it within ten seconds, claims nothing more and {work}")
 
 
@@ -181,7 +181,7 @@ def _workers_table(rows: list[WorkerRow], width: int) -> Table:
             Text(plain(row.host)),
             Text.assemble(("● ", style), (plain(row.state), style)),
             Text(_hardware(row)),
-            Text(f"{row.busy}/{row.slots}" + (f" {holding}" if wide and holding else "")),
+            Text(f"{len(row.jobs)}/{row.slots}" + (f" {holding}" if wide and holding else "")),
             Text(f"{age(row.silent_seconds)} ago"),
         ]
         if wide:

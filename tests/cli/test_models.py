@@ -1,0 +1,55 @@
+"""Base models looked after on a host that knows no database yet."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from tests.cli.command import CommandLine
+from tests.hub_double import COMMIT, HubDouble
+from tests.lifecycle.queue import write_model_folder
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> CommandLine:
+    return CommandLine(tmp_path, TRAINER_MODELS_DIR=str(tmp_path / "models"))
+
+
+def test_models_are_listed_with_their_faults(alone: CommandLine, tmp_path: Path) -> None:
+    assert "models pull" in alone.ok("models", "list").out
+    write_model_folder(tmp_path / "models" / "acme" / "whole")
+    write_model_folder(tmp_path / "models" / "acme" / "cut")
+    shard = tmp_path / "models" / "acme" / "cut" / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-2])
+    rows = {row["name"]: row for row in alone.ok("models", "list", "--json").lines}
+    assert rows["acme/whole"]["faults"] == []
+    assert "model.safetensors" in rows["acme/cut"]["faults"][0]
+    assert "● broken" in alone.ok("models", "list").out
+
+
+def test_a_damaged_model_is_named_and_fails_the_check(alone: CommandLine, tmp_path: Path) -> None:
+    write_model_folder(tmp_path / "models" / "acme" / "model")
+    assert "is whole" in alone.ok("models", "verify", "acme/model").out
+    (tmp_path / "models" / "acme" / "model" / "tokenizer.json").unlink()
+    said = alone.run("models", "verify", "acme/model")
+    assert said.status == 1
+    assert "tokenizer" in said.out
+    assert "models pull acme/model" in said.out
+    assert alone.run("models", "verify", "acme/absent").status == 1
+    assert "is not a model's name" in alone.run("models", "pull", "../etc").err
+
+
+async def test_a_model_is_pulled_with_its_progress_on_stderr(alone: CommandLine, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    write_model_folder(source)
+    async with HubDouble("acme/model", source) as hub:
+        said = await asyncio.to_thread(alone.run, "models", "pull", "acme/model", HF_ENDPOINT=hub.url)
+        assert said.status == 0, said
+        assert "acme/model is whole" in said.out
+        assert COMMIT[:12] in said.out
+        absent = await asyncio.to_thread(alone.run, "models", "pull", "acme/other", HF_ENDPOINT=hub.url)
+    assert absent.status == 1
+    assert "acme/other" in absent.err
+    assert len(absent.err.strip().splitlines()) == 2
