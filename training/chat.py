@@ -33,8 +33,9 @@ class Pair:
         import torch
         from peft import PeftModel
 
-        from training.model import load_base_model, load_tokenizer
+        from training.model import load_base_model
         from training.template import ChatTemplate
+        from training.tokenizer import load_tokenizer
 
         folder = open_model_folder(model_dir, model_dir.name)
         device = "cuda" if torch.cuda.is_available() else "cpu"

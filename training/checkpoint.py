@@ -73,7 +73,7 @@ class CheckpointShelf:
 
     def newest(self) -> tuple[Checkpoint | None, list[Damaged]]:
         """The newest checkpoint that is whole and belongs to this run, and those that had to be passed over."""
-        passed_over = []
+        passed_over: list[Damaged] = []
         for path in self._stored():
             found = self._check(path)
             if isinstance(found, Checkpoint):

@@ -30,22 +30,22 @@ _STATES = "nf4_states"
 
 
 @register_quantization_config(METHOD)
-class Nf4Config(BitsAndBytesConfig):  # type: ignore[misc]
+class Nf4Config(BitsAndBytesConfig):
     """NF4 with double quantisation for linear layers and fused experts alike."""
 
     def __init__(self, compute_dtype: torch.dtype, skip_modules: list[str]) -> None:
-        super().__init__(
+        super().__init__(  # type: ignore[no-untyped-call]
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute_dtype,
             llm_int8_skip_modules=skip_modules,
         )
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]
 
 
 @register_quantizer(METHOD)
-class Nf4Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
+class Nf4Quantizer(Bnb4BitHfQuantizer):
     """bitsandbytes' quantizer, which also takes the 3-D parameters of fused experts."""
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
@@ -53,11 +53,13 @@ class Nf4Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         return is_expert_weight(module, name) or bool(super().param_needs_quantization(model, param_name, **kwargs))
 
     def get_quantize_ops(self) -> Nf4Quantize:
-        return Nf4Quantize(self)
+        return Nf4Quantize(self)  # type: ignore[no-untyped-call]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Where the checkpoint holds experts one by one, pack them one by one instead of stacking them first."""
-        conversions: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        conversions: list[Any] = super().update_weight_conversions(  # type: ignore[no-untyped-call]
+            weight_conversions, model
+        )
         for conversion in conversions:
             kinds = [type(operation) for operation in getattr(conversion, "operations", ())]
             if kinds in ([MergeModulelist], [MergeModulelist, Concatenate]) and _targets_experts(conversion, model):
@@ -65,11 +67,11 @@ class Nf4Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         return conversions
 
 
-class PackExperts(ConversionOps):  # type: ignore[misc]
+class PackExperts(ConversionOps):
     """In place of stack and concatenate: at no time is more than one parameter of one layer in 16 bits."""
 
     @torch.no_grad()
-    def convert(
+    def convert(  # type: ignore[override] - its callers pass all by name
         self,
         input_dict: dict[str, list[torch.Tensor]],
         source_patterns: list[str],
@@ -112,10 +114,10 @@ def _targets_experts(conversion: Any, model: Any) -> bool:
     )
 
 
-class Nf4Quantize(Bnb4bitQuantize):  # type: ignore[misc]
+class Nf4Quantize(Bnb4bitQuantize):
     """Called by from_pretrained with one whole parameter, the moment it is put together from the checkpoint."""
 
-    def convert(
+    def convert(  # type: ignore[override] - its callers pass all by name
         self,
         input_dict: dict[str, Any],
         full_layer_name: str | None = None,
@@ -218,7 +220,7 @@ def nf4_grouped_experts(
 
 def _multiply(module: Any, name: str, rows: torch.Tensor, ends_E: torch.Tensor, expert_S: torch.Tensor) -> torch.Tensor:
     state = expert_states(module)[name]
-    product: torch.Tensor = _Nf4GroupedMatmul.apply(rows, module._parameters[name], state, ends_E, module.is_transposed)
+    product: torch.Tensor = _Nf4GroupedMatmul.apply(  # type: ignore[no-untyped-call]rows, module._parameters[name], state, ends_E, module.is_transposed)
     if module.has_bias:
         product = product + getattr(module, f"{name}_bias")[expert_S]
     return product

@@ -42,7 +42,9 @@ class AnswerLoss:
             logits_NV = self._model(**rest, use_cache=False).logits[trained_BT]
             return functional.cross_entropy(logits_NV.float(), targets_N, reduction="sum"), targets_N.numel()
         hidden_BTD = self._model.base_model(**rest, use_cache=False).last_hidden_state
-        total: torch.Tensor = _SlicedCrossEntropy.apply(hidden_BTD[trained_BT], targets_N, self._logits)
+        total: torch.Tensor = _SlicedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            hidden_BTD[trained_BT], targets_N, self._logits
+        )
         return total, targets_N.numel()
 
     def _logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 # Above this many elements a weight matrix that stayed in 16 bits means that the plan "4-bit" failed.
 _LARGE_WEIGHT = 1 << 20
+_LINEAR_ATTENTION_KERNELS = (("flash-linear-attention", "fla"), ("causal-conv1d", "causal_conv1d"))
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class WeightCount:
     parameters: int
 
 
-def load_base_model(spec: JobSpec, folder: ModelFolder, voice: Voice) -> PreTrainedModel:
+def load_base_model(spec: JobSpec, folder: ModelFolder, voice: Voice | None = None) -> PreTrainedModel:
     """Load frozen weights in NF4 with double quantisation (bf16 when spec.quantize is false).
 
     Raises TrainingFailed: model_incomplete for missing tensors or damaged files, model_unsupported for an
@@ -50,7 +52,7 @@ def load_base_model(spec: JobSpec, folder: ModelFolder, voice: Voice) -> PreTrai
     model = _load_copy(copy, spec, folder, voice) if copy is not None and copy.exists else None
     if model is None:
         model = _load_original(spec, folder, dtype)
-        if copy is not None and not copy.save(model):
+        if copy is not None and not copy.save(model) and voice is not None:
             voice.notice("quantized_copy_skipped", "the volume has no room for a 4-bit copy of the base model")
     if spec.quantize:
         _refuse_unquantised(model, spec.base_model)
@@ -64,11 +66,14 @@ def load_base_model(spec: JobSpec, folder: ModelFolder, voice: Voice) -> PreTrai
     return model
 
 
-def _load_copy(copy: QuantizedCopy, spec: JobSpec, folder: ModelFolder, voice: Voice) -> PreTrainedModel | None:
+def _load_copy(copy: QuantizedCopy, spec: JobSpec, folder: ModelFolder, voice: Voice | None) -> PreTrainedModel | None:
     try:
         return copy.load(folder, compute_dtype(spec.device), _device(spec))
     except CopyUnusable as error:
-        voice.notice("quantized_copy_refused", f"the 4-bit copy on the volume is not used: {error}; it is made anew")
+        if voice is not None:
+            voice.notice(
+                "quantized_copy_refused", f"the 4-bit copy on the volume is not used: {error}; it is made anew"
+            )
         copy.discard()
         return None
 
@@ -80,7 +85,7 @@ def _load_original(spec: JobSpec, folder: ModelFolder, dtype: torch.dtype) -> Pr
         options["experts_implementation"] = EXPERTS_FUNCTION
     try:
         config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder.path,
             config=config,
             dtype=dtype,
@@ -103,9 +108,10 @@ def _load_original(spec: JobSpec, folder: ModelFolder, dtype: torch.dtype) -> Pr
             f"{spec.base_model} cannot be loaded as a causal language model: {error}",
             "choose a text model that transformers supports without remote code",
         ) from error
+    model, report = loaded
     _refuse_missing(report, spec.base_model)
-    loaded: PreTrainedModel = model
-    return loaded
+    original: PreTrainedModel = model
+    return original
 
 
 def _device(spec: JobSpec) -> torch.device:
@@ -117,6 +123,21 @@ def compute_dtype(device: str) -> torch.dtype:
     if device == "cuda" or _cpu_multiplies_bf16():
         return torch.bfloat16
     return torch.float32
+
+
+def warn_of_missing_kernels(spec: JobSpec, model: PreTrainedModel, voice: Voice) -> None:
+    """Linear attention on a GPU without its kernels runs many times slower, and transformers says so in one line."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    if spec.device != "cuda" or "linear_attention" not in kinds:
+        return
+    missing = [package for package, module in _LINEAR_ATTENTION_KERNELS if find_spec(module) is None]
+    if missing:
+        voice.notice(
+            "kernels_missing",
+            f"{' and '.join(missing)} not installed on this GPU host: linear attention falls back to plain PyTorch, "
+            "many times slower, and conversations cannot be packed. Install them in the image",
+            missing=missing,
+        )
 
 
 def device_memory_bytes(device: str) -> int:

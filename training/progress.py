@@ -39,18 +39,18 @@ class ProgressCallback(TrainerCallback):
         self._checkpoint_at = now
         self._counted_at = now
 
-    def on_train_begin(self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
         self._checkpoint_at = self._counted_at = time.monotonic()
         # An attempt may have ended between the last step of an epoch and its evaluation.
         if state.global_step > 0 and self._is_epoch_end(state.global_step):
             self._trainer.evaluate()
 
-    def on_step_begin(self, _args: TrainingArguments, _state: TrainerState, _control: TrainerControl, **_: Any) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
         self._enter(Stage.TRAINING)
         self._step_began = time.monotonic()
         self._trainer.tokens_in_step = 0
 
-    def on_step_end(self, _args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
         now = time.monotonic()
         self._journal.training_seconds += now - self._counted_at
         self._counted_at = now
@@ -63,9 +63,9 @@ class ProgressCallback(TrainerCallback):
 
     def on_log(
         self,
-        _args: TrainingArguments,
+        args: TrainingArguments,  # noqa: ARG002
         state: TrainerState,
-        _control: TrainerControl,
+        control: TrainerControl,  # noqa: ARG002
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
@@ -107,7 +107,7 @@ class ProgressCallback(TrainerCallback):
                 f"lower learning_rate (current {self._spec.hyperparameters.learning_rate:g}) and submit again",
             )
 
-    def on_save(self, _args: TrainingArguments, _state: TrainerState, _control: TrainerControl, **_: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
         self._checkpoint_at = self._counted_at = time.monotonic()
 
     def _is_epoch_end(self, step: int) -> bool:

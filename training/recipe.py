@@ -21,7 +21,7 @@ from training.failures import StopRequested
 from training.folder import open_model_folder
 from training.journal import Journal
 from training.lora import attach_adapter, trainable_parameters
-from training.model import device_memory_bytes, load_base_model
+from training.model import device_memory_bytes, load_base_model, warn_of_missing_kernels
 from training.plan import Plan
 from training.preflight import check_resources, look_ahead, memory_remark
 from training.samples import answer, choose_prompts
@@ -67,6 +67,7 @@ def train_adapter(spec: JobSpec, voice: Voice, stop: StopSwitch) -> None:
     # The model: frozen, four bits; the adapter: small, float32, the only thing that learns.
     voice.stage(Stage.LOADING, spec.base_model)
     base = load_base_model(spec, folder, voice)
+    warn_of_missing_kernels(spec, base, voice)
     packed = may_pack(spec, base, voice)
     model = attach_adapter(base, spec.hyperparameters)
 

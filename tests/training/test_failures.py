@@ -97,9 +97,9 @@ def test_other_errors_of_the_card_are_not_taken_for_memory() -> None:
 def test_out_of_memory_halves_the_micro_batch_and_loses_no_step(
     packing: bool, spec_of: SpecOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calm = train(spec_of(name="calm", packing=packing, lora_dropout=0.0, num_epochs=1))
+    calm = train(spec_of(name="calm", packing=packing, validation_fraction=0.0, num_epochs=1, lora_dropout=0.0))
     _limit_memory(monkeypatch, conversations=1)
-    tight = train(spec_of(name="tight", packing=packing, lora_dropout=0.0, num_epochs=1))
+    tight = train(spec_of(name="tight", packing=packing, validation_fraction=0.0, num_epochs=1, lora_dropout=0.0))
     notices = [event for event in tight.all("notice") if event.code == "out_of_memory_recovered"]
     assert [event.data["micro_batch"] for event in notices] == [2, 1]
     assert "the batch size stays 4" in notices[0].message

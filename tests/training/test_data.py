@@ -1,0 +1,141 @@
+"""Every format becomes the same conversations; the split, the cut and the counts are told and repeatable."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny_models import CHATML, conversation, make_tokenizer, write_conversations, write_dataset
+from training.corpus import Corpus, gather, split
+from training.dataset import Turn, read_conversations
+from training.spec import Hyperparameters
+from training.template import ChatTemplate
+
+_SYSTEM, _QUESTION, _ANSWER = "Be brief.", "Hello?", "Hello."
+_PAIR = {
+    "id": "p1",
+    "conversation_id": "c1",
+    "turn_number": 2,
+    "system_prompt": _SYSTEM,
+    "conversation_history": [
+        {"turn": 1, "role": "user", "content": "Before?"},
+        {"turn": 1, "role": "assistant", "content": "Before."},
+    ],
+    "current_user_input": _QUESTION,
+    "target_response": _ANSWER,
+}
+_PAIR_TURNS = (
+    Turn("system", _SYSTEM, trained=False),
+    Turn("user", "Before?", trained=False),
+    Turn("assistant", "Before.", trained=False),
+    Turn("user", _QUESTION, trained=False),
+    Turn("assistant", _ANSWER, trained=True),
+)
+_MESSAGES = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
+_PLAIN_TURNS = (Turn("user", _QUESTION, trained=False), Turn("assistant", _ANSWER, trained=True))
+
+
+def _read(tmp_path: Path, content: str | bytes) -> Any:
+    path = tmp_path / "data"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return read_conversations(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "turns", "name"),
+    [
+        (json.dumps({"messages": _MESSAGES}), _PLAIN_TURNS, "messages"),
+        (json.dumps([{"messages": _MESSAGES}]), _PLAIN_TURNS, "messages"),
+        (json.dumps({"conversation_id": "c", "turns": _MESSAGES}), _PLAIN_TURNS, "turns"),
+        (json.dumps({"_meta": {"v": 1}}) + "\n" + json.dumps(_PAIR), _PAIR_TURNS, "pairs"),
+        (json.dumps({"conversations": [{"training_pairs": [_PAIR]}]}), _PAIR_TURNS, "pairs"),
+        (json.dumps({"conversations": [{"training_pairs": [_PAIR]}]}, indent=2), _PAIR_TURNS, "pairs"),
+    ],
+    ids=["messages", "array", "turns", "pairs", "v4 on one line", "v4 over many lines"],
+)
+def test_a_format_is_found_by_its_content(content: str, turns: tuple[Turn, ...], name: str, tmp_path: Path) -> None:
+    reading = _read(tmp_path, content)
+    assert reading.format == name
+    assert [conversation.turns for conversation in reading.conversations] == [turns]
+
+
+@pytest.mark.parametrize("wrap", ["\ufeff{}", "{}\r\n", "\n\n{}\n\n"], ids=["BOM", "CRLF", "blank lines"])
+def test_what_editors_leave_in_a_file_does_no_harm(wrap: str, tmp_path: Path) -> None:
+    assert len(_read(tmp_path, wrap.replace("{}", json.dumps({"messages": _MESSAGES}))).conversations) == 1
+
+
+def test_a_line_separator_inside_a_string_ends_no_line(tmp_path: Path) -> None:
+    messages = [_MESSAGES[0], {"role": "assistant", "content": "one\u2028two\x85three"}]
+    reading = _read(tmp_path, json.dumps({"messages": messages}, ensure_ascii=False))
+    assert reading.conversations[0].turns[1].content == "one\u2028two\x85three"
+
+
+def test_null_targets_and_headers_are_counted(tmp_path: Path) -> None:
+    rows = [{"_meta": {}}, _PAIR, {**_PAIR, "target_response": None}, {**_PAIR, "target_response": None}]
+    reading = read_conversations(write_dataset(tmp_path / "pairs.jsonl", rows))
+    assert len(reading.conversations) == 1
+    assert reading.skipped == {"_meta header": 1, "target_response is null": 2}
+
+
+def _gather(path: Path, validation: Path | None = None, **chosen: Any) -> Corpus:
+    template = ChatTemplate(make_tokenizer(CHATML))
+    return gather(path, validation, Hyperparameters.model_validate(chosen), template, context_length=2048)
+
+
+def test_the_split_is_the_same_every_time_and_differs_with_the_seed(tmp_path: Path) -> None:
+    conversations = read_conversations(write_conversations(tmp_path / "d.jsonl", 50)).conversations
+    train, held_out = split(conversations, 0.1, seed=3)
+    assert len(held_out) == 5 and len(train) == 45
+    assert split(conversations, 0.1, seed=3) == (train, held_out)
+    assert {c.key() for c in split(tuple(reversed(conversations)), 0.1, seed=3)[1]} == {c.key() for c in held_out}
+    assert split(conversations, 0.1, seed=4)[1] != held_out
+
+
+def test_copies_never_stand_on_both_sides_of_the_split(tmp_path: Path) -> None:
+    rows = [conversation(number % 20) for number in range(60)]
+    corpus = _gather(write_dataset(tmp_path / "d.jsonl", rows))
+    train = {tuple(example.input_ids) for example in corpus.train}
+    assert not train & {tuple(example.input_ids) for example in corpus.validation}
+    (remark,) = corpus.remarks
+    assert remark.code == "duplicate_conversations" and remark.data == {"copies": 40}
+
+
+def test_a_given_validation_file_is_used_whole(tmp_path: Path) -> None:
+    validation = write_conversations(tmp_path / "v.jsonl", 3)
+    corpus = _gather(write_conversations(tmp_path / "d.jsonl", 20), validation)
+    assert len(corpus.train) == 20 and len(corpus.validation) == 3
+
+
+def test_the_length_comes_from_the_data(tmp_path: Path) -> None:
+    corpus = _gather(write_conversations(tmp_path / "d.jsonl", 20))
+    longest = max(len(example.input_ids) for example in (*corpus.train, *corpus.validation))
+    assert longest <= corpus.max_length < longest + 64 and corpus.max_length % 64 == 0
+
+
+def test_long_conversations_are_cut_after_an_answer_and_counted(tmp_path: Path) -> None:
+    rows = [conversation(number) for number in range(10)] + [conversation(99, exchanges=12)]
+    corpus = _gather(write_dataset(tmp_path / "d.jsonl", rows), max_length=128, validation_fraction=0)
+    assert len(corpus.train) == 11
+    cut = corpus.train[-1]
+    assert 64 < len(cut.input_ids) <= 128 and cut.labels[-2] == cut.input_ids[-2]
+    (remark,) = [remark for remark in corpus.remarks if remark.code == "long_conversations"]
+    assert remark.data == {"cut": 1, "left_out": 0, "max_length": 128}
+
+
+def test_long_conversations_are_left_out_by_choice_and_counted(tmp_path: Path) -> None:
+    rows = [conversation(number) for number in range(10)] + [conversation(99, exchanges=12)]
+    path = write_dataset(tmp_path / "d.jsonl", rows)
+    corpus = _gather(path, max_length=128, validation_fraction=0, long_conversations="refuse")
+    assert len(corpus.train) == 10
+    assert [remark.data["left_out"] for remark in corpus.remarks] == [1]
+
+
+def test_statistics_say_what_is_trained_on(tmp_path: Path) -> None:
+    corpus = _gather(write_conversations(tmp_path / "d.jsonl", 20))
+    numbers = corpus.statistics()
+    assert numbers["tokens_min"] <= numbers["tokens_median"] <= numbers["tokens_p95"] <= numbers["tokens_max"]
+    assert 0 < numbers["trained_share"] < 1
+    assert 0 < corpus.trained_tokens < corpus.train_tokens

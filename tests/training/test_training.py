@@ -1,0 +1,129 @@
+"""One run, watched: what it says, what it measures, and that its shortcuts change no number."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from tests.tiny_models import ARCHITECTURES
+from tests.training.conftest import HeardVoice, ModelOf, SpecOf, train
+from training.batches import halve, pack, packs_without_leaks
+from training.loss import AnswerLoss
+from training.recipe import may_pack
+
+
+def _batch(rows: int = 3, length: int = 20) -> dict[str, torch.Tensor]:
+    ids_BT = torch.randint(1, 300, (rows, length), generator=torch.Generator().manual_seed(2))
+    labels_BT = ids_BT.clone()
+    labels_BT[:, : length // 2] = -100
+    return {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT), "labels": labels_BT}
+
+
+def test_a_run_tells_its_story_in_order_and_learns(spec_of: SpecOf) -> None:
+    voice = train(spec_of(num_epochs=3))
+    kinds = voice.kinds()
+    assert kinds.index("planned") < kinds.index("evaluated") < kinds.index("progress")
+    assert kinds[-1] == "adapter_saved"
+    planned = voice.all("planned")[0]
+    steps = voice.all("progress")
+    assert [event.step for event in steps] == list(range(1, planned.total_steps + 1))
+    assert len(voice.all("evaluated")) == 4
+    assert all(event.grad_norm > 0 and event.tokens_per_second > 0 for event in steps)
+    assert steps[-1].tokens_seen == 3 * planned.train_tokens
+    samples = voice.all("sample")
+    assert [s.when for s in samples] == ["before"] * 2 + ["after"] * 2 and samples[0].prompt == samples[2].prompt
+    summary = voice.all("adapter_saved")[0].summary
+    assert summary["final_validation_loss"] < summary["initial_validation_loss"]
+    assert math.isclose(summary["perplexity"], math.exp(summary["final_validation_loss"]))
+    assert summary["total_steps"] == planned.total_steps and 1 <= summary["overall_score"] <= 5
+
+
+def test_the_best_evaluation_is_the_one_that_is_kept(spec_of: SpecOf) -> None:
+    # A rate that overshoots: later epochs are worse than an earlier one.
+    voice = train(spec_of(num_epochs=6, learning_rate=5e-2, early_stopping_patience=2))
+    losses = [event.validation_loss for event in voice.all("evaluated")][1:]
+    assert voice.all("adapter_saved")[0].summary["final_validation_loss"] == min(losses)
+    if len(losses) < 6:
+        assert "stopped_early" in [event.code for event in voice.all("notice")]
+        assert losses.index(min(losses)) == len(losses) - 3
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_sliced_loss_and_its_gradient_are_the_plain_ones(architecture: str, tiny: ModelOf) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny(architecture), dtype=torch.float32)
+    batch = _batch()
+    ours = AnswerLoss(model)
+    assert ours._head_is_plain
+    total, count = ours(batch)
+    assert count == 3 * 10
+    total.backward()
+    gradient = model.model.layers[0].input_layernorm.weight.grad.clone()
+    model.zero_grad()
+    logits_BTV = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    expected = functional.cross_entropy(
+        logits_BTV.reshape(-1, logits_BTV.shape[-1]), batch["labels"][:, 1:].reshape(-1), reduction="sum"
+    )
+    expected.backward()
+    reference = model.model.layers[0].input_layernorm.weight.grad
+    assert math.isclose(total.item(), expected.item(), rel_tol=1e-4)
+    assert (gradient - reference).norm() / reference.norm() < 1e-3
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+def test_packed_conversations_give_the_losses_of_separate_ones(architecture: str, tiny: ModelOf) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny(architecture), dtype=torch.float32).eval()
+    assert packs_without_leaks(model)
+    batch = _batch()
+    loss = AnswerLoss(model)
+    packed = pack(list(batch["input_ids"]))
+    labels = batch["labels"].clone()
+    labels[:, 0] = -100
+    together, count = loss({**packed, "labels": labels.reshape(1, -1)})
+    apart = sum(loss({key: value[row : row + 1] for key, value in batch.items()})[0].item() for row in range(3))
+    assert count == 3 * 10 and math.isclose(together.item(), apart, rel_tol=1e-4)
+
+
+def test_an_architecture_that_would_leak_is_not_packed_and_says_so(spec_of: SpecOf, tiny: ModelOf) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny("qwen3_next"), dtype=torch.float32)
+    voice = HeardVoice()
+    assert not may_pack(spec_of("qwen3_next", packing=True), model, voice)
+    assert voice.all("notice")[0].code == "packing_refused"
+
+
+def test_packed_and_padded_runs_learn_the_same(spec_of: SpecOf) -> None:
+    packed = train(spec_of(name="packed", packing=True, lora_dropout=0.0))
+    padded = train(spec_of(name="padded", packing=False, lora_dropout=0.0))
+    for left, right in zip(packed.all("progress"), padded.all("progress"), strict=True):
+        assert math.isclose(left.loss, right.loss, rel_tol=2e-3)
+
+
+def test_accumulated_micro_batches_equal_one_batch(spec_of: SpecOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(spec_of(name="whole", lora_dropout=0.0, packing=False, num_epochs=1))
+    monkeypatch.setitem(__import__("training.plan").plan._TOKENS_PER_MICRO_BATCH, "cpu", 1)
+    parts = train(spec_of(name="parts", lora_dropout=0.0, packing=False, num_epochs=1))
+    for left, right in zip(whole.all("progress"), parts.all("progress"), strict=True):
+        assert math.isclose(left.loss, right.loss, rel_tol=2e-3)
+        assert math.isclose(left.grad_norm, right.grad_norm, rel_tol=2e-2)
+
+
+def test_halves_hold_the_same_conversations() -> None:
+    batch = _batch(rows=3)
+    left, right = halve(batch) or ({}, {})
+    assert torch.equal(torch.cat([left["input_ids"], right["input_ids"]]), batch["input_ids"])
+    packed = {**pack(list(batch["input_ids"])), "labels": batch["labels"].reshape(1, -1)}
+    left, right = halve(packed) or ({}, {})
+    assert torch.equal(torch.cat([left["labels"], right["labels"]], dim=1), packed["labels"])
+    assert right["position_ids"][0, 0] == 0 and halve({**left, **pack([batch["input_ids"][0]])}) is None
+
+
+def test_the_base_models_files_are_untouched(spec_of: SpecOf) -> None:
+    spec = spec_of()
+    before = {path: path.read_bytes() for path in Path(spec.model_path).iterdir()}
+    train(spec)
+    assert {path: path.read_bytes() for path in Path(spec.model_path).iterdir()} == before
