@@ -71,7 +71,7 @@ class PackExperts(ConversionOps):
     """In place of stack and concatenate: at no time is more than one parameter of one layer in 16 bits."""
 
     @torch.no_grad()
-    def convert(  # type: ignore[override] - its callers pass all by name
+    def convert(  # type: ignore[override]
         self,
         input_dict: dict[str, list[torch.Tensor]],
         source_patterns: list[str],
@@ -117,7 +117,7 @@ def _targets_experts(conversion: Any, model: Any) -> bool:
 class Nf4Quantize(Bnb4bitQuantize):
     """Called by from_pretrained with one whole parameter, the moment it is put together from the checkpoint."""
 
-    def convert(  # type: ignore[override] - its callers pass all by name
+    def convert(  # type: ignore[override]
         self,
         input_dict: dict[str, Any],
         full_layer_name: str | None = None,
@@ -220,7 +220,9 @@ def nf4_grouped_experts(
 
 def _multiply(module: Any, name: str, rows: torch.Tensor, ends_E: torch.Tensor, expert_S: torch.Tensor) -> torch.Tensor:
     state = expert_states(module)[name]
-    product: torch.Tensor = _Nf4GroupedMatmul.apply(  # type: ignore[no-untyped-call]rows, module._parameters[name], state, ends_E, module.is_transposed)
+    product: torch.Tensor = _Nf4GroupedMatmul.apply(  # type: ignore[no-untyped-call]
+        rows, module._parameters[name], state, ends_E, module.is_transposed
+    )
     if module.has_bias:
         product = product + getattr(module, f"{name}_bias")[expert_S]
     return product
