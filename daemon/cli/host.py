@@ -42,6 +42,17 @@ def serve() -> None:
     asyncio.run(serve_gateway(load_settings()))
 
 
+def fleet() -> None:
+    """Keep a fleet: start pods when jobs wait that nobody can take, end those that are no use.
+
+    For any cheap host; TRAINER_FLEET_POD says which pod. TERM ends the loop, and the pods stay.
+    """
+    from daemon.fleet import run_fleet
+    from daemon.settings import load_settings
+
+    run_fleet(load_settings())
+
+
 def migrate(
     local: Annotated[
         bool, typer.Option("--local", help="A plain Postgres: first create what Supabase would have (roles, auth).")
@@ -174,12 +185,14 @@ def _workers_table(rows: list[WorkerRow], width: int) -> Table:
         table.add_column("UP", no_wrap=True, justify="right")
         table.add_column("VERSION", no_wrap=True)
     for row in rows:
-        style = styles.get(row.state, "white")
+        # A lease tells of a job sooner than the daemon's own row, which is touched every ten seconds.
+        state = "busy" if row.state == "idle" and row.jobs else row.state
+        style = styles.get(state, "white")
         holding = " ".join(short_id(job) for job in row.jobs[:2]) + (" …" if len(row.jobs) > 2 else "")
         cells = [
             Text(short_id(row.worker_id)),
             Text(plain(row.host)),
-            Text.assemble(("● ", style), (plain(row.state), style)),
+            Text.assemble(("● ", style), (plain(state), style)),
             Text(_hardware(row)),
             Text(f"{len(row.jobs)}/{row.slots}" + (f" {holding}" if wide and holding else "")),
             Text(f"{age(row.silent_seconds)} ago"),

@@ -168,7 +168,16 @@ def list_jobs(
         "model": model,
         "limit": limit,
     }
-    return [JobRow(**row) for row in connection.execute(read_statement("list_jobs"), parameters)]
+    rows = connection.execute(read_statement("list_jobs"), parameters).fetchall()
+    reasons = _why_jobs_wait(connection, [row["job_id"] for row in rows if row["state"] == "queued"])
+    return [JobRow(**row, waiting_reason=reasons.get(row["job_id"])) for row in rows]
+
+
+def _why_jobs_wait(connection: Connection, ids: Sequence[UUID]) -> dict[UUID, str]:
+    if not ids:
+        return {}
+    rows = connection.execute(read_statement("why_jobs_wait"), {"ids": list(ids)})
+    return {row["job_id"]: row["waiting_reason"] for row in rows}
 
 
 def read_job(connection: Connection, job_id: UUID) -> JobRow:

@@ -23,14 +23,12 @@ SELECT
     extract(epoch FROM coalesce(status.completed_at, clock_timestamp()) - status.started_at)::float8 AS run_seconds,
     extract(epoch FROM status.estimated_completion_at - clock_timestamp())::float8 AS seconds_left,
     status.cost::float8 AS cost,
-    queue.waiting_reason,
     status.error_code,
     status.error_message,
     status.error_hint,
     status.adapter_path
 FROM public.training_job_status AS status
 JOIN public.training_jobs AS job ON job.id = status.job_id
-LEFT JOIN public.training_queue AS queue ON queue.job_id = status.job_id AND job.status = 'queued'
 WHERE (%(ids)s::uuid[] IS NULL OR job.id = ANY (%(ids)s::uuid[]))
   AND (%(states)s::text[] IS NULL OR status.state = ANY (%(states)s::text[]))
   AND (%(user_id)s::uuid IS NULL OR job.user_id = %(user_id)s::uuid)
