@@ -35,7 +35,16 @@ _WORDS: dict[str, tuple[Callable[..., None], ...]] = {
         jobs.release_held,
     ),
     "Models and data": (check.check, adapters.download, chat.chat),
-    "Hosts and database": (host.run, host.serve, host.workers, host.drain, host.doctor, host.migrate, host.demo),
+    "Hosts and database": (
+        host.run,
+        host.serve,
+        host.fleet,
+        host.workers,
+        host.drain,
+        host.doctor,
+        host.migrate,
+        host.demo,
+    ),
 }
 for _panel, _words in _WORDS.items():
     for _word in _words:

@@ -14,8 +14,7 @@ from tests.postgres import AppDatabase
 from tests.receiver import Receiver
 from tests.runpod_double import RunPodDouble
 
-FLEET = (sys.executable, "-c", "from daemon.fleet import run_fleet; from daemon.settings import load_settings; "
-         "run_fleet(load_settings())")  # fmt: skip
+FLEET = (sys.executable, "-m", "daemon", "fleet")
 
 
 def fleet(database: AppDatabase, runpod: RunPodDouble, folder: Path, name: str, **settings: Any) -> DaemonProcess:
