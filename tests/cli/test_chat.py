@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,9 +48,6 @@ def test_base_and_adapter_answer_side_by_side_and_the_base_stays_itself(folder: 
 
 
 def test_an_adapter_of_another_model_is_refused_in_words(folder: Path) -> None:
-    import json
-    import shutil
-
     other = folder / "other-adapter"
     shutil.copytree(folder / "adapter", other)
     config = json.loads((other / "adapter_config.json").read_text())
