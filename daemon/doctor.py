@@ -28,6 +28,9 @@ from daemon.host import find_gpus, installed_versions
 from daemon.listener import Listener
 from daemon.migrate import pending
 from daemon.models import resolve_model
+from daemon.pod_end import keys_of
+from daemon.pod_life import pod_environment
+from daemon.runpod_api import RunPod, RunPodError
 from daemon.settings import Settings
 from daemon.storage import open_storage
 from daemon.webhook import signing_keys
@@ -81,7 +84,7 @@ async def examine(settings: Settings) -> AsyncIterator[Finding]:
         yield finding
     yield await _check_storage(settings)
     yield _check_callbacks(settings)
-    yield _check_pod()
+    yield await _check_pod(settings)
 
 
 def _check_python() -> Finding:
@@ -293,13 +296,20 @@ def _check_callbacks(settings: Settings) -> Finding:
     return green("callback secret", f"{len(keys)} in use")
 
 
-def _check_pod() -> Finding:
-    pod = os.environ.get("RUNPOD_POD_ID")
-    if pod is None:
+async def _check_pod(settings: Settings) -> Finding:
+    """Whether this pod can see itself by the API, and so learn its price and end itself when idle."""
+    if settings.pod_id is None:
         return green("RunPod", "not a pod")
-    if "RUNPOD_API_KEY" not in os.environ:
-        return yellow("RunPod", f"pod {pod} without RUNPOD_API_KEY", "give it one, or it cannot stop itself when idle")
-    return green("RunPod", f"pod {pod}")
+    advice = "set TRAINER_RUNPOD_API_KEY to a key that may read and end pods: else an idle pod may go on billing"
+    async with RunPod(keys_of(pod_environment(settings)), api=settings.runpod_api) as runpod:
+        try:
+            pod = await runpod.read_pod(settings.pod_id)
+        except RunPodError as error:
+            return yellow("RunPod", f"pod {settings.pod_id}: {error}", advice)
+    price = "at an unknown price" if pod.cost_per_hour is None else f"{pod.cost_per_hour:.2f} US dollars an hour"
+    if settings.idle_minutes is None:
+        return yellow("RunPod", f"pod {pod.id}, {price}, never ends itself", "set TRAINER_IDLE_MINUTES")
+    return green("RunPod", f"pod {pod.id}, {price}, ends itself after {settings.idle_minutes:g} idle minutes")
 
 
 Show = Callable[[Finding], None]

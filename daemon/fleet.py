@@ -197,7 +197,8 @@ class Fleet:
         workers = await self._fleet.workers(now - timedelta(seconds=ALIVE_AFTER_OUTAGE_SECONDS), pod_ids)
         connected_at = self._fleet.database.connected_at
         settled = connected_at is not None and time.monotonic() - connected_at >= self._settle_seconds
-        return View(now, await self._fleet.waiting_jobs(), workers, pods, listed, settled)
+        jobs = await self._fleet.waiting_jobs(self._limits.user_cap)
+        return View(now, jobs, workers, pods, listed, settled)
 
     # -- pods that there are ------------------------------------------------------------------------------------
 

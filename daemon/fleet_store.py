@@ -41,8 +41,9 @@ class FleetStore:
     async def end_turn(self) -> None:
         await self._run("end_fleet_turn")
 
-    async def waiting_jobs(self) -> list[WaitingJob]:
-        return [WaitingJob(**row) for row in await self._run("read_waiting_jobs", most=MOST_JOBS)]
+    async def waiting_jobs(self, user_cap: int | None) -> list[WaitingJob]:
+        rows = await self._run("read_waiting_jobs", most=MOST_JOBS, user_cap=user_cap)
+        return [WaitingJob(**row) for row in rows]
 
     async def workers(self, since: datetime, pods: Sequence[str]) -> list[WorkerSeen]:
         return [WorkerSeen(**row) for row in await self._run("read_fleet_workers", since=since, pods=list(pods))]

@@ -1,5 +1,23 @@
 -- Reads what waits for a host: the first due jobs in claiming order, what they need, how many jobs their owners run.
--- No row means that nothing waits.
+-- Rows of users at their cap are left out: thousands of them must not hide the others. No row means that nothing waits.
+WITH blocked AS MATERIALIZED (
+    SELECT array(
+        SELECT lease.user_id
+        FROM training_leases AS lease
+        WHERE %(user_cap)s::int IS NOT NULL
+        GROUP BY lease.user_id
+        HAVING count(*) >= %(user_cap)s::int
+    ) AS users
+),
+candidates AS MATERIALIZED (
+    -- Every column here is in the index training_jobs_due.
+    SELECT job.id
+    FROM training_jobs AS job
+    WHERE job.due
+      AND job.user_id <> ALL ((SELECT blocked.users FROM blocked)::uuid[])
+    ORDER BY job.priority DESC, job.queued_at, job.id
+    LIMIT %(most)s
+)
 SELECT
     job.id,
     job.user_id,
@@ -9,8 +27,8 @@ SELECT
     job.base_model,
     job.queued_at,
     (SELECT count(*) FROM training_leases AS lease WHERE lease.user_id = job.user_id) AS running
-FROM training_jobs AS job
-WHERE job.due
-  AND NOT EXISTS (SELECT FROM training_leases AS lease WHERE lease.job_id = job.id)
+FROM candidates
+JOIN training_jobs AS job ON job.id = candidates.id
+-- Cancelled and submitted again, its last run is still ending: it is claimed when that is over.
+WHERE NOT EXISTS (SELECT FROM training_leases AS lease WHERE lease.job_id = job.id)
 ORDER BY job.priority DESC, job.queued_at, job.id
-LIMIT %(most)s

@@ -115,6 +115,25 @@ async def test_a_user_at_his_cap_starts_no_further_pod(open_yard: Callable[..., 
         assert yard.asked == 2
 
 
+async def test_a_user_at_his_cap_with_a_long_queue_does_not_hide_the_others(
+    open_yard: Callable[..., Yard], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("daemon.fleet_store.MOST_JOBS", 3)
+    yard = open_yard(user_cap=1)
+    running = yard.job(priority=9)
+    for _ in range(5):
+        yard.job(priority=5)
+    yard.job(user=yard.database.insert_user())
+    yard.database.run(
+        "INSERT INTO training_leases (job_id, epoch, worker_id, user_id, expires_at) "
+        "SELECT id, 1, gen_random_uuid(), user_id, now() + interval '1 hour' FROM training_jobs WHERE id = %s",
+        (running,),
+    )
+    async with yard.fleet() as fleet:
+        await fleet.look()
+    assert yard.asked == 1
+
+
 async def test_a_scheduled_job_is_promoted_when_no_daemon_is_left_to_do_it(yard: Yard) -> None:
     now = yard.database.one("SELECT clock_timestamp() AS at")["at"]
     yard.job(run_after=now + timedelta(seconds=1))

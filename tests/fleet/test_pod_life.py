@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from daemon.doctor import _check_pod
+from daemon.settings import load_settings
 from tests.daemon_process import DaemonProcess
 from tests.lifecycle.queue import Queue
 from tests.postgres import AppDatabase
@@ -119,3 +121,20 @@ def test_the_price_that_runpod_charges_counts_before_the_setting_and_the_tenants
         daemon.wait_for_log("pod_price", per_gpu_hour=18_000.0)
         row = queue.wait_for(job, "completed")
     assert row["final_cost"] > 5, "the two seconds and more that its steps took"
+
+
+@pytest.mark.parametrize(
+    ("key", "settings", "light", "words"),
+    [
+        ("good-key", {"idle_minutes": 15}, "ok", "6.00 US dollars an hour, ends itself after 15 idle minutes"),
+        ("good-key", {}, "warning", "never ends itself"),
+        ("wrong-key", {"idle_minutes": 15}, "warning", "The API key is not valid"),
+    ],
+)
+async def test_the_doctor_says_whether_the_pod_can_end_itself(
+    runpod: RunPodDouble, key: str, settings: dict[str, object], light: str, words: str
+) -> None:
+    runpod.add("me", cost=6.0)
+    given = {"database_url": "postgresql://nowhere", "pod_id": "me", "pod_api_key": key, "runpod_api": runpod.url}
+    finding = await _check_pod(load_settings(**given, **settings))
+    assert finding.light == light and words in finding.detail and key not in f"{finding.detail} {finding.advice}"
