@@ -40,23 +40,6 @@ from training.trainer import AdapterTrainer
 from training.voice import AnyEvent, Voice
 
 _WORDS = ("the", "sea", "is", "wide", "and", "a", "lamp", "turns", "slowly", "while", "ships", "pass", "at", "night")
-    "the",
-    "sea",
-    "is",
-    "wide",
-    "and",
-    "the",
-    "lamp",
-    "turns",
-    "slowly",
-    "while",
-    "ships",
-    "pass",
-    "by",
-    "night",
-    "after",
-    "night",
-]
 
 
 class _Silent(Voice):
