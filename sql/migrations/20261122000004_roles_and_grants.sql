@@ -50,9 +50,13 @@ GRANT SELECT (id, device, gpu_count, gpu_memory_gb, gpu_type, models, slots, use
 GRANT SELECT (id, sequence, job_id, user_id, event, state, attempts, created_at, next_at, last_status, delivered_at)
     ON public.training_callbacks TO authenticated;
 
--- Artifacts a user may rename or retire, notifications mark as read and delete; the service makes them.
-REVOKE INSERT, TRUNCATE, REFERENCES, TRIGGER ON public.model_artifacts, public.notifications FROM authenticated;
-GRANT SELECT, UPDATE, DELETE ON public.model_artifacts, public.notifications TO authenticated;
+-- Artifacts a user may rename or retire, notifications mark as read and delete; the service makes them. Never the
+-- paths in `artifacts`: the app signs whatever stands there, and a path of somebody else's adapter could stand there.
+REVOKE INSERT, UPDATE, TRUNCATE, REFERENCES, TRIGGER ON public.model_artifacts, public.notifications FROM authenticated;
+GRANT SELECT, DELETE ON public.model_artifacts, public.notifications TO authenticated;
+GRANT UPDATE (name, version, description, status, deployed_at, updated_at, deleted_at)
+    ON public.model_artifacts TO authenticated;
+GRANT UPDATE (read) ON public.notifications TO authenticated;
 
 GRANT SELECT, INSERT, UPDATE, DELETE ON
     public.training_jobs, public.datasets, public.metrics_points, public.model_artifacts, public.cost_records,
@@ -67,13 +71,28 @@ GRANT SELECT ON
 TO service_role;
 
 -- The daemon: what its statements need. It inserts jobs and datasets for callers of the older HTTP contract.
-GRANT SELECT, INSERT, UPDATE ON public.training_jobs TO training_daemon;
-GRANT SELECT, INSERT ON public.datasets, public.notifications TO training_daemon;
-GRANT SELECT, INSERT, UPDATE ON public.model_artifacts, public.cost_records, public.training_workers TO training_daemon;
+-- Of a job it writes how it goes, never whose it is, what it asks for or its limits: its password lies on rented hosts.
+GRANT SELECT, INSERT ON public.training_jobs TO training_daemon;
+GRANT UPDATE (
+    status, current_stage, progress, current_epoch, total_epochs, current_step, total_steps, current_metrics,
+    queued_at, started_at, completed_at, estimated_completion_at, current_cost, estimated_total_cost, final_cost,
+    error_message, error_stack, error_code, error_hint, retry_count, attempt, lease_epoch, last_progress_at,
+    run_after, due, held, need_gpus, need_gpu_memory_gb, need_gpu_type, base_model, callback_url,
+    adapter_path, adapter_sha256, adapter_bytes, result
+) ON public.training_jobs TO training_daemon;
+GRANT SELECT, INSERT ON public.datasets, public.notifications, public.model_artifacts, public.cost_records
+    TO training_daemon;
+GRANT UPDATE (name, quality_metrics, training_summary, configuration, artifacts, updated_at)
+    ON public.model_artifacts TO training_daemon;
+GRANT UPDATE (amount, details) ON public.cost_records TO training_daemon;
+GRANT SELECT, INSERT, UPDATE ON public.training_workers TO training_daemon;
 GRANT SELECT, INSERT, UPDATE, DELETE ON
     public.metrics_points, public.training_leases, public.training_callbacks
 TO training_daemon;
 GRANT SELECT, INSERT, DELETE ON public.training_events TO training_daemon;
+-- The numbers of events and callbacks: older projects let every API role draw and even set them.
+REVOKE ALL ON SEQUENCE public.training_events_id_seq, public.training_callbacks_sequence_seq
+    FROM PUBLIC, anon, authenticated, service_role;
 GRANT USAGE ON SEQUENCE public.training_callbacks_sequence_seq TO training_daemon;
 
 ALTER TABLE public.training_jobs ENABLE ROW LEVEL SECURITY;

@@ -39,6 +39,7 @@ CREATE TABLE IF NOT EXISTS public.training_fleet_decisions (
 CREATE INDEX IF NOT EXISTS training_fleet_decisions_pod ON public.training_fleet_decisions (pod_row);
 
 REVOKE ALL ON public.training_pods, public.training_fleet_decisions FROM PUBLIC, anon, authenticated, service_role;
+REVOKE ALL ON SEQUENCE public.training_fleet_decisions_id_seq FROM PUBLIC, anon, authenticated, service_role;
 GRANT SELECT ON public.training_pods, public.training_fleet_decisions TO service_role;
 GRANT SELECT, INSERT, UPDATE ON public.training_pods TO training_daemon;
 GRANT SELECT, INSERT ON public.training_fleet_decisions TO training_daemon;

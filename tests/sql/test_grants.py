@@ -16,12 +16,12 @@ from tests.sql.claiming import claimed
 
 # r select, i insert, u update, d delete; in parentheses: of some columns only.
 MATRIX: dict[str, dict[str, str]] = {
-    "training_jobs": {"authenticated": "ri(u)", "service_role": "riud", "training_daemon": "riu"},
+    "training_jobs": {"authenticated": "ri(u)", "service_role": "riud", "training_daemon": "ri(u)"},
     "datasets": {"authenticated": "riud", "service_role": "riud", "training_daemon": "ri"},
     "metrics_points": {"authenticated": "r", "service_role": "riud", "training_daemon": "riud"},
-    "model_artifacts": {"authenticated": "rud", "service_role": "riud", "training_daemon": "riu"},
-    "cost_records": {"authenticated": "r", "service_role": "riud", "training_daemon": "riu"},
-    "notifications": {"authenticated": "rud", "service_role": "riud", "training_daemon": "ri"},
+    "model_artifacts": {"authenticated": "r(u)d", "service_role": "riud", "training_daemon": "ri(u)"},
+    "cost_records": {"authenticated": "r", "service_role": "riud", "training_daemon": "ri(u)"},
+    "notifications": {"authenticated": "r(u)d", "service_role": "riud", "training_daemon": "ri"},
     "training_leases": {"authenticated": "(r)", "service_role": "r", "training_daemon": "riud"},
     "training_events": {"authenticated": "r", "service_role": "r", "training_daemon": "rid"},
     "training_workers": {"authenticated": "(r)", "service_role": "r", "training_daemon": "riu"},
