@@ -156,6 +156,10 @@ class Store:
                 break
         return Claim(seen, None)
 
+    async def return_unanswered_claims(self, worker_id: UUID, known: Sequence[UUID]) -> int:
+        """After a claim's answer was lost: what this worker holds beside `known` goes back; returns how many jobs."""
+        return len(await self._run("return_unanswered_claims", {"worker_id": worker_id, "known": list(known)}))
+
     async def promote_due_jobs(self) -> int:
         """Scheduled jobs whose time has come can be claimed now; returns how many (at most 100 a call)."""
         return len(await self._run("promote_due_jobs", {}))

@@ -39,6 +39,8 @@ class Worker:
         self._attempts: dict[asyncio.Task[None], tuple[ClaimedJob, Stop]] = {}
         self._claiming = asyncio.Lock()
         self._paused = False
+        # The claim may have been made all the same: the job would wait a lease for nobody.
+        self._answer_lost = False
         self._idle_since = time.monotonic()
 
     async def run(self) -> None:
@@ -74,6 +76,10 @@ class Worker:
         settings = self._settings
         lost_races = 0
         try:
+            if self._answer_lost:
+                known = [job.id for job, _stop in self._attempts.values()]
+                await self._store.return_unanswered_claims(self._host.worker_id, known)
+                self._answer_lost = False
             while self._pool.has_room and not self._paused and not self._closing.is_set():
                 claim = await self._store.claim_job(
                     self._host.worker_id,
@@ -102,6 +108,7 @@ class Worker:
             due_in = await self._store.next_due_in()
         except DatabaseAway as error:
             log.warning("claim_failed", error=str(error))
+            self._answer_lost = True
             return AWAY_SECONDS
         return settings.poll_seconds if due_in is None else max(0.01, min(due_in, settings.poll_seconds))
 

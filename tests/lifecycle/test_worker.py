@@ -27,6 +27,7 @@ def test_an_inserted_row_becomes_an_adapter(queue: Queue, daemon: DaemonProcess,
         daemon.wait_for_log("listener_hears")
         job = queue.insert()
         row = queue.wait_for(job, "completed")
+        daemon.wait_for_log("attempt_settled")
     assert row["progress"] == 100 and row["attempt"] == 1 and row["retry_count"] == 0
     assert row["adapter_path"] == f"lora-models/adapters/{job}.tar.gz"
     stored = tmp_path / "storage" / row["adapter_path"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 
@@ -409,3 +409,24 @@ async def test_a_failure_with_bytes_that_postgres_refuses_is_still_recorded(
     row = database.job(job_id)
     assert row["error_message"] == "bad \ufffd ?" and row["error_stack"].endswith("the end")
     assert len(row["error_stack"]) == 60_000
+
+
+async def test_a_claim_whose_answer_was_lost_goes_back_at_once_and_costs_no_attempt(
+    database: AppDatabase, store: Store
+) -> None:
+    worker = uuid4()
+    known = await claimed_by(database, store, worker)
+    unknown = await claimed_by(database, store, worker)
+    elsewhere = await claimed_by(database, store, uuid4())
+    assert await store.return_unanswered_claims(worker, [known]) == 1
+    row = database.job(unknown)
+    assert (row["status"], row["attempt"], row["due"], row["lease_epoch"]) == ("queued", 0, True, 1)
+    assert {database.job(job)["status"] for job in (known, elsewhere)} == {"initializing"}
+    assert await store.return_unanswered_claims(worker, [known]) == 0
+
+
+async def claimed_by(database: AppDatabase, store: Store, worker: UUID) -> UUID:
+    database.insert_job(database.insert_user())
+    job = (await claim(store, worker)).job
+    assert job is not None
+    return job.id

@@ -1,0 +1,26 @@
+-- A claim whose answer was lost with its connection: what this worker holds without knowing goes back, uncounted.
+-- One row a job that went back; none means that nothing was held unknown.
+WITH ended AS (
+    DELETE FROM training_leases AS lease
+    WHERE lease.worker_id = %(worker_id)s
+      AND lease.job_id <> ALL (%(known)s::uuid[])
+    RETURNING lease.job_id, lease.epoch
+),
+moved AS (
+    UPDATE training_jobs AS job
+    SET status = 'queued',
+        current_stage = 'queued',
+        attempt = greatest(job.attempt - 1, 0),
+        run_after = NULL
+    FROM ended
+    WHERE job.id = ended.job_id
+      AND job.lease_epoch = ended.epoch
+      AND job.status IN ('initializing', 'running')
+    RETURNING job.id, job.lease_epoch
+),
+told AS (
+    INSERT INTO training_events (job_id, epoch, kind, message)
+    SELECT moved.id, moved.lease_epoch, 'notice', 'the answer to the claim was lost; the job is claimed anew'
+    FROM moved
+)
+SELECT moved.id FROM moved
