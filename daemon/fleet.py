@@ -55,9 +55,8 @@ def run_fleet(settings: Settings) -> None:
 
 
 async def serve_fleet(settings: Settings) -> None:
+    plan, keys = read_plan(settings.fleet_pod), _keys(settings)
     configure_logs(settings.log_level, settings.log_format, _secrets(settings))
-    plan = read_plan(settings.fleet_pod)
-    keys = _keys(settings)
     dsn = settings.database_url.get_secret_value()
     async with AsyncExitStack() as stack:
         # Two connections: one holds the turn and decides, one works for hosts that died.
