@@ -335,9 +335,9 @@ async def test_a_pod_that_cannot_be_ended_keeps_its_place_until_it_is(yard: Yard
         yard.runpod.fail(500, times=2, only="action")
         for _ in range(2):
             await fleet.look()
-            assert yard.rows()[0]["ended_at"] is None
+            assert yard.row_of("pod1")["ended_at"] is None
         await fleet.look()
-    assert yard.rows()[0]["ending"] == "stopped"
+    assert yard.row_of("pod1")["ending"] == "stopped"
 
 
 async def test_two_loops_at_once_start_no_pod_too_many(yard: Yard) -> None:

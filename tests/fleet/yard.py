@@ -106,3 +106,6 @@ class Yard:
 
     def rows(self) -> list[dict[str, Any]]:
         return self.database.run("SELECT * FROM training_pods ORDER BY asked_at, id")
+
+    def row_of(self, pod: str) -> dict[str, Any]:
+        return self.database.one("SELECT * FROM training_pods WHERE pod = %s", (pod,))
