@@ -27,7 +27,7 @@ from daemon.lease import HeldLease, LeaseKeeper
 from daemon.models import resolve_model
 from daemon.pack import publish_adapter
 from daemon.reporter import Reporter
-from daemon.settings import Settings
+from daemon.settings import Settings, quantized_dir
 from daemon.settlement import settle
 from daemon.stop import Stop, StopReason
 from daemon.storage import Storage
@@ -163,7 +163,7 @@ class Attempt:
             work_dir=workspace.attempt_dir,
             checkpoint_dir=workspace.checkpoint_dir,
             output_dir=workspace.adapter_dir,
-            quantized_dir=settings.models_dir / ".quantized",
+            quantized_dir=quantized_dir(settings),
             hyperparameters=row.hyperparameters,
             num_gpus=row.gpu_config.num_gpus,
             device=self._with.host.device,

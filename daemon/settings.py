@@ -225,6 +225,11 @@ class Settings(BaseSettings):
         return self.storage or ("supabase" if self.supabase_url else "folder")
 
 
+def quantized_dir(settings: Settings) -> Path:
+    """Where 4-bit copies of base models are kept: beside the models, on the same volume."""
+    return settings.models_dir / ".quantized"
+
+
 def load_settings(**given: Any) -> Settings:
     """Read the environment; what is given counts before it.
 

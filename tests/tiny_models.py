@@ -21,8 +21,8 @@ CHATML = (
     "+ '\\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
 
-_THINGS = "cat dog ship tree star lamp book road fish bird".split()
-_COLOURS = "red blue green black white".split()
+_THINGS = ["cat", "dog", "ship", "tree", "star", "lamp", "book", "road", "fish", "bird"]
+_COLOURS = ["red", "blue", "green", "black", "white"]
 _SHAPE = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
 
 

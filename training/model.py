@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -18,7 +19,6 @@ from training.experts import EXPERTS_FUNCTION, Nf4Config
 from training.failures import TrainingFailed
 from training.folder import ModelFolder
 from training.quantized import CopyUnusable, QuantizedCopy
-from training.spec import JobSpec
 from training.targets import UNQUANTISED_MODULES
 from training.voice import Voice
 
@@ -39,7 +39,23 @@ class WeightCount:
     parameters: int
 
 
-def load_base_model(spec: JobSpec, folder: ModelFolder, voice: Voice | None = None) -> PreTrainedModel:
+class Wanted(Protocol):
+    """What loading needs to know of a spec."""
+
+    @property
+    def base_model(self) -> str: ...
+
+    @property
+    def device(self) -> Literal["cpu", "cuda"]: ...
+
+    @property
+    def quantize(self) -> bool: ...
+
+    @property
+    def quantized_dir(self) -> Path | None: ...
+
+
+def load_base_model(spec: Wanted, folder: ModelFolder, voice: Voice | None = None) -> PreTrainedModel:
     """Load frozen weights in NF4 with double quantisation (bf16 when spec.quantize is false).
 
     Raises TrainingFailed: model_incomplete for missing tensors or damaged files, model_unsupported for an
@@ -66,7 +82,7 @@ def load_base_model(spec: JobSpec, folder: ModelFolder, voice: Voice | None = No
     return model
 
 
-def _load_copy(copy: QuantizedCopy, spec: JobSpec, folder: ModelFolder, voice: Voice | None) -> PreTrainedModel | None:
+def _load_copy(copy: QuantizedCopy, spec: Wanted, folder: ModelFolder, voice: Voice | None) -> PreTrainedModel | None:
     try:
         return copy.load(folder, compute_dtype(spec.device), _device(spec))
     except CopyUnusable as error:
@@ -78,7 +94,7 @@ def _load_copy(copy: QuantizedCopy, spec: JobSpec, folder: ModelFolder, voice: V
         return None
 
 
-def _load_original(spec: JobSpec, folder: ModelFolder, dtype: torch.dtype) -> PreTrainedModel:
+def _load_original(spec: Wanted, folder: ModelFolder, dtype: torch.dtype) -> PreTrainedModel:
     options: dict[str, Any] = {}
     if spec.quantize:
         options["quantization_config"] = Nf4Config(dtype, list(UNQUANTISED_MODULES))
@@ -114,7 +130,7 @@ def _load_original(spec: JobSpec, folder: ModelFolder, dtype: torch.dtype) -> Pr
     return original
 
 
-def _device(spec: JobSpec) -> torch.device:
+def _device(spec: Wanted) -> torch.device:
     return torch.device("cuda", 0) if spec.device == "cuda" else torch.device("cpu")
 
 
@@ -125,7 +141,7 @@ def compute_dtype(device: str) -> torch.dtype:
     return torch.float32
 
 
-def warn_of_missing_kernels(spec: JobSpec, model: PreTrainedModel, voice: Voice) -> None:
+def warn_of_missing_kernels(spec: Wanted, model: PreTrainedModel, voice: Voice) -> None:
     """Linear attention on a GPU without its kernels runs many times slower, and transformers says so in one line."""
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
     if spec.device != "cuda" or "linear_attention" not in kinds:

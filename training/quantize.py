@@ -1,0 +1,61 @@
+"""Make the 4-bit copy of a base model before any job needs it: hours of a GPU are not the time to do it.
+
+    python -m training.quantize MODEL_DIR NAME QUANTIZED_DIR cpu|cuda
+
+Prints one JSON line: the copy's folder and bytes, or code, message and hint of what is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from training.failures import TrainingFailed
+from training.folder import open_model_folder
+
+
+@dataclass(frozen=True)
+class Request:
+    """The part of a spec that loading reads."""
+
+    base_model: str
+    device: Literal["cpu", "cuda"]
+    quantized_dir: Path
+    quantize: bool = True
+
+
+def quantize(model_dir: Path, request: Request) -> dict[str, object]:
+    """Load the model as a job would, which writes the copy where it is missing or unusable. Raises TrainingFailed."""
+    from training.model import compute_dtype, load_base_model
+    from training.quantized import QuantizedCopy
+
+    folder = open_model_folder(model_dir, request.base_model)
+    copy = QuantizedCopy.of(request.quantized_dir, folder, request.base_model, compute_dtype(request.device))
+    made_before = copy.exists
+    load_base_model(request, folder)
+    if not copy.exists:
+        return {
+            "ok": False,
+            "code": "disk_full",
+            "message": "the volume has no room for the copy",
+            "hint": "free space",
+        }
+    size = sum(file.stat().st_size for file in copy.path.iterdir())
+    return {"ok": True, "path": str(copy.path), "bytes": size, "made_before": made_before}
+
+
+def main() -> int:
+    model_dir, name, quantized_dir, device = sys.argv[1:]
+    try:
+        answer = quantize(Path(model_dir), Request(name, "cuda" if device == "cuda" else "cpu", Path(quantized_dir)))
+    except TrainingFailed as failed:
+        answer = {"ok": False, "code": failed.code, "message": failed.message, "hint": failed.hint}
+    sys.stdout.write(json.dumps(answer) + "\n")
+    return 0 if answer["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
