@@ -15,7 +15,7 @@ DATA    ?=
 # A CPU needs no more than the CPU build of torch; on a machine with an NVIDIA driver pip takes the default one.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo ask test test-system lint bench chaos image image-check clean install
+.PHONY: help demo ask test test-system lint bench chaos types image image-check clean install
 
 help: ## this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  \033[1mmake %-12s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ bench: $(STAMP) ## every benchmark's table
 	@shopt -s nullglob; scripts=(benchmarks/[a-z]*.py); \
 	  (($${#scripts[@]})) || { echo "benchmarks/ holds no script" >&2; exit 1; }; \
 	  for script in "$${scripts[@]}"; do echo "== $$script"; $(PY) "$$script"; done
+
+types: $(STAMP) ## the TypeScript types of the schema, after a change of sql/migrations (needs npm)
+	@$(PY) -m tests.docs.database_types
 
 chaos: $(STAMP) ## the long chaos run: daemons killed, stopped and cut off from the database
 	@$(PY) -m pytest tests/lifecycle -m system -k chaos --timeout 1800
