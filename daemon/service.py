@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 
@@ -13,14 +15,14 @@ import structlog
 from daemon.attempt import Collaborators
 from daemon.callback import CallbackCourier
 from daemon.database import Database
-from daemon.errors import DatabaseAway
+from daemon.errors import DatabaseAway, HostUnfit
 from daemon.host import inspect_host
 from daemon.lease import LeaseKeeper
 from daemon.listener import Listener
 from daemon.logs import configure_logs
 from daemon.pod_end import chosen_end, end_own_pod, keys_of
 from daemon.pod_life import PodLife, PodPrice, pod_environment
-from daemon.settings import Settings
+from daemon.settings import Settings, load_settings
 from daemon.storage import open_storage
 from daemon.store import Store
 from daemon.worker import Worker
@@ -30,6 +32,19 @@ log = structlog.get_logger()
 TRAINER_COMMAND = (sys.executable, "-m", "training")
 # Endings that no receiver takes are no reason to keep a GPU: the outbox outlives this process.
 LAST_CALLBACKS_SECONDS = 30.0
+# startsecs in supervisord.conf.
+SUPERVISOR_START_SECONDS = 2.0
+
+
+def run_service(trainer_command: tuple[str, ...] = TRAINER_COMMAND) -> None:
+    """Read the settings and serve. Raises HostUnfit, late enough for a supervisor to take it for what it is."""
+    try:
+        asyncio.run(serve(load_settings(), trainer_command))
+    except HostUnfit:
+        if "SUPERVISOR_ENABLED" in os.environ:
+            # An exit within startsecs is a failed start to supervisord, and tried again, whatever its code says.
+            time.sleep(SUPERVISOR_START_SECONDS + 1.0)
+        raise
 
 
 async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_COMMAND) -> None:

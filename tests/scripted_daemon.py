@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from pathlib import Path
 
 from daemon.errors import EXIT_UNFIT, HostUnfit
-from daemon.service import serve
-from daemon.settings import load_settings
+from daemon.service import run_service
 
 if __name__ == "__main__":
     try:
-        asyncio.run(serve(load_settings(), (sys.executable, str(Path(__file__).with_name("scripted_trainer.py")))))
+        run_service((sys.executable, str(Path(__file__).with_name("scripted_trainer.py"))))
     except HostUnfit as unfit:
         print(unfit, file=sys.stderr)
         sys.exit(EXIT_UNFIT)

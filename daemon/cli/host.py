@@ -24,12 +24,9 @@ def run() -> None:
     TERM drains: a checkpoint, then the jobs go back to the queue. A second TERM does not wait.
     USR1 finishes the jobs at hand first.
     """
-    import asyncio
+    from daemon.service import run_service
 
-    from daemon.service import serve
-    from daemon.settings import load_settings
-
-    asyncio.run(serve(load_settings()))
+    run_service()
 
 
 def serve() -> None:
