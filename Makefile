@@ -27,7 +27,7 @@ ask: $(STAMP) ## ask the model that the demo trained: make ask Q="Why do cats pu
 	@$(PY) -m training.ask "$(or $(Q),Why do cats purr?)"
 
 test: $(STAMP) ## the tests that need nothing beyond pip (under ten minutes)
-	@$(PY) -m pytest -m "not system and not gpu"
+	@$(PY) -m pytest -m "not system and not gpu" --numprocesses 2 --dist loadfile
 
 test-system: $(STAMP) ## the slower tests; installs what they need from Debian
 	@.ci/system-packages

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -34,6 +35,18 @@ def database(postgres: Server, migrated_template: str) -> Iterator[AppDatabase]:
         app = AppDatabase(postgres.dsn(name))
         yield app
         app.close()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In a parallel run the controller prints the summary, and only its workers know the server."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["postgres"] = session.config.stash.get(_POSTGRES, None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    if used := getattr(node, "workeroutput", {}).get("postgres"):
+        node.config.stash[_POSTGRES] = used
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
