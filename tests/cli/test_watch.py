@@ -43,7 +43,7 @@ def test_a_watched_job_that_completes_ends_the_watch_with_success(cli: CommandLi
 def test_a_watched_job_that_fails_says_why_and_what_to_do(cli: CommandLine, queue: Queue) -> None:
     good, bad = queue.insert(), queue.insert(script=[["steps", 2, 0.01], FAILURE, ["exit", 1]])
     with queue.daemon(queue.folder, slots=2):
-        said = cli.run("watch")
+        said = cli.run("watch", good, bad)
     assert said.status == 1
     assert f"✓ {str(good)[:8]} completed" in said.out
     assert f"✗ {str(bad)[:8]} failed: The loss is not a number." in said.out

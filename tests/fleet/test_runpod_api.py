@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from daemon.logs import configure_logs
 from daemon.pod_end import chosen_end, end_own_pod
 from daemon.runpod_api import Fault, Key, RunPod, RunPodError
 from tests.runpod_double import RunPodDouble
@@ -147,6 +148,7 @@ async def test_runpodctl_is_the_last_way_in_either_spelling(
 async def test_where_no_way_works_the_answer_is_no_and_the_log_is_loud(
     runpod: RunPodDouble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    configure_logs(style="json")
     monkeypatch.setenv("RUNPOD_API_BASE_URL", runpod.root)
     put_runpodctl(tmp_path, "nothing at all")
     assert not await end_own_pod("me", "stop", environment(runpod, tmp_path, RUNPOD_API_KEY="wrong-key"))

@@ -140,7 +140,7 @@ def test_runsync_gives_up_waiting_and_says_where_the_job_is(queue: Queue, tmp_pa
 
 def test_the_old_edge_functions_order_of_writes_ends_well(queue: Queue, tmp_path: Path) -> None:
     """initializing, submit, running with external_job_id: each write and its refusal is ignored, the job completes."""
-    job = queue.insert(script=[["steps", 30, 0.03]])
+    job = queue.insert(script=[["steps", 120, 0.03]])
 
     def write(statement: str) -> str:
         try:
