@@ -120,7 +120,7 @@ def test_a_training_that_ends_during_an_outage_is_completed_after_it(
     server: EmbeddedPostgres, own_queue: Queue, tmp_path: Path
 ) -> None:
     with own_queue.daemon(tmp_path, lease_seconds=2) as daemon:
-        job = own_queue.insert(script=[["steps", 40, 0.03]])
+        job = own_queue.insert(script=[["steps", 120, 0.03]])
         own_queue.wait_for(job, "running")
         server.stop()
         try:

@@ -114,7 +114,7 @@ async def test_secrets_appear_in_no_row_log_callback_argument_environment_or_fil
     marks |= {"authorization": "marked-authorization-0002", "runpod": "rpa_marked_0003"}
     arguments: list[str] = []
     with daemon:
-        job = project.insert(script=[["environment", str(seen)], ["steps", 30, 0.05]])
+        job = project.insert(script=[["environment", str(seen)], ["steps", 100, 0.05]])
         await project.wait_for(job, "running")
         for pid in (daemon.pid, *daemon.children()):
             arguments.append(Path(f"/proc/{pid}/cmdline").read_text())

@@ -143,7 +143,7 @@ def test_a_second_term_does_not_wait_for_a_checkpoint(queue: Queue, tmp_path: Pa
 
 def test_usr1_finishes_the_job_at_hand_and_claims_no_other(queue: Queue, daemon: DaemonProcess) -> None:
     with daemon:
-        job = queue.insert(script=[["steps", 60, 0.02]])
+        job = queue.insert(script=[["steps", 150, 0.02]])
         queue.wait_for(job, "running")
         daemon.signal(signal.SIGUSR1)
         daemon.wait_for_log("worker_draining")
