@@ -208,13 +208,14 @@ def test_a_row_that_an_older_dispatcher_runs_is_not_taken_over(client: httpx.Cli
 
 
 def test_a_dead_hosts_job_reads_as_lost_until_the_gateway_itself_reaps_it(queue: Queue, tmp_path: Path) -> None:
+    # Ten seconds: the gateway reaps after a lease of its own at the earliest, well after this host's has run out.
     job = queue.insert(script=[LONG])
-    with Gateway(queue, tmp_path, lease_seconds=2) as gateway, gateway.client() as client:
+    with Gateway(queue, tmp_path, lease_seconds=10) as gateway, gateway.client() as client:
         with queue.daemon(tmp_path, lease_seconds=1) as daemon:
             queue.wait_for(job, "running")
             daemon.kill()
         eventually(lambda: client.get(f"/training/status/{job}").json()["stage"] == "lost", seconds=5)
-        queue.wait_for(job, "queued", seconds=15)
+        queue.wait_for(job, "queued", seconds=30)
         gateway.wait_for_log("job_reaped", job_id=str(job))
         assert client.get(f"/status/{job}").json()["status"] == "IN_QUEUE"
 
