@@ -104,7 +104,7 @@ def test_a_job_longer_than_many_leases_is_never_rescued_by_age(queue: Queue, tmp
 def test_the_heartbeat_goes_on_during_the_drain(queue: Queue, tmp_path: Path, how: signal.Signals) -> None:
     with (
         queue.daemon(tmp_path, name="draining", lease_seconds=1.5, drain_seconds=3) as draining,
-        queue.daemon(tmp_path, name="waiting", lease_seconds=1.5, poll_seconds=0.5) as waiting,
+        queue.daemon(tmp_path, name="waiting", lease_seconds=1.5, drain_seconds=3) as waiting,
     ):
         job = queue.insert(script=[["ignore_term"], ["steps", 160, 0.05]])
         queue.wait_for(job, "running")
