@@ -8,7 +8,6 @@ slow or talking nonsense costs its own messages time and nobody else's.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 import ssl
 import time
@@ -36,6 +35,7 @@ from daemon.errors import DatabaseAway
 from daemon.job import ClaimedJob
 from daemon.settings import Settings
 from daemon.store import Callback
+from daemon.waiting import wait_at_most
 from daemon.webhook import message_body, signed_headers, signing_keys
 
 log = structlog.get_logger()
@@ -322,10 +322,7 @@ class CallbackCourier:
     # -- waiting and ending ---------------------------------------------------------------------------------------
 
     async def _wait(self) -> None:
-        # Not wait_for: before Python 3.12 it swallows a cancellation that arrives together with the event.
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._poll_seconds):
-                await self._wake.wait()
+        await wait_at_most(self._wake, self._poll_seconds)
 
     async def _end_all(self) -> None:
         tasks = [*self._in_flight, *self._progress_tasks.values()]

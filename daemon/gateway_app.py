@@ -36,6 +36,7 @@ from daemon.gateway_words import (
 )
 from daemon.metrics import CONTENT_TYPE, ServiceMetrics
 from daemon.settings import Settings
+from daemon.waiting import wait_at_most
 
 log = structlog.get_logger()
 
@@ -235,7 +236,7 @@ class _Waiting:
                 left = until - clock()
                 if standing.is_final or left <= 0 or self._closing.is_set():
                     return standing
-                await _wait(self._closing, min(WAIT_STEP_SECONDS, left))
+                await wait_at_most(self._closing, min(WAIT_STEP_SECONDS, left))
         finally:
             self._waiting -= 1
 
@@ -311,11 +312,3 @@ def _run_answer(standing: Standing) -> JSONResponse:
     answer = _run_status(standing)
     # `error` is absent, not null, while there is none: older callers ask whether the key is there.
     return JSONResponse(answer.model_dump(exclude={"error"} if answer.error is None else None))
-
-
-async def _wait(event: asyncio.Event, seconds: float) -> None:
-    try:
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    except TimeoutError:
-        return

@@ -16,6 +16,7 @@ import structlog
 from daemon.errors import DatabaseAway, LeaseLost
 from daemon.job import HELD, Lease, State
 from daemon.stop import Stop, StopReason
+from daemon.waiting import wait_at_most
 
 log = structlog.get_logger()
 
@@ -38,13 +39,8 @@ class HeldLease:
 
     async def wait(self, seconds: float) -> None:
         """Until the next renewal is due, or somebody doubts."""
-        try:
-            # Not wait_for: on Python 3.11 it can swallow a cancellation that comes with the event.
-            async with asyncio.timeout(seconds):
-                await self._doubted.wait()
-        except TimeoutError:
-            return
-        self._doubted.clear()
+        if await wait_at_most(self._doubted, seconds):
+            self._doubted.clear()
 
 
 class LeaseKeeper:

@@ -18,6 +18,7 @@ from daemon.job import ClaimedJob
 from daemon.presence import Load, say_goodbye, stay_present
 from daemon.reaper import reap_for_ever
 from daemon.stop import Stop, StopReason
+from daemon.waiting import wait_at_most
 from daemon.workspace import tidy_for_ever
 
 log = structlog.get_logger()
@@ -54,7 +55,7 @@ class Worker:
                     seconds = await self._claim_all()
                 if self._closing.is_set():
                     break
-                await _wait(self._wake, seconds)
+                await wait_at_most(self._wake, seconds)
             while self._attempts:
                 await asyncio.wait(self._attempts)
         finally:
@@ -180,12 +181,3 @@ class Worker:
     def resume(self) -> None:
         self._paused = False
         self._wake.set()
-
-
-async def _wait(event: asyncio.Event, seconds: float) -> None:
-    try:
-        # Not wait_for: on Python 3.11 it can swallow a cancellation that comes with the event.
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    except TimeoutError:
-        return

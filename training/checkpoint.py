@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from training.durable import sha256_of, sync
 
 _MANIFEST = "manifest.json"
 _KEPT = 2
@@ -56,17 +56,17 @@ class CheckpointShelf:
         total = 0
         for path in sorted(written.rglob("*")):
             if path.is_file():
-                files[str(path.relative_to(written))] = _sha256(path)
+                files[str(path.relative_to(written))] = sha256_of(path)
                 total += path.stat().st_size
-                _sync(path)
+                sync(path)
         manifest = {"step": step, "files": files, "fingerprint": self._fingerprint}
         (written / _MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
-        _sync(written / _MANIFEST)
-        _sync(written)
+        sync(written / _MANIFEST)
+        sync(written)
         final = self._folder / f"checkpoint-{step}"
         shutil.rmtree(final, ignore_errors=True)
         written.rename(final)
-        _sync(self._folder)
+        sync(self._folder)
         for older in self._stored()[_KEPT:]:
             shutil.rmtree(older, ignore_errors=True)
         return Checkpoint(final, step, total)
@@ -104,22 +104,9 @@ class CheckpointShelf:
         for name, expected in files.items():
             file = path / name
             try:
-                if _sha256(file) != expected:
+                if sha256_of(file) != expected:
                     return Damaged(path, f"{name} has another hash than when it was written")
                 total += file.stat().st_size
             except OSError as error:
                 return Damaged(path, f"{name} cannot be read ({error.strerror})")
         return Checkpoint(path, step, total)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
+from training.durable import sha256_of, sync
 from training.experts import EXPERTS_FUNCTION, Nf4Config, Nf4Quantizer, expert_states, has_fused_experts
 from training.folder import ModelFolder, read_header
 from training.targets import UNQUANTISED_MODULES
@@ -111,11 +112,11 @@ class QuantizedCopy:
             for number, shard in enumerate(_shards(model)):
                 file = staging / f"weights-{number:05}.safetensors"
                 save_file(shard, file)
-                files[file.name] = _sha256(file)
-                _sync(file)
+                files[file.name] = sha256_of(file)
+                sync(file)
             manifest = {"fingerprint": self.fingerprint, "files": files}
             (staging / _MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
-            _sync(staging / _MANIFEST)
+            sync(staging / _MANIFEST)
             self.discard()
             staging.rename(self.path)
         finally:
@@ -131,7 +132,7 @@ class QuantizedCopy:
             if manifest["fingerprint"] != self.fingerprint:
                 raise CopyUnusable("it was made from other files, with other settings or by other versions")
             for name, expected in manifest["files"].items():
-                if _sha256(self.path / name) != expected:
+                if sha256_of(self.path / name) != expected:
                     raise CopyUnusable(f"{name} has another hash than when it was written")
         except (OSError, ValueError, KeyError) as error:
             raise CopyUnusable(f"it cannot be read ({error})") from error
@@ -204,16 +205,3 @@ def _put(model: Any, kind: str, path: str, tensor: torch.Tensor, state: dict[str
     else:
         expert_states(owner)[name] = QuantState.from_dict(state, device=tensor.device)
         owner._parameters[name] = torch.nn.Parameter(tensor, requires_grad=False)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
