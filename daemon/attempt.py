@@ -77,7 +77,6 @@ class Attempt:
         """Hold the lease, do the work, write the ending. Nothing of it runs any more on return."""
         job = self._job
         structlog.contextvars.bind_contextvars(job_id=str(job.id), attempt=job.attempt)
-        log.info("job_claimed", waited_seconds=round(job.waited_seconds, 3), lease_epoch=job.lease_epoch)
         async with self._with.leases.hold(job.lease, self._stop) as held:
             reporter = self._reporter(held)
             writing = asyncio.create_task(reporter.run())

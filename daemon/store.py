@@ -107,8 +107,13 @@ class Callback:
 
 @cache
 def statement(name: str) -> str:
-    """The text of sql/queries/<name>.sql."""
-    return (resources.files("sql.queries") / f"{name}.sql").read_text(encoding="utf-8")
+    """The text of sql/queries/<name>.sql, without its comments and indentation.
+
+    psycopg remembers how it translated a statement of at most 4,096 characters; a longer one is cut apart at each call.
+    """
+    text = (resources.files("sql.queries") / f"{name}.sql").read_text(encoding="utf-8")
+    lines = (line.strip() for line in text.splitlines())
+    return "\n".join(line for line in lines if line and not line.startswith("--"))
 
 
 class Store:

@@ -115,6 +115,13 @@ class Worker:
 
     def begin(self, job: ClaimedJob) -> asyncio.Task[None]:
         """Run an attempt of a job that has been claimed for this host; the task ends when it is settled."""
+        log.info(
+            "job_claimed",
+            job_id=str(job.id),
+            attempt=job.attempt,
+            waited_seconds=round(job.waited_seconds, 3),
+            lease_epoch=job.lease_epoch,
+        )
         places = self._pool.take(job.need_gpus)
         stop = Stop()
         task = asyncio.create_task(Attempt(self._with, job, stop, places).run(), name=f"attempt {job.id}")
