@@ -14,6 +14,8 @@ BASE    ?= runpod/pytorch:1.0.3-cu1281-torch291-ubuntu2404
 DATA    ?=
 # A CPU needs no more than the CPU build of torch; on a machine with an NVIDIA driver pip takes the default one.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# What is imported is compiled then; of two gigabytes most never is.
+export PIP_NO_COMPILE := 1
 
 .PHONY: help demo ask test test-system lint bench chaos types image image-check clean install
 
