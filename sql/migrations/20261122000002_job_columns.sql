@@ -1,5 +1,5 @@
 -- Our own columns on the app's training_jobs, and defaults that make an insert short.
--- Catalog changes only (constant defaults, no rewrite), then three small partial indexes:
+-- Catalog changes only (constant defaults, no rewrite), then five partial indexes:
 -- on a million rows each stalls writers for about a tenth of a second.
 
 SET LOCAL lock_timeout = '1s';
@@ -73,6 +73,11 @@ CREATE INDEX IF NOT EXISTS training_jobs_due
     INCLUDE (user_id, need_gpus, need_gpu_memory_gb, need_gpu_type, base_model)
     WHERE due;
 
+-- Whether a user has a job that waits, asked when one of his leases ends.
+CREATE INDEX IF NOT EXISTS training_jobs_due_of_user
+    ON public.training_jobs (user_id)
+    WHERE due;
+
 -- Scheduled jobs and retries: what is promoted next, and when a sleeping daemon must wake.
 CREATE INDEX IF NOT EXISTS training_jobs_scheduled
     ON public.training_jobs (run_after)
@@ -82,3 +87,8 @@ CREATE INDEX IF NOT EXISTS training_jobs_scheduled
 CREATE UNIQUE INDEX IF NOT EXISTS training_jobs_client_job_id
     ON public.training_jobs (user_id, client_job_id)
     WHERE client_job_id IS NOT NULL;
+
+-- The newest endings, for whoever lists what is done. Progress writes do not touch it: they stay HOT.
+CREATE INDEX IF NOT EXISTS training_jobs_ended
+    ON public.training_jobs (completed_at DESC)
+    WHERE completed_at IS NOT NULL;

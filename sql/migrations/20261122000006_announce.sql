@@ -1,5 +1,6 @@
 -- Announcing: one AFTER trigger on a change of status writes the story, fills the outbox and wakes the daemons,
--- in the transaction of the change, whoever made it.
+-- in the transaction of the change, whoever made it. Two more wake them for what makes a waiting job claimable
+-- without a change of its status: an edit of the row, and the end of a lease that stood in its way.
 
 SET LOCAL lock_timeout = '1s';
 
@@ -97,12 +98,45 @@ BEGIN
 END
 $$;
 
+-- A queued job was edited, or its time has come: a daemon that could not take it before may take it now, and one that
+-- sleeps until its old time must set its clock anew. Without an id: a statement that edits a thousand rows is one wake-up.
+CREATE OR REPLACE FUNCTION public.training_jobs_wake() RETURNS trigger
+LANGUAGE plpgsql
+SET search_path = ''
+AS $$
+BEGIN
+    PERFORM pg_notify('training_jobs', 'queued');
+    RETURN NULL;
+END
+$$;
+
+-- A lease has ended. It may have kept its own job waiting (cancelled and submitted again while its child was ending),
+-- or other jobs of a user at his cap: who waits is told, and nobody where nobody waits.
+CREATE OR REPLACE FUNCTION public.training_leases_wake() RETURNS trigger
+LANGUAGE plpgsql
+SET search_path = ''
+AS $$
+BEGIN
+    IF EXISTS (SELECT FROM public.training_jobs AS job WHERE job.id = OLD.job_id AND job.status = 'queued') THEN
+        -- A requeue has said the same in this transaction: equal words are delivered once, and wake everybody.
+        PERFORM pg_notify('training_jobs', 'queued ' || OLD.job_id);
+    ELSIF OLD.user_slot IS NOT NULL
+        AND EXISTS (SELECT FROM public.training_jobs AS waiting WHERE waiting.user_id = OLD.user_id AND waiting.due)
+    THEN
+        PERFORM pg_notify('training_jobs', 'queued');
+    END IF;
+    RETURN NULL;
+END
+$$;
+
 -- Owned by the daemon's role; to own something in a schema a role needs CREATE on it for a moment.
 GRANT CREATE ON SCHEMA public TO training_daemon;
 ALTER FUNCTION public.training_jobs_announce() OWNER TO training_daemon;
 REVOKE CREATE ON SCHEMA public FROM training_daemon;
 
-REVOKE EXECUTE ON FUNCTION public.training_jobs_announce(), public.training_status_json(public.training_jobs)
+REVOKE EXECUTE ON FUNCTION
+    public.training_jobs_announce(), public.training_jobs_wake(), public.training_leases_wake(),
+    public.training_status_json(public.training_jobs)
     FROM PUBLIC, anon, authenticated, service_role;
 GRANT EXECUTE ON FUNCTION public.training_status_json(public.training_jobs)
     TO authenticated, service_role, training_daemon;
@@ -116,3 +150,24 @@ CREATE OR REPLACE TRIGGER training_jobs_announce_update
     FOR EACH ROW
     WHEN (OLD.status IS DISTINCT FROM NEW.status)
     EXECUTE FUNCTION public.training_jobs_announce();
+
+-- On progress and on every move the first comparison is the last.
+CREATE OR REPLACE TRIGGER training_jobs_wake
+    AFTER UPDATE ON public.training_jobs
+    FOR EACH ROW
+    WHEN (
+        NEW.status = 'queued' AND OLD.status = 'queued' AND NOT NEW.held
+        AND (
+            (NEW.due AND NOT OLD.due)
+            -- Sooner than before. Later wakes nobody: a daemon finds out when it looks at the old time.
+            OR coalesce(NEW.run_after, '-infinity') < coalesce(OLD.run_after, '-infinity')
+            OR NEW.priority > OLD.priority
+            OR (NEW.need_gpus, NEW.need_gpu_memory_gb, NEW.need_gpu_type, NEW.base_model)
+                IS DISTINCT FROM (OLD.need_gpus, OLD.need_gpu_memory_gb, OLD.need_gpu_type, OLD.base_model)
+        )
+    )
+    EXECUTE FUNCTION public.training_jobs_wake();
+
+CREATE OR REPLACE TRIGGER training_leases_wake
+    AFTER DELETE ON public.training_leases
+    FOR EACH ROW EXECUTE FUNCTION public.training_leases_wake();

@@ -124,7 +124,7 @@ BEGIN
     IF to_regclass('public.notifications') IS NULL THEN
         RETURN NULL;
     END IF;
-    IF NEW.status = 'running' AND NEW.attempt = 1 THEN
+    IF NEW.status = 'running' THEN
         INSERT INTO public.notifications (user_id, type, title, message, priority, action_url, metadata)
         VALUES (NEW.user_id, 'job_started', 'Training has started', 'Your model is being trained.', 'low', job_page, about);
     ELSIF NEW.status = 'completed' THEN
@@ -182,5 +182,10 @@ CREATE OR REPLACE TRIGGER training_jobs_record_cost
 CREATE OR REPLACE TRIGGER training_jobs_notify_user
     AFTER UPDATE ON public.training_jobs
     FOR EACH ROW
-    WHEN (OLD.status IS DISTINCT FROM NEW.status AND NEW.lease_epoch > 0)
+    -- Only the moves that the function knows: a claim or a requeue does not even call it.
+    WHEN (
+        OLD.status IS DISTINCT FROM NEW.status
+        AND NEW.lease_epoch > 0
+        AND (NEW.status IN ('completed', 'failed', 'cancelled') OR (NEW.status = 'running' AND NEW.attempt = 1))
+    )
     EXECUTE FUNCTION public.training_jobs_notify_user();

@@ -79,19 +79,11 @@ AS $$
           AND job.lease_epoch = ended.epoch
           AND job.status IN ('initializing', 'running')
         RETURNING job.id, job.status
-    ),
-    -- Cancelled and submitted again while its old host was dying: nobody was told that it is free now.
-    freed AS (
-        SELECT pg_notify('training_jobs', 'queued ' || job.id)
-        FROM ended
-        JOIN public.training_jobs AS job ON job.id = ended.job_id
-        WHERE job.due
     )
     SELECT ended.job_id, coalesce(moved.status, job.status)::text
     FROM ended
     LEFT JOIN moved ON moved.id = ended.job_id
     LEFT JOIN public.training_jobs AS job ON job.id = ended.job_id
-    WHERE (SELECT count(*) FROM freed) >= 0
 $$;
 
 -- Lets the rows in that were queued before the trainer was installed. Returns how many.

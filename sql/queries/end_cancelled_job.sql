@@ -20,15 +20,5 @@ told AS (
     INSERT INTO training_events (job_id, epoch, kind, message, data)
     SELECT ended.job_id, ended.epoch, 'stopped', 'the trainer of the cancelled job has ended', %(data)s
     FROM ended
-),
-freed AS (
-    -- Submitted again while the old child was ending: until now no claim could take it.
-    SELECT pg_notify('training_jobs', 'queued ' || job.id)
-    FROM ended
-    JOIN training_jobs AS job ON job.id = ended.job_id
-    WHERE job.due
 )
-SELECT
-    (SELECT count(*) FROM ended) AS ended,
-    (SELECT settled.status FROM settled) AS state,
-    (SELECT count(*) FROM freed) AS freed
+SELECT (SELECT count(*) FROM ended) AS ended, (SELECT settled.status FROM settled) AS state

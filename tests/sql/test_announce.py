@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 from uuid import UUID
 
 import psycopg
 import pytest
 
-from daemon.job import Completed, Failed, State
+from daemon.job import Completed, Failed, Lease, State
 from daemon.store import Callback, MetricPoint, Store
 from tests.postgres import AppDatabase
-from tests.sql.claiming import claimed
+from tests.sql.claiming import claim, claimed
+from tests.sql.world import held, orphan
 from training.events import ErrorCode
 
 SUMMARY = {
@@ -80,6 +81,7 @@ async def test_daemons_are_woken_by_insert_requeue_and_cancel_and_by_nothing_els
     await store.reap_expired_leases()
     assert ear.heard() == [f"queued {job_id}"]
     database.run("UPDATE training_jobs SET run_after = NULL")
+    assert ear.heard() == ["queued"]
     await store.fail_job((await claimed(store)).lease, BROKEN, cost=None)
     assert ear.heard() == []
     database.run("SELECT retry_training_job(%s)", (job_id,))
@@ -97,6 +99,150 @@ async def test_a_scheduled_insert_and_a_delayed_retry_wake_as_well_so_that_timer
     job_id = database.insert_job(user)
     await store.retry_job((await claimed(store)).lease, BROKEN, delay_seconds=3600, cost=None)
     assert ear.heard() == [f"queued {job_id}", f"queued {job_id}"]
+
+
+EDITS = {
+    "run_after = now() + interval '1 minute'": True,
+    "run_after = NULL": True,
+    "run_after = now() - interval '1 minute'": True,
+    "run_after = now() + interval '1 day'": False,
+    "priority = 1": True,
+    "priority = -1": False,
+    'gpu_config = \'{"count": 1, "gpu_memory_gb": 24}\'': True,
+    'hyperparameters = \'{"base_model": "Qwen/Qwen3-8B"}\'': True,
+    "hyperparameters = hyperparameters || '{\"lora_rank\": 8}'": False,
+    "max_cost = 5": False,
+}
+
+
+def test_an_edit_of_waiting_jobs_wakes_once_and_only_if_one_may_be_taken_sooner(
+    database: AppDatabase, user: UUID, ear: Ear
+) -> None:
+    later = database.one("SELECT now() + interval '1 hour' AS at")["at"]
+    heard = {}
+    for change in EDITS:
+        for _ in range(3):
+            database.insert_job(user, run_after=later)
+        ear.heard()
+        with database.acting("service_role") as service:
+            service.execute(f"UPDATE training_jobs SET {change}".encode())
+        heard[change] = ear.heard()
+        database.run("DELETE FROM training_jobs")
+    assert heard == {change: ["queued"] if wakes else [] for change, wakes in EDITS.items()}
+
+
+def test_an_edit_of_a_job_that_does_not_wait_wakes_nobody(database: AppDatabase, user: UUID, ear: Ear) -> None:
+    held(database, user)
+    orphan(database, user)
+    ear.heard()
+    with database.acting("service_role") as service:
+        service.execute("UPDATE training_jobs SET priority = 7, max_cost = 3 WHERE status = 'queued'")
+        service.execute("UPDATE training_jobs SET max_cost = 3, progress = 50 WHERE status = 'running'")
+    assert ear.heard() == []
+
+
+async def test_a_promotion_wakes_those_who_looked_a_moment_too_early(
+    store: Store, database: AppDatabase, user: UUID, ear: Ear
+) -> None:
+    soon = database.one("SELECT clock_timestamp() + interval '10 ms' AS at")["at"]
+    database.insert_job(user, run_after=soon)
+    ear.heard()
+    database.run("SELECT pg_sleep(0.02)")
+    assert await store.promote_due_jobs() == 1 and ear.heard() == ["queued"]
+    assert await store.promote_due_jobs() == 0 and ear.heard() == []
+
+
+async def _complete(store: Store, lease: Lease) -> object:
+    return await store.complete_job(lease, DONE, cost=1)
+
+
+async def _fail(store: Store, lease: Lease) -> object:
+    return await store.fail_job(lease, BROKEN, cost=1)
+
+
+async def _retry(store: Store, lease: Lease) -> object:
+    return await store.retry_job(lease, BROKEN, delay_seconds=3600, cost=1)
+
+
+async def _release(store: Store, lease: Lease) -> object:
+    return await store.release_job(lease, "x", cost=1)
+
+
+async def _end_cancelled(store: Store, lease: Lease) -> object:
+    return await store.end_cancelled_job(lease, cost=1, data={})
+
+
+async def _return_unanswered(store: Store, lease: Lease) -> object:
+    row = await store.database.fetch(
+        "SELECT worker_id FROM training_leases WHERE job_id = %(id)s", {"id": lease.job_id}
+    )
+    return await store.return_unanswered_claims(row[0]["worker_id"], [])
+
+
+async def _reap(store: Store, lease: Lease) -> object:
+    await store.renew_lease(lease, -1)
+    return await store.reap_expired_leases()
+
+
+ENDINGS: list[Callable[[Store, Lease], Awaitable[object]]] = [
+    _complete,
+    _fail,
+    _retry,
+    _release,
+    _end_cancelled,
+    _return_unanswered,
+    _reap,
+]
+
+
+async def test_whatever_ends_a_capped_users_lease_wakes_the_host_that_could_take_his_next_job(
+    store: Store, database: AppDatabase, user: UUID, ear: Ear
+) -> None:
+    for end in ENDINGS:
+        for _ in range(2):
+            database.insert_job(user)
+        lease = (await claimed(store, user_cap=1)).lease
+        assert (await claim(store, user_cap=1)).job is None
+        ear.heard()
+        await end(store, lease)
+        # A requeued job's own announcement wakes everybody; a word more would be wasted.
+        requeues = end in (_retry, _release, _return_unanswered, _reap)
+        assert ear.heard() == [f"queued {lease.job_id}" if requeues else "queued"], end.__name__
+        assert (await claim(store, user_cap=1)).job is not None, end.__name__
+        database.run("DELETE FROM training_jobs")
+
+
+async def test_without_a_cap_or_without_a_waiting_job_an_ending_wakes_nobody(
+    store: Store, database: AppDatabase, user: UUID, ear: Ear
+) -> None:
+    for _ in range(2):
+        database.insert_job(user)
+    lease = (await claimed(store)).lease
+    ear.heard()
+    await store.fail_job(lease, BROKEN, cost=None)
+    assert ear.heard() == []
+    lease = (await claimed(store, user_cap=1)).lease
+    # Somebody else's waiting job was never kept by this user's lease.
+    database.insert_job(database.insert_user())
+    ear.heard()
+    await store.fail_job(lease, BROKEN, cost=None)
+    assert ear.heard() == []
+
+
+async def test_whatever_ends_the_old_lease_of_a_job_submitted_again_says_that_it_is_free(
+    store: Store, database: AppDatabase, user: UUID, ear: Ear
+) -> None:
+    for end in ENDINGS:
+        job_id = database.insert_job(user)
+        lease = (await claimed(store)).lease
+        database.run("UPDATE training_jobs SET status = 'cancelled'")
+        database.run("SELECT retry_training_job(%s)", (job_id,))
+        assert (await claim(store)).job is None, end.__name__
+        ear.heard()
+        await end(store, lease)
+        assert ear.heard() == [f"queued {job_id}"], end.__name__
+        assert (await claim(store)).job is not None, end.__name__
+        database.run("DELETE FROM training_jobs")
 
 
 def test_a_rolled_back_insert_wakes_nobody(database: AppDatabase, user: UUID, ear: Ear) -> None:

@@ -150,6 +150,34 @@ async def test_scheduled_jobs_are_found_by_their_own_index(database: AppDatabase
     assert pages(plan, "training_jobs") < 20, plan
 
 
+async def test_whether_a_capped_user_has_a_waiting_job_is_one_look_into_an_index(
+    database: AppDatabase, user: UUID
+) -> None:
+    """Asked by the trigger training_leases_wake at each ending: of a user with a long history and nothing waiting."""
+    fill(database, user, finished=QUEUED, queued=0)
+    fill(database, database.insert_user(), finished=0, queued=QUEUED)
+    source = database.one("SELECT prosrc FROM pg_proc WHERE proname = 'training_leases_wake'")["prosrc"]
+    asked = re.search(r"SELECT FROM public\.training_jobs AS waiting WHERE [^)]*", source)
+    assert asked is not None
+    async with Database(database.dsn, application_name="plans") as connection:
+        question = asked[0].replace("OLD.user_id", "%(user)s")
+        rows = await connection.fetch(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {question} LIMIT 1", {"user": user})
+    plan = json.dumps(rows[0]["QUERY PLAN"][0]["Plan"])
+    assert "training_jobs_due_of_user" in plan and pages(plan, "training_jobs") < 5, plan
+
+
+async def test_a_claim_calls_no_trigger_that_has_nothing_to_do(database: AppDatabase, user: UUID) -> None:
+    database.insert_job(user)
+    async with Database(database.dsn, application_name="plans") as connection:
+        await connection.fetch("BEGIN")
+        text = f"EXPLAIN (ANALYZE, FORMAT JSON) {statement('claim_job')}"
+        rows = await connection.fetch(text, CLAIM)
+        await connection.fetch("ROLLBACK")
+    called = {trigger["Trigger Name"] for trigger in rows[0]["QUERY PLAN"][0]["Triggers"] if trigger["Calls"]}
+    own = {name for name in called if not name.startswith("RI_")}
+    assert own == {"training_jobs_guard_update", "training_jobs_announce_update", "update_training_jobs_updated_at"}
+
+
 async def test_heartbeats_and_progress_stay_hot(store: Store, database: AppDatabase, user: UUID) -> None:
     """No index holds a moving column, and every page has room: the next version stays on its page."""
     database.insert_job(user)
