@@ -89,6 +89,43 @@ def test_a_sleeping_daemon_sets_its_clock_to_the_next_scheduled_job(queue: Queue
     assert 1.5 <= waits(queue)[0] < SLOW_POLL / 4
 
 
+def test_a_scheduled_job_that_is_moved_to_now_wakes_a_sleeping_daemon(queue: Queue, tmp_path: Path) -> None:
+    with queue.daemon(tmp_path, poll_seconds=SLOW_POLL) as daemon, queue.connect() as app:
+        daemon.wait_for_log("listener_hears")
+        for change in ("run_after = now()", "run_after = NULL"):
+            job = queue.insert(hyperparameters=REFUSED, run_after_seconds=3600)
+            # The job before it went: the daemon has looked at this one as well, and sleeps.
+            queue.wait_for(queue.insert(hyperparameters=REFUSED), "failed")
+            app.execute(f"UPDATE training_jobs SET {change} WHERE id = %s".encode(), (job,))
+            queue.wait_for(job, "failed", seconds=SLOW_POLL / 2)
+
+
+def test_a_capped_users_next_job_wakes_the_idle_host_when_another_host_frees_his_slot(
+    queue: Queue, tmp_path: Path
+) -> None:
+    with (
+        queue.daemon(tmp_path, name="first", poll_seconds=SLOW_POLL, user_cap=1) as first,
+        queue.daemon(tmp_path, name="second", poll_seconds=SLOW_POLL, user_cap=1) as second,
+    ):
+        first.wait_for_log("listener_hears")
+        second.wait_for_log("listener_hears")
+        running = queue.insert(script=[["steps", 400, 0.05]])
+        queue.wait_for(running, "running")
+        holder, idle = (first, second) if first.logged("job_claimed") else (second, first)
+        # Drained, the holder itself will not take the next one.
+        holder.signal(signal.SIGUSR1)
+        holder.wait_for_log("worker_draining")
+        waiting = queue.insert(hyperparameters=REFUSED)
+        # Somebody else's job is taken by the idle host, which has thus passed over the capped user's.
+        stranger = uuid4()
+        queue.select("INSERT INTO auth.users (id, email) VALUES (%s, %s)", stranger, f"{stranger}@example.test")
+        queue.wait_for(queue.insert(hyperparameters=REFUSED, user_id=stranger), "failed")
+        assert queue.row(waiting)["status"] == "queued"
+        queue.cancel_as_owner(running)
+        queue.wait_for(waiting, "failed", seconds=SLOW_POLL / 2)
+        assert idle.logged("job_claimed", job_id=str(waiting))
+
+
 def test_a_job_longer_than_many_leases_is_never_rescued_by_age(queue: Queue, tmp_path: Path) -> None:
     with (
         queue.daemon(tmp_path, name="first", lease_seconds=1) as first,
