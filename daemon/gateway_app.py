@@ -16,6 +16,7 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
 from daemon.errors import DatabaseAway, HostUnfit
+from daemon.gateway_docs import add_docs
 from daemon.gateway_gate import Gate
 from daemon.gateway_rows import GatewayRows, Refused, Standing, unknown_job
 from daemon.gateway_words import (
@@ -62,13 +63,14 @@ JobId = Annotated[str, Path(description="as the submit returned it")]
 
 def build_app(settings: Settings, rows: GatewayRows, metrics: ServiceMetrics, closing: asyncio.Event) -> FastAPI:
     """The whole application. `closing` set: whoever waits for an ending is answered with what is known."""
-    app = FastAPI(title="brightrun-trainer", description=DESCRIPTION, version="1", redoc_url=None)
+    app = FastAPI(title="brightrun-trainer", description=DESCRIPTION, version="1", docs_url=None, redoc_url=None)
     app.add_middleware(
         Gate,
         keys=[key.get_secret_value() for key in settings.gateway_keys],
         requests_per_second=settings.gateway_requests_per_second,
         max_body_bytes=settings.gateway_max_body_bytes,
     )
+    add_docs(app)
     _answer_errors(app)
     locked = [Security(HTTPBearer(auto_error=False))]
     _add_training_routes(app, rows, locked)
