@@ -33,6 +33,8 @@ from daemon.job import ClaimedJob
 from daemon.lease import LeaseKeeper
 from daemon.listener import Listener
 from daemon.logs import configure_logs
+from daemon.pod_end import keys_of
+from daemon.pod_life import PodPrice, pod_environment
 from daemon.reaper import reap_for_ever
 from daemon.rowless import RowlessStore
 from daemon.serverless_rows import ServerlessRows
@@ -253,13 +255,16 @@ async def open_host(
         stack.push_async_callback(storage.close)
         jobs: Jobs
         if with_rows:
-            jobs = await stack.enter_async_context(_opened(ServerlessRows(settings, host.worker_id)))
+            jobs = await stack.enter_async_context(_opened(ServerlessRows(settings, host)))
             names = ("brightrun-trainer serverless", "brightrun-trainer heartbeat")
             store, heartbeat = [
                 Store(await stack.enter_async_context(Database(dsn, application_name=name))) for name in names
             ]
         else:
             jobs = store = heartbeat = RowlessStore()
+        # A serverless worker is a pod to RunPod's API where it is one at all; else the setting's price counts.
+        price = PodPrice(settings.pod_id, keys_of(pod_environment(settings)), settings.runpod_api)
+        await price.read()
         worker = Worker(
             Collaborators(
                 settings=settings,
@@ -269,9 +274,10 @@ async def open_host(
                 storage=storage,
                 courier=herald,
                 trainer_command=trainer_command,
+                platform_price=lambda: price.per_gpu_hour,
             )
         )
-        background = [asyncio.create_task(herald.run(store))]
+        background = [asyncio.create_task(herald.run(store)), asyncio.create_task(price.run())]
         if with_rows:
             listener = Listener(dsn, wake=lambda: None, on_cancel=worker.cancelled)
             background += [

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from uuid import UUID
 
-from daemon.gateway_rows import GatewayRows
+from daemon.gateway_rows import GatewayRows, Refused
 from daemon.gateway_words import Submission
+from daemon.host import Host
 from daemon.job import ClaimedJob
 from daemon.settings import Settings
 
@@ -14,17 +15,39 @@ HOLD_SECONDS = 60.0
 
 
 class ServerlessRows(GatewayRows):
-    def __init__(self, settings: Settings, worker_id: UUID) -> None:
+    def __init__(self, settings: Settings, host: Host) -> None:
         super().__init__(settings)
-        self._worker_id = worker_id
+        self._host = host
         self._lease_seconds = settings.lease_seconds
+        self._models = list(settings.allowed_models) or None
 
     async def submit(self, submission: Submission, hold_seconds: float | None = HOLD_SECONDS) -> UUID:
         """The row that the caller names, or one that is made and that no daemon takes meanwhile."""
         return await super().submit(submission, hold_seconds)
 
     async def claim(self, job_id: UUID) -> ClaimedJob | None:
-        """Take this job; None when somebody else holds it, or it is final, or its time has not come."""
-        parameters = {"job_id": job_id, "worker_id": self._worker_id, "lease_seconds": self._lease_seconds}
+        """Take this job; None when somebody else holds it, or it is final, or its time has not come.
+
+        Raises Refused when this host cannot serve it."""
+        host = self._host
+        parameters = {
+            "job_id": job_id,
+            "worker_id": host.worker_id,
+            "free_gpus": None if host.device == "cpu" else len(host.gpus),
+            "gpu_memory_gb": host.gpu_memory_gb,
+            "gpu_type": host.gpu_type,
+            "models": self._models,
+            "lease_seconds": self._lease_seconds,
+        }
         rows = await self.fetch("claim_job_by_id", parameters)
-        return ClaimedJob(**rows[0]) if rows else None
+        if not rows:
+            return None
+        lacking = rows[0].pop("lacking")
+        if lacking:
+            raise Refused(
+                422,
+                f"This host cannot serve the job: it asks for {'; for '.join(lacking)}.",
+                hint="Send it where the hosts have it, or ask for less in gpu_config. "
+                "Its row stays queued for a host that can.",
+            )
+        return ClaimedJob(**rows[0]) if rows[0]["id"] is not None else None

@@ -68,6 +68,7 @@ SELECT
         WHEN workers.alive = 0 THEN 'no worker'
         WHEN workers.enough_gpus = 0 THEN format('no worker has %s GPUs', job.need_gpus)
         WHEN workers.enough_memory = 0 THEN format('GPU too small: %s GB asked for', job.need_gpu_memory_gb)
+        WHEN workers.right_type = 0 THEN format('no worker has a GPU of the type %s', job.need_gpu_type)
         WHEN workers.right_model = 0 THEN format('no worker serves %s', job.base_model)
         WHEN workers.user_cap <= running.jobs THEN 'cap reached'
         WHEN workers.idle_slots = 0 THEN 'all workers busy'
@@ -79,10 +80,12 @@ CROSS JOIN LATERAL (
         count(*) AS alive,
         count(*) FILTER (WHERE fits.gpus) AS enough_gpus,
         count(*) FILTER (WHERE fits.gpus AND fits.memory) AS enough_memory,
-        count(*) FILTER (WHERE fits.gpus AND fits.memory AND fits.model) AS right_model,
-        max(coalesce(worker.user_cap, 2147483647)) FILTER (WHERE fits.gpus AND fits.memory AND fits.model) AS user_cap,
+        count(*) FILTER (WHERE fits.gpus AND fits.memory AND fits.kind) AS right_type,
+        count(*) FILTER (WHERE fits.gpus AND fits.memory AND fits.kind AND fits.model) AS right_model,
+        max(coalesce(worker.user_cap, 2147483647))
+            FILTER (WHERE fits.gpus AND fits.memory AND fits.kind AND fits.model) AS user_cap,
         coalesce(sum(greatest(worker.slots - worker.busy, 0))
-            FILTER (WHERE fits.gpus AND fits.memory AND fits.model), 0) AS idle_slots
+            FILTER (WHERE fits.gpus AND fits.memory AND fits.kind AND fits.model), 0) AS idle_slots
     FROM public.training_live_workers AS worker
     CROSS JOIN LATERAL (
         SELECT
@@ -90,6 +93,8 @@ CROSS JOIN LATERAL (
             worker.device = 'cpu' OR worker.gpu_count >= job.need_gpus AS gpus,
             worker.gpu_memory_gb IS NULL OR job.need_gpu_memory_gb IS NULL
                 OR job.need_gpu_memory_gb * 0.95 <= worker.gpu_memory_gb AS memory,
+            worker.gpu_type IS NULL OR job.need_gpu_type IS NULL
+                OR strpos(lower(worker.gpu_type), lower(job.need_gpu_type)) > 0 AS kind,
             worker.models IS NULL OR job.base_model IS NULL OR job.base_model = ANY (worker.models) AS model
     ) AS fits
 ) AS workers

@@ -1,9 +1,25 @@
--- A serverless host takes the one job that it was called for, if it waits and nobody holds it. A new job is taken
--- before its run_after, which only kept the daemons away; a retry waits for its time like everywhere.
--- One row when it was claimed; none when it is held, final, not due yet, or was queued before the installation.
-WITH picked AS MATERIALIZED (
-    SELECT job.id, job.user_id, job.lease_epoch
+-- A serverless host takes the one job that it was called for, if it waits, nobody holds it and the host can serve it.
+-- A new job is taken before its run_after, which only kept the daemons away; a retry waits for its time like everywhere.
+-- The caller has chosen this host for it: no place in the queue and no cap of running jobs is asked about.
+-- One row when the job waits: claimed, or with what it asks for and this host lacks (`lacking`, id null).
+-- None when it is held, final, not due yet, or was queued before the installation.
+WITH wanted AS MATERIALIZED (
+    SELECT job.id, job.user_id, job.lease_epoch, needs.lacking
     FROM training_jobs AS job
+    CROSS JOIN LATERAL (
+        -- The conditions of claim_job, each with its words.
+        SELECT array_remove(ARRAY[
+            CASE WHEN job.need_gpus > %(free_gpus)s::int
+                 THEN job.need_gpus || ' GPUs, and this host has ' || %(free_gpus)s::int END,
+            CASE WHEN job.need_gpu_memory_gb * 0.95 > %(gpu_memory_gb)s::float8
+                 THEN 'a GPU of ' || trim_scale(job.need_gpu_memory_gb) || ' GB, and this host''s has ' || %(gpu_memory_gb)s::float8 END,
+            CASE WHEN strpos(lower(%(gpu_type)s::text), lower(job.need_gpu_type)) = 0
+                 THEN 'a GPU of the type ' || job.need_gpu_type || ', and this host has ' || %(gpu_type)s::text END,
+            CASE WHEN job.base_model <> ALL (%(models)s::text[])
+                 THEN 'the model ' || job.base_model || ', and this host may load '
+                      || array_to_string(%(models)s::text[], ', ') || ' only' END
+        ], NULL) AS lacking
+    ) AS needs
     WHERE job.id = %(job_id)s
       AND job.status = 'queued'
       AND NOT job.held
@@ -13,9 +29,10 @@ WITH picked AS MATERIALIZED (
 ),
 lease AS (
     INSERT INTO training_leases (job_id, epoch, worker_id, user_id, expires_at)
-    SELECT picked.id, picked.lease_epoch + 1, %(worker_id)s, picked.user_id,
+    SELECT wanted.id, wanted.lease_epoch + 1, %(worker_id)s, wanted.user_id,
            clock_timestamp() + %(lease_seconds)s::float8 * interval '1 second'
-    FROM picked
+    FROM wanted
+    WHERE wanted.lacking = '{}'
     ON CONFLICT DO NOTHING
     RETURNING job_id, epoch, claimed_at
 ),
@@ -44,6 +61,7 @@ claimed AS (
     RETURNING job.*, lease.claimed_at
 )
 SELECT
+    wanted.lacking,
     claimed.id,
     claimed.lease_epoch,
     claimed.attempt,
@@ -65,5 +83,6 @@ SELECT
     dataset.storage_bucket,
     dataset.storage_path,
     dataset.user_id AS dataset_user_id
-FROM claimed
+FROM wanted
+LEFT JOIN claimed ON true
 LEFT JOIN datasets AS dataset ON dataset.id = claimed.dataset_id

@@ -32,6 +32,7 @@ def gpu_host(**changes: Any) -> WorkerRow:
         (gpu_host(), {}, "next"),
         (gpu_host(), {"gpu_config": {"count": 2}}, "no worker has 2 GPUs"),
         (gpu_host(gpu_memory_gb=24.0), {}, "GPU too small: 80.00 GB asked for"),
+        (gpu_host(gpu_type="NVIDIA L4"), {}, "no worker has a GPU of the type H100"),
         (gpu_host(models=["a/b"]), {}, "no worker serves mistralai/Mistral-7B-v0.1"),
         (WorkerRow(uuid4(), "h", "cpu"), {"gpu_config": {"count": 2}}, "next"),
     ],
