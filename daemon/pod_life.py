@@ -143,6 +143,7 @@ class PodPrice:
         self._pod_id = pod_id
         self._keys = keys
         self._api = api
+        self._fault: str | None = None
         self.per_gpu_hour: float | None = None
 
     async def run(self) -> None:
@@ -159,8 +160,12 @@ class PodPrice:
             async with RunPod(self._keys, api=self._api, call_seconds=PRICE_CALL_SECONDS) as runpod:
                 pod = await runpod.read_pod(self._pod_id)
         except RunPodError as error:
-            log.warning("pod_price_unknown", fault=error.fault, error=str(error))
+            # Once is enough for a reader: a key that lacks the right will lack it every minute.
+            say = log.debug if str(error.fault) == self._fault else log.warning
+            say("pod_price_unknown", fault=error.fault, error=str(error))
+            self._fault = str(error.fault)
             return
+        self._fault = None
         if pod.price_per_gpu_hour != self.per_gpu_hour:
             log.info("pod_price", per_gpu_hour=pod.price_per_gpu_hour, gpu_type=pod.gpu_type, gpus=pod.gpu_count)
         self.per_gpu_hour = pod.price_per_gpu_hour

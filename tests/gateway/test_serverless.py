@@ -18,6 +18,7 @@ from tests.gateway.conftest import script_file
 from tests.gateway.files import FileServer
 from tests.gateway.runpod_double import RunPodDouble
 from tests.lifecycle.queue import Queue, write_model_folder
+from tests.runpod_double import RunPodDouble as PodsApi
 
 COMMAND = (sys.executable, str(ROOT / "tests" / "gateway" / "scripted_serverless.py"))
 RESULT = {"status", "progress", "current_epoch", "current_step", "metrics", "adapter_path", "job_id"}
@@ -68,6 +69,27 @@ def test_a_job_with_a_row_of_its_own_is_run_and_both_sides_are_told(
     progress = [update["progress"] for update in updates]
     assert len(progress) >= 3 and progress == sorted(progress)
     assert runpod.told[-1].get("status") != "IN_PROGRESS"
+
+
+@pytest.mark.parametrize(("key", "cost"), [("good-key", 10.0), ("wrong-key", 0.5)])
+def test_the_row_costs_what_runpod_charges_else_what_the_operator_set_never_the_tenants_word(
+    queue: Queue, tmp_path: Path, runpod: RunPodDouble, files: FileServer, key: str, cost: float
+) -> None:
+    """Dollars a second: RunPod's own, and the setting's where its API will not tell."""
+    job = queue.insert(script=[["steps", 60, 0.05]], gpu_config=json.dumps({"cost_per_gpu_hour": 1e-6}))
+    with PodsApi() as api:
+        api.add("me", cost=36_000.0)
+        given = {"cost_per_gpu_hour": 1_800.0, "runpod_api": api.url}
+        worker = ServerlessWorker(queue.dsn, tmp_path, runpod, files, **given)
+        worker.environment |= {"RUNPOD_POD_ID": "me", "TRAINER_RUNPOD_API_KEY": key}
+        with worker:
+            runpod.run("run-1", job_id=str(job))
+            assert runpod.wait_for_result("run-1")["output"]["status"] == "completed"
+        unknown = worker.logged("pod_price_unknown")
+        assert len(unknown) == (0 if key == "good-key" else 1) and key not in worker.log_path.read_text()
+    row = queue.row(job)
+    seconds = (row["completed_at"] - row["started_at"]).total_seconds()
+    assert 0.5 * cost < float(row["final_cost"]) / seconds < 2 * cost
 
 
 def test_no_daemon_takes_the_row_that_a_serverless_worker_makes(
