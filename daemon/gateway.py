@@ -16,6 +16,7 @@ import structlog
 import uvicorn
 
 from daemon.callback import CallbackCourier
+from daemon.dashboard.feed import Feed
 from daemon.database import Database
 from daemon.errors import DatabaseAway, HostUnfit
 from daemon.gateway_app import build_app
@@ -58,13 +59,17 @@ async def run_gateway(settings: Settings, closing: asyncio.Event) -> None:
             metrics = ServiceMetrics(rows)
             await _first_look(metrics)
             store = Store(chores)
-            background = [asyncio.create_task(reap_for_ever(store, settings.lease_seconds))]
+            feed = Feed(dsn)
+            background = [
+                asyncio.create_task(reap_for_ever(store, settings.lease_seconds)),
+                asyncio.create_task(feed.run()),
+            ]
             # Without the secrets it would send unsigned what the daemons would sign.
             if settings.callback_secrets:
                 background.append(asyncio.create_task(CallbackCourier(settings).run(store)))
             server = _Server(
                 uvicorn.Config(
-                    build_app(settings, rows, metrics, closing),
+                    build_app(settings, rows, metrics, feed, closing),
                     log_config=None,
                     access_log=False,
                     lifespan="off",
@@ -73,7 +78,7 @@ async def run_gateway(settings: Settings, closing: asyncio.Event) -> None:
                     timeout_graceful_shutdown=GRACE_SECONDS,
                 )
             )
-            ending = asyncio.create_task(_end_when(closing, server))
+            ending = asyncio.create_task(_end_when(closing, server, feed))
             host, port = listening.getsockname()[:2]
             log.info(
                 "gateway_started",
@@ -99,8 +104,10 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _end_when(closing: asyncio.Event, server: uvicorn.Server) -> None:
+async def _end_when(closing: asyncio.Event, server: uvicorn.Server, feed: Feed) -> None:
     await closing.wait()
+    # Streams have no end of their own: the server would wait its whole grace for them.
+    feed.close()
     server.should_exit = True
 
 

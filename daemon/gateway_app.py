@@ -15,6 +15,8 @@ from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
+from daemon.dashboard.feed import Feed
+from daemon.dashboard.pages import add_dashboard
 from daemon.errors import DatabaseAway, HostUnfit
 from daemon.gateway_docs import add_docs
 from daemon.gateway_gate import Gate
@@ -61,7 +63,9 @@ _METRICS_ANSWERS: dict[int | str, dict[str, Any]] = {
 JobId = Annotated[str, Path(description="as the submit returned it")]
 
 
-def build_app(settings: Settings, rows: GatewayRows, metrics: ServiceMetrics, closing: asyncio.Event) -> FastAPI:
+def build_app(
+    settings: Settings, rows: GatewayRows, metrics: ServiceMetrics, feed: Feed, closing: asyncio.Event
+) -> FastAPI:
     """The whole application. `closing` set: whoever waits for an ending is answered with what is known."""
     app = FastAPI(title="brightrun-trainer", description=DESCRIPTION, version="1", docs_url=None, redoc_url=None)
     app.add_middleware(
@@ -76,6 +80,7 @@ def build_app(settings: Settings, rows: GatewayRows, metrics: ServiceMetrics, cl
     _add_training_routes(app, rows, locked)
     _add_serverless_routes(app, rows, _Waiting(rows, closing, settings.gateway_wait_seconds), locked)
     _add_operator_routes(app, metrics, locked)
+    add_dashboard(app, settings, rows, feed)
     return app
 
 

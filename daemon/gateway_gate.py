@@ -17,10 +17,15 @@ from hashlib import sha256
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from daemon.dashboard.session import COOKIE_PATH, Sessions, cookie_value
 from daemon.gateway_words import Problem
 
 # Read by load balancers and by people; nothing in them is anybody's.
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
+OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/docs", "/openapi.json", "/dashboard"})
+# The page itself holds no data.
+OPEN_FOLDER = "/dashboard/static/"
+# Brings its key in the body: counted as a stranger's try, whoever sends it.
+LOGIN_PATH = "/dashboard/login"
 BODY_SECONDS = 10.0
 # Strangers share one bucket: guessing keys is slow for all of them together and costs a caller with a key nothing.
 STRANGERS_PER_SECOND = 20.0
@@ -70,22 +75,26 @@ class Gate:
     def __init__(self, app: ASGIApp, *, keys: Sequence[str], requests_per_second: float, max_body_bytes: int) -> None:
         self._app = app
         self._keys = KeyRing(keys)
+        self._sessions = Sessions(keys)
         self._buckets = [Bucket(requests_per_second) for _ in keys]
         self._strangers = Bucket(STRANGERS_PER_SECOND)
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+        path = scope.get("path", "")
+        if scope["type"] != "http" or path in OPEN_PATHS or path.startswith(OPEN_FOLDER):
             await self._app(scope, receive, send)
             return
-        key = self._keys.find(_header(scope, b"authorization"))
+        key = None if path == LOGIN_PATH else self._keys.find(_header(scope, b"authorization"))
+        if key is None and path.startswith(COOKIE_PATH + "/") and path != LOGIN_PATH:
+            key = self._sessions.find(cookie_value(_header(scope, b"cookie")))
         seconds = (self._strangers if key is None else self._buckets[key]).take()
         if seconds > 0:
             await _refuse(
                 429, "Too many requests.", "Wait as long as Retry-After says.", {"Retry-After": str(math.ceil(seconds))}
             )(scope, receive, send)
             return
-        if key is None:
+        if key is None and path != LOGIN_PATH:
             await _refuse(
                 401, "A valid key is needed.", "Send Authorization: Bearer KEY.", {"WWW-Authenticate": "Bearer"}
             )(scope, receive, send)

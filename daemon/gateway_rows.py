@@ -74,14 +74,14 @@ class GatewayRows:
                 self._free.put_nowait(await stack.enter_async_context(database))
             yield self
 
-    async def fetch(self, name: str, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Run sql/queries/<name>.sql on the next free connection."""
+    async def fetch(self, name: str, parameters: Mapping[str, Any], folder: str = "queries") -> list[dict[str, Any]]:
+        """Run sql/<folder>/<name>.sql on the next free connection."""
         try:
             database = await asyncio.wait_for(self._free.get(), TURN_SECONDS)
         except TimeoutError:
             raise DatabaseAway(f"no free connection within {TURN_SECONDS:.0f} s") from None
         try:
-            return await database.fetch(statement(name), parameters)
+            return await database.fetch(statement(name, folder), parameters)
         finally:
             self._free.put_nowait(database)
 
@@ -122,6 +122,10 @@ class GatewayRows:
     async def cancel(self, job_id: UUID) -> None:
         """Cancelling twice is no error; a job that completed or failed is refused."""
         await self._call("cancel_job", {"job_id": job_id})
+
+    async def retry(self, job_id: UUID) -> None:
+        """A failed or cancelled job begins again, from zero; any other is refused."""
+        await self._call("resubmit_job", {"job_id": job_id})
 
     async def _adopt(self, job_id: UUID, callback_url: str | None) -> UUID | None:
         rows = await self.fetch("adopt_submission", {"job_id": job_id, "callback_url": callback_url})

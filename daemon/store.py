@@ -106,12 +106,12 @@ class Callback:
 
 
 @cache
-def statement(name: str) -> str:
-    """The text of sql/queries/<name>.sql, without its comments and indentation.
+def statement(name: str, folder: str = "queries") -> str:
+    """The text of sql/<folder>/<name>.sql, without its comments and indentation.
 
     psycopg remembers how it translated a statement of at most 4,096 characters; a longer one is cut apart at each call.
     """
-    text = (resources.files("sql.queries") / f"{name}.sql").read_text(encoding="utf-8")
+    text = (resources.files(f"sql.{folder}") / f"{name}.sql").read_text(encoding="utf-8")
     lines = (line.strip() for line in text.splitlines())
     return "\n".join(line for line in lines if line and not line.startswith("--"))
 
