@@ -11,18 +11,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar, assert_never
 
 import structlog
 
 from daemon.adapter_size import expected_adapter_bytes
 from daemon.callback import CallbackCourier
+from daemon.checkpoint_store import CheckpointStore
 from daemon.child import Patience, Stopped, Verdict, run_child
 from daemon.cost import Meter, price_per_gpu_hour
 from daemon.download import fetch_dataset
-from daemon.errors import JobDelayed, JobError, JobFailed
+from daemon.errors import JobDelayed, JobError, JobFailed, LeaseLost
 from daemon.host import Host, installed_versions, read_load
-from daemon.job import Cancelled, ClaimedJob, Failed, Outcome, Released, Superseded
+from daemon.job import Cancelled, ClaimedJob, Completed, Failed, Outcome, Released, Superseded
 from daemon.lease import HeldLease, LeaseKeeper
 from daemon.models import resolve_model
 from daemon.pack import publish_adapter
@@ -32,8 +34,10 @@ from daemon.settlement import settle
 from daemon.stop import Stop, StopReason
 from daemon.storage import Storage
 from daemon.store import Store
+from daemon.trackers import Tracking, choose_trackers
+from daemon.uploads import note_adapter
 from daemon.workspace import Workspace
-from training.events import ErrorCode, Stage
+from training.events import CheckpointSaved, ErrorCode, Event, Stage
 from training.spec import JobSpec, ParsedRow, SpecInvalid, parse_row
 
 log = structlog.get_logger()
@@ -122,6 +126,8 @@ class Attempt:
             return await self._work(reporter)
         except Interrupted as interruption:
             return _outcome_of_stop(interruption.reason, reporter)
+        except LeaseLost:
+            return Superseded()
         except JobError as error:
             transient = isinstance(error, JobDelayed)
             return Failed(error.code, error.message, error.hint, error.stack, transient)
@@ -140,6 +146,7 @@ class Attempt:
         row = _parse(job)
         if row.unknown_keys:
             reporter.tell("unknown_keys", f"Unknown and unused: {', '.join(row.unknown_keys)}.")
+        tracking = choose_trackers(row.hyperparameters, settings)
         workspace = Workspace.open(settings.work_dir, job.id, job.lease_epoch)
 
         # The data first: they are what is wrong most often, and cost seconds where a model may cost hours.
@@ -150,6 +157,11 @@ class Attempt:
         )
         adapter_bytes = await asyncio.to_thread(expected_adapter_bytes, model.path, row.hyperparameters)
         await _until_stopped(self._with.storage.check(adapter_bytes), stop)
+
+        keeper = None
+        if settings.checkpoints_in_storage:
+            keeper = CheckpointStore(self._with.store, self._with.storage, job, workspace, reporter.tell)
+            await _until_stopped(keeper.fetch(), stop)
 
         spec = JobSpec(
             job_id=str(job.id),
@@ -167,8 +179,9 @@ class Attempt:
             num_gpus=row.gpu_config.num_gpus,
             device=self._with.host.device,
             checkpoint_seconds=settings.checkpoint_seconds,
+            trackers=tracking.trackers,
         )
-        verdict = await self._train(spec, workspace, reporter)
+        verdict = await self._train(spec, tracking, workspace, reporter, keeper)
         if isinstance(verdict, Failed):
             return verdict
         if isinstance(verdict, Stopped):
@@ -176,32 +189,51 @@ class Attempt:
 
         reporter.enter(Stage.UPLOADING)
         published = await _until_stopped(
-            publish_adapter(
-                self._with.storage,
-                verdict.adapter_dir,
-                job.id,
-                job.lease_epoch,
-                _manifest_facts(spec, verdict.summary),
-                workspace.attempt_dir,
-            ),
+            self._publish(verdict.adapter_dir, _manifest_facts(spec, verdict.summary), workspace.attempt_dir),
             stop,
             grace=lambda reason: settings.drain_seconds if reason is StopReason.SHUTDOWN else 0.0,
         )
         return replace(published, summary=verdict.summary)
 
-    async def _train(self, spec: JobSpec, workspace: Workspace, reporter: Reporter) -> Verdict:
+    async def _train(
+        self,
+        spec: JobSpec,
+        tracking: Tracking,
+        workspace: Workspace,
+        reporter: Reporter,
+        keeper: CheckpointStore | None,
+    ) -> Verdict:
         settings = self._with.settings
         if self._stop.reason is not None:
             return Stopped(self._stop.reason)
-        return await run_child(
-            spec,
-            on_event=reporter.report,
-            stop=self._stop,
-            patience=Patience(settings.stall_seconds, settings.drain_seconds, settings.kill_seconds),
-            log_path=workspace.log_path,
-            gpus=self._places if self._with.host.device == "cuda" else (),
-            command=self._with.trainer_command,
-        )
+
+        def hear(event: Event) -> None:
+            reporter.report(event)
+            if keeper is not None and isinstance(event, CheckpointSaved):
+                keeper.offer(event.step)
+
+        try:
+            return await run_child(
+                spec,
+                on_event=hear,
+                stop=self._stop,
+                patience=Patience(settings.stall_seconds, settings.drain_seconds, settings.kill_seconds),
+                log_path=workspace.log_path,
+                gpus=self._places if self._with.host.device == "cuda" else (),
+                command=self._with.trainer_command,
+                own_environment=tracking.environment,
+            )
+        finally:
+            if keeper is not None:
+                # Only a job that goes on elsewhere is worth waiting for.
+                worth_it = self._stop.reason in {StopReason.SHUTDOWN, StopReason.DEADLINE, StopReason.BUDGET}
+                await keeper.finish(settings.drain_seconds if worth_it else 0.0, self._stop)
+
+    async def _publish(self, adapter_dir: Path, manifest_facts: dict[str, Any], work_dir: Path) -> Completed:
+        """Note what will be stored, then store it: whatever happens in between, somebody knows what may lie there."""
+        job, storage = self._job, self._with.storage
+        await note_adapter(self._with.store, job, storage.bucket)
+        return await publish_adapter(storage, adapter_dir, job.id, job.lease_epoch, manifest_facts, work_dir)
 
 
 def _outcome_of_stop(reason: StopReason, reporter: Reporter) -> Outcome:

@@ -39,6 +39,16 @@ class _Job:
     due_at: float = 0.0
     spent: float = 0.0
     columns: dict[str, Any] = field(default_factory=dict)
+    uploads: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)
+
+    def leftovers(self, bucket: str) -> list[dict[str, Any]]:
+        """What was noted as stored and is not needed, and the note of what the answer names."""
+        path = self.columns.get("adapter_path") if self.state is State.COMPLETED else None
+        return [
+            {**noted, "named": path == f"{bucket}/{noted['objects'][0]}"}
+            for noted in self.uploads.values()
+            if noted["kind"] == "adapter" or self.state in _WORDS
+        ]
 
 
 class RowlessStore(Store):
@@ -138,12 +148,31 @@ class RowlessStore(Store):
                     "current_metrics": parameters["metrics"].obj,
                 }
                 return [{"id": job.id, "sequence": self._next_sequence() if job.submission.callback_url else None}]
-            case "record_plan" | "record_event":
+            case "record_plan" | "record_event" | "finish_checkpoint_upload":
                 return [{"id": job.id}]
+            case "note_upload" | "forget_upload" | "read_leftovers" | "read_stored_checkpoints":
+                return self._account(name, job, parameters)
             case "record_metrics" | "forget_metrics":
                 return [{"held": 1}]
             case _:
                 return self._end_attempt(name, job, parameters)
+
+    @staticmethod
+    def _account(name: str, job: _Job, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """What lies in Storage of the job."""
+        match name:
+            case "note_upload":
+                noted = {key: parameters[key] for key in ("job_id", "epoch", "kind", "step", "objects")}
+                job.uploads[parameters["epoch"], parameters["step"]] = noted
+                return [noted]
+            case "forget_upload":
+                job.uploads.pop((parameters["noted_epoch"], parameters["step"]), None)
+                return []
+            case "read_leftovers":
+                return job.leftovers(parameters["bucket"])
+            case _:
+                # Checkpoints: whoever could resume from them has them on its own disk.
+                return []
 
     def _end_attempt(self, name: str, job: _Job, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
         job.spent = float(parameters.get("cost") or job.spent)

@@ -25,6 +25,7 @@ from daemon.pod_life import PodLife, PodPrice, pod_environment
 from daemon.settings import Settings, load_settings
 from daemon.storage import open_storage
 from daemon.store import Store
+from daemon.uploads import sweep_for_ever
 from daemon.worker import Worker
 
 log = structlog.get_logger()
@@ -91,7 +92,13 @@ async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_C
         log.info("daemon_started", worker_id=str(host.worker_id), device=host.device, gpus=len(host.gpus))
         await price.read()
         listener = Listener(dsn, wake=worker.wake, on_cancel=worker.cancelled)
-        background = [asyncio.create_task(chore) for chore in (listener.run(), courier.run(store), price.run())]
+        chores = (
+            listener.run(),
+            courier.run(store),
+            price.run(),
+            sweep_for_ever(store, storage, settings.keep_days),
+        )
+        background = [asyncio.create_task(chore) for chore in chores]
         if settings.pod_id is not None:
             life = PodLife(
                 settings,
@@ -150,6 +157,7 @@ def _secrets(settings: Settings) -> Iterator[str]:
         settings.callback_authorization,
         settings.pod_api_key,
         settings.runpod_api_key,
+        settings.wandb_api_key,
         *settings.callback_secrets,
     ):
         if secret is not None:

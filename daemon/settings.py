@@ -6,6 +6,7 @@ together, and a broken configuration exits 78 so that no supervisor restarts it 
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -14,6 +15,7 @@ from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_vali
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from daemon.errors import HostUnfit
+from training.spec import Tracker
 
 _CommaList = Annotated[tuple[str, ...], NoDecode]
 
@@ -85,7 +87,37 @@ class Settings(BaseSettings):
         default=None, ge=0, description="US dollars; counts before the price in gpu_config"
     )
     checkpoint_seconds: float = Field(default=300.0, gt=0, description="between checkpoints")
+    checkpoints_in_storage: bool = Field(
+        default=False,
+        description="keep the newest checkpoint in Storage too, so that a host without this volume resumes",
+    )
     keep_days: float = Field(default=7.0, gt=0, description="checkpoints of failed and cancelled jobs are kept so long")
+
+    # Experiment trackers.
+    trackers: Annotated[tuple[Tracker, ...], NoDecode] = Field(
+        default=("tensorboard",),
+        description="of jobs that name none, by comma: `tensorboard` (a file among the artifacts), `wandb`",
+    )
+    wandb_api_key: SecretStr | None = Field(
+        default=None,
+        validation_alias=AliasChoices("WANDB_API_KEY", "wandb_api_key"),
+        description="lets jobs ask for the tracker wandb; only their trainer's process gets it",
+    )
+    wandb_project: str = Field(
+        default="brightrun-trainer",
+        validation_alias=AliasChoices("WANDB_PROJECT", "wandb_project"),
+        description="where W&B files the runs",
+    )
+    wandb_entity: str | None = Field(
+        default=None,
+        validation_alias=AliasChoices("WANDB_ENTITY", "wandb_entity"),
+        description="team at W&B; the key's own when absent",
+    )
+    wandb_base_url: str | None = Field(
+        default=None,
+        validation_alias=AliasChoices("WANDB_BASE_URL", "wandb_base_url"),
+        description="a W&B server of your own",
+    )
 
     # Time.
     lease_seconds: float = Field(default=60.0, ge=1, description="a host that says nothing for so long is lost")
@@ -189,7 +221,13 @@ class Settings(BaseSettings):
     )
 
     @field_validator(
-        "allowed_models", "dataset_buckets", "allowed_hosts", "callback_secrets", "gateway_keys", mode="before"
+        "allowed_models",
+        "dataset_buckets",
+        "allowed_hosts",
+        "callback_secrets",
+        "gateway_keys",
+        "trackers",
+        mode="before",
     )
     @classmethod
     def _split_commas(cls, value: object) -> object:
@@ -218,6 +256,15 @@ class Settings(BaseSettings):
                 raise ValueError("TRAINER_STORAGE=supabase needs SUPABASE_URL")
             if self.supabase_service_role_key is None:
                 raise ValueError("SUPABASE_URL needs SUPABASE_SERVICE_ROLE_KEY (or set TRAINER_STORAGE=folder)")
+        return self
+
+    @model_validator(mode="after")
+    def _trackers_are_complete(self) -> Settings:
+        if "wandb" in self.trackers:
+            if find_spec("wandb") is None:
+                raise ValueError("TRAINER_TRACKERS=wandb needs its package: pip install 'brightrun-trainer[wandb]'")
+            if self.wandb_api_key is None:
+                raise ValueError("TRAINER_TRACKERS=wandb needs WANDB_API_KEY")
         return self
 
     @property

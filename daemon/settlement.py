@@ -8,13 +8,13 @@ from typing import assert_never
 
 import structlog
 
-from daemon.errors import DatabaseAway, JobError, LeaseLost
+from daemon.errors import DatabaseAway, LeaseLost
 from daemon.job import Cancelled, ClaimedJob, Completed, Failed, Outcome, Released, State, Superseded
-from daemon.pack import withdraw_adapter
 from daemon.reporter import Reporter
 from daemon.settings import Settings
 from daemon.storage import Storage
 from daemon.store import Ending, Store
+from daemon.uploads import sweep_job
 from daemon.workspace import Workspace
 
 log = structlog.get_logger()
@@ -29,11 +29,13 @@ async def settle(
     """Write the ending and tidy up after it. Whoever lost the lease writes nothing and removes only its own files."""
     workspace = Workspace(settings.work_dir / str(job.id), job.lease_epoch)
     ending = await _write(job, outcome, reporter, store, settings)
+    if ending is not None:
+        # The row says now which objects count. Without an ending it may be another host's: the hourly sweep finds out.
+        await sweep_job(store, storage, job.id, settings.keep_days)
     if ending is None or ending.state is not State.COMPLETED:
         # Whoever retries goes on from the checkpoints; what nobody retries is tidied away.
         workspace.forget_attempt()
         return
-    await _withdraw_earlier(job, storage)
     workspace.remove()
 
 
@@ -99,12 +101,3 @@ def retry_delay_seconds(attempt: int, first_seconds: float) -> float:
     """Doubles with each attempt, up to an hour; jitter, so that jobs which failed together do not return together."""
     spread = random.uniform(0.75, 1.25)  # noqa: S311 - no secret depends on it
     return min(first_seconds * 2.0 ** (attempt - 1), MAX_BACKOFF_SECONDS) * spread
-
-
-async def _withdraw_earlier(job: ClaimedJob, storage: Storage) -> None:
-    """Delete what earlier attempts stored before they died: the row names the winner, nobody misses the rest."""
-    try:
-        for epoch in range(1, job.lease_epoch):
-            await withdraw_adapter(storage, job.id, epoch)
-    except JobError as error:
-        log.warning("earlier_objects_left", error=error.message)

@@ -89,6 +89,24 @@ class WorkerRow:
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
+UploadKind = Literal["adapter", "checkpoint"]
+
+
+@dataclass(frozen=True)
+class NotedUpload:
+    """Objects that one attempt may have stored, the archive first or the manifest last.
+
+    `manifest_sha256` stands when a checkpoint is whole; `named` when the job's own row names the objects."""
+
+    job_id: UUID
+    epoch: int
+    kind: UploadKind
+    step: int
+    objects: list[str]
+    manifest_sha256: str | None = None
+    named: bool = False
+
+
 @dataclass(frozen=True)
 class Callback:
     """One outbox row, ours until its lock runs out. `id` stays the same at each try, `token` does not."""
@@ -294,6 +312,42 @@ class Store:
     async def reap_expired_leases(self) -> list[Reaped]:
         """End the leases of hosts that fell silent."""
         return [Reaped(row["job_id"], State(row["state"])) for row in await self._run("reap_expired_leases", {})]
+
+    # What lies in Storage.
+
+    async def note_upload(
+        self, lease: Lease, kind: UploadKind, bucket: str, objects: Sequence[str], *, step: int = 0
+    ) -> None:
+        """These objects may be there from now on: before the first byte is sent. `step` is a checkpoint's."""
+        await self._fenced("note_upload", lease, {"kind": kind, "step": step, "bucket": bucket, "objects": [*objects]})
+
+    async def finish_checkpoint_upload(self, lease: Lease, step: int, *, manifest_sha256: str, size: int) -> None:
+        """The checkpoint is stored and was read back, its manifest last. `size` in bytes."""
+        values = {"step": step, "manifest_sha256": manifest_sha256, "bytes": size}
+        await self._fenced("finish_checkpoint_upload", lease, values)
+
+    async def stored_checkpoints(self, job_id: UUID, bucket: str) -> list[NotedUpload]:
+        """The latest attempt's newest first; those without a `manifest_sha256` are not whole."""
+        rows = await self._run("read_stored_checkpoints", {"job_id": job_id, "bucket": bucket})
+        return [NotedUpload(**row) for row in rows]
+
+    async def leftovers(
+        self, bucket: str, *, job_id: UUID | None, idle_seconds: float, keep_seconds: float, limit: int
+    ) -> list[NotedUpload]:
+        """What nobody needs any more, of one job or of all. `keep_seconds`: how long a checkpoint outlives its job."""
+        values = {
+            "bucket": bucket,
+            "job_id": job_id,
+            "idle_seconds": idle_seconds,
+            "keep_seconds": keep_seconds,
+            "limit": limit,
+        }
+        return [NotedUpload(**row) for row in await self._run("read_leftovers", values)]
+
+    async def forget_upload(self, upload: NotedUpload) -> None:
+        """Its objects are gone, or the job's row names them."""
+        values = {"job_id": upload.job_id, "noted_epoch": upload.epoch, "kind": upload.kind, "step": upload.step}
+        await self._run("forget_upload", values)
 
     # Workers.
 

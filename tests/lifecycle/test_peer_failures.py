@@ -190,6 +190,10 @@ STALE_WRITES: dict[str, Callable[[Store, Lease], Awaitable[object]]] = {
     "record_metrics": lambda store, lease: store.record_metrics(lease, [POINT]),
     "forget_metrics": lambda store, lease: store.forget_metrics(lease, 0),
     "record_event": lambda store, lease: store.record_event(lease, "stale", "stale", {}),
+    "note_upload": lambda store, lease: store.note_upload(lease, "adapter", "lora-models", ["stale"]),
+    "finish_checkpoint_upload": lambda store, lease: store.finish_checkpoint_upload(
+        lease, 1, manifest_sha256="stale", size=1
+    ),
     "renew_lease": lambda store, lease: store.renew_lease(lease, 600.0),
     "complete_job": lambda store, lease: store.complete_job(lease, COMPLETED, cost=9.0),
     "fail_job": lambda store, lease: store.fail_job(lease, FAILED, cost=9.0),
@@ -217,7 +221,14 @@ def everything(queue: Queue) -> list[dict[str, Any]]:
     with queue.connect() as connection:
         return [
             row
-            for table in ("training_jobs", "training_leases", "metrics_points", "training_events", "training_callbacks")
+            for table in (
+                "training_jobs",
+                "training_leases",
+                "metrics_points",
+                "training_events",
+                "training_callbacks",
+                "training_uploads",
+            )
             for row in connection.execute(f"SELECT to_jsonb(t) AS row FROM {table} AS t ORDER BY 1").fetchall()
         ]
 

@@ -162,6 +162,11 @@ training_pods
   .        .        .        r        riu      id, slot, gpu_type, gpu_count, pod, price_per_hour, asked_at,
                                                reported_at, idle_since, doomed_at, doom, ended_at, ending
 
+training_uploads
+  .        .        .        .        d        (the row)
+  .        .        .        r        riu      job_id, epoch, kind, step, bucket, objects, manifest_sha256,
+                                               bytes, noted_at
+
 training_fleet_decisions
   .        .        .        .        .        (the row)
   .        .        .        r        r        id
@@ -235,6 +240,11 @@ async def build(store: Store, database: AppDatabase) -> tuple[World, Jobs]:
     database.run(
         "INSERT INTO training_fleet_decisions (at, decision, reason) VALUES (now(), 'wait', 'a'), (now(), 'wait', 'b')"
     )
+    database.run(
+        "INSERT INTO training_uploads (job_id, epoch, kind, bucket, objects) "
+        "VALUES (%s, 1, 'adapter', 'lora-models', '{a}')",
+        (jobs.running,),
+    )
 
     def one_id(statement: str, *values: Any) -> Any:
         return database.one(statement, values)["id"]
@@ -274,6 +284,8 @@ async def build(store: Store, database: AppDatabase) -> tuple[World, Jobs]:
         Target("training_pods", "training_pods", {"id": one_id("SELECT id FROM training_pods WHERE slot = 1")},
                {"slot": 3, "gpu_type": "H100", "gpu_count": 1, "asked_at": LATER,
                 "ended_at": LATER, "ending": "ended"}),
+        Target("training_uploads", "training_uploads", {"job_id": jobs.running},
+               {"job_id": jobs.failed, "epoch": 1, "kind": "adapter", "bucket": "lora-models", "objects": ["a"]}),
         Target("training_fleet_decisions", "training_fleet_decisions",
                {"id": one_id("SELECT id FROM training_fleet_decisions LIMIT 1")},
                {"at": LATER, "decision": "wait", "reason": "r"}),
@@ -291,6 +303,7 @@ async def build(store: Store, database: AppDatabase) -> tuple[World, Jobs]:
         "storage_path": f"{owner}/tried.jsonl",
         "training_workers.state": "draining",
         "training_callbacks.state": "dead",
+        "training_uploads.kind": "checkpoint",
         "sequence": 9_999,
         "pod_row": one_id("SELECT id FROM training_pods WHERE slot = 2"),
         "slot": 9,

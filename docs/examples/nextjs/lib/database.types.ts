@@ -840,6 +840,43 @@ export type Database = {
         }
         Relationships: []
       }
+      training_uploads: {
+        Row: {
+          bucket: string
+          bytes: number | null
+          epoch: number
+          job_id: string
+          kind: string
+          manifest_sha256: string | null
+          noted_at: string
+          objects: string[]
+          step: number
+        }
+        ComputedFields: never
+        Insert: {
+          bucket: string
+          bytes?: number | null
+          epoch: number
+          job_id: string
+          kind: string
+          manifest_sha256?: string | null
+          noted_at?: string
+          objects: string[]
+          step?: number
+        }
+        Update: {
+          bucket?: string
+          bytes?: number | null
+          epoch?: number
+          job_id?: string
+          kind?: string
+          manifest_sha256?: string | null
+          noted_at?: string
+          objects?: string[]
+          step?: number
+        }
+        Relationships: []
+      }
       training_workers: {
         Row: {
           busy: number

@@ -1,0 +1,17 @@
+-- The checkpoint is stored as a whole and was read back: another host may resume from it.
+-- No row means that the lease is lost, or that nobody noted the upload.
+UPDATE training_uploads AS upload
+SET manifest_sha256 = %(manifest_sha256)s,
+    bytes = %(bytes)s
+FROM (
+    SELECT lease.job_id, lease.epoch
+    FROM training_leases AS lease
+    WHERE lease.job_id = %(job_id)s
+      AND lease.epoch = %(epoch)s
+    FOR KEY SHARE
+) AS held
+WHERE upload.job_id = held.job_id
+  AND upload.epoch = held.epoch
+  AND upload.kind = 'checkpoint'
+  AND upload.step = %(step)s
+RETURNING upload.job_id

@@ -1,0 +1,18 @@
+-- These objects may lie in the bucket from now on. Written before the first byte is sent.
+-- No row means that the lease is lost: nothing may be stored.
+INSERT INTO training_uploads AS upload (job_id, epoch, kind, step, bucket, objects)
+SELECT held.job_id, held.epoch, %(kind)s, %(step)s, %(bucket)s, %(objects)s
+FROM (
+    SELECT lease.job_id, lease.epoch
+    FROM training_leases AS lease
+    WHERE lease.job_id = %(job_id)s
+      AND lease.epoch = %(epoch)s
+    FOR KEY SHARE
+) AS held
+ON CONFLICT (job_id, epoch, kind, step) DO UPDATE
+SET bucket = excluded.bucket,
+    objects = excluded.objects,
+    manifest_sha256 = NULL,
+    bytes = NULL,
+    noted_at = clock_timestamp()
+RETURNING upload.job_id
