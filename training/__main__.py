@@ -1,6 +1,7 @@
-"""The child process: specs on stdin one after another, events on a pipe, an exit status that tells the ending.
+"""The child process: specs on stdin, events on a pipe, an exit status that tells the ending.
 
-    python -m training --events-fd 5 < specs.jsonl
+    python -m training --events-fd 5 < spec.json                        one job, in this process
+    python -m training --events-fd 5 --warm --keep-bytes 8000000000     jobs one after another, each in a fork
 
 Exit 0 when every spec became an adapter, 1 after a `failed` event, 75 when asked to stop.
 """
@@ -8,22 +9,13 @@ Exit 0 when every spec became an adapter, 1 after a `failed` event, 75 when aske
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
-import signal
 import sys
-from importlib.metadata import PackageNotFoundError, version
 
-from pydantic import ValidationError
-
-from training.events import EXIT_STOPPED, ErrorCode, Failed, Stage, Started
-from training.failures import StopRequested, failed_event
-from training.spec import JobSpec, faults_of
+from training.job import begin_job, read_spec, status_of
+from training.parent import die_with_parent
 from training.stop import StopSwitch
 from training.voice import Voice
-
-_PR_SET_PDEATHSIG = 1
-_LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
 
 # Read by the libraries when they are imported. The daemon downloads; the child never goes out, reports nothing, and
 # has no use for forked tokenizer threads.
@@ -37,6 +29,8 @@ _QUIET_AND_OFFLINE = {
     "MPLBACKEND": "Agg",
     # Fewer holes in a card's memory when batches differ in length.
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    # Ask NVML and not the driver whether there is a card: a driver that was opened once cannot be used in a fork.
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
     # Threads that spin while they wait slow each other down tenfold when two jobs share a CPU.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
@@ -45,68 +39,38 @@ _QUIET_AND_OFFLINE = {
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m training")
     parser.add_argument("--events-fd", type=int, required=True, help="descriptor that events are written to")
-    events_fd: int = parser.parse_args().events_fd
-    _die_with_parent()
+    parser.add_argument("--warm", action="store_true", help="stay after a job and take the next one")
+    parser.add_argument("--keep-bytes", type=int, default=0, help="a base model up to this size stays in memory")
+    chosen = parser.parse_args()
+    die_with_parent()
     os.environ.update(_QUIET_AND_OFFLINE)
+    if chosen.warm:
+        from training.warm import WarmProcess
+
+        return WarmProcess(chosen.events_fd, chosen.keep_bytes).serve()
+    return run_alone(chosen.events_fd)
+
+
+def run_alone(events_fd: int) -> int:
+    """One job in this process, which never sees another."""
     stop = StopSwitch()
     stop.listen()
-    # readline, not iteration: a warm child must see each spec as it is sent, not when a buffer is full.
-    while line := sys.stdin.readline():
-        if line.strip():
-            status = _run(line, events_fd, stop)
-            if status != 0:
-                return status
-    return 0
-
-
-def _run(line: str, events_fd: int, stop: StopSwitch) -> int:
-    """Turn one line into one adapter, or into one `failed` event."""
-    try:
-        spec = JobSpec.model_validate_json(line)
-    except ValidationError as error:
-        faults = "; ".join(f"{fault.field}: {fault.message}" for fault in faults_of(error))
-        Voice(events_fd, "").say(
-            Failed(
-                job_id="",
-                code=ErrorCode.INVALID_SPEC,
-                message=f"the spec cannot be read: {faults}",
-                hint="correct the named fields; daemon and trainer must be of the same version",
-            )
-        )
+    line = sys.stdin.readline()
+    if not line.strip():
+        return 0
+    spec = read_spec(line, events_fd)
+    if spec is None:
         return 1
     voice = Voice(events_fd, spec.job_id)
-    voice.say(Started(job_id=spec.job_id, pid=os.getpid(), versions=_versions()))
-    voice.stage(Stage.SETUP)
-    try:
+    begin_job(spec, voice)
+
+    def work() -> None:
         # Imported after `started` was said: it takes seconds and brings the heavy libraries.
         from training.recipe import train_adapter
 
         train_adapter(spec, voice, stop)
-    except StopRequested:
-        return EXIT_STOPPED
-    except Exception as error:  # noqa: BLE001 - the outermost loop: whatever it is, the row must learn of it
-        voice.say(failed_event(error, spec, spec.job_id))
-        return 1
-    return 0
 
-
-def _die_with_parent() -> None:
-    """Ask the kernel to kill us when the daemon dies, so that no orphan trains on for nobody."""
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # The daemon may have died before the request took hold.
-    if os.getppid() != parent:
-        sys.exit(EXIT_STOPPED)
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "missing"
-    return found
+    return status_of(work, spec, voice)
 
 
 if __name__ == "__main__":

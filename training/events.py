@@ -151,17 +151,37 @@ class Failed(_Event):
     transient: bool = False
 
 
+class Ready(BaseModel):
+    """Not of a job but of the process: a warm trainer waits for a line. What it holds was never any job's own."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+
+    kind: Literal["ready"] = "ready"
+    served: int = Field(description="lines read and done with since the start; 0 says that the libraries are imported")
+    base_model: str | None = Field(default=None, description="the base model in memory")
+    resident_bytes: int = 0
+
+
 Event = Annotated[
     Started | StageEntered | Planned | Progress | Evaluated | CheckpointSaved | Sample | Notice | AdapterSaved | Failed,
     Field(discriminator="kind"),
 ]
 
 _EVENT: TypeAdapter[Event] = TypeAdapter(Event)
+_LINE: TypeAdapter[Event | Ready] = TypeAdapter(Annotated[Event | Ready, Field(discriminator="kind")])
 
 
 def parse_event(line: bytes | str) -> Event | None:
     """Read one line. Unknown kinds and a torn last line give None: a newer or dying child must not stop the daemon."""
     try:
         return _EVENT.validate_json(line)
+    except ValidationError:
+        return None
+
+
+def parse_line(line: bytes | str) -> Event | Ready | None:
+    """Read one line of a process that may serve several jobs: an event of one of them, or that it is ready."""
+    try:
+        return _LINE.validate_json(line)
     except ValidationError:
         return None

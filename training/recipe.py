@@ -8,6 +8,7 @@ and the adapter that did best on them is the one that is kept.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,11 @@ from training.adapter import save_adapter
 from training.batches import packs_without_leaks
 from training.chart import draw_chart
 from training.checkpoint import Checkpoint, CheckpointShelf
-from training.corpus import gather
+from training.corpus import Corpus, gather
+from training.estimate import Estimate
 from training.events import AdapterSaved, Planned, Stage
 from training.failures import StopRequested
-from training.folder import open_model_folder
+from training.folder import ModelFolder, open_model_folder
 from training.journal import Journal
 from training.lora import attach_adapter, trainable_parameters
 from training.model import device_memory_bytes, load_base_model, warn_of_missing_kernels
@@ -30,18 +32,38 @@ from training.stop import StopSwitch
 from training.summary import summarise
 from training.template import ChatTemplate
 from training.tokenizer import load_tokenizer
+from training.trackers import tracked_files
 from training.trainer import AdapterTrainer
 from training.voice import Voice
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that is known before a model is needed: what is learnt from, in which words, and in how many steps."""
+
+    folder: ModelFolder
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate
+    corpus: Corpus
+    plan: Plan
+    estimate: Estimate
 
 
 def train_adapter(spec: JobSpec, voice: Voice, stop: StopSwitch) -> None:
     """Do one job. Ends with `adapter_saved`; raises TrainingFailed, or StopRequested once a checkpoint is on disk."""
     # The data first: they are what is wrong most often, and looking at them takes a second.
+    prepared = prepare(spec, voice)
+    voice.stage(Stage.LOADING, spec.base_model)
+    train_on(load_base_model(spec, prepared.folder, voice), prepared, spec, voice, stop)
+
+
+def prepare(spec: JobSpec, voice: Voice, tokenizer: PreTrainedTokenizerBase | None = None) -> Prepared:
+    """Read the data and look ahead, without a model. `tokenizer` is the base model's, where it is loaded already."""
     folder = open_model_folder(spec.model_path, spec.base_model)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
     template = ChatTemplate(tokenizer)
     corpus = gather(spec.dataset_path, spec.validation_path, spec.hyperparameters, template, folder.context_length)
     corpus.announce(voice)
@@ -63,10 +85,14 @@ def train_adapter(spec: JobSpec, voice: Voice, stop: StopSwitch) -> None:
             data={**corpus.statistics(), "estimate": estimate.as_dict()},
         )
     )
+    return Prepared(folder, tokenizer, template, corpus, plan, estimate)
+
+
+def train_on(base: PreTrainedModel, prepared: Prepared, spec: JobSpec, voice: Voice, stop: StopSwitch) -> None:
+    """From a base model, as loading left it, to the adapter. The model is used up: it carries the adapter after."""
+    corpus, plan, tokenizer, template = prepared.corpus, prepared.plan, prepared.tokenizer, prepared.template
 
     # The model: frozen, four bits; the adapter: small, float32, the only thing that learns.
-    voice.stage(Stage.LOADING, spec.base_model)
-    base = load_base_model(spec, folder, voice)
     warn_of_missing_kernels(spec, base, voice)
     packed = may_pack(spec, base, voice)
     model = attach_adapter(base, spec.hyperparameters)
@@ -107,7 +133,7 @@ def train_adapter(spec: JobSpec, voice: Voice, stop: StopSwitch) -> None:
     log, chart = spec.work_dir / "training_log.jsonl", spec.work_dir / "metrics_chart.png"
     journal.write_log(log)
     draw_chart(journal, chart, title=f"{spec.base_model}, r = {spec.hyperparameters.lora_rank}")
-    path = save_adapter(spec, trainer.model, tokenizer, (log, chart))
+    path = save_adapter(spec, trainer.model, tokenizer, (log, chart, *tracked_files(spec)))
     summary = summarise(journal, plan, corpus, trainable_parameters(trainer.model))
     voice.say(AdapterSaved(job_id=spec.job_id, path=str(path), summary=summary))
 

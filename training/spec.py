@@ -17,6 +17,10 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$"
 
 
+# Where a run's curves can go.
+Tracker = Literal["tensorboard", "wandb"]
+
+
 @dataclass(frozen=True)
 class Fault:
     """One thing wrong with a spec: where (`hyperparameters.learning_rate`) and what."""
@@ -88,8 +92,11 @@ class Hyperparameters(BaseModel):
         default=None, description="asked before and after training; held-out ones when absent"
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=0, description="of data order, split and adapter")
+    trackers: tuple[Tracker, ...] | None = Field(
+        default=None, description="where the curves go: `tensorboard`, `wandb`; what the host does when absent"
+    )
 
-    @field_validator("target_modules", "sample_prompts", mode="before")
+    @field_validator("target_modules", "sample_prompts", "trackers", mode="before")
     @classmethod
     def _lists_become_tuples(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
@@ -185,4 +192,19 @@ class JobSpec(BaseModel):
     device: Literal["cpu", "cuda"] = "cpu"
     quantize: bool = Field(default=True, description="NF4 with double quantisation; bf16 when false")
     checkpoint_seconds: float = Field(default=300.0, gt=0)
+    trackers: tuple[Tracker, ...] = ("tensorboard",)
     cost_per_hour: float | None = None
+
+
+class HoldOrder(BaseModel):
+    """In place of a spec: load this base model and wait for a job that wants it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    kind: Literal["hold"] = "hold"
+    base_model: str
+    model_path: Path
+    model_revision: str | None = None
+    quantized_dir: Path | None = None
+    device: Literal["cpu", "cuda"] = "cpu"
+    quantize: bool = True

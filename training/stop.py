@@ -30,6 +30,7 @@ class StopSwitch:
             self._deferred = False
 
     def _on_sigterm(self, _number: int, _frame: FrameType | None) -> None:
-        self.requested = True
-        if not self._deferred:
+        # Once: a second one, to the group and to the process, must not break into the way out of the first.
+        already, self.requested = self.requested, True
+        if not self._deferred and not already:
             raise SystemExit(EXIT_STOPPED)

@@ -7,15 +7,18 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from training.events import Event, parse_event
+from training.events import Event, Ready, parse_line
 from training.spec import JobSpec
 
 _ROOT = Path(__file__).parents[2]
+
+# Jobs one after another, each in a fork; models up to a gigabyte stay in memory.
+WARM = ("--warm", "--keep-bytes", "1000000000")
 
 
 class Child:
@@ -24,6 +27,7 @@ class Child:
     def __init__(self, process: subprocess.Popen[bytes], events_fd: int) -> None:
         self.process = process
         self.events: list[Event] = []
+        self.readies: list[Ready] = []
         self._changed = threading.Condition()
         self._ended = False
         self._reader = threading.Thread(target=self._read, args=(events_fd,), daemon=True)
@@ -32,10 +36,13 @@ class Child:
     def _read(self, descriptor: int) -> None:
         with os.fdopen(descriptor, "rb") as pipe:
             for line in pipe:
-                event = parse_event(line)
+                event = parse_line(line)
                 assert event is not None, line
                 with self._changed:
-                    self.events.append(event)
+                    if isinstance(event, Ready):
+                        self.readies.append(event)
+                    else:
+                        self.events.append(event)
                     self._changed.notify_all()
         with self._changed:
             self._ended = True
@@ -64,6 +71,18 @@ class Child:
         assert event is not None, [e.model_dump(exclude={"job_id"}) for e in self.events][-4:]
         return event
 
+    def wait_until_ready(self, *, served: int = 0, seconds: float = 120) -> Ready:
+        """A warm trainer that has done with so many lines and waits for the next one."""
+
+        def found() -> Ready | None:
+            return next((ready for ready in self.readies if ready.served == served), None)
+
+        with self._changed:
+            self._changed.wait_for(lambda: found() is not None or self._ended, timeout=seconds)
+            ready = found()
+        assert ready is not None, [e.model_dump(exclude={"job_id"}) for e in self.events][-4:]
+        return ready
+
     def exit_status(self, seconds: float = 120) -> int:
         status = self.process.wait(timeout=seconds)
         self._reader.join(timeout=10)
@@ -74,11 +93,11 @@ class Child:
 
 
 @contextmanager
-def start(*specs: JobSpec) -> Iterator[Child]:
+def start(*specs: JobSpec, arguments: Sequence[str] = ()) -> Iterator[Child]:
     """A trainer that was given these specs and no more; killed at the end whatever happens."""
     reading, writing = os.pipe()
     with subprocess.Popen(
-        [sys.executable, "-m", "training", "--events-fd", str(writing)],
+        [sys.executable, "-m", "training", "--events-fd", str(writing), *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
