@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import structlog
 
 from tests.postgres import AppDatabase, Server, migrated, open_server
 
 _POSTGRES = pytest.StashKey[str]()
+
+
+def pytest_configure() -> None:
+    # A shell ignores SIGINT for what it starts in the background, and programs inherit that: Control-C in a test would
+    # be heard by nobody.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def logs_of_this_test_only() -> Iterator[None]:
+    """A log configured by one test writes to a stderr that is closed in the next."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

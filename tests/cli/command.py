@@ -54,7 +54,7 @@ class CommandLine:
             input=stdin,
             capture_output=True,
             text=True,
-            timeout=90,
+            timeout=170,
             check=False,
         )
         said = Said(done.returncode, done.stdout, done.stderr)

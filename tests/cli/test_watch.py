@@ -121,10 +121,10 @@ def test_following_ends_quietly_when_its_reader_goes(cli: CommandLine, queue: Qu
     job = queue.insert()
     process = cli.start("watch", job)
     try:
-        process.send_signal(signal.SIGINT) if process.stdout is None else process.stdout.readline()
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline()
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
-        assert process.stderr is not None
+        assert process.wait(60) == 130
         assert "Traceback" not in process.stderr.read()
     finally:
         process.kill()
