@@ -6,12 +6,16 @@ This module alone turns exit code, signal, last event and silence into a verdict
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import signal
 import sys
+import termios
+from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import structlog
@@ -20,8 +24,8 @@ from daemon.job import Failed
 from daemon.stop import Stop, StopReason
 from daemon.trainer_log import TrainerLog
 from training import events
-from training.events import EXIT_STOPPED, ErrorCode, Event, parse_event
-from training.spec import JobSpec
+from training.events import EXIT_STOPPED, ErrorCode, Event, Ready, parse_line
+from training.spec import HoldOrder, JobSpec
 
 log = structlog.get_logger()
 
@@ -91,57 +95,217 @@ async def run_child(
     log_path: Path,
     gpus: tuple[int, ...] = (),
     command: tuple[str, ...] = (sys.executable, "-m", "training"),
+    own_environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Verdict:
     """Run one spec in a process of its own until it ends, is stopped, or falls silent.
 
-    `on_event` is called in order and must not block. No process of the child's group is alive on return.
+    `own_environment` is this job's alone: a tracker's key. `on_event` is called in order and must not block. No
+    process of the child's group is alive on return.
     """
-    read_end, write_end = os.pipe()
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            "--events-fd",
-            str(write_end),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            pass_fds=(write_end,),
-            start_new_session=True,
-            env=child_environment(os.environ, gpus),
-        )
-    except BaseException:
-        os.close(read_end)
-        raise
-    finally:
-        os.close(write_end)
+    child = await Child.start(command, gpus=gpus, own_environment=own_environment)
+    return await child.run(spec, on_event=on_event, stop=stop, patience=patience, log_path=log_path)
 
-    log.info("trainer_started", pid=process.pid)
-    trainer_log = TrainerLog(log_path)
-    last_words = _LastWords()
-    reader = asyncio.create_task(_read_events(read_end, on_event, last_words))
-    keeper = asyncio.create_task(_keep_log(process, trainer_log))
-    try:
-        await _hand_over(process, spec)
-        stalled = await _watch(process, stop, patience, last_words)
-    finally:
-        # Also on cancellation of this task: never leave a process behind.
-        _signal_group(process, signal.SIGKILL)
-        await process.wait()
+
+class Child:
+    """One trainer process and the pipes to it.
+
+    A warm one takes specs one after another for as long as each ends well; whatever else happens, it is ended.
+    """
+
+    def __init__(self, process: asyncio.subprocess.Process, *, warm: bool, output: _Output) -> None:
+        self._process = process
+        self._warm = warm
+        self._output = output
+        self._given = 0
+        self._done = asyncio.Event()
+        self._on_event: Callable[[Event], None] = _drop
+        self._last_words = _LastWords()
+        self._reader: asyncio.Task[None] | None = None
+        self.ready: Ready | None = None
+
+    @classmethod
+    async def start(
+        cls,
+        command: tuple[str, ...],
+        *,
+        gpus: tuple[int, ...] = (),
+        own_environment: Mapping[str, str] = MappingProxyType({}),
+        keep_bytes: int | None = None,
+    ) -> Child:
+        """Start a process. With `keep_bytes` it is warm, and a base model up to this size stays in its memory."""
+        warm = () if keep_bytes is None else ("--warm", "--keep-bytes", str(keep_bytes))
+        events_read, events_write = os.pipe()
+        output_read, output_write = os.pipe()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                "--events-fd",
+                str(events_write),
+                *warm,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=output_write,
+                stderr=output_write,
+                pass_fds=(events_write,),
+                start_new_session=True,
+                env=child_environment(os.environ, gpus) | dict(own_environment),
+            )
+        except BaseException:
+            os.close(events_read)
+            os.close(output_read)
+            raise
+        finally:
+            os.close(events_write)
+            os.close(output_write)
+        child = cls(process, warm=keep_bytes is not None, output=_Output())
+        child._reader = asyncio.create_task(child._read_events(events_read))
+        try:
+            await asyncio.get_running_loop().connect_read_pipe(
+                lambda: child._output, os.fdopen(output_read, "rb", buffering=0)
+            )
+        except BaseException:
+            await child.kill()
+            raise
+        log.info("trainer_started", pid=process.pid)
+        return child
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._process.returncode is None
+
+    @property
+    def is_done(self) -> bool:
+        """Every line that was given is done with, and the next one may come."""
+        return self.alive and self.ready is not None and self.ready.served == self._given
+
+    @property
+    def said_nothing(self) -> bool:
+        """No event of the last spec arrived: whatever became of the process, that job never began."""
+        return self._last_words.silent
+
+    async def run(
+        self,
+        spec: JobSpec,
+        *,
+        on_event: Callable[[Event], None],
+        stop: Stop,
+        patience: Patience,
+        log_path: Path,
+    ) -> Verdict:
+        """Hand over a spec and see it through. On return the process is done with it, or not alive."""
+        trainer_log = TrainerLog(log_path)
+        self._output.log, self._on_event, self._last_words = trainer_log, on_event, _LastWords()
+        done = False
+        try:
+            await self.give(spec)
+            stalled = await self._watch(stop, patience)
+            done = self.is_done
+            if done:
+                # The job's process has ended, so all that it printed is in the pipe; the next job's log is another.
+                await self._output.drained()
+        finally:
+            if not done:
+                # Also on cancellation of this task: never leave a process behind.
+                await self.kill()
+            self._output.log, self._on_event = None, _drop
+            trainer_log.close()
+        returncode = 0 if done else self._process.returncode
+        assert returncode is not None
+        return judge(
+            returncode,
+            self._last_words.terminal,
+            stop_reason=stop.reason,
+            stalled_seconds=patience.stall_seconds if stalled else None,
+            log_tail=trainer_log.tail,
+        )
+
+    async def give(self, line: JobSpec | HoldOrder) -> None:
+        """Write one line to its stdin; one that is not warm gets no other."""
+        assert self._process.stdin is not None
+        self._given += 1
+        self._done.clear()
+        try:
+            self._process.stdin.write(line.model_dump_json().encode() + b"\n")
+            await self._process.stdin.drain()
+            if not self._warm:
+                self._process.stdin.close()
+        except (BrokenPipeError, ConnectionResetError):
+            return  # it died before it read; its exit code tells
+
+    async def kill(self) -> None:
+        """End the process and its whole group. None of it is alive on return."""
+        _signal_group(self._process, signal.SIGKILL)
+        await self._process.wait()
+        assert self._reader is not None
         # A grandchild that left the group could hold the pipes open for ever.
-        await asyncio.wait({reader, keeper}, timeout=5.0)
-        reader.cancel()
-        keeper.cancel()
-        await asyncio.gather(reader, keeper, return_exceptions=True)
-        trainer_log.close()
-    log.info("trainer_ended", pid=process.pid, returncode=process.returncode)
-    assert process.returncode is not None
-    return judge(
-        process.returncode,
-        last_words.terminal,
-        stop_reason=stop.reason,
-        stalled_seconds=patience.stall_seconds if stalled else None,
-        log_tail=trainer_log.tail,
-    )
+        await asyncio.wait({self._reader, asyncio.ensure_future(self._output.closed)}, timeout=5.0)
+        self._reader.cancel()
+        await asyncio.gather(self._reader, return_exceptions=True)
+        self._output.close()
+        log.info("trainer_ended", pid=self._process.pid, returncode=self._process.returncode)
+
+    async def _watch(self, stop: Stop, patience: Patience) -> bool:
+        """Wait until it is done or gone; ask for an end when told to stop. True if it fell silent."""
+        ended = asyncio.create_task(self._process.wait())
+        done = asyncio.create_task(self._done.wait())
+        asked = asyncio.create_task(stop.wait())
+        clock = asyncio.get_running_loop().time
+        try:
+            while not ended.done() and not done.done():
+                silence_left = self._last_words.heard_at + patience.stall_seconds - clock()
+                await asyncio.wait(
+                    {ended, done, asked}, timeout=max(silence_left, 0.0), return_when=asyncio.FIRST_COMPLETED
+                )
+                if ended.done() or done.done():
+                    return False
+                if asked.done():
+                    await _end(self._process, ended, stop, patience)
+                    return False
+                if clock() - self._last_words.heard_at >= patience.stall_seconds:
+                    silent_seconds = round(clock() - self._last_words.heard_at, 1)
+                    log.warning("trainer_stalled", silent_seconds=silent_seconds)
+                    return True
+            return False
+        finally:
+            for task in (ended, done, asked):
+                task.cancel()
+
+    async def _read_events(self, read_end: int) -> None:
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(limit=MAX_EVENT_BYTES)
+        pipe = os.fdopen(read_end, "rb", buffering=0)
+        transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
+        try:
+            while True:
+                try:
+                    line = await reader.readline()
+                except ValueError:  # longer than any event we know
+                    log.warning("event_too_long", limit_bytes=MAX_EVENT_BYTES)
+                    continue
+                if not line:
+                    return
+                self._hear(line)
+        finally:
+            transport.close()
+
+    def _hear(self, line: bytes) -> None:
+        event = parse_line(line)
+        self._last_words.heard_at = asyncio.get_running_loop().time()
+        if event is None:
+            log.warning("event_not_understood", line=line[:200].decode(errors="replace"))
+            return
+        if isinstance(event, Ready):
+            self.ready = event
+            if event.served == self._given:
+                self._done.set()
+            return
+        self._last_words.silent = False
+        if isinstance(event, events.AdapterSaved | events.Failed):
+            self._last_words.terminal = event
+        self._on_event(event)
 
 
 def child_environment(environment: Mapping[str, str], gpus: tuple[int, ...]) -> dict[str, str]:
@@ -211,41 +375,53 @@ def judge(
 
 @dataclass
 class _LastWords:
+    """What was heard of the present spec."""
+
     terminal: events.AdapterSaved | events.Failed | None = None
+    silent: bool = True
     heard_at: float = field(default_factory=lambda: asyncio.get_running_loop().time())
 
 
-async def _hand_over(process: asyncio.subprocess.Process, spec: JobSpec) -> None:
-    assert process.stdin is not None
-    try:
-        process.stdin.write(spec.model_dump_json().encode() + b"\n")
-        await process.stdin.drain()
-        process.stdin.close()
-    except (BrokenPipeError, ConnectionResetError):
-        return  # it died before it read; its exit code tells
+class _Output(asyncio.Protocol):
+    """What the process prints, into the log of the job at hand; between two jobs it is nobody's."""
+
+    def __init__(self) -> None:
+        self.log: TrainerLog | None = None
+        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._transport: asyncio.ReadTransport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.ReadTransport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        if self.log is not None:
+            self.log.write(data)
+        else:
+            log.debug("trainer_printed", text=data[-2000:].decode(errors="replace"))
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the library's signature
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+    async def drained(self) -> None:
+        """Return when nothing that was printed so far is left in the pipe."""
+        while not self.closed.done() and self._waiting_bytes():  # noqa: ASYNC110 - a pipe tells nobody that it is empty
+            await asyncio.sleep(0)
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+    def _waiting_bytes(self) -> int:
+        assert self._transport is not None
+        answer = array("i", [0])
+        fcntl.ioctl(self._transport.get_extra_info("pipe").fileno(), termios.FIONREAD, answer)
+        return answer[0]
 
 
-async def _watch(process: asyncio.subprocess.Process, stop: Stop, patience: Patience, last_words: _LastWords) -> bool:
-    """Wait for the child's end; ask for it when told to stop. True if it fell silent."""
-    ended = asyncio.create_task(process.wait())
-    asked = asyncio.create_task(stop.wait())
-    clock = asyncio.get_running_loop().time
-    try:
-        while not ended.done():
-            silence_left = last_words.heard_at + patience.stall_seconds - clock()
-            await asyncio.wait({ended, asked}, timeout=max(silence_left, 0.0), return_when=asyncio.FIRST_COMPLETED)
-            if ended.done():
-                return False
-            if asked.done():
-                await _end(process, ended, stop, patience)
-                return False
-            if clock() - last_words.heard_at >= patience.stall_seconds:
-                log.warning("trainer_stalled", silent_seconds=round(clock() - last_words.heard_at, 1))
-                return True
-        return False
-    finally:
-        asked.cancel()
-        ended.cancel()
+def _drop(event: Event) -> None:
+    log.warning("event_of_no_job", kind=event.kind)
 
 
 async def _end(process: asyncio.subprocess.Process, ended: asyncio.Task[int], stop: Stop, patience: Patience) -> None:
@@ -271,35 +447,3 @@ def _signal_group(process: asyncio.subprocess.Process, number: signal.Signals) -
         os.killpg(process.pid, number)
     except ProcessLookupError:
         return
-
-
-async def _read_events(read_end: int, on_event: Callable[[Event], None], last_words: _LastWords) -> None:
-    loop = asyncio.get_running_loop()
-    reader = asyncio.StreamReader(limit=MAX_EVENT_BYTES)
-    pipe = os.fdopen(read_end, "rb", buffering=0)
-    transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
-    try:
-        while True:
-            try:
-                line = await reader.readline()
-            except ValueError:  # longer than any event we know
-                log.warning("event_too_long", limit_bytes=MAX_EVENT_BYTES)
-                continue
-            if not line:
-                return
-            last_words.heard_at = loop.time()
-            event = parse_event(line)
-            if event is None:
-                log.warning("event_not_understood", line=line[:200].decode(errors="replace"))
-                continue
-            if isinstance(event, events.AdapterSaved | events.Failed):
-                last_words.terminal = event
-            on_event(event)
-    finally:
-        transport.close()
-
-
-async def _keep_log(process: asyncio.subprocess.Process, trainer_log: TrainerLog) -> None:
-    assert process.stdout is not None
-    while chunk := await process.stdout.read(65536):
-        trainer_log.write(chunk)

@@ -120,8 +120,19 @@ class Trainer:
 def main() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, as the real trainer does
     events_fd = int(sys.argv[sys.argv.index("--events-fd") + 1])
-    for line in sys.stdin:
+    warm = "--warm" in sys.argv
+    served = 0
+    base_model = None
+    while True:
+        if warm:
+            ready = {"kind": "ready", "served": served, "base_model": base_model, "resident_bytes": 1}
+            os.write(events_fd, json.dumps(ready).encode() + b"\n")
+        if not (line := sys.stdin.readline()):
+            return
         spec = json.loads(line)
+        served, base_model = served + 1, spec["base_model"]
+        if spec.get("kind") == "hold":
+            continue
         trainer = Trainer(events_fd, spec)
         trainer.say("started", pid=os.getpid())
         first = Path(spec["dataset_path"]).read_text().splitlines()[:1]
