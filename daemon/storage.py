@@ -7,6 +7,7 @@ its hash was read back; one that was interrupted goes on where it stopped; nobod
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import hashlib
 import os
@@ -133,7 +134,14 @@ class FolderStorage:
         return StoredObject(object_path, size, await asyncio.to_thread(sha256_of, to))
 
     async def delete(self, object_path: str) -> None:
-        self._locate(self._bucket, object_path).unlink(missing_ok=True)
+        file = self._locate(self._bucket, object_path)
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            raise storage_trouble(file, error) from error
+        # Buckets have no folders: the last object of one takes it along.
+        with contextlib.suppress(OSError):
+            file.parent.rmdir()
 
     async def check(self, expected_bytes: int) -> None:
         folder = self._root / self._bucket

@@ -48,6 +48,9 @@ LONGEST_WAIT_SECONDS = 20.0
 # A TUS upload that the server has forgotten is begun again, but not for ever.
 BEGINNINGS = 3
 
+# What an attempt stores: archive, weights and log, configuration and manifest, chart.
+STORED_TYPES = ("application/gzip", "application/octet-stream", "application/json", "image/png")
+
 RETRYABLE = frozenset({408, 423, 429, 500, 502, 503, 504, 544})
 
 Result = TypeVar("Result")
@@ -195,7 +198,7 @@ class SupabaseStorage:
                 f"the adapter will have about {expected_bytes:,} bytes; bucket {self._bucket} takes {limit:,} a file",
                 "raise the bucket's file size limit, or lower lora_rank",
             )
-        refused = [kind for kind in ("application/gzip", "application/octet-stream") if not _takes(types, kind)]
+        refused = [kind for kind in STORED_TYPES if not _takes(types, kind)]
         if refused:
             raise JobFailed(
                 ErrorCode.UPLOAD_FAILED,

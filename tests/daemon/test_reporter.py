@@ -11,6 +11,7 @@ import pytest
 
 from daemon.cost import Meter
 from daemon.database import Database
+from daemon.host import read_load
 from daemon.job import ClaimedJob
 from daemon.reporter import Reporter
 from daemon.store import Store
@@ -205,3 +206,15 @@ async def test_while_the_database_is_away_everything_is_kept_and_written_when_it
         writing.cancel()
         await asyncio.gather(writing, return_exceptions=True)
     assert [point["step"] for point in claimed.points()] == [1, 2, 3]
+
+
+async def test_a_card_that_says_nothing_leaves_its_numbers_empty(claimed: Claimed) -> None:
+    meter = Meter(price=None, num_gpus=1, already_spent=0.0)
+    reporter = Reporter(
+        claimed.store, claimed.job.lease, meter=meter, on_refused=lambda: None, read_load=lambda: read_load(9_999)
+    )
+    reporter.report(claimed.step(1))
+    await reporter.flush()
+    metrics = claimed.app.job(claimed.id)["current_metrics"]
+    assert metrics["gpu_utilization"] is None and metrics["gpu_temperature_celsius"] is None
+    assert metrics["gpu_power_watts"] is None and claimed.points()[0]["gpu_utilization"] is None

@@ -258,6 +258,12 @@ async def test_a_bucket_that_refuses_archives_is_found_before_training(
     double.buckets["lora-models"] = Bucket(allowed_mime_types=["image/png"])
     with pytest.raises(JobFailed, match="image/png"):
         await storage.check(1)
+    # The archive would pass; the configuration and the manifest beside it would not, hours later.
+    double.buckets["lora-models"] = Bucket(allowed_mime_types=["application/gzip", "application/octet-stream"])
+    with pytest.raises(JobFailed, match="not application/json, image/png"):
+        await storage.check(1)
+    double.buckets["lora-models"] = Bucket(allowed_mime_types=["application/*", "image/*"])
+    await storage.check(1)
 
 
 async def test_a_missing_dataset_is_named(storage: SupabaseStorage, double: StorageDouble) -> None:

@@ -44,7 +44,7 @@ class Sites:
             command=REAL,
             storage="supabase",
             checkpoints_in_storage="true",
-            checkpoint_seconds=0.2,
+            checkpoint_seconds=1,
             lease_seconds=2,
             models_dir=self.folder / "models",
             **settings,
@@ -56,7 +56,7 @@ class Sites:
         }
         return daemon
 
-    def insert(self, epochs: int = 12, conversations: int = 16) -> UUID:
+    def insert(self, epochs: int = 10, conversations: int = 16) -> UUID:
         path = f"{self.queue.user_id}/{uuid4()}.jsonl"
         lines = [json.dumps(conversation(number)) for number in range(conversations)]
         self.storage.put("lora-datasets", path, "\n".join(lines).encode())
@@ -74,10 +74,10 @@ class Sites:
         return UUID(str(row["id"]))
 
     async def wait_for(self, job: UUID, status: str) -> dict[str, Any]:
-        return await asyncio.to_thread(self.queue.wait_for, job, status, seconds=120)
+        return await asyncio.to_thread(self.queue.wait_for, job, status, seconds=300)
 
     async def wait_for_event(self, job: UUID, kind: str) -> dict[str, Any]:
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(300):
             while True:
                 if found := [event for event in self.queue.events(job) if event["kind"] == kind]:
                     return found[-1]
