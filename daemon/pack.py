@@ -43,6 +43,7 @@ BESIDE = {
     "adapter_config": "adapter_config.json",
     "training_logs": "training_log.jsonl",
     "metrics_chart": "metrics_chart.png",
+    "tensorboard": "training.tfevents",
 }
 
 # Formats that run code when they are opened.

@@ -25,6 +25,7 @@ from training.progress import ProgressCallback
 from training.spec import JobSpec
 from training.stop import StopSwitch
 from training.template import Example
+from training.trackers import tracking_callbacks
 from training.voice import Voice
 
 if TYPE_CHECKING:
@@ -69,7 +70,10 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
             args=_arguments(spec, plan, packed=packed),
             train_dataset=_as_dataset(corpus.train),
             processing_class=tokenizer,
-            callbacks=[ProgressCallback(plan=plan, journal=journal, voice=voice, stop=stop, spec=spec, trainer=self)],
+            callbacks=[
+                ProgressCallback(plan=plan, journal=journal, voice=voice, stop=stop, spec=spec, trainer=self),
+                *tracking_callbacks(spec, journal, voice),
+            ],
         )
         # TRL casts the adapter of a quantised model to bf16. A resumed run would read it back as float32 and part from
         # the uninterrupted one; and bf16 loses small updates.
@@ -186,6 +190,8 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         self._voice.say(
             Evaluated(job_id=self._voice.job_id, step=step, epoch=record.epoch, validation_loss=record.validation_loss)
         )
+        # The library tells its callbacks so in the loop that this one replaces.
+        self.callback_handler.on_log(self.args, self.state, self.control, {"eval_loss": loss})
         if self.journal.best is record:
             self.best_weights = trained_tensors(self.model)
         elif self._patience_is_over():
