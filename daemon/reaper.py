@@ -15,21 +15,35 @@ from daemon.store import Store
 
 log = structlog.get_logger()
 
+# Half of a heartbeat's period, and no less than a busy machine needs: an answer that took longer was kept waiting
+# somewhere, and so were the heartbeats of others.
+PROMPT_PART = 1 / 6
+PROMPT_SECONDS = 1.0
+
 
 async def reap_for_ever(store: Store, lease_seconds: float) -> None:
     """Reap twice a lease until cancelled.
 
-    After our own (re)connect every holder first gets one lease's time to renew: an outage of the
-    database must not look like the death of all hosts."""
+    Whenever the database was away every holder first gets one lease's time to renew: an outage must not look like the
+    death of all hosts. It was away where a statement failed with its connection, and also where an answer came late:
+    a pooler holds its clients' connections and statements while its server is gone, and nobody sees an error.
+    (A restart of the server is known to the database itself, which reaps nobody for the time of it.)"""
+    prompt = max(lease_seconds * PROMPT_PART, PROMPT_SECONDS)
+    late_at = 0.0
     while True:
         await asyncio.sleep(lease_seconds / 2)
-        connected_at = store.database.connected_at
+        asked_at = time.monotonic()
         try:
-            if connected_at is None:
-                # Connects, so that the waiting begins; a process without work may have nothing else to ask.
-                await store.next_due_in()
-            elif time.monotonic() - connected_at >= lease_seconds:
-                for reaped in await store.reap_expired_leases():
-                    log.warning("job_reaped", job_id=str(reaped.job_id), state=reaped.state)
+            # Asked before each reaping, not with it: what waits at a pooler is done the moment that its server is back.
+            await store.next_due_in()
+            answered_at = time.monotonic()
+            if answered_at - asked_at > prompt:
+                log.info("reap_paused", waited_seconds=round(answered_at - asked_at, 1))
+                late_at = answered_at
+            connected_at = store.database.connected_at
+            if connected_at is None or answered_at - max(connected_at, late_at) < lease_seconds:
+                continue
+            for reaped in await store.reap_expired_leases():
+                log.warning("job_reaped", job_id=str(reaped.job_id), state=reaped.state)
         except DatabaseAway as error:
             log.debug("reap_delayed", error=str(error))

@@ -70,6 +70,16 @@ class TcpProxy:
 
         return self._call(self._each(freeze, application))
 
+    def hold_back(self) -> None:
+        """Everything on the living connections waits until `let_go` and then arrives, late and whole.
+
+        So does a pooler with its clients' statements while its server is away."""
+        self.half_open()
+
+    def let_go(self) -> None:
+        """What was held back arrives."""
+        self._call(self._each(lambda connection: connection.flowing.set(), None))
+
     def cut(self, application: str | None = None) -> int:
         """Reset the living connections (of that application); new ones are welcome. Returns how many."""
         return self._call(self._each(_Connection.cut, application))
