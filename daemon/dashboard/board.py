@@ -16,6 +16,7 @@ from typing import Any
 Row = dict[str, Any]
 
 UNDER_WAY = frozenset({"initializing", "running", "lost"})
+ENDED = frozenset({"completed", "failed", "cancelled"})
 MOST_ENDED = 200
 # Beyond it every other point of a live curve is dropped: more than a screen has pixels for.
 MOST_POINTS = 600
@@ -76,22 +77,23 @@ class Board:
             self._forget(set(self.jobs) - seen)
         self._forget_old_endings()
 
-    def take_story(self, events: Iterable[Row], settled: int) -> bool:
-        """New lines of the story, some of which were told before. True when one of them moved a job."""
-        self._told = {number for number in self._told if number > settled}
-        moved = False
+    def take_story(self, events: Iterable[Row], settled: int) -> set[str]:
+        """New lines of the story, some of which were told before. Returns the states that jobs moved to."""
+        moved = set()
         for event in events:
-            # Those before `settled` are not read again.
             if event["id"] in self._told:
                 continue
             self._told.add(event["id"])
             self._news.story.append(_bounded(event))
-            moved = moved or "to" in event["data"]
+            if "to" in event["data"]:
+                moved.add(str(event["data"]["to"]))
             if event["kind"] == "evaluated":
                 self._take_validation(event["job_id"], event["data"])
             elif event["kind"] == "resumed":
                 # The points after the checkpoint are gone from the rows.
                 self.curves.pop(event["job_id"], None)
+        # What is settled is not read again.
+        self._told = {number for number in self._told if number > settled}
         return moved
 
     def take_queue(self, rows: list[Row]) -> None:

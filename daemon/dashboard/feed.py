@@ -26,7 +26,7 @@ from uuid import UUID, uuid4
 
 import structlog
 
-from daemon.dashboard.board import MOST_ENDED, Board
+from daemon.dashboard.board import ENDED, MOST_ENDED, Board
 from daemon.dashboard.stream import Client, message
 from daemon.database import Database
 from daemon.errors import DatabaseAway, HostUnfit
@@ -47,7 +47,7 @@ WHOLE_SECONDS = 15.0
 BEAT_SECONDS = 5.0
 AWAY_SECONDS = 1.0
 # A page that is loaded anew finds the reader warm.
-LINGER_SECONDS = 10.0
+LINGER_SECONDS = 3.0
 STATEMENT_SECONDS = 5.0
 MOST_QUEUED = 200
 MOST_NEWS = 1000
@@ -219,6 +219,7 @@ class _Reader:
         self._after: int | None = None
         self._whole_at = self._workers_at = self._queue_at = float("-inf")
         self._queue_read_at = self._queue_seconds = 0.0
+        self._day_is_old = True
 
     async def look(self) -> None:
         """Bring the board up to date. Raises what Database raises."""
@@ -236,20 +237,29 @@ class _Reader:
     async def _read_jobs(self, whole: bool) -> None:
         board = self._board
         ids = [job_id for job_id, _ in board.queue["order"]] if whole else board.missing_jobs()
+        with_day = whole or self._day_is_old
         row = (
             await self._fetch(
-                "read_board", after=self._after, whole=whole, ids=ids, most_news=MOST_NEWS, most_ended=MOST_ENDED
+                "read_board",
+                after=self._after,
+                whole=whole,
+                day=with_day,
+                ids=ids,
+                most_news=MOST_NEWS,
+                most_ended=MOST_ENDED,
             )
         )[0]
         self._after = row["settled"]
         board.take_jobs(row["jobs"], whole=whole)
         if missing := board.missing_curves():
             board.take_curves(missing, await self._fetch("read_curves", ids=missing, most=CURVE_POINTS))
-        if board.take_story(row["news"], row["settled"]):
+        moved = board.take_story(row["news"], row["settled"])
+        if moved:
             # The order of the queue and its reasons have changed: soon, but no oftener than it may cost.
             self._queue_at = min(self._queue_at, self._queue_read_at + self._queue_gap)
-        if whole:
+        if with_day:
             board.take_day(row["day"])
+        self._day_is_old = bool(moved & ENDED)
 
     @property
     def _queue_gap(self) -> float:

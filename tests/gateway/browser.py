@@ -19,7 +19,7 @@ from tests.daemon_process import eventually
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
     "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
-    "--force-color-profile=srgb",
+    "--force-color-profile=srgb", "--hide-scrollbars",
 )  # fmt: skip
 
 

@@ -21,11 +21,14 @@ SIZES = {"wide": (1440, 900), "tablet": (820, 1180), "phone": (390, 844)}
 PICTURE = ROOT / "docs" / "images" / "dashboard.png"
 
 
-def take(browser: Browser, url: str, file: Path, size: str, theme: str, view: str = "") -> None:
+def take(browser: Browser, url: str, file: Path, size: str, theme: str, view: str = "", full: bool = False) -> None:
     browser.resize(*SIZES[size], theme=theme)
     browser.driver.get(f"{url}/dashboard#/{view}")
     browser.driver.refresh()
     browser.wait_for("canvas" if view else ".running .spark .line[d^=M]")
+    if full:
+        # All of the page, not only what a screen shows of it.
+        browser.resize(SIZES[size][0], int(browser.number("return document.documentElement.scrollHeight")), theme=theme)
     file.write_bytes(browser.driver.get_screenshot_as_png())
 
 
@@ -48,7 +51,9 @@ def main() -> None:
             for size in SIZES:
                 for theme in ("light", "dark"):
                     take(browser, gateway.url, folder / f"overview-{size}-{theme}.png", size, theme)
-                    for job in ("running1", "failed"):
+                    if size != "wide" or theme == "light":
+                        take(browser, gateway.url, folder / f"whole-{size}-{theme}.png", size, theme, full=True)
+                    for job in ("running1", "failed", "completed"):
                         take(
                             browser, gateway.url, folder / f"{job}-{size}-{theme}.png", size, theme, f"jobs/{jobs[job]}"
                         )

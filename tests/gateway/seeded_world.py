@@ -161,11 +161,15 @@ class World:
         ended = self.now - timedelta(hours=hours_ago)
         code, message, hint = error or (None, None, None)
         job_id = self.add_job(
-            status, hours_ago * 60 + minutes + 4, current_stage=status, current_step=320, total_steps=320, attempt=1,
+            status, hours_ago * 60 + minutes + 4, current_stage=status, attempt=1,
+            current_step=320 if status == "completed" else 198, total_steps=320,
             progress=100 if status == "completed" else 61, started_at=ended - timedelta(minutes=minutes),
             completed_at=ended, final_cost=round(3.5 * minutes / 60, 2), error_code=code, error_message=message,
             error_hint=hint, lease_epoch=1, current_epoch=3 if status == "completed" else 1,
         )  # fmt: skip
+        loss, held = self.draw_curve(job_id, 320 if status == "completed" else 198, 320)
+        metrics = {"training_loss": round(loss, 4), "validation_loss": round(held, 4)}
+        self._execute("UPDATE training_jobs SET current_metrics = %s WHERE id = %s", Jsonb(metrics), job_id)
         if status == "completed":
             self._execute(
                 "UPDATE training_jobs SET adapter_path = %s, adapter_sha256 = %s, adapter_bytes = 83886080, "

@@ -67,6 +67,7 @@ export function lossChart() {
   const element = el("div", {}, legend, box);
   let plot = null;
   let data = [[], [], []];
+  let last = null;
 
   const readout = (place) => {
     const at = place ?? data[0].length - 1;
@@ -94,10 +95,11 @@ export function lossChart() {
         width: Math.max(box.clientWidth, 200),
         height: 280,
         legend: { show: false },
-        cursor: { y: false, points: { size: 7 }, drag: { x: true, y: false } },
-        scales: { x: { time: false } },
+        cursor: { y: false, points: { size: 7 }, drag: { x: false, y: false } },
+        // The width is the whole job, so that the curve also tells how far it is.
+        scales: { x: { time: false, range: (_, low, high) => [low ?? 0, Math.max(high ?? 1, last ?? 0, 1)] } },
         axes: [
-          { ...axis, size: 32, values: (_, steps) => steps.map((step) => (Number.isInteger(step) ? count(step) : "")) },
+          { ...axis, grid: { show: false }, size: 32, values: (_, steps) => steps.map((step) => (Number.isInteger(step) ? count(step) : "")) },
           { ...axis, size: 48, values: (_, values) => values.map((value) => value.toFixed(2)) },
         ],
         series: [
@@ -106,6 +108,7 @@ export function lossChart() {
           {
             stroke: colour("--text"),
             width: 1.5,
+            dash: [1, 4],
             spanGaps: true,
             points: { show: true, size: 6, fill: colour("--surface"), stroke: colour("--text") },
           },
@@ -127,7 +130,9 @@ export function lossChart() {
 
   return {
     element,
-    update(curve) {
+    isEmpty: () => data[0].length === 0,
+    update(curve, totalSteps) {
+      last = isNumber(totalSteps) ? totalSteps : null;
       const points = curve.points.filter(([, value]) => isNumber(value));
       const held = new Map(curve.validation.filter(([, value]) => isNumber(value)));
       const trained = new Map(points);
@@ -135,6 +140,7 @@ export function lossChart() {
       data = [steps, steps.map((step) => trained.get(step) ?? null), steps.map((step) => held.get(step) ?? null)];
       mark(box, "aria-label", describe(points, [...held]));
       mark(box, "data-points", points.length);
+      if (!steps.length) return readout(null);
       if (plot) plot.setData(data);
       else draw();
       readout(plot.cursor.idx ?? null);

@@ -44,7 +44,8 @@ export function jobPage(view, id) {
       page.samples.show(whole.story);
       page.spec(whole.job);
       page.files(id, whole.job);
-      chart.update(whole.curve);
+      chart.update(whole.curve, whole.job.total_steps);
+      show();
     } catch (error) {
       if (ended) return;
       mark(view, "aria-busy", "false");
@@ -98,7 +99,7 @@ export function jobPage(view, id) {
       whole.curve[name].push(...more);
       grown = grown || more.length > 0;
     }
-    if (grown) chart.update(whole.curve);
+    if (grown) chart.update(whole.curve, job().total_steps);
   }
 
   async function move(verb) {
@@ -162,6 +163,7 @@ function layout(chart) {
   const fileList = el("ul", { class: "files" });
   const filePart = part("Files", fileList);
   filePart.hidden = true;
+  const chartPart = part("Loss", chart.element);
   const stack = el("pre", { tabindex: "0" });
   const stackPart = el("details", { class: "part", hidden: true }, el("summary", { text: "For the operator: the stack" }), stack);
   const element = el(
@@ -172,7 +174,7 @@ function layout(chart) {
     fault.element,
     wayRow,
     facts,
-    part("Loss", chart.element),
+    chartPart,
     samples.element,
     el("div", { class: "columns" }, story.element, el("div", {}, filePart, specPart, stackPart)),
   );
@@ -196,6 +198,7 @@ function layout(chart) {
       bar.value = job.progress;
       say(way, wayWords(job));
       factList.show(factsOf(job, read), ([name]) => name);
+      chartPart.hidden = chart.isEmpty() && (FINAL.includes(job.state) || job.state === "queued");
     },
     spec(read) {
       const pairs = [
@@ -273,10 +276,10 @@ function factsOf(job, read) {
   fact("attempt", job.attempt ? `${job.attempt} of ${job.max_attempts}` : "");
   const host = state.workers.find((worker) => worker.worker_id === job.worker_id);
   fact("host", host ? host.host : "");
-  fact("queued", `${f.clock(job.queued_at)}`);
+  fact("queued", f.clock(job.queued_at));
   if (job.started_at) fact("waited", f.span((Date.parse(job.started_at) - Date.parse(job.queued_at)) / 1000));
   if (job.started_at) fact("ran", f.span(((job.completed_at ? Date.parse(job.completed_at) : now()) - Date.parse(job.started_at)) / 1000));
-  if (job.completed_at) fact("ended", `${f.clock(job.completed_at)}, ${f.ago(secondsSince(job.completed_at))}`);
+  if (job.completed_at) fact("ended", f.ago(secondsSince(job.completed_at)));
   return facts;
 }
 

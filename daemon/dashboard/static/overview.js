@@ -136,22 +136,23 @@ function hostCard() {
   const what = el("span", { class: "muted" });
   const status = el("span", { class: "state" });
   const slots = el("div", { class: "slots", "aria-hidden": "true" });
+  const busy = el("span");
   const load = el("span");
   const seen = el("span", { class: "muted" });
   const element = el(
     "li",
     { class: "card" },
     el("div", { class: "line" }, name, status),
-    what,
+    el("div", { class: "line small" }, what, seen),
     slots,
-    el("div", { class: "line small" }, load, seen),
+    el("div", { class: "line small" }, busy, load),
   );
   return {
     element,
     update(host) {
       say(name, host.host);
-      const card = host.device === "cpu" ? "CPU" : `${host.gpu_count} × ${host.gpu_type ?? "GPU"}`;
-      const memory = f.isNumber(host.gpu_memory_gb) ? ` · ${Math.round(host.gpu_memory_gb)} GB` : "";
+      const card = host.device === "cpu" ? "CPU" : `${host.gpu_count} × ${f.words(host.gpu_type ?? "GPU").replace(/^NVIDIA /, "")}`;
+      const memory = f.isNumber(host.gpu_memory_gb) && !/\d ?GB/i.test(card) ? ` · ${Math.round(host.gpu_memory_gb)} GB` : "";
       say(what, card + memory);
       say(status, host.state);
       mark(status, "data-state", host.state);
@@ -164,7 +165,8 @@ function hostCard() {
         .map((job) => f.metric(job, "gpu_utilization"))
         .filter((value) => value !== null);
       const mean = loads.length ? loads.reduce((a, b) => a + b, 0) / loads.length : null;
-      say(load, `${host.busy} of ${host.slots} busy` + (mean === null ? "" : ` · GPU ${f.percent(mean)}`));
+      say(busy, `${host.busy} of ${host.slots} busy`);
+      say(load, mean === null ? "" : `GPU ${f.percent(mean)}`);
       say(seen, `seen ${f.ago(secondsSince(host.last_seen_at))}`);
     },
   };
@@ -219,10 +221,10 @@ function runningRow() {
     el("div", { class: "cell curve" }, curve.element),
     cell("loss ", loss, "now"),
     el("div", { class: "cell way" }, bar, stage),
-    cell("tokens a second ", speed),
-    cell("GPU ", gpu),
-    cell("cost ", cost),
-    cell("left ", left),
+    cell("tokens a second ", speed, "speed"),
+    cell("GPU ", gpu, "gpu"),
+    cell("cost ", cost, "cost"),
+    cell("left ", left, "left"),
   );
   return {
     element,
