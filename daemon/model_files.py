@@ -7,11 +7,13 @@ named by their sha256.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,9 @@ from daemon.storage import sha256_of
 MARKER = ".brightrun-model.json"
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
+# Where `models quantize --replace` leaves the 4-bit copy, alone (training.folder has the same names).
+KEPT_COPY = "nf4"
+COPY_MANIFEST = "manifest.json"
 
 # Any one of these sets carries a vocabulary.
 _VOCABULARIES = (
@@ -96,11 +101,44 @@ def verify_hashes(folder: Path, on_file: Callable[[str, int], None] = lambda _na
 
 def model_bytes(folder: Path) -> int:
     """Size of the weights, links followed."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.is_file())
+    weights = [*folder.glob("*.safetensors"), *(folder / KEPT_COPY).glob("*.safetensors")]
+    return sum(file.stat().st_size for file in weights if file.is_file())
+
+
+def keeps_copy_only(folder: Path) -> bool:
+    """True when a 4-bit copy stands in place of the weights; 16-bit weights beside it count before it."""
+    has_weights = (folder / INDEX).exists() or (folder / WEIGHTS).exists()
+    return not has_weights and (folder / KEPT_COPY / COPY_MANIFEST).is_file()
+
+
+def read_copy_manifest(copy: Path) -> dict[str, Any]:
+    """What the trainer wrote beside a 4-bit copy. Raises OSError, ValueError, KeyError or TypeError."""
+    manifest = dict(json.loads((copy / COPY_MANIFEST).read_text(encoding="utf-8")))
+    return {
+        "files": {str(name): str(digest) for name, digest in manifest["files"].items()},
+        "tensors": {str(name): tuple(shape) for name, shape in manifest["tensors"].items()},
+        "versions": dict(manifest["fingerprint"]["versions"]),
+    }
+
+
+def faults_of_copy(copy: Path) -> list[str]:
+    """What keeps a 4-bit copy from being used: a file missing or cut, or other libraries than those that made it."""
+    try:
+        manifest = read_copy_manifest(copy)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"the 4-bit copy's {COPY_MANIFEST} cannot be read ({type(error).__name__})"]
+    faults = [fault for name in sorted(manifest["files"]) for fault in _faults_of_shard(copy / name, None)]
+    for library, made_with in sorted(manifest["versions"].items()):
+        with contextlib.suppress(PackageNotFoundError):
+            if (here := version(library)) != made_with:
+                faults.append(f"the 4-bit copy was made with {library} {made_with}, and {here} is installed")
+    return faults
 
 
 def _faults_of_weights(folder: Path) -> list[str]:
     index = folder / INDEX
+    if keeps_copy_only(folder):
+        return faults_of_copy(folder / KEPT_COPY)
     if index.exists():
         return _faults_of_shards(folder, index)
     if (folder / WEIGHTS).exists():
@@ -161,6 +199,9 @@ def _read_header(file: Path) -> tuple[int, dict[str, Any]]:
 
 def weight_shapes(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every tensor of a whole model folder, without reading the weights."""
+    if keeps_copy_only(folder):
+        yield from read_copy_manifest(folder / KEPT_COPY)["tensors"].items()
+        return
     for file in sorted(folder.glob("*.safetensors")):
         for name, entry in _read_header(file)[1].items():
             if name != "__metadata__":
@@ -170,6 +211,10 @@ def weight_shapes(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
 def _known_hashes(folder: Path) -> dict[str, str]:
     marker = read_marker(folder)
     known = dict(marker.sha256) if marker else {}
+    if keeps_copy_only(folder):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            files = read_copy_manifest(folder / KEPT_COPY)["files"]
+            known |= {f"{KEPT_COPY}/{name}": digest for name, digest in files.items()}
     for file in folder.iterdir():
         if file.is_symlink() and _SHA256.fullmatch(file.readlink().name):
             known.setdefault(file.name, file.readlink().name)

@@ -31,7 +31,7 @@ import structlog
 
 from daemon.errors import JobDelayed, JobError, JobFailed
 from daemon.hub import Order, bytes_on_disk
-from daemon.model_files import faults_of_model, model_bytes, read_config, read_marker, verify_hashes
+from daemon.model_files import KEPT_COPY, faults_of_model, model_bytes, read_config, read_marker, verify_hashes
 from daemon.settings import Settings
 from training.events import ErrorCode
 from training.spec import MODEL_NAME
@@ -188,7 +188,7 @@ def _candidates(name: str, settings: Settings) -> Iterator[_Candidate]:
 
 def _looks_like_model(path: Path) -> bool:
     """A folder with anything of a model in it; `<org>` itself, which holds only folders, is none."""
-    if not path.is_dir():
+    if not path.is_dir() or (path.name == KEPT_COPY and (path.parent / "config.json").is_file()):
         return False
     return any(
         entry.name in ("config.json", "config.json.part") or entry.suffix == ".safetensors" or read_marker(path)

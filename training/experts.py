@@ -9,13 +9,14 @@ transposition.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import bitsandbytes.functional as bnb
 import torch
 from transformers import BitsAndBytesConfig
-from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist
+from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_mm
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -60,20 +61,30 @@ class Nf4Quantizer(Bnb4BitHfQuantizer):
         conversions: list[Any] = super().update_weight_conversions(  # type: ignore[no-untyped-call]
             weight_conversions, model
         )
-        for conversion in conversions:
-            kinds = [type(operation) for operation in getattr(conversion, "operations", ())]
-            if kinds in ([MergeModulelist], [MergeModulelist, Concatenate]) and _targets_experts(conversion, model):
-                conversion.operations = [PackExperts()]
-        return conversions
+        return [_packing(conversion, model) for conversion in conversions]
+
+
+class PackingConverter(WeightConverter):
+    """Hands on the readers of single experts where the library's own would read a layer's experts all at once."""
+
+    # Empty, or the class would get a __dict__ that the base does without.
+    __slots__ = ()
+
+    def materialize_tensors(self) -> dict[str, Any]:
+        # Readers, not futures: transformers loads without threads while it quantises.
+        return {pattern: self.collected_tensors.pop(pattern) for pattern in list(self.collected_tensors)}
 
 
 class PackExperts(ConversionOps):
-    """In place of stack and concatenate: at no time is more than one parameter of one layer in 16 bits."""
+    """In place of stack and concatenate: a few experts at a time are read, packed and let go.
+
+    So a layer's experts never exist in 16 bits together, on the host or on the card.
+    """
 
     @torch.no_grad()
     def convert(  # type: ignore[override]
         self,
-        input_dict: dict[str, list[torch.Tensor]],
+        input_dict: dict[str, list[Callable[[], torch.Tensor]]],
         source_patterns: list[str],
         target_patterns: list[str],
         full_layer_name: str,
@@ -82,26 +93,37 @@ class PackExperts(ConversionOps):
     ) -> dict[str, torch.Tensor]:
         module, name = get_module_from_name(model, full_layer_name)
         # The order of the sources is the order in the fused weight: gate before up.
-        lists = [input_dict.pop(pattern) for pattern in source_patterns if pattern in input_dict]
-        first = lists[0][0]
-        rows = sum(experts[0].shape[0] for experts in lists)
-        shape = torch.Size((len(lists[0]), rows, *first.shape[1:]))
-        packed, state = pack(_consume(lists), shape, first.dtype, first.device)
+        readers = [input_dict.pop(pattern) for pattern in source_patterns if pattern in input_dict]
+        pieces = _read_experts(readers)
+        first = next(pieces)
+        shape = torch.Size((len(readers[0]), *first.shape[1:]))
+        packed, state = pack(chain((first,), pieces), shape, first.dtype, first.device)
         expert_states(module)[name] = state
         return {target_patterns[0]: torch.nn.Parameter(packed, requires_grad=False)}
 
 
-def _consume(lists: list[list[torch.Tensor]]) -> Iterator[torch.Tensor]:
-    """Whole experts, several together, each let go once it is packed."""
-    size = sum(experts[0].numel() for experts in lists)
-    together = max(1, PIECE_ELEMENTS // size)
-    count = len(lists[0])
-    for start in range(0, count, together):
-        group = range(start, min(start + together, count))
-        yield torch.stack([torch.cat([experts[index] for experts in lists]) for index in group])
-        for experts in lists:
-            for index in group:
-                experts[index] = experts[index].new_empty(0)
+def _read_experts(readers: list[list[Callable[[], torch.Tensor]]]) -> Iterator[torch.Tensor]:
+    """Whole experts in their order, some together where they are small."""
+    waiting: list[torch.Tensor] = []
+    for parts in zip(*readers, strict=True):
+        waiting.append(torch.cat([read() for read in parts]))
+        if len(waiting) * waiting[0].numel() >= PIECE_ELEMENTS:
+            yield torch.stack(waiting)
+            waiting.clear()
+    if waiting:
+        yield torch.stack(waiting)
+
+
+def _packing(conversion: Any, model: Any) -> Any:
+    """The conversion, or one in its place that packs, where it makes fused experts out of single ones."""
+    kinds = [type(operation) for operation in getattr(conversion, "operations", ())]
+    if kinds not in ([MergeModulelist], [MergeModulelist, Concatenate]) or not _targets_experts(conversion, model):
+        return conversion
+    packing = PackingConverter(
+        list(conversion._original_source_patterns), list(conversion._original_target_patterns), [PackExperts()]
+    )
+    packing.scope_prefix, packing.base_model_prefix = conversion.scope_prefix, conversion.base_model_prefix
+    return packing
 
 
 def _targets_experts(conversion: Any, model: Any) -> bool:

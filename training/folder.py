@@ -11,16 +11,24 @@ from typing import Any
 from training.events import ErrorCode
 from training.failures import TrainingFailed
 
+# Where `models quantize --replace` leaves the 4-bit copy, alone, in the model's own folder. (The daemon's model_files
+# has the same names.)
+KEPT_COPY = "nf4"
+COPY_MANIFEST = "manifest.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A folder that has a readable config, every shard of its weights, and a tokenizer."""
+    """A folder that has a readable config, every shard of its weights, and a tokenizer.
+
+    Where the 4-bit copy is all that is kept of the weights, `kept_copy` is its folder and there are no shards.
+    """
 
     path: Path
     config: dict[str, Any]
     shards: tuple[Path, ...]
+    kept_copy: Path | None = None
 
     @property
     def weight_bytes(self) -> int:
@@ -33,7 +41,10 @@ class ModelFolder:
         return nested if isinstance(nested, dict) else self.config
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Name and shape of every stored tensor, read from the files' headers."""
+        """Name and shape of every tensor of the checkpoint, from the files' headers or what the copy remembers."""
+        if self.kept_copy is not None:
+            manifest = json.loads((self.kept_copy / COPY_MANIFEST).read_text(encoding="utf-8"))
+            yield from ((name, tuple(shape)) for name, shape in manifest["tensors"].items())
         for shard in self.shards:
             for name, entry in read_header(shard).items():
                 if name != "__metadata__":
@@ -55,10 +66,11 @@ def open_model_folder(path: Path, name: str) -> ModelFolder:
             "download it with `brightrun-trainer models pull`, or correct the model's name",
         )
     config = _read_json(path / "config.json", name)
-    shards = _shards(path, name)
+    kept_copy = _kept_copy(path)
+    shards = () if kept_copy is not None else _shards(path, name)
     if not any((path / file).is_file() for file in _TOKENIZER_FILES):
         raise _incomplete(name, "has no tokenizer (tokenizer.json or tokenizer.model)")
-    return ModelFolder(path, config, shards)
+    return ModelFolder(path, config, shards, kept_copy)
 
 
 def read_header(shard: Path) -> dict[str, Any]:
@@ -76,6 +88,13 @@ def read_header(shard: Path) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise ValueError(f"{shard.name} has an unreadable header")
     return header
+
+
+def _kept_copy(path: Path) -> Path | None:
+    """The copy in the folder, unless there are 16-bit weights, which count before it."""
+    if (path / "model.safetensors.index.json").is_file() or (path / "model.safetensors").is_file():
+        return None
+    return path / KEPT_COPY if (path / KEPT_COPY / COPY_MANIFEST).is_file() else None
 
 
 def _shards(path: Path, name: str) -> tuple[Path, ...]:

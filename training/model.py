@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.models.auto.auto_factory import _get_model_class
 
 from training.events import ErrorCode
 from training.experts import EXPERTS_FUNCTION, Nf4Config
@@ -62,10 +64,11 @@ def load_base_model(spec: Wanted, folder: ModelFolder, voice: Voice | None = Non
     architecture that transformers does not know or that would not become 4-bit.
     """
     dtype = compute_dtype(spec.device)
+    model = _load_kept_copy(spec, folder, dtype) if folder.kept_copy is not None else None
     copy = None
-    if spec.quantize and spec.quantized_dir is not None:
+    if model is None and spec.quantize and spec.quantized_dir is not None:
         copy = QuantizedCopy.of(spec.quantized_dir, folder, spec.base_model, dtype)
-    model = _load_copy(copy, spec, folder, voice) if copy is not None and copy.exists else None
+        model = _load_copy(copy, spec, voice) if copy.exists else None
     if model is None:
         model = _load_original(spec, folder, dtype)
         if copy is not None and not copy.save(model) and voice is not None:
@@ -82,9 +85,9 @@ def load_base_model(spec: Wanted, folder: ModelFolder, voice: Voice | None = Non
     return model
 
 
-def _load_copy(copy: QuantizedCopy, spec: Wanted, folder: ModelFolder, voice: Voice | None) -> PreTrainedModel | None:
+def _load_copy(copy: QuantizedCopy, spec: Wanted, voice: Voice | None) -> PreTrainedModel | None:
     try:
-        return copy.load(folder, compute_dtype(spec.device), _device(spec))
+        return copy.load(compute_dtype(spec.device), _device(spec))
     except CopyUnusable as error:
         if voice is not None:
             voice.notice(
@@ -94,6 +97,25 @@ def _load_copy(copy: QuantizedCopy, spec: Wanted, folder: ModelFolder, voice: Vo
         return None
 
 
+def _load_kept_copy(spec: Wanted, folder: ModelFolder, dtype: torch.dtype) -> PreTrainedModel:
+    """Load what `models quantize --replace` left. There is nothing to make it anew from, so it is never discarded."""
+    again = f"download the model again: `brightrun-trainer models pull {spec.base_model}`"
+    if not spec.quantize:
+        raise TrainingFailed(
+            ErrorCode.MODEL_INCOMPLETE,
+            f"only the 4-bit copy of {spec.base_model} is kept on this host, and 16 bits were asked for",
+            again,
+        )
+    try:
+        return QuantizedCopy.kept(folder, spec.base_model, dtype).load(dtype, _device(spec))
+    except CopyUnusable as error:
+        raise TrainingFailed(
+            ErrorCode.MODEL_INCOMPLETE,
+            f"the 4-bit copy of {spec.base_model}, which is all that is kept of it, cannot be used: {error}",
+            again,
+        ) from error
+
+
 def _load_original(spec: Wanted, folder: ModelFolder, dtype: torch.dtype) -> PreTrainedModel:
     options: dict[str, Any] = {}
     if spec.quantize:
@@ -101,17 +123,19 @@ def _load_original(spec: Wanted, folder: ModelFolder, dtype: torch.dtype) -> Pre
         options["experts_implementation"] = EXPERTS_FUNCTION
     try:
         config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder.path,
-            config=config,
-            dtype=dtype,
-            # "auto" would size the model in 16 bits and spill half of it to the CPU.
-            device_map={"": _device(spec)},
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-        )
+        with _tensors_on_demand(folder) as tensors:
+            kind = _get_model_class(config, AutoModelForCausalLM._model_mapping)
+            loaded: Any = kind.from_pretrained(
+                None,
+                # Of a model that also sees, the language model alone.
+                config=config if kind.config_class is type(config) else config.get_text_config(),
+                state_dict=tensors,
+                dtype=dtype,
+                # "auto" would size the model in 16 bits and spill half of it to the CPU.
+                device_map={"": _device(spec)},
+                output_loading_info=True,
+                **options,
+            )
     except SafetensorError as error:
         raise TrainingFailed(
             ErrorCode.MODEL_INCOMPLETE,
@@ -126,8 +150,25 @@ def _load_original(spec: Wanted, folder: ModelFolder, dtype: torch.dtype) -> Pre
         ) from error
     model, report = loaded
     _refuse_missing(report, spec.base_model)
+    if (folder.path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder.path)
     original: PreTrainedModel = model
     return original
+
+
+@contextmanager
+def _tensors_on_demand(folder: ModelFolder) -> Iterator[dict[str, Any]]:
+    """Every stored tensor by name, read from its file when it is used, into memory of its own.
+
+    Not mapped, as the library would: mapped pages count as ours until the kernel takes them back, up to the size of
+    the whole checkpoint, and weights that stay in 16 bits would hang on the checkpoint's file for the whole run.
+    """
+    with ExitStack() as files:
+        tensors: dict[str, Any] = {}
+        for shard in folder.shards:
+            file = files.enter_context(safe_open(shard, framework="pt", device="cpu", backend="pread"))
+            tensors |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - a file is no dict
+        yield tensors
 
 
 def _device(spec: Wanted) -> torch.device:

@@ -23,7 +23,7 @@ class Request:
 
     base_model: str
     device: Literal["cpu", "cuda"]
-    quantized_dir: Path
+    quantized_dir: Path | None
     quantize: bool = True
 
 
@@ -32,7 +32,11 @@ def quantize(model_dir: Path, request: Request) -> dict[str, object]:
     from training.model import compute_dtype, load_base_model
     from training.quantized import QuantizedCopy
 
+    assert request.quantized_dir is not None
     folder = open_model_folder(model_dir, request.base_model)
+    if folder.kept_copy is not None:
+        load_base_model(request, folder)
+        return _answer(folder.kept_copy, made_before=True)
     copy = QuantizedCopy.of(request.quantized_dir, folder, request.base_model, compute_dtype(request.device))
     made_before = copy.exists
     load_base_model(request, folder)
@@ -40,11 +44,15 @@ def quantize(model_dir: Path, request: Request) -> dict[str, object]:
         return {
             "ok": False,
             "code": "disk_full",
-            "message": "the volume has no room for the copy",
-            "hint": "free space",
+            "message": f"the volume of {request.quantized_dir} has no room for the 4-bit copy of {request.base_model}",
+            "hint": "free space there: it takes a bit more than a quarter of the model's own size",
         }
-    size = sum(file.stat().st_size for file in copy.path.iterdir())
-    return {"ok": True, "path": str(copy.path), "bytes": size, "made_before": made_before}
+    return _answer(copy.path, made_before=made_before)
+
+
+def _answer(copy: Path, *, made_before: bool) -> dict[str, object]:
+    size = sum(file.stat().st_size for file in copy.iterdir())
+    return {"ok": True, "path": str(copy), "bytes": size, "made_before": made_before}
 
 
 def main() -> int:

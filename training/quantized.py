@@ -26,15 +26,14 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 from training.durable import sha256_of, sync
 from training.experts import EXPERTS_FUNCTION, Nf4Config, Nf4Quantizer, expert_states, has_fused_experts
-from training.folder import ModelFolder, read_header
+from training.folder import COPY_MANIFEST, ModelFolder, read_header
 from training.targets import UNQUANTISED_MODULES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_FORMAT = 1
-_MANIFEST = "manifest.json"
-_SHARD_BYTES = 4 * 2**30
+_FORMAT = 2
+_SHARD_BYTES = 2**30
 # Never fill a volume to the brim: checkpoints of running jobs live there, too.
 _SPARE_BYTES = 2 * 2**30
 
@@ -45,24 +44,32 @@ class CopyUnusable(Exception):
 
 @dataclass(frozen=True)
 class QuantizedCopy:
-    """Where the copy of one model stands, or will stand."""
+    """Where the copy of one model stands, or will stand. `folder` is the model that it is a copy of."""
 
     path: Path
     fingerprint: dict[str, Any]
+    folder: ModelFolder
 
     @classmethod
     def of(cls, root: Path, folder: ModelFolder, name: str, dtype: torch.dtype) -> QuantizedCopy:
         fingerprint = _fingerprint(folder, name, dtype)
         digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
-        return cls(root / f"{name.replace('/', '--')}-nf4-{digest[:16]}", fingerprint)
+        return cls(root / f"{name.replace('/', '--')}-nf4-{digest[:16]}", fingerprint, folder)
+
+    @classmethod
+    def kept(cls, folder: ModelFolder, name: str, dtype: torch.dtype) -> QuantizedCopy:
+        """The copy that is all that is kept of the weights; its sources are gone and cannot be compared."""
+        assert folder.kept_copy is not None
+        return cls(folder.kept_copy, _fingerprint(folder, name, dtype), folder)
 
     @property
     def exists(self) -> bool:
         return self.path.is_dir()
 
-    def load(self, folder: ModelFolder, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    def load(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """Build the model from the copy. Raises CopyUnusable when a file differs from what was written."""
         manifest = self._verified_manifest()
+        folder = self.folder
         config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
         settings = Nf4Config(dtype, list(UNQUANTISED_MODULES))
         with torch.device("meta"):
@@ -75,16 +82,17 @@ class QuantizedCopy:
         states: dict[str, dict[str, torch.Tensor]] = {}
         plain: dict[str, torch.Tensor] = {}
         for file_name in manifest["files"]:
-            with safe_open(self.path / file_name, framework="pt", device=str(device)) as file:
+            # Read, not mapped: what was hashed is what is used, whatever happens to the file from now on.
+            with safe_open(self.path / file_name, framework="pt", device="cpu", backend="pread") as file:
                 for key in file.keys():  # noqa: SIM118 - a safetensors file is no dict
                     kind, path, *part = key.split(":")
                     if kind == "state":
-                        states.setdefault(path, {})[part[0]] = file.get_tensor(key)
+                        states.setdefault(path, {})[part[0]] = file.get_tensor(key).to(device)
                     else:
-                        plain[key] = file.get_tensor(key)
-        for key, tensor in plain.items():
+                        plain[key] = file.get_tensor(key).to(device)
+        for key in list(plain):
             kind, path = key.split(":")
-            _put(model, kind, path, tensor, states.get(path))
+            _put(model, kind, path, plain.pop(key), states.pop(path, None))
         model.tie_weights()
         left = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if value.is_meta]
         if left:
@@ -114,9 +122,10 @@ class QuantizedCopy:
                 save_file(shard, file)
                 files[file.name] = sha256_of(file)
                 sync(file)
-            manifest = {"fingerprint": self.fingerprint, "files": files}
-            (staging / _MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
-            sync(staging / _MANIFEST)
+            tensors = {name: list(shape) for name, shape in self.folder.tensors()}
+            manifest = {"fingerprint": self.fingerprint, "files": files, "tensors": tensors}
+            (staging / COPY_MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
+            sync(staging / COPY_MANIFEST)
             self.discard()
             staging.rename(self.path)
         finally:
@@ -128,15 +137,23 @@ class QuantizedCopy:
 
     def _verified_manifest(self) -> dict[str, Any]:
         try:
-            manifest: dict[str, Any] = json.loads((self.path / _MANIFEST).read_text(encoding="utf-8"))
-            if manifest["fingerprint"] != self.fingerprint:
-                raise CopyUnusable("it was made from other files, with other settings or by other versions")
+            manifest: dict[str, Any] = json.loads((self.path / COPY_MANIFEST).read_text(encoding="utf-8"))
+            self._compare(manifest["fingerprint"])
             for name, expected in manifest["files"].items():
                 if sha256_of(self.path / name) != expected:
                     raise CopyUnusable(f"{name} has another hash than when it was written")
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CopyUnusable(f"it cannot be read ({error})") from error
         return manifest
+
+    def _compare(self, written: dict[str, Any]) -> None:
+        """Raises CopyUnusable where it was made from other files, with other settings or by other versions."""
+        compared = [key for key in self.fingerprint if key != "source" or self.folder.kept_copy is None]
+        differing = [key for key in compared if written.get(key) != self.fingerprint[key]]
+        if differing:
+            short = [key for key in differing if key not in ("source", "config")]
+            values = "".join(f"; {key} {written.get(key)}, here {self.fingerprint[key]}" for key in short)
+            raise CopyUnusable(f"other {', '.join(differing)} than when it was made{values}")
 
 
 def _fingerprint(folder: ModelFolder, name: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -177,16 +194,20 @@ def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _shards(model: Any) -> Iterator[dict[str, torch.Tensor]]:
-    """Tensors on the CPU, a few GiB together; never the whole model at once."""
+    """Tensors on the CPU, about a GiB together; never the whole model at once."""
     shard: dict[str, torch.Tensor] = {}
+    memories: set[int] = set()
     size = 0
     for key, tensor in _tensors(model):
-        # A copy of its own: two names for one memory are refused by safetensors.
-        shard[key] = tensor.to("cpu", copy=True).contiguous()
+        there = tensor.to("cpu").contiguous()
+        memory = there.untyped_storage().data_ptr()
+        # Two names for one memory are refused by safetensors; anything else need not be copied to be written.
+        shard[key] = there.clone() if memory in memories else there
+        memories.add(memory)
         size += tensor.numel() * tensor.element_size()
         if size >= _SHARD_BYTES:
             yield shard
-            shard, size = {}, 0
+            shard, memories, size = {}, set(), 0
     if shard:
         yield shard
 

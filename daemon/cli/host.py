@@ -22,7 +22,8 @@ def run() -> None:
     """Serve the queue on this host until told to stop.
 
     TERM drains: a checkpoint, then the jobs go back to the queue. A second TERM does not wait.
-    USR1 finishes the jobs at hand first.
+    USR1 finishes the jobs at hand first. Where stderr is no terminal, each line of its log is JSON
+    (TRAINER_LOG_FORMAT decides).
     """
     from daemon.service import run_service
 
@@ -30,7 +31,10 @@ def run() -> None:
 
 
 def serve() -> None:
-    """Serve the HTTP gateway: the older contracts, for callers that cannot insert a row."""
+    """Serve the HTTP gateway: the dashboard, and the older contracts for callers that cannot insert a row.
+
+    Where stderr is no terminal, each line of its log is JSON (TRAINER_LOG_FORMAT decides).
+    """
     import asyncio
 
     from daemon.gateway import serve_gateway
@@ -43,6 +47,7 @@ def fleet() -> None:
     """Keep a fleet: start pods when jobs wait that nobody can take, end those that are no use.
 
     For any cheap host; TRAINER_FLEET_POD says which pod. TERM ends the loop, and the pods stay.
+    Where stderr is no terminal, each line of its log is JSON (TRAINER_LOG_FORMAT decides).
     """
     from daemon.fleet import run_fleet
     from daemon.settings import load_settings
@@ -54,12 +59,17 @@ def migrate(
     local: Annotated[
         bool, typer.Option("--local", help="A plain Postgres: first create what Supabase would have (roles, auth).")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Bring the database up to date; keeps its record where `supabase db push` keeps it."""
     from daemon.cli.connection import database_url
+    from daemon.cli.terminal import print_json
     from daemon.migrate import migrate as apply
 
     applied = apply(database_url(), local=local)
+    if as_json:
+        print_json({"applied": applied})
+        return
     typer.echo("\n".join(f"applied {name}" for name in applied) or "already up to date")
 
 
@@ -93,11 +103,12 @@ def doctor(as_json: AsJson = False) -> None:
 
 def demo(
     data: Annotated[Path | None, typer.Option(help="Your own conversations, JSONL of messages.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Train a small model on this machine, from one inserted row, with an embedded Postgres."""
     from daemon.demo.run import run_demo
 
-    raise typer.Exit(run_demo(data))
+    raise typer.Exit(run_demo(data, as_json=as_json))
 
 
 def workers(

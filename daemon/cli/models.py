@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -120,23 +120,73 @@ def verify(model: ModelName, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def quantize(model: ModelName, as_json: AsJson = False) -> None:
-    """Make the 4-bit copy now, so that the first job loads a quarter of the bytes. Takes as long as one full load."""
-    import json
-    import subprocess
-    import sys
+def quantize(
+    model: ModelName,
+    replace: Annotated[
+        bool,
+        typer.Option("--replace", help="Delete the 16-bit weights once the copy is verified. There is no way back."),
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before deleting.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make the 4-bit copy now, so that the first job loads a quarter of the bytes. Takes as long as one full load.
+
+    With --replace the copy is all that is kept: it serves this version of the libraries and this kind of device, and
+    after an update of them the model must be pulled again.
+    """
+    from pathlib import Path
 
     from daemon.cli.failure import CommandFailed
-    from daemon.cli.terminal import console, print_json, say_done
-    from daemon.cli.trainer_process import trainer_environment
+    from daemon.cli.terminal import print_json, say_done
     from daemon.cli.wording import size
-    from daemon.host import find_gpus
-    from daemon.settings import quantized_dir
+    from daemon.replace_weights import replace_weights
 
     settings = model_settings()
     folder = local_model(model, settings)
     if folder is None:
         raise CommandFailed(f"{model} is not whole on this host", f"brightrun-trainer models pull {model}")
+    if replace and not yes:
+        _confirm_replacing(model, folder)
+    answer = _make_copy(model, folder, settings)
+    if replace:
+        copy = Path(str(answer["path"]))
+        answer["freed_bytes"] = replace_weights(folder, copy)
+        answer["path"] = str(folder)
+    if as_json:
+        print_json(answer)
+        return
+    was = "was there already" if answer["made_before"] else "is made"
+    say_done(f"the 4-bit copy of {model} {was}: {size(answer['bytes'])} in {answer['path']}")
+    if replace:
+        say_done(f"it is all that is kept: {size(answer['freed_bytes'])} of 16-bit weights are deleted")
+
+
+def _confirm_replacing(model: str, folder: Path) -> None:
+    import sys
+
+    from daemon.cli.failure import Misused
+    from daemon.cli.wording import size
+    from daemon.replace_weights import weights_of
+
+    doomed = sum(path.stat().st_size for path in weights_of(folder))
+    what = f"--replace deletes the {size(doomed)} of 16-bit weights of {model} in {folder}"
+    if not sys.stdin.isatty():
+        raise Misused(what, "say --yes where nobody can be asked")
+    typer.confirm(f"{what}, once the 4-bit copy is made and verified. Go on?", abort=True, err=True)
+
+
+def _make_copy(model: str, folder: Path, settings: Settings) -> dict[str, Any]:
+    """Have the trainer load the model, which leaves the copy behind."""
+    import json
+    import subprocess
+    import sys
+
+    from daemon.cli.failure import CommandFailed
+    from daemon.cli.terminal import console
+    from daemon.cli.trainer_process import trainer_environment
+    from daemon.host import find_gpus
+    from daemon.settings import quantized_dir
+
     device = "cuda" if settings.device != "cpu" and find_gpus() else "cpu"
     command = [sys.executable, "-m", "training.quantize", str(folder), model, str(quantized_dir(settings)), device]
     with console(stderr=True).status(f"quantising {model} …"):
@@ -145,14 +195,10 @@ def quantize(model: ModelName, as_json: AsJson = False) -> None:
     if not lines:
         last = ended.stderr.strip().splitlines()[-1:] or ["no output"]
         raise CommandFailed(f"the trainer ended with exit code {ended.returncode}: {last[0][:300]}")
-    answer = json.loads(lines[-1])
+    answer: dict[str, Any] = json.loads(lines[-1])
     if not answer["ok"]:
         raise CommandFailed(answer["message"], answer["hint"])
-    if as_json:
-        print_json(answer)
-    else:
-        was = "was there already" if answer["made_before"] else "is made"
-        say_done(f"the 4-bit copy of {model} {was}: {size(answer['bytes'])} in {answer['path']}")
+    return answer
 
 
 def _folder_of(model: str, settings: Settings) -> FoundModel | None:

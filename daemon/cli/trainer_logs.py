@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from daemon.cli.jobs import JobId
+from daemon.cli.jobs import AsJson, JobId
 
 if TYPE_CHECKING:
     from daemon.cli.failure import CommandFailed
@@ -23,12 +23,18 @@ def logs(
     job: JobId,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the attempt is over.")] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="Begin so many lines before the end.")] = 200,
+    as_json: AsJson = False,
 ) -> None:
     """Print what a job's trainer printed, on the host that runs it; elsewhere say where that is."""
     from daemon.cli.plain import plain_lines
+    from daemon.cli.terminal import print_json
 
     log = _find_log(job)
     for text in _read(log, lines, follow):
+        if as_json:
+            print_json({"line": text})
+            sys.stdout.flush()
+            continue
         sys.stdout.write(plain_lines(text) + "\n")
         sys.stdout.flush()
 

@@ -33,6 +33,7 @@ from daemon.demo.job import (
     read_job,
     read_row,
 )
+from daemon.demo.json_screen import JsonScreen
 from daemon.demo.model import (
     MODEL_NAME,
     cache_folder,
@@ -67,9 +68,9 @@ _READ_SECONDS = 0.25
 _DATASET_BUCKET = "lora-datasets"
 
 
-def run_demo(data: Path | None) -> int:
+def run_demo(data: Path | None, *, as_json: bool = False) -> int:
     """Play the demo with the shipped conversations or with `data`. Exit status 0 means that a model was trained."""
-    screen = Screen(Console())
+    screen = JsonScreen() if as_json else Screen(Console())
     with Interruption() as interruption:
         try:
             _play(data, screen, interruption)

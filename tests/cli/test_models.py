@@ -10,6 +10,7 @@ import pytest
 from tests.cli.command import CommandLine
 from tests.hub_double import COMMIT, HubDouble
 from tests.lifecycle.queue import write_model_folder
+from tests.tiny_models import make_model
 
 
 @pytest.fixture
@@ -39,6 +40,37 @@ def test_a_damaged_model_is_named_and_fails_the_check(alone: CommandLine, tmp_pa
     assert "models pull acme/model" in said.out
     assert alone.run("models", "verify", "acme/absent").status == 1
     assert "is not a model's name" in alone.run("models", "pull", "../etc").err
+
+
+def test_the_4_bit_copy_is_made_by_command_and_kept_alone_by_choice(alone: CommandLine, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "models" / "tiny" / "model", "qwen3")
+    (made,) = alone.ok("models", "quantize", "tiny/model", "--json").lines
+    assert made["ok"] and not made["made_before"] and made["bytes"] > 0
+    assert Path(made["path"]).parent == tmp_path / "models" / ".quantized"
+    unasked = alone.run("models", "quantize", "tiny/model", "--replace")
+    assert unasked.status == 2
+    assert "--replace deletes" in unasked.err and "--yes" in unasked.err
+    assert (folder / "model.safetensors").is_file()
+    (replaced,) = alone.ok("models", "quantize", "tiny/model", "--replace", "--yes", "--json").lines
+    assert replaced["made_before"] and replaced["freed_bytes"] > 0
+    assert not list(folder.glob("*.safetensors"))
+    (listed,) = alone.ok("models", "list", "--json").lines
+    assert listed["faults"] == [] and listed["bytes"] > 0
+    assert "is whole" in alone.ok("models", "verify", "tiny/model").out
+    shard = next((folder / "nf4").glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-50] ^= 0xFF
+    shard.write_bytes(content)
+    damaged = alone.run("models", "verify", "tiny/model")
+    assert damaged.status == 1
+    assert f"nf4/{shard.name} is damaged" in damaged.out
+    assert "all that is kept" in alone.run("models", "quantize", "tiny/model").err
+
+
+def test_a_model_that_is_not_there_is_not_quantised(alone: CommandLine) -> None:
+    said = alone.run("models", "quantize", "acme/absent")
+    assert said.status == 1
+    assert "models pull acme/absent" in said.err
 
 
 async def test_a_model_is_pulled_with_its_progress_on_stderr(alone: CommandLine, tmp_path: Path) -> None:

@@ -1,0 +1,44 @@
+"""The words that print lines for people print JSON for programs: logs, migrate, demo."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from daemon.demo.job import JobView, Standing, StoryLine
+from daemon.demo.json_screen import JsonScreen
+from tests.cli.command import CommandLine
+
+
+def test_logs_come_as_one_object_a_line(cli: CommandLine) -> None:
+    job = uuid4()
+    log = Path(cli.environment["TRAINER_WORK_DIR"]) / str(job) / "attempts" / "e1" / "trainer.log"
+    log.parent.mkdir(parents=True)
+    log.write_text('one\n"two"\n')
+    assert cli.ok("logs", job, "--json").lines == [{"line": "one"}, {"line": '"two"'}]
+
+
+def test_migrate_lists_what_it_applied(cli: CommandLine) -> None:
+    assert cli.ok("migrate", "--json").lines == [{"applied": []}]
+
+
+def test_a_demo_that_cannot_begin_says_so_in_json(cli: CommandLine) -> None:
+    said = cli.run("demo", "--json", "--data", "nowhere.jsonl")
+    assert said.status == 1
+    assert [line["kind"] for line in said.lines] == ["failure"] and "nowhere.jsonl" in said.lines[0]["text"]
+
+
+def test_a_demo_tells_each_event_once_and_the_row_when_it_changed(capsys: pytest.CaptureFixture[str]) -> None:
+    from datetime import UTC, datetime
+
+    queued = Standing("queued", "queued", 0.0, 0, None, None, None, None, None, None, None)
+    story = (StoryLine(1, datetime.now(UTC), "queued", "Queued.", {}),)
+    with JsonScreen().picture() as picture:
+        picture.show(JobView(queued, (), ()))
+        picture.show(JobView(queued, (), story))
+        picture.show(JobView(queued, (), story))
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["kind"] for line in lines] == ["standing", "event"]

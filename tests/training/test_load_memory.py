@@ -1,0 +1,22 @@
+"""Loading never needs much more than what it leaves: measured in a process of its own, against the promised bound."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.load_model import TINY, measure, write_checkpoint
+
+_SMALL = {**TINY, "hidden_size": 512, "moe_intermediate_size": 256}
+# What the packing kernel needs beside the weights, whatever their size.
+_KERNEL_BYTES = 96 * 2**20
+
+
+def test_a_load_peaks_below_what_it_leaves_and_one_layer_in_16_bits(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "model", layers=4, experts=64, **_SMALL)
+    for way in ("bf16, writing the copy", "4-bit copy"):
+        row = measure(checkpoint, tmp_path / "copies", way, "cpu")
+        assert row["bytes_per_parameter"] <= 0.53
+        # The whole model in bf16 would be two hundred megabytes, and twice that in float32.
+        assert row["layer"] > 50e6 and row["left"] > 50e6
+        assert row["anonymous"] > 0.8 * row["left"], "the load was not seen"
+        assert row["peak"] <= row["left"] + row["layer"] + _KERNEL_BYTES, (way, row)
