@@ -19,7 +19,7 @@ import structlog
 from daemon.adapter_size import expected_adapter_bytes
 from daemon.callback import CallbackCourier
 from daemon.checkpoint_store import CheckpointStore
-from daemon.child import Patience, Stopped, Verdict, run_child
+from daemon.child import Patience, Stopped, Verdict
 from daemon.cost import Meter, price_per_gpu_hour
 from daemon.download import fetch_dataset
 from daemon.errors import JobDelayed, JobError, JobFailed, LeaseLost
@@ -36,6 +36,7 @@ from daemon.storage import Storage
 from daemon.store import Store
 from daemon.trackers import Tracking, choose_trackers
 from daemon.uploads import note_adapter
+from daemon.warm import Trainers
 from daemon.workspace import Workspace
 from training.events import CheckpointSaved, ErrorCode, Event, Stage
 from training.spec import JobSpec, ParsedRow, SpecInvalid, parse_row
@@ -56,7 +57,7 @@ class Collaborators:
     leases: LeaseKeeper
     storage: Storage
     courier: CallbackCourier
-    trainer_command: tuple[str, ...]
+    trainers: Trainers
     platform_price: Callable[[], float | None] = lambda: None
 
 
@@ -213,14 +214,13 @@ class Attempt:
                 keeper.offer(event.step)
 
         try:
-            return await run_child(
+            return await self._with.trainers.run(
                 spec,
+                self._places,
                 on_event=hear,
                 stop=self._stop,
                 patience=Patience(settings.stall_seconds, settings.drain_seconds, settings.kill_seconds),
                 log_path=workspace.log_path,
-                gpus=self._places if self._with.host.device == "cuda" else (),
-                command=self._with.trainer_command,
                 own_environment=tracking.environment,
             )
         finally:

@@ -87,6 +87,17 @@ def find_gpus() -> tuple[Gpu, ...]:
     return tuple(gpus)
 
 
+def driver_version() -> str | None:
+    """The NVIDIA driver's, where there is one."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except pynvml.NVMLError:
+        return None
+
+
 def read_load(index: int) -> GpuLoad:
     """Utilisation, memory, temperature and power of one card, as far as it tells."""
     import pynvml
@@ -140,10 +151,14 @@ class GpuPool:
     def has_room(self) -> bool:
         return bool(self._free) and self._jobs_left > 0
 
-    def take(self, count: int) -> tuple[int, ...]:
+    @property
+    def free(self) -> tuple[int, ...]:
+        return tuple(self._free)
+
+    def take(self, count: int, preferred: int | None = None) -> tuple[int, ...]:
         count = 1 if self._on_cpu else count
-        taken = tuple(self._free[:count])
-        del self._free[:count]
+        taken = (preferred,) if count == 1 and preferred in self._free else tuple(self._free[:count])
+        self._free = [place for place in self._free if place not in taken]
         self._jobs_left -= 1
         return taken
 

@@ -42,6 +42,7 @@ from daemon.service import TRAINER_COMMAND
 from daemon.settings import Settings, load_settings
 from daemon.storage import open_storage
 from daemon.store import Store
+from daemon.warm import Trainers
 from daemon.worker import Worker
 
 log = structlog.get_logger()
@@ -265,6 +266,7 @@ async def open_host(
         # A serverless worker is a pod to RunPod's API where it is one at all; else the setting's price counts.
         price = PodPrice(settings.pod_id, keys_of(pod_environment(settings)), settings.runpod_api)
         await price.read()
+        trainers = Trainers(settings, host, trainer_command)
         worker = Worker(
             Collaborators(
                 settings=settings,
@@ -273,11 +275,11 @@ async def open_host(
                 leases=LeaseKeeper(heartbeat, lease_seconds=settings.lease_seconds, on_partition=settings.on_partition),
                 storage=storage,
                 courier=herald,
-                trainer_command=trainer_command,
+                trainers=trainers,
                 platform_price=lambda: price.per_gpu_hour,
             )
         )
-        background = [asyncio.create_task(herald.run(store)), asyncio.create_task(price.run())]
+        background = [asyncio.create_task(chore) for chore in (herald.run(store), price.run(), trainers.tend())]
         if with_rows:
             listener = Listener(dsn, wake=lambda: None, on_cancel=worker.cancelled)
             background += [

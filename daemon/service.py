@@ -26,6 +26,7 @@ from daemon.settings import Settings, load_settings
 from daemon.storage import open_storage
 from daemon.store import Store
 from daemon.uploads import sweep_for_ever
+from daemon.warm import Trainers
 from daemon.worker import Worker
 
 log = structlog.get_logger()
@@ -83,7 +84,7 @@ async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_C
                 ),
                 storage=storage,
                 courier=courier,
-                trainer_command=trainer_command,
+                trainers=Trainers(settings, host, trainer_command),
                 platform_price=lambda: price.per_gpu_hour,
             )
         )

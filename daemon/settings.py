@@ -119,6 +119,24 @@ class Settings(BaseSettings):
         description="a W&B server of your own",
     )
 
+    # Between jobs.
+    warm: Literal["off", "libraries", "model"] = Field(
+        default="model", description="what a waiting trainer holds; a job itself always runs in a process of its own"
+    )
+    warm_minutes: float = Field(default=15.0, gt=0, description="an unused base model is let go after so long")
+    warm_memory_gb: float | None = Field(
+        default=None, ge=0, description="host memory for waiting base models; half of the host's when absent"
+    )
+    warm_default_model: bool = Field(
+        default=False, description="load the default model at the start, before a job asks for it"
+    )
+    warm_first_seconds: float = Field(
+        default=120.0,
+        ge=0,
+        description="a job whose base model waits in memory goes before an older one of its priority, "
+        "unless that has waited for so long",
+    )
+
     # Time.
     lease_seconds: float = Field(default=60.0, ge=1, description="a host that says nothing for so long is lost")
     poll_seconds: float = Field(default=15.0, gt=0, description="backup of the wake-up; one cheap query")

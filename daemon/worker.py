@@ -70,6 +70,7 @@ class Worker:
             stay_present(self._store, self._host, self._settings, load=self._load, on_drain=self.drain),
             reap_for_ever(self._store, self._settings.lease_seconds),
             tidy_for_ever(self._settings.work_dir, self._settings.keep_days, running=self._running),
+            self._with.trainers.tend(),
         ]
 
     async def _claim_all(self) -> float:
@@ -122,7 +123,7 @@ class Worker:
             waited_seconds=round(job.waited_seconds, 3),
             lease_epoch=job.lease_epoch,
         )
-        places = self._pool.take(job.need_gpus)
+        places = self._pool.take(job.need_gpus, self._with.trainers.preferred(self._pool.free, job.base_model))
         stop = Stop()
         task = asyncio.create_task(Attempt(self._with, job, stop, places).run(), name=f"attempt {job.id}")
         self._attempts[task] = (job, stop)
@@ -160,6 +161,7 @@ class Worker:
     def drain(self) -> None:
         """Claim nothing more; the jobs at hand run to their end."""
         log.info("worker_draining", running=len(self._attempts))
+        self._with.trainers.drain()
         self._closing.set()
         self._wake.set()
 

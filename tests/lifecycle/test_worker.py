@@ -172,7 +172,7 @@ def test_a_host_that_slept_past_its_lease_ends_its_child_and_writes_nothing(queu
     sleeper = queue.daemon(tmp_path, name="sleeper", lease_seconds=1.5)
     heir = queue.daemon(tmp_path, name="heir", lease_seconds=1.5)
     with sleeper:
-        job = queue.insert(script=[["steps", 120, 0.05]])
+        job = queue.insert(script=[["steps", 240, 0.05]])
         eventually(lambda: (queue.row(job)["current_step"] or 0) >= 5)
         child = sleeper.children()
         sleeper.signal(signal.SIGSTOP)
@@ -181,7 +181,7 @@ def test_a_host_that_slept_past_its_lease_ends_its_child_and_writes_nothing(queu
             sleeper.signal(signal.SIGCONT)
             sleeper.wait_for_log("lease_lost")
             eventually(lambda: not any(alive(pid) for pid in child))
-            row = queue.wait_for(job, "completed", seconds=30)
+            row = queue.wait_for(job, "completed", seconds=60)
     assert row["lease_epoch"] == 2 and row["adapter_path"].endswith("-e2.tar.gz")
 
 
