@@ -58,7 +58,9 @@ def migrate(dsn: str, *, local: bool) -> list[str]:
 
 
 def pending(dsn: str) -> list[str]:
-    """The names of what `migrate` would apply. Raises DatabaseAway when Postgres does not answer."""
+    """The names of what `migrate` would apply.
+
+    Raises DatabaseAway when Postgres does not answer, HostUnfit when this login may not read what was applied."""
     try:
         with psycopg.connect(dsn, autocommit=True, connect_timeout=10) as db:
             found = db.execute("SELECT to_regclass('supabase_migrations.schema_migrations')").fetchone()
@@ -68,6 +70,8 @@ def pending(dsn: str) -> list[str]:
                 recorded = {row[0] for row in rows}
     except psycopg.OperationalError as error:
         raise DatabaseAway(f"the database does not answer: {error}") from error
+    except psycopg.errors.InsufficientPrivilege as error:
+        raise HostUnfit(f"this login may not read which migrations were applied: {error}") from error
     return [f"{item.version}_{item.name}" for item in migrations() if item.version not in recorded]
 
 

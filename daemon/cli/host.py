@@ -80,7 +80,8 @@ def doctor(as_json: AsJson = False) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    from daemon.doctor import Finding, Light, run_doctor
+    from daemon.doctor import run_doctor
+    from daemon.finding import Finding, Light
     from daemon.logs import configure_logs
     from daemon.settings import load_settings
 

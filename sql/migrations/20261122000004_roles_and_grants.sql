@@ -94,6 +94,15 @@ GRANT SELECT, INSERT, DELETE ON public.training_events TO training_daemon;
 REVOKE ALL ON SEQUENCE public.training_events_id_seq, public.training_callbacks_sequence_seq
     FROM PUBLIC, anon, authenticated, service_role;
 GRANT USAGE ON SEQUENCE public.training_callbacks_sequence_seq TO training_daemon;
+-- `doctor` compares what is applied here with what its own version brings. Absent where a file was run by hand.
+DO $$
+BEGIN
+    IF to_regclass('supabase_migrations.schema_migrations') IS NOT NULL THEN
+        GRANT USAGE ON SCHEMA supabase_migrations TO training_daemon;
+        GRANT SELECT (version) ON supabase_migrations.schema_migrations TO training_daemon;
+    END IF;
+END
+$$;
 
 ALTER TABLE public.training_jobs ENABLE ROW LEVEL SECURITY;
 ALTER TABLE public.datasets ENABLE ROW LEVEL SECURITY;

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon.doctor import _check_pod
+from daemon.doctor_services import check_pod
 from daemon.settings import load_settings
 from tests.daemon_process import DaemonProcess
 from tests.lifecycle.queue import Queue
@@ -136,5 +136,5 @@ async def test_the_doctor_says_whether_the_pod_can_end_itself(
 ) -> None:
     runpod.add("me", cost=6.0)
     given = {"database_url": "postgresql://nowhere", "pod_id": "me", "pod_api_key": key, "runpod_api": runpod.url}
-    finding = await _check_pod(load_settings(**given, **settings))
+    finding = await check_pod(load_settings(**given, **settings))
     assert finding.light == light and words in finding.detail and key not in f"{finding.detail} {finding.advice}"

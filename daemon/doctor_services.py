@@ -1,0 +1,208 @@
+"""What the doctor looks at beyond this machine: the database, the storage, callbacks, RunPod."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+from uuid import uuid4
+
+from psycopg.conninfo import conninfo_to_dict
+
+from daemon.database import Database
+from daemon.errors import DatabaseAway, HostUnfit, JobError
+from daemon.finding import Finding, green, red, yellow
+from daemon.listener import Listener
+from daemon.migrate import pending
+from daemon.pod_end import keys_of
+from daemon.pod_life import pod_environment
+from daemon.runpod_api import RunPod, RunPodError
+from daemon.settings import Settings
+from daemon.storage import open_storage
+from daemon.webhook import signing_keys
+
+HEARS_SECONDS = 15.0
+# A rank 64 adapter of the default 80B model: what most jobs stay under, and some free plans' limit of 50 MB does not.
+LARGE_ADAPTER_BYTES = 500_000_000
+RIGHTS = {
+    "training_jobs": ("SELECT", "UPDATE"),
+    "training_leases": ("SELECT", "INSERT", "UPDATE"),
+    "training_workers": ("SELECT", "INSERT", "UPDATE"),
+    "training_events": ("SELECT", "INSERT"),
+    "training_callbacks": ("SELECT", "INSERT", "UPDATE"),
+    "metrics_points": ("INSERT",),
+    "model_artifacts": ("INSERT",),
+    "cost_records": ("INSERT",),
+    "notifications": ("INSERT",),
+    "datasets": ("SELECT",),
+}
+MAX_SKEW_SECONDS = 5.0
+
+
+async def check_database(settings: Settings) -> AsyncIterator[Finding]:
+    dsn = settings.database_url.get_secret_value()
+    begun = time.perf_counter()
+    unread: str | None = None
+    missing: list[str] = []
+    try:
+        missing = await asyncio.to_thread(pending, dsn)
+    except HostUnfit as error:
+        unread = str(error)
+    except DatabaseAway as error:
+        yield red("database", str(error), "check DATABASE_URL (host, port 5432, password) and the network")
+        return
+    yield green("database", f"answers in {(time.perf_counter() - begun) * 1000:.0f} ms, {_kind_of_connection(dsn)}")
+    if unread is not None:
+        yield yellow("migrations", unread, "brightrun-trainer migrate, as the administrator, brings the right as well")
+    elif missing:
+        yield red("migrations", f"{len(missing)} not applied: {missing[0]} …", "brightrun-trainer migrate")
+        return
+    else:
+        yield green("migrations", "current")
+    try:
+        async with Database(dsn, application_name="brightrun-trainer doctor") as database:
+            yield await _check_role(database)
+            yield await _check_rights(database)
+            yield await _check_clock(database)
+            yield await _check_older_dispatcher(database)
+    except (HostUnfit, DatabaseAway) as error:
+        yield red("database role", str(error), "brightrun-trainer migrate, then see the operator's guide on roles")
+        return
+    yield await _check_listen(dsn)
+
+
+async def _check_role(database: Database) -> Finding:
+    rows = await database.fetch("SELECT current_user AS role, session_user AS login")
+    if database.role_warning is not None:
+        return yellow("database role", f"logs in as {rows[0]['login']}", database.role_warning)
+    return green("database role", f"works as {rows[0]['role']}, logs in as {rows[0]['login']}")
+
+
+def _kind_of_connection(dsn: str) -> str:
+    """What Supabase's address says it is. Whether notifications come through is LISTEN's own line."""
+    given = conninfo_to_dict(dsn)
+    host, port = str(given.get("host") or "local socket"), str(given.get("port") or "5432")
+    if port == "6543":
+        return f"by the transaction pooler {host}:{port}"
+    return f"by the session pooler {host}:{port}" if ".pooler." in host else f"directly at {host}:{port}"
+
+
+async def _check_rights(database: Database) -> Finding:
+    """What the daemon's statements need, asked of the database for the role that it works as."""
+    rows = await database.fetch(
+        "SELECT relation, verb FROM (VALUES "
+        + ", ".join(f"('public.{relation}', '{verb}')" for relation, verbs in RIGHTS.items() for verb in verbs)
+        + ") AS needed (relation, verb) WHERE NOT has_any_column_privilege(relation, verb) "
+        "UNION ALL SELECT relation, verb FROM (VALUES ('public.training_leases', 'DELETE')) AS needed (relation, verb) "
+        "WHERE NOT has_table_privilege(relation, verb)"
+    )
+    if rows:
+        missing = ", ".join(f"{row['verb']} on {row['relation'].removeprefix('public.')}" for row in rows)
+        return red("rights", f"lacks {missing}", "brightrun-trainer migrate, as the administrator")
+    return green("rights", f"all that the daemon needs on {len(RIGHTS)} tables")
+
+
+async def _check_clock(database: Database) -> Finding:
+    rows = await database.fetch("SELECT clock_timestamp() AS now")
+    skew = abs((rows[0]["now"] - datetime.now(UTC)).total_seconds())
+    if skew > MAX_SKEW_SECONDS:
+        # Leases run on the database's clock; signatures of callbacks carry this host's.
+        return yellow(
+            "clock", f"{skew:.1f} s away from the database's", "synchronise it: receivers refuse old signatures"
+        )
+    return green("clock", f"{skew * 1000:.0f} ms from the database's")
+
+
+async def _check_older_dispatcher(database: Database) -> Finding:
+    # By the catalogue, which everybody may read: to_regclass fails where the schema is not ours to use.
+    found = await database.fetch(
+        "SELECT EXISTS (SELECT FROM pg_class WHERE relname = 'job' AND relnamespace = "
+        "(SELECT oid FROM pg_namespace WHERE nspname = 'cron')) AS has_cron"
+    )
+    name = "older dispatcher"
+    if not found[0]["has_cron"]:
+        return green(name, "no pg_cron here")
+    try:
+        jobs = await database.fetch(
+            "SELECT jobname FROM cron.job WHERE active AND concat_ws(' ', command, jobname) ~* 'training'"
+        )
+    except HostUnfit:
+        return yellow(name, "pg_cron is here and this role may not look", "see cron.job for the old dispatcher's job")
+    if jobs:
+        names = ", ".join(str(job["jobname"]) for job in jobs)
+        return yellow(name, f"pg_cron still runs {names}", "unschedule it: it would submit the same rows elsewhere")
+    return green(name, "pg_cron runs nothing about training")
+
+
+async def _check_listen(dsn: str) -> Finding:
+    listener = Listener(dsn, wake=lambda: None, on_cancel=lambda _job: None)
+    task = asyncio.create_task(listener.run())
+    try:
+        await asyncio.wait_for(listener.hears.wait(), HEARS_SECONDS)
+    except TimeoutError:
+        return red(
+            "LISTEN",
+            "notifications do not arrive",
+            "this looks like a transaction pooler (port 6543): use the session pooler (5432) in DATABASE_URL",
+        )
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    return green("LISTEN", "a notification from another session arrived")
+
+
+async def check_storage(settings: Settings) -> Finding:
+    """Write, read back and delete a real object, in the bucket that adapters go to."""
+    name = f"storage ({settings.effective_storage})"
+    storage = open_storage(settings)
+    probe = Path(settings.work_dir) / f".doctor-{uuid4().hex}"
+    object_path = f"doctor/{probe.name.removeprefix('.')}.txt"
+    content = b"brightrun-trainer doctor\n"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(content)
+        await storage.check(len(content))
+        await storage.upload(probe, object_path, sha256=sha256(content).hexdigest(), resume_dir=probe.parent)
+        await storage.delete(object_path)
+        try:
+            await storage.check(LARGE_ADAPTER_BYTES)
+        except JobError as error:
+            return yellow(name, f"works, but small: {error.message}", "raise the bucket's file size limit")
+    except JobError as error:
+        return red(name, error.message, error.hint or "check the key and the bucket")
+    except OSError as error:
+        return red(name, f"{probe.parent}: {error.strerror}", "set TRAINER_WORK_DIR to a writable folder")
+    finally:
+        if probe.parent.is_dir():
+            probe.unlink(missing_ok=True)
+        await storage.close()
+    return green(name, f"wrote, read and deleted an object in {storage.bucket}")
+
+
+def check_callbacks(settings: Settings) -> Finding:
+    try:
+        keys = signing_keys(settings.callback_secrets)
+    except HostUnfit as error:
+        return red("callback secret", str(error), "echo whsec_$(openssl rand -base64 32)")
+    if not keys:
+        return yellow("callback secret", "none: callbacks are not signed", "set TRAINER_CALLBACK_SECRETS")
+    return green("callback secret", f"{len(keys)} in use")
+
+
+async def check_pod(settings: Settings) -> Finding:
+    """Whether this pod can see itself by the API, and so learn its price and end itself when idle."""
+    if settings.pod_id is None:
+        return green("RunPod", "not a pod")
+    advice = "set TRAINER_RUNPOD_API_KEY to a key that may read and end pods: else an idle pod may go on billing"
+    async with RunPod(keys_of(pod_environment(settings)), api=settings.runpod_api) as runpod:
+        try:
+            pod = await runpod.read_pod(settings.pod_id)
+        except RunPodError as error:
+            return yellow("RunPod", f"pod {settings.pod_id}: {error}", advice)
+    price = "at an unknown price" if pod.cost_per_hour is None else f"{pod.cost_per_hour:.2f} US dollars an hour"
+    if settings.idle_minutes is None:
+        return yellow("RunPod", f"pod {pod.id}, {price}, never ends itself", "set TRAINER_IDLE_MINUTES")
+    return green("RunPod", f"pod {pod.id}, {price}, ends itself after {settings.idle_minutes:g} idle minutes")
