@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from uuid import UUID
 
@@ -68,7 +68,11 @@ async def a_connection_breaks(proxy: TcpProxy) -> None:
 
 @pytest.mark.parametrize("absence", [an_answer_comes_late, a_connection_breaks])
 async def test_after_an_absence_of_the_database_holders_may_renew_before_anyone_is_reaped(
-    store: Store, database: AppDatabase, user: UUID, proxy: TcpProxy, absence: Callable[[TcpProxy], Awaitable[None]]
+    store: Store,
+    database: AppDatabase,
+    user: UUID,
+    proxy: TcpProxy,
+    absence: Callable[[TcpProxy], Coroutine[None, None, None]],
 ) -> None:
     for _ in range(2):
         database.insert_job(user, max_attempts=1)
