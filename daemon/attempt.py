@@ -82,6 +82,7 @@ class Attempt:
         """Hold the lease, do the work, write the ending. Nothing of it runs any more on return."""
         job = self._job
         structlog.contextvars.bind_contextvars(job_id=str(job.id), attempt=job.attempt)
+        self._with.courier.wake()  # the claim is news
         async with self._with.leases.hold(job.lease, self._stop) as held:
             reporter = self._reporter(held)
             writing = asyncio.create_task(reporter.run())
@@ -118,6 +119,7 @@ class Attempt:
             meter=meter,
             on_refused=held.doubt,
             read_load=(lambda: read_load(self._places[0])) if on_gpu else (lambda: None),
+            on_moved=self._with.courier.wake,
             on_written=lambda status: self._with.courier.send_progress(self._job, status),
         )
 

@@ -67,7 +67,8 @@ class Reporter:
     """Writes one attempt's progress under its lease.
 
     `on_refused` is called when a fenced write found no row: the job was cancelled or the lease is
-    lost, and the heartbeat finds out which. `on_written` gets the status as the row now says it.
+    lost, and the heartbeat finds out which. `on_moved`: the job's state has changed, and the outbox tells of it.
+    `on_written` gets the status as the row now says it, unless the outbox tells of the same moment.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Reporter:
         meter: Meter,
         on_refused: Callable[[], None],
         read_load: Callable[[], GpuLoad | None] = lambda: None,
+        on_moved: Callable[[], None] = lambda: None,
         on_written: Callable[[dict[str, Any]], None] = lambda _status: None,
         started_before: bool = False,
     ) -> None:
@@ -86,7 +88,10 @@ class Reporter:
         self._on_refused = on_refused
         self._meter = meter
         self._read_load = read_load
+        self._on_moved = on_moved
         self._on_written = on_written
+        # The claim was told by the outbox. Progress that overtook it would make receivers drop it as late.
+        self._told_by_outbox = True
         self._clock = asyncio.get_running_loop().time
         self._begun_at = self._clock()
         self._standing = _Standing()
@@ -154,7 +159,7 @@ class Reporter:
         """The attempt entered a stage, of the trainer's or of the daemon's own."""
         self._standing.stage = stage
         self._raise_progress(STAGE_PROGRESS.get(stage, self._standing.progress))
-        self.tell("stage", detail or f"Stage {stage}.", {"stage": stage.value})
+        self.tell("stage", f"Stage {stage}: {detail}." if detail else f"Stage {stage}.", {"stage": stage.value})
 
     def note_download(self, done_bytes: int, total_bytes: int) -> None:
         """How far the base model's download is."""
@@ -315,7 +320,8 @@ class Reporter:
     async def _write_standing(self) -> None:
         if self._must_start:
             await self._store.start_job(self._lease)
-            self._must_start, self._started = False, True
+            self._must_start, self._started, self._told_by_outbox = False, True, True
+            self._on_moved()
         if not self._standing_is_new:
             return
         standing = self._standing
@@ -342,6 +348,9 @@ class Reporter:
         except DatabaseAway:
             self._standing_is_new = True
             raise
+        if self._told_by_outbox:
+            self._told_by_outbox = False
+            return
         self._on_written(
             {
                 "sequence": sequence,

@@ -218,3 +218,26 @@ async def test_a_card_that_says_nothing_leaves_its_numbers_empty(claimed: Claime
     metrics = claimed.app.job(claimed.id)["current_metrics"]
     assert metrics["gpu_utilization"] is None and metrics["gpu_temperature_celsius"] is None
     assert metrics["gpu_power_watts"] is None and claimed.points()[0]["gpu_utilization"] is None
+
+
+async def test_progress_does_not_overtake_the_outbox(claimed: Claimed) -> None:
+    """What the outbox tells (the claim, the start) is not told by progress too: a receiver drops what comes late."""
+    told: list[object] = []
+    meter = Meter(price=None, num_gpus=1, already_spent=0.0)
+    reporter = Reporter(
+        claimed.store,
+        claimed.job.lease,
+        meter=meter,
+        on_refused=lambda: None,
+        on_moved=lambda: told.append("moved"),
+        on_written=lambda status: told.append(status["current_step"]),
+    )
+    reporter.enter(Stage.DOWNLOADING)
+    await reporter.flush()
+    reporter.enter(Stage.LOADING)
+    await reporter.flush()
+    assert told == [0]
+    for step in (1, 2, 3):
+        reporter.report(claimed.step(step))
+        await reporter.flush()
+    assert told == [0, "moved", 2, 3]

@@ -157,6 +157,8 @@ async def test_a_row_as_the_app_inserts_it_ends_with_all_the_rows_that_the_app_e
     states = [one["event"] for one in told if one["event"] != "job.progress"]
     assert states == ["job.initializing", "job.started", "job.completed"]
     assert [one["event"] for one in told].count("job.progress") >= 1
+    # A receiver that drops what is older than what it has seen loses nothing.
+    assert [one["sequence"] for one in told] == sorted(one["sequence"] for one in told)
     assert {one["status"] for one in told[:-1]} == {"running"} and told[-1]["status"] == "completed"
 
 

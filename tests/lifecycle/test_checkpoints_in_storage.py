@@ -99,6 +99,10 @@ class Sites:
             assert weights is not None
             return hashlib.sha256(weights.read()).hexdigest()
 
+    async def settled(self, daemon: DaemonProcess, job: UUID) -> None:
+        """Wait until the daemon has tidied up after the job."""
+        await asyncio.to_thread(daemon.wait_for_log, "attempt_settled", seconds=60, job_id=str(job))
+
     def notes(self) -> list[dict[str, Any]]:
         return self.queue.select("SELECT * FROM training_uploads")
 
@@ -121,10 +125,11 @@ async def test_a_host_elsewhere_resumes_from_storage_and_ends_with_the_same_adap
         job = sites.insert()
         stored = await sites.wait_for_event(job, "checkpoint_stored")
         kill(first)
-    with sites.daemon("second"):
+    with sites.daemon("second") as second:
         await sites.wait_for(job, "completed")
         undisturbed = sites.insert()
         await sites.wait_for(undisturbed, "completed")
+        await sites.settled(second, undisturbed)
     (fetched,) = sites.told(job, "checkpoint_fetched")
     (resumed,) = sites.told(job, "resumed")
     assert resumed["step"] == fetched["step"] >= stored["data"]["step"] > 0
@@ -150,8 +155,9 @@ async def test_a_damaged_checkpoint_in_storage_is_passed_over_and_a_shutdown_lea
     damaged = sites.storage.path_of(BUCKET, next(name for name in note["objects"] if name.endswith("safetensors")))
     content = damaged.read_bytes()
     damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with sites.daemon("second"):
+    with sites.daemon("second") as second:
         await sites.wait_for(job, "completed")
+        await sites.settled(second, job)
     (ignored,) = sites.told(job, "stored_checkpoint_ignored")
     assert "another hash" in ignored["reason"]
     assert sites.told(job, "resumed") == [] and sites.notes() == []
