@@ -18,6 +18,7 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -311,3 +312,18 @@ def _sweep_abandoned_folders() -> None:
                 shutil.rmtree(folder, ignore_errors=True)
         except OSError:
             continue  # somebody's living server, or another user's folder
+
+
+def main() -> None:
+    """A server to try things with: its address on stdout, gone with everything in it at Ctrl-C or TERM."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(0))
+    with EmbeddedPostgres() as server:
+        sys.stdout.write(server.dsn() + "\n")
+        sys.stdout.flush()
+        while server.pid is not None:
+            time.sleep(0.5)
+
+
+if __name__ == "__main__":
+    main()
