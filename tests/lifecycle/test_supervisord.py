@@ -9,7 +9,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +149,22 @@ def test_term_drains_the_daemon_and_the_job_goes_back_to_the_queue(queue: Queue,
     assert not [pid for pid in family if alive(pid)]
 
 
+def test_term_ends_a_trainer_and_its_grandchild_that_both_ignore_it(queue: Queue, tmp_path: Path) -> None:
+    """The trainer leads a session of its own, which supervisord's signals to groups do not reach: the daemon must."""
+    with Supervisor(queue, tmp_path, TRAINER_DRAIN_SECONDS="1") as supervisor:
+        job = queue.insert(script=[["grandchild"], ["ignore_term"], ["steps", 10_000, 0.02]])
+        queue.wait_for(job, "running")
+        daemon = supervisor.daemon_pid
+        (trainer,) = children_of(daemon)
+        (grandchild,) = children_of(trainer)
+
+        supervisor.process.send_signal(signal.SIGTERM)
+        assert supervisor.process.wait(60) == 0
+        eventually(lambda: not any(map(alive, (daemon, trainer, grandchild))), why=lambda: supervisor.output)
+    row = queue.row(job)
+    assert (row["status"], row["attempt"]) == ("queued", 0), "released, without a checkpoint, at no cost of an attempt"
+
+
 def test_unusable_settings_are_not_restarted_and_end_the_container(queue: Queue, tmp_path: Path) -> None:
     with Supervisor(queue, tmp_path, TRAINER_LEASE_SECONDS="soon") as supervisor:
         supervisor.process.wait(30)
@@ -177,12 +195,35 @@ def test_on_a_pod_a_daemon_that_will_not_run_again_stops_the_pod(queue: Queue, t
 def test_a_daemon_that_crashes_at_once_again_and_again_becomes_fatal_and_ends_the_container(
     queue: Queue, tmp_path: Path
 ) -> None:
-    supervisor = Supervisor(queue, tmp_path)
-    (tmp_path / "python").write_text(f'#!/bin/sh\n[ "$3" = run ] && exit 1\nexec {sys.executable} "$@"\n')
-    with supervisor:
+    with crashing(queue, tmp_path) as supervisor:
         supervisor.process.wait(90)
-        assert supervisor.output.count("spawned: 'trainer'") == 6, "one start and five retries, with growing pauses"
+        assert supervisor.output.count("spawned: 'trainer'") == 6, "one start and five retries"
         assert "PROCESS_STATE_FATAL" in supervisor.output
+        pauses = [later - earlier for earlier, later in pairwise(_seconds_of(supervisor.output, "spawned: 'trainer'"))]
+        assert pauses[-1] > pauses[0] + 2, f"with growing pauses: {pauses}"
+
+
+@pytest.mark.system
+def test_on_a_pod_a_daemon_that_crashes_again_and_again_stops_the_pod(queue: Queue, tmp_path: Path) -> None:
+    with _pods_api() as api:
+        pod = {"RUNPOD_POD_ID": "pod1", "TRAINER_RUNPOD_API_KEY": "key-of-ours", "TRAINER_RUNPOD_API": api.url}
+        with crashing(queue, tmp_path, **pod) as supervisor:
+            supervisor.wait_for("pod_stopped", seconds=90)
+            assert supervisor.output.count("spawned: 'trainer'") == 6 and "PROCESS_STATE_FATAL" in supervisor.output
+        assert api.calls == [("/pods/pod1/action", "Bearer key-of-ours", {"action": "stop"})]
+
+
+def crashing(queue: Queue, folder: Path, **settings: str) -> Supervisor:
+    """A supervisor whose daemon ends at once; everything else is as it is."""
+    supervisor = Supervisor(queue, folder, **settings)
+    (folder / "python").write_text(f'#!/bin/sh\n[ "$3" = run ] && exit 1\nexec {sys.executable} "$@"\n')
+    return supervisor
+
+
+def _seconds_of(output: str, words: str) -> list[float]:
+    """When supervisord said so, by its own timestamps (2026-11-22 08:00:00,123)."""
+    stamps = [line[:23] for line in output.splitlines() if words in line]
+    return [datetime.strptime(stamp, "%Y-%m-%d %H:%M:%S,%f").timestamp() for stamp in stamps]
 
 
 class _PodsApi(ThreadingHTTPServer):
