@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 Row = dict[str, Any]
 
@@ -98,14 +98,15 @@ class Board:
 
     def take_queue(self, rows: list[Row]) -> None:
         """The head of the queue in its order. Waiting jobs beyond it are not shown."""
-        queue = {
-            "waiting": rows[0]["waiting"] if rows else 0,
+        waiting: int = rows[0]["waiting"] if rows else 0
+        queue: Row = {
+            "waiting": waiting,
             "order": [[row["job_id"], row["waiting_reason"]] for row in rows],
         }
         if queue != self.queue:
             self.queue = queue
             self._news.parts.add("queue")
-        if queue["waiting"] > len(rows):
+        if waiting > len(rows):
             shown = {row["job_id"] for row in rows}
             self._forget({key for key, row in self.jobs.items() if row["state"] == "queued" and key not in shown})
 
@@ -129,13 +130,15 @@ class Board:
                 self._news.curves.add(job_id)
                 self._news.points.pop(job_id, None)
                 self._news.validation.pop(job_id, None)
-        for row in rows:
-            curve = self.curves.get(row["job_id"])
-            if curve is not None:
-                if math.isfinite(row["loss"]):
-                    curve.points.append((row["step"], row["loss"]))
-                if row["validation_loss"] is not None and math.isfinite(row["validation_loss"]):
-                    curve.validation.append((row["step"], row["validation_loss"]))
+        for point in rows:
+            curve = self.curves.get(point["job_id"])
+            if curve is None:
+                continue
+            loss, held_out = point["loss"], point["validation_loss"]
+            if math.isfinite(loss):
+                curve.points.append((point["step"], loss))
+            if held_out is not None and math.isfinite(held_out):
+                curve.validation.append((point["step"], held_out))
 
     # -- what is asked -----------------------------------------------------------------------------------------
 
@@ -218,7 +221,7 @@ class Board:
 _AGES = frozenset({"up_seconds", "silent_seconds"})
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

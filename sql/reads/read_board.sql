@@ -1,7 +1,7 @@
 -- What the dashboard shows of jobs, in one snapshot: every job that a host holds or that says it is under way, every
--- job with news in its story after a place, and those whose ids are given; with `whole` the newest endings as
--- well, with `day` what ended within a day. Nothing here scans history: leases are as few as running jobs, the story is read at its end,
--- endings by their index. `settled` is where the next read begins: ids of the story are given before their
+-- job with news in its story after a place, and those whose ids are given; with `whole` the newest endings as well,
+-- with `day` what ended within a day. Nothing here scans history: leases are as few as running jobs, the story is
+-- read at its end, endings by their index. `settled` is where the next read begins: ids of the story are given before their
 -- transactions commit, so its last five seconds are read again. Always one row.
 WITH news AS MATERIALIZED (
     SELECT event.id, event.job_id, event.at, event.kind, event.message, event.data

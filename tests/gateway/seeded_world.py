@@ -40,15 +40,15 @@ class World:
         self._random = random.Random(seed)
         self.now = datetime.now(UTC)
         self.user_id = self._uuid()
-        self._execute(
-            "INSERT INTO auth.users (id, email) VALUES (%s, %s)", self.user_id, f"{self.user_id}@example.test"
-        )
+        self.insert("auth.users", id=self.user_id, email=f"{self.user_id}@example.test")
 
     def _uuid(self) -> UUID:
         return UUID(int=self._random.getrandbits(128), version=4)
 
-    def _execute(self, statement: str, *parameters: object) -> None:
-        self._connection.execute(statement.encode(), parameters)
+    def update_job(self, job_id: UUID, **columns: Any) -> None:
+        values = {name: Jsonb(value) if isinstance(value, dict) else value for name, value in columns.items()}
+        sets = ", ".join(f"{name} = %({name})s" for name in values)
+        self._connection.execute(f"UPDATE training_jobs SET {sets} WHERE id = %(id)s".encode(), values | {"id": job_id})
 
     def insert(self, table: str, **columns: Any) -> None:
         values = {name: Jsonb(value) if isinstance(value, dict) else value for name, value in columns.items()}
@@ -131,7 +131,7 @@ class World:
             "throughput": speed, "gpu_utilization": self._random.randint(88, 99), "gpu_memory_used_gib": 47.3,
             "gpu_temperature_celsius": 64, "gpu_power_watts": 612, "gradient_norm": 0.42,
         }  # fmt: skip
-        self._execute("UPDATE training_jobs SET current_metrics = %s WHERE id = %s", Jsonb(metrics), job_id)
+        self.update_job(job_id, current_metrics=metrics)
         self.insert(
             "training_leases", job_id=job_id, epoch=1, worker_id=worker_id, user_id=self.user_id,
             claimed_at=self.now - timedelta(minutes=ran), expires_at=self.now + timedelta(hours=2),
@@ -169,17 +169,16 @@ class World:
         )  # fmt: skip
         loss, held = self.draw_curve(job_id, 320 if status == "completed" else 198, 320)
         metrics = {"training_loss": round(loss, 4), "validation_loss": round(held, 4)}
-        self._execute("UPDATE training_jobs SET current_metrics = %s WHERE id = %s", Jsonb(metrics), job_id)
+        self.update_job(job_id, current_metrics=metrics)
         if status == "completed":
-            self._execute(
-                "UPDATE training_jobs SET adapter_path = %s, adapter_sha256 = %s, adapter_bytes = 83886080, "
-                "result = %s WHERE id = %s",
-                f"lora-models/adapters/{job_id}.tar.gz", f"{self._random.getrandbits(256):064x}",
-                Jsonb({"artifacts": {
-                    "archive": f"adapters/{job_id}.tar.gz", "adapter_config": f"adapters/{job_id}/adapter_config.json",
-                    "manifest": f"adapters/{job_id}/manifest.json",
-                    "metrics_chart": f"adapters/{job_id}/metrics_chart.png",
-                }}), job_id,
+            folder = f"adapters/{job_id}"
+            self.update_job(
+                job_id, adapter_path=f"lora-models/{folder}.tar.gz", adapter_bytes=83_886_080,
+                adapter_sha256=f"{self._random.getrandbits(256):064x}",
+                result={"artifacts": {
+                    "archive": f"{folder}.tar.gz", "adapter_config": f"{folder}/adapter_config.json",
+                    "manifest": f"{folder}/manifest.json", "metrics_chart": f"{folder}/metrics_chart.png",
+                }},
             )  # fmt: skip
         self.tell(job_id, hours_ago * 60, status, message or "", to=status, cost=round(3.5 * minutes / 60, 2))
         return job_id
