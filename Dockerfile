@@ -5,33 +5,45 @@ FROM ${BASE}
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 WORKDIR /opt/brightrun
 
+# Not root. `doctor` says so where a network volume was written by root before.
+RUN useradd --create-home --uid 10001 trainer \
+    && mkdir -p /workspace /run/brightrun \
+    && chown trainer:trainer /workspace /run/brightrun
+
+# What only the image needs: its init, the kernels of Qwen3-Next's linear attention (Triton, no compiler at build),
+# and what the code's own layer is built with.
+ARG IMAGE_PACKAGES="supervisor flash-linear-attention==0.6.0 fla-core==0.6.0 einops==0.8.2 setuptools==84.2.1"
+# The fused convolution that goes with them: a wheel for this very torch, CUDA and Python, by its URL (see the guide).
+ARG CAUSAL_CONV1D=""
+
 # The base image's torch was built for its CUDA and stays: the environment sees the image's packages, and pip is
 # held to the very torch that it finds there. Everything else is pinned by constraints.txt.
-COPY constraints.txt pyproject.toml README.md ./
+COPY constraints.txt pyproject.toml ./
 RUN python3 -m venv --system-site-packages /opt/venv \
     && python3 -c 'import torch; print(f"torch=={torch.__version__}")' > torch.txt \
     && grep -v '^torch==' constraints.txt > image-constraints.txt \
     && cat torch.txt >> image-constraints.txt \
-    && mkdir -p daemon/demo training sql/migrations sql/queries sql/local \
+    && mkdir -p daemon training sql && touch README.md \
+    # shellcheck disable=SC2086
     && /opt/venv/bin/python -m pip install --no-cache-dir --disable-pip-version-check \
-       -c image-constraints.txt . supervisor \
+       -c image-constraints.txt . ${IMAGE_PACKAGES} ${CAUSAL_CONV1D} \
     && /opt/venv/bin/python -m pip uninstall --yes --disable-pip-version-check brightrun-trainer \
     && rm -rf build ./*.egg-info
 
-# The code: seconds, since nothing above depends on it.
+# The code: seconds, and no network, since nothing above depends on it.
+COPY README.md supervisord.conf ./
 COPY daemon ./daemon
 COPY training ./training
 COPY sql ./sql
-COPY supervisord.conf ./
-RUN /opt/venv/bin/python -m pip install --no-cache-dir --disable-pip-version-check --no-deps . \
-    && rm -rf build ./*.egg-info \
-    && useradd --create-home --uid 10001 trainer \
-    && mkdir -p /workspace /run/brightrun \
-    && chown trainer:trainer /workspace /run/brightrun
+RUN /opt/venv/bin/python -m pip install --no-cache-dir --disable-pip-version-check --no-deps --no-build-isolation . \
+    && rm -rf build ./*.egg-info
 
+ARG VERSION=0.1.0
+ARG REVISION=unknown
 LABEL org.opencontainers.image.title="brightrun-trainer" \
       org.opencontainers.image.description="Insert a row. Get an adapter. Fine-tuning from a Postgres table." \
-      org.opencontainers.image.version="0.1.0"
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
 
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
@@ -39,8 +51,8 @@ ENV PATH=/opt/venv/bin:$PATH \
     TRAINER_PYTHON=/opt/venv/bin/python \
     SUPERVISOR_RUN_DIR=/run/brightrun
 
-# Not root. Where a network volume was written by root before, give the folder away once
-# (chown -R 10001 /workspace) or set the pod template's user to root.
+# Where root wrote to the volume before, give the folder away once (chown -R 10001 /workspace), or set the pod
+# template's user to root.
 USER 10001
 
 # Alive means that supervisord has the daemon running; `doctor` looks deeper.

@@ -55,7 +55,7 @@ chaos: $(STAMP) ## the long chaos run: daemons killed, stopped and cut off from 
 image: ## the container image for RunPod, by docker or buildah (BASE=…, IMAGE=…)
 	@.ci/image build "$(IMAGE)" "$(BASE)"
 
-image-check: ## lint the Dockerfile
+image-check: ## lint the Dockerfile, build it on a stand-in base and run a job inside (root on Debian; no Docker needed)
 	@.ci/image check
 
 clean: ## remove the environment and every build output (the demo's model stays in ~/.cache)

@@ -9,6 +9,7 @@ from typer.main import get_command
 
 from daemon.__main__ import app
 from daemon.fleet_plan import read_plan
+from tests.postgres import AppDatabase
 from training.events import ErrorCode
 
 ROOT = Path(__file__).parents[2]
@@ -42,3 +43,25 @@ def test_the_links_within_the_page_lead_somewhere() -> None:
     headings = re.findall(r"^## (.+)$", GUIDE, re.MULTILINE)
     anchors = {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
     assert set(re.findall(r"\]\(#([^)]+)\)", GUIDE)) <= anchors
+
+
+def test_the_queries_of_the_guide_run(database: AppDatabase) -> None:
+    """All but those on pg_cron, which a plain Postgres lacks."""
+    queries = [query for query in re.findall(r"```sql\n(.*?)```", GUIDE, re.DOTALL) if "cron." not in query]
+    assert len(queries) >= 3
+    for query in queries:
+        database.run(query.replace("%", "%%"))
+
+
+def test_the_floor_of_the_cost_table_is_called_one() -> None:
+    (line,) = [line for line in GUIDE.splitlines() if line.startswith("| 80B in 4 bits")]
+    assert "planning floor" in line and "not a measurement" in line
+
+
+def test_every_line_of_the_doctor_that_the_guide_names_exists() -> None:
+    sources = "".join(
+        (ROOT / "daemon" / name).read_text() for name in ("doctor_host.py", "doctor_services.py", "doctor.py")
+    )
+    named = re.findall(r"(?:doctor: |its line )\*([a-z ]+)\*", GUIDE)
+    assert len(named) >= 3
+    assert [name for name in named if f'"{name}' not in sources and f'f"{name}' not in sources] == []
