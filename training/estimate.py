@@ -1,6 +1,14 @@
 """What a run will need, computed from file headers and token counts: memory, disk, adapter size, time, cost.
 
-The formulas are rough on purpose and err to the safe side; what was measured against them is in the benchmarks.
+The formulas are rough on purpose and err to the safe side. Where each number comes from:
+- exact, and compared with loaded models by tests/training/test_estimate.py: parameters, the weights' bytes, the
+  adapter's parameters and bytes;
+- activations: 34 bytes a token and hidden unit of a block in 16 bits (Korthikanti et al. 2022, "Reducing Activation
+  Recomputation in Large Transformer Models", equation 2, without the attention matrix, which sdpa never stores), taken
+  twice here: for gated feed-forwards and routed copies on a card, for float32 on a CPU. Not measured on a card yet;
+- speed: 20 % of the bf16 peak of an A100 (312 TFLOP/s), the slowest card that is offered with 80 GB, and 50 GFLOP/s for
+  two CPU cores, about what a matrix product in float32 reaches there alone. A queue with a history replaces these by
+  what earlier jobs took.
 """
 
 from __future__ import annotations
@@ -20,13 +28,16 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 _BLOCK_NAMES = ("layers", "h", "blocks")
 # float32 weight, gradient and Adam's two moments.
 _TRAINED_BYTES = 16
-# One transformer block's own activations while it is recomputed, in units of tokens × hidden size × 2 bytes.
+# One transformer block's own activations while it is recomputed, in units of tokens × hidden size × 2 bytes (above).
 _BLOCK_ACTIVATIONS = 34
-_SLICE_TOKENS = 1024
-# Libraries, kernels' workspaces, fragmentation.
+# training.loss slices by so many tokens; it cannot be imported here, where no torch is. A test compares.
+SLICE_TOKENS = 1024
+# Libraries, kernels' workspaces, fragmentation: what a CUDA context with its kernels takes (0.5 to 1 GiB), twice.
 _OVERHEAD_BYTES = {"cuda": 2 * 2**30, "cpu": 2**29}
-# Sustained multiplications: 20 % of an H100's bf16 peak, and of an A100's about 45 %; two cores of a small server.
-_FLOPS = {"cuda": 140e12, "cpu": 50e9}
+# Sustained multiplications and additions a second (above).
+_FLOPS = {"cuda": 62e12, "cpu": 50e9}
+# What stays unquantised: bf16, and float32 on a CPU, few of which multiply bf16.
+_KEPT_BYTES = {"cuda": 2, "cpu": 4}
 
 
 @dataclass(frozen=True)
@@ -60,7 +71,7 @@ def estimate_run(spec: JobSpec, folder: ModelFolder, corpus: Corpus, plan: Plan)
         module = parts[-2] if len(parts) > 1 else ""
         in_block = any(part in _BLOCK_NAMES for part in parts)
         quantised = spec.quantize and len(shape) >= 2 and in_block and module not in (*UNQUANTISED_MODULES, *ROUTERS)
-        stored += count * (NF4_BYTES if quantised else 2)
+        stored += count * (NF4_BYTES if quantised else _KEPT_BYTES[spec.device])
         is_expert = "experts" in parts
         expert_parameters += count if is_expert else 0
         largest = max(largest, count if not is_expert else 0)
@@ -74,7 +85,7 @@ def estimate_run(spec: JobSpec, folder: ModelFolder, corpus: Corpus, plan: Plan)
     # A layer's experts are unpacked together.
     unpacked = 2 * max(largest, expert_parameters // layers)
     kept = layers * tokens * hidden * 2 * (1 if spec.device == "cuda" else _BLOCK_ACTIVATIONS)
-    activations = kept + _BLOCK_ACTIVATIONS * tokens * hidden * 2 + unpacked + 3 * 4 * _SLICE_TOKENS * vocabulary
+    activations = kept + _BLOCK_ACTIVATIONS * tokens * hidden * 2 + unpacked + 3 * 4 * SLICE_TOKENS * vocabulary
     memory = int(stored) + adapter * _TRAINED_BYTES + activations + _OVERHEAD_BYTES[spec.device]
     experts = int(config.get("num_experts") or config.get("num_local_experts") or 1)
     chosen = int(config.get("num_experts_per_tok") or 1)

@@ -1,0 +1,52 @@
+"""The estimate against what it estimates: models that are loaded, adapters that are attached."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import training.loss
+from tests.tiny_models import ARCHITECTURES
+from tests.training.conftest import SpecOf
+from training.estimate import SLICE_TOKENS
+from training.folder import open_model_folder
+from training.lora import attach_adapter, trainable_parameters
+from training.model import compute_dtype, count_weights, load_base_model
+from training.preflight import check_spec
+from training.quantized import _tensors
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("quantize", [True, False], ids=["4 bits", "16 bits"])
+def test_weights_and_adapter_are_estimated_as_they_are(architecture: str, quantize: bool, spec_of: SpecOf) -> None:
+    spec = spec_of(architecture, quantize=quantize, lora_rank=8)
+    estimate = check_spec(spec).estimate
+    assert estimate is not None
+    model: Any = load_base_model(spec, open_model_folder(spec.model_path, spec.base_model))
+    assert estimate["parameters"] == count_weights(model).parameters
+    loaded = sum(tensor.numel() * tensor.element_size() for _, tensor in _tensors(model))
+    if compute_dtype("cpu").itemsize == 4:
+        # Weights this small carry their states' fixed tables: 16 and 256 numbers each.
+        tables = sum(tensor.numel() * tensor.element_size() for name, tensor in _tensors(model) if _is_fixed(name))
+        assert estimate["model_bytes"] == pytest.approx(loaded - tables, rel=0.05)
+    else:
+        assert estimate["model_bytes"] >= 0.95 * loaded
+    adapted = attach_adapter(model, spec.hyperparameters)
+    assert estimate["adapter_parameters"] == trainable_parameters(adapted)
+    assert estimate["adapter_bytes"] == 4 * trainable_parameters(adapted)
+
+
+def _is_fixed(name: str) -> bool:
+    return name.startswith("buffer:") or "quant_map" in name or "quant_state" in name
+
+
+def test_the_loss_is_sliced_as_the_estimate_believes() -> None:
+    assert SLICE_TOKENS == training.loss.SLICE_TOKENS
+
+
+def test_targets_that_the_job_names_are_estimated(spec_of: SpecOf) -> None:
+    whole = check_spec(spec_of(name="whole")).estimate
+    few = check_spec(spec_of(name="few", target_modules=("q_proj",))).estimate
+    assert whole is not None and few is not None
+    assert 0 < few["adapter_parameters"] < whole["adapter_parameters"]
