@@ -11,6 +11,7 @@ import pytest
 from tests.tiny_models import CHATML, conversation, make_tokenizer, write_conversations, write_dataset
 from training.corpus import Corpus, gather, split
 from training.dataset import Turn, read_conversations
+from training.failures import TrainingFailed
 from training.spec import Hyperparameters
 from training.template import ChatTemplate
 
@@ -131,6 +132,21 @@ def test_long_conversations_are_left_out_by_choice_and_counted(tmp_path: Path) -
     corpus = _gather(path, max_length=128, validation_fraction=0, long_conversations="refuse")
     assert len(corpus.train) == 10
     assert [remark.data["left_out"] for remark in corpus.remarks] == [1]
+
+
+def test_turns_that_the_template_refuses_are_named_by_line_and_in_its_own_words(tmp_path: Path) -> None:
+    strict = (
+        "{%- for m in messages %}{%- if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{- raise_exception('roles must alternate') }}{%- endif %}{%- endfor %}"
+    )
+    rows = [conversation(1), {"messages": [_MESSAGES[0], *_MESSAGES]}, conversation(2)]
+    path = write_dataset(tmp_path / "d.jsonl", rows)
+    template = ChatTemplate(make_tokenizer(strict + CHATML))
+    with pytest.raises(TrainingFailed) as refused:
+        gather(path, None, Hyperparameters(validation_fraction=0), template, context_length=2048)
+    assert refused.value.code == "dataset_invalid" and "line 2" in refused.value.message
+    assert "the model's chat template refuses it: roles must alternate" in refused.value.message
+    assert refused.value.hint == "let user and assistant alternate, beginning with the user"
 
 
 def test_statistics_say_what_is_trained_on(tmp_path: Path) -> None:
