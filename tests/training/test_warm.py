@@ -1,0 +1,185 @@
+"""A warm trainer: the next job finds what loading left, and nothing of the one before."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from tests.daemon_process import alive, children_of, eventually
+from tests.tiny_models import conversation, make_model, write_conversations, write_dataset
+from tests.training.child import WARM, Child, start
+from tests.training.conftest import ModelOf, SpecOf, train
+from training.events import EXIT_STOPPED
+from training.spec import HoldOrder, JobSpec
+
+SECRET = "marked-e3b0c44298fc1c149afbf4c8996fb924"
+
+
+def _adapter(spec: JobSpec) -> bytes:
+    return (spec.output_dir / "adapter_model.safetensors").read_bytes()
+
+
+def _do(child: Child, spec: JobSpec, served: int) -> None:
+    child.send(spec.model_dump_json())
+    child.wait_until_ready(served=served)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "qwen3_next"])
+def test_a_warm_trainer_makes_the_adapter_of_a_process_of_its_own_bit_for_bit(
+    architecture: str, spec_of: SpecOf
+) -> None:
+    chosen = {"num_epochs": 1, "lora_dropout": 0.1}
+    cold = spec_of(architecture, name="cold", **chosen)
+    train(cold)
+    first = spec_of(architecture, name="first", **chosen)
+    other = spec_of(architecture, name="other", **chosen | {"seed": 7, "lora_rank": 8, "target_modules": ["o_proj"]})
+    again = spec_of(architecture, name="again", **chosen)
+    with start(arguments=WARM) as child:
+        assert child.wait_until_ready().base_model is None
+        for served, spec in enumerate((first, other, again), start=1):
+            _do(child, spec, served)
+        assert child.readies[-1].base_model == cold.base_model
+        child.close_stdin()
+        assert child.exit_status() == 0
+    assert _adapter(first) == _adapter(cold) == _adapter(again) != _adapter(other)
+
+
+def test_nothing_of_a_finished_job_is_in_the_memory_of_the_warm_trainer(spec_of: SpecOf, tmp_path: Path) -> None:
+    rows = [conversation(number) for number in range(24)]
+    for row in rows:
+        row["messages"][0]["content"] += f" {SECRET}"
+    dataset = write_dataset(tmp_path / f"{SECRET}.jsonl", rows)
+    spec = spec_of(name=f"job-{SECRET}", dataset_path=dataset, num_epochs=40)
+    next_spec = spec_of(name="next", num_epochs=1)
+    with start(arguments=WARM) as child:
+        child.wait_until_ready()
+        _do(child, next_spec, 1)
+        child.send(spec.model_dump_json())
+        fork = child.wait_for("progress", step=2) and next(
+            event.pid for event in child.events if event.kind == "started" and event.job_id == spec.job_id
+        )
+        # The search can find it: in the fork, while it works.
+        assert _finds(fork, SECRET.encode()) and _finds(fork, str(spec.model_path).encode())
+        child.wait_until_ready(served=2)
+        with safe_open(spec.output_dir / "adapter_model.safetensors", "np") as file:
+            weights = next(file.get_tensor(key) for key in file.keys() if "lora_B" in key)  # noqa: SIM118
+        warm = child.process.pid
+        assert not alive(fork) and children_of(warm) == []
+        assert _finds(warm, str(spec.model_path).encode())
+        for what in (SECRET.encode(), SECRET.encode("utf-16-le"), weights.tobytes()[:64]):
+            assert not _finds(warm, what)
+        assert SECRET not in Path(f"/proc/{warm}/environ").read_text()
+        open_files = [str(path.readlink()) for path in Path(f"/proc/{warm}/fd").iterdir()]
+        assert not [path for path in open_files if path.startswith(str(tmp_path)) or "memfd" in path]
+
+
+def test_a_base_model_whose_files_have_changed_is_loaded_anew(tiny: ModelOf, spec_of: SpecOf, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny("qwen3"), folder)
+    before = spec_of(name="before", model_path=folder, num_epochs=1)
+    after = spec_of(name="after", model_path=folder, num_epochs=1)
+    with start(arguments=WARM) as child:
+        _do(child, before, 1)
+        shutil.rmtree(folder)
+        make_model(folder, "llama")
+        _do(child, after, 2)
+    cold = spec_of(name="cold", model_path=folder, num_epochs=1)
+    train(cold)
+    assert _adapter(after) == _adapter(cold)
+    assert len(_adapter(after)) != len(_adapter(before)) or _adapter(after) != _adapter(before)
+
+
+def test_a_model_is_held_before_a_job_asks_for_it(spec_of: SpecOf) -> None:
+    spec = spec_of(num_epochs=1)
+    with start(arguments=WARM) as child:
+        child.send(HoldOrder(base_model=spec.base_model, model_path=spec.model_path).model_dump_json())
+        assert child.wait_until_ready(served=1).base_model == spec.base_model
+        _do(child, spec, 2)
+    cold = spec_of(name="cold", num_epochs=1)
+    train(cold)
+    assert _adapter(spec) == _adapter(cold)
+
+
+def test_a_model_larger_than_what_may_be_kept_is_not_kept(spec_of: SpecOf) -> None:
+    with start(arguments=("--warm", "--keep-bytes", "1000")) as child:
+        _do(child, spec_of(num_epochs=1), 1)
+        assert child.readies[-1].base_model is None
+
+
+def test_a_job_that_fails_ends_the_warm_trainer_with_its_words(spec_of: SpecOf, tmp_path: Path) -> None:
+    bad = spec_of(dataset_path=write_dataset(tmp_path / "bad.jsonl", ["no conversation"]))
+    with start(arguments=WARM) as child:
+        child.send(bad.model_dump_json())
+        assert child.exit_status() == 1
+    assert child.wait_for("failed").code == "dataset_invalid"
+
+
+def test_a_model_that_cannot_be_loaded_fails_the_job_that_wanted_it(
+    tiny: ModelOf, spec_of: SpecOf, tmp_path: Path
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny("qwen3"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
+    with start(arguments=WARM) as child:
+        child.send(spec_of(model_path=folder).model_dump_json())
+        assert child.exit_status() == 1
+    failed = child.wait_for("failed")
+    assert failed.code == "model_unsupported" and failed.job_id == "job"
+
+
+def test_sigterm_ends_a_waiting_trainer_at_once_and_a_working_one_with_a_checkpoint(spec_of: SpecOf) -> None:
+    with start(arguments=WARM) as child:
+        child.wait_until_ready()
+        child.terminate()
+        assert child.exit_status(20) == EXIT_STOPPED
+    spec = spec_of(num_epochs=200)
+    with start(arguments=WARM) as child:
+        child.send(spec.model_dump_json())
+        child.wait_for("progress", step=2)
+        # As the daemon does: the whole group, so that the fork hears it twice.
+        os.killpg(child.process.pid, signal.SIGTERM)
+        assert child.exit_status() == EXIT_STOPPED
+    assert child.wait_for("checkpoint_saved").step >= 2
+    assert "failed" not in [event.kind for event in child.events]
+
+
+@pytest.mark.parametrize("victim", ["fork", "warm"])
+def test_kill_9_of_either_ends_both(victim: str, spec_of: SpecOf, tmp_path: Path) -> None:
+    spec = spec_of(num_epochs=200, dataset_path=write_conversations(tmp_path / "many.jsonl", 100))
+    with start(arguments=WARM) as child:
+        child.send(spec.model_dump_json())
+        child.wait_for("progress", step=1)
+        fork = child.wait_for("started").pid
+        assert fork != child.process.pid
+        os.kill(fork if victim == "fork" else child.process.pid, signal.SIGKILL)
+        assert child.exit_status() == -signal.SIGKILL
+        eventually(lambda: not alive(fork))
+
+
+def _finds(pid: int, what: bytes) -> bool:
+    """Whether these bytes stand anywhere in a process's writable memory."""
+    return any(what in piece for piece in _memory(pid, overlap=len(what)))
+
+
+def _memory(pid: int, overlap: int) -> Iterator[bytes]:
+    piece_bytes = 8 * 2**20
+    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            place, rights, *_ = line.split()
+            if not rights.startswith("rw"):
+                continue
+            begin, end = (int(part, 16) for part in place.split("-"))
+            for start_at in range(begin, end, piece_bytes):
+                try:
+                    memory.seek(start_at)
+                    yield memory.read(min(piece_bytes + overlap, end - start_at))
+                except (OSError, ValueError, OverflowError):
+                    continue  # reserved and never touched
