@@ -66,9 +66,14 @@ def run_alone(events_fd: int) -> int:
 
     def work() -> None:
         # Imported after `started` was said: it takes seconds and brings the heavy libraries.
-        from training.recipe import train_adapter
+        if spec.num_gpus > 1:
+            from training.launch import train_on_ranks
 
-        train_adapter(spec, voice, stop)
+            train_on_ranks(spec, events_fd, stop)
+        else:
+            from training.recipe import train_adapter
+
+            train_adapter(spec, voice, stop)
 
     return status_of(work, spec, voice)
 

@@ -27,6 +27,7 @@ class ErrorCode(StrEnum):
     UPLOAD_FAILED = "upload_failed"
     STALLED = "stalled"
     WORKER_LOST = "worker_lost"
+    RANK_LOST = "rank_lost"
     BUDGET_EXCEEDED = "budget_exceeded"
     DEADLINE_EXCEEDED = "deadline_exceeded"
     INTERNAL = "internal"

@@ -40,14 +40,14 @@ def end_every_child() -> None:
             return
         if pid != 0:
             continue
-        for child in _children():
+        for child in children_of_this_process():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(-1, 0)
 
 
-def _children() -> list[int]:
+def children_of_this_process() -> list[int]:
     me, found = os.getpid(), []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

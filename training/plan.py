@@ -17,8 +17,13 @@ _WARMUP_SHARE = 0.05
 
 @dataclass(frozen=True)
 class Plan:
-    """One optimizer step sees micro_batch × accumulation conversations: the batch size that was asked for."""
+    """One optimizer step sees `batch_size` conversations, as many as were asked for, whatever does the work.
 
+    Each of `ranks` processes sees its share in `accumulation` micro-batches of at most `micro_batch`.
+    """
+
+    batch_size: int
+    ranks: int
     micro_batch: int
     accumulation: int
     steps_per_epoch: int
@@ -29,16 +34,27 @@ class Plan:
     def total_steps(self) -> int:
         return self.steps_per_epoch * self.epochs
 
+    @property
+    def idle_ranks(self) -> int:
+        """Processes that have nothing to do, because the batch is smaller than their number."""
+        return max(0, self.ranks - self.batch_size)
+
 
 def make_plan(spec: JobSpec, corpus: Corpus) -> Plan:
-    """Split the batch that was asked for into micro-batches that fit."""
+    """Split the batch that was asked for among the ranks, and each share into micro-batches that fit, even in size."""
     chosen = spec.hyperparameters
     room = max(1, _TOKENS_PER_MICRO_BATCH[spec.device] // corpus.max_length)
-    micro_batch = max(
-        size for size in range(1, chosen.batch_size + 1) if chosen.batch_size % size == 0 and size <= room
-    )
-    accumulation = chosen.batch_size // micro_batch
-    steps_per_epoch = math.ceil(math.ceil(len(corpus.train) / micro_batch) / accumulation)
+    share = math.ceil(chosen.batch_size / spec.num_gpus)
+    accumulation = math.ceil(share / room)
+    steps_per_epoch = math.ceil(len(corpus.train) / chosen.batch_size)
     total = steps_per_epoch * chosen.num_epochs
     warmup = chosen.warmup_steps if chosen.warmup_steps is not None else math.ceil(total * _WARMUP_SHARE)
-    return Plan(micro_batch, accumulation, steps_per_epoch, chosen.num_epochs, min(warmup, total))
+    return Plan(
+        batch_size=chosen.batch_size,
+        ranks=spec.num_gpus,
+        micro_batch=math.ceil(share / accumulation),
+        accumulation=accumulation,
+        steps_per_epoch=steps_per_epoch,
+        epochs=chosen.num_epochs,
+        warmup_steps=min(warmup, total),
+    )

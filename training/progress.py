@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from training.events import ErrorCode, Progress, Stage
 from training.failures import TrainingFailed
 from training.journal import Journal, StepRecord
+from training.order import mixed_seed
 from training.plan import Plan
 from training.spec import JobSpec
 from training.stop import StopSwitch
@@ -49,17 +50,24 @@ class ProgressCallback(TrainerCallback):
         self._enter(Stage.TRAINING)
         self._step_began = time.monotonic()
         self._trainer.tokens_in_step = 0
+        # Dropout's masks: others at each step and rank, and the same whenever the step is made again.
+        torch.manual_seed(mixed_seed(self._spec.hyperparameters.seed, state.global_step, self._trainer.ranks.index))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
         now = time.monotonic()
         self._journal.training_seconds += now - self._counted_at
         self._counted_at = now
         control.should_evaluate = self._is_epoch_end(state.global_step)
-        if now - self._checkpoint_at >= self._spec.checkpoint_seconds:
-            control.should_save = True
-        if self._stop.requested:
-            control.should_save = True
-            control.should_training_stop = True
+        checkpoint_due = now - self._checkpoint_at >= self._spec.checkpoint_seconds
+        told = self._trainer.ranks.exchange(
+            (self._stop.requested, checkpoint_due, self._trainer.tokens_in_step, self._trainer.micro_batch)
+        )
+        self._trainer.tokens_in_step = int(sum(tokens for _, _, tokens, _ in told))
+        self._keep_to_the_smallest(int(min(micro_batch for *_, micro_batch in told)), state.global_step)
+        self._stop.requested = any(stop for stop, *_ in told)
+        # The first rank's clock counts.
+        control.should_save = self._stop.requested or bool(told[0][1])
+        control.should_training_stop = control.should_training_stop or self._stop.requested
 
     def on_log(
         self,
@@ -105,6 +113,18 @@ class ProgressCallback(TrainerCallback):
                 ErrorCode.NON_FINITE_LOSS,
                 f"training diverged at step {record.step}: loss {loss}, gradient norm {norm}",
                 f"lower learning_rate (current {self._spec.hyperparameters.learning_rate:g}) and submit again",
+            )
+
+    def _keep_to_the_smallest(self, micro_batch: int, step: int) -> None:
+        """What is too much for one card is too much for its likes."""
+        if micro_batch < self._trainer.micro_batch:
+            self._trainer.use_micro_batch(micro_batch)
+            self._voice.notice(
+                "out_of_memory_recovered",
+                f"memory of another card ran out: going on with {micro_batch} conversations at a time, the batch size "
+                f"stays {self._plan.batch_size}",
+                micro_batch=micro_batch,
+                step=step,
             )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002

@@ -26,6 +26,7 @@ from training.lora import attach_adapter, trainable_parameters
 from training.model import device_memory_bytes, load_base_model, warn_of_missing_kernels
 from training.plan import Plan
 from training.preflight import check_resources, look_ahead, memory_remark
+from training.ranks import ALONE, Ranks
 from training.samples import answer, choose_prompts
 from training.spec import JobSpec
 from training.stop import StopSwitch
@@ -52,12 +53,20 @@ class Prepared:
     estimate: Estimate
 
 
-def train_adapter(spec: JobSpec, voice: Voice, stop: StopSwitch) -> None:
-    """Do one job. Ends with `adapter_saved`; raises TrainingFailed, or StopRequested once a checkpoint is on disk."""
+def train_adapter(spec: JobSpec, voice: Voice, stop: StopSwitch, ranks: Ranks = ALONE) -> None:
+    """Do one job. Ends with `adapter_saved`; raises TrainingFailed, or StopRequested once a checkpoint is on disk.
+
+    On several ranks each does all of this on its share of the conversations; what is written, the first one writes.
+    """
     # The data first: they are what is wrong most often, and looking at them takes a second.
     prepared = prepare(spec, voice)
     voice.stage(Stage.LOADING, spec.base_model)
-    train_on(load_base_model(spec, prepared.folder, voice), prepared, spec, voice, stop)
+    if ranks.count > 1 and spec.quantize and spec.quantized_dir is not None:
+        # Where there is no 4-bit copy yet the first rank writes it, and the others read it.
+        base = ranks.one_after_the_first(lambda: load_base_model(spec, prepared.folder, voice))
+    else:
+        base = load_base_model(spec, prepared.folder, voice)
+    train_on(base, prepared, spec, voice, stop, ranks=ranks)
 
 
 def prepare(spec: JobSpec, voice: Voice, tokenizer: PreTrainedTokenizerBase | None = None) -> Prepared:
@@ -72,6 +81,12 @@ def prepare(spec: JobSpec, voice: Voice, tokenizer: PreTrainedTokenizerBase | No
     check_resources(spec, estimate, memory)
     if warning := memory_remark(spec, estimate, memory):
         voice.notice("memory_tight", warning)
+    if plan.idle_ranks:
+        voice.notice(
+            "gpus_idle",
+            f"a batch_size of {plan.batch_size} keeps {plan.batch_size} of {plan.ranks} GPUs busy; "
+            f"ask for fewer GPUs or a batch_size of at least {plan.ranks}",
+        )
     voice.say(
         Planned(
             job_id=spec.job_id,
@@ -88,7 +103,9 @@ def prepare(spec: JobSpec, voice: Voice, tokenizer: PreTrainedTokenizerBase | No
     return Prepared(folder, tokenizer, template, corpus, plan, estimate)
 
 
-def train_on(base: PreTrainedModel, prepared: Prepared, spec: JobSpec, voice: Voice, stop: StopSwitch) -> None:
+def train_on(
+    base: PreTrainedModel, prepared: Prepared, spec: JobSpec, voice: Voice, stop: StopSwitch, *, ranks: Ranks = ALONE
+) -> None:
     """From a base model, as loading left it, to the adapter. The model is used up: it carries the adapter after."""
     corpus, plan, tokenizer, template = prepared.corpus, prepared.plan, prepared.tokenizer, prepared.template
 
@@ -99,7 +116,7 @@ def train_on(base: PreTrainedModel, prepared: Prepared, spec: JobSpec, voice: Vo
 
     # Training, from the beginning or from where an earlier attempt got to.
     shelf = CheckpointShelf(spec.checkpoint_dir, fingerprint=_fingerprint(spec, plan))
-    checkpoint = _find_checkpoint(shelf, voice)
+    checkpoint = ranks.as_the_first(lambda: _find_checkpoint(shelf, voice))
     journal = Journal.load(checkpoint.path) if checkpoint else Journal()
     trainer = AdapterTrainer(
         spec=spec,
@@ -112,6 +129,7 @@ def train_on(base: PreTrainedModel, prepared: Prepared, spec: JobSpec, voice: Vo
         voice=voice,
         stop=stop,
         packed=packed,
+        ranks=ranks,
     )
     prompts = choose_prompts(spec, corpus)
     if checkpoint is None:
@@ -121,13 +139,15 @@ def train_on(base: PreTrainedModel, prepared: Prepared, spec: JobSpec, voice: Vo
         if checkpoint is None:
             trainer.evaluate()
         trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
-        if stop.requested:
+        if ranks.agree_to_stop(stop):
             trainer.leave_checkpoint()
             raise StopRequested
     trainer.keep_best()
     for prompt, text in answer(spec, trainer.model, tokenizer, template, prompts):
         voice.sample("after", prompt, text)
 
+    if not ranks.is_first:
+        return
     # The adapter, beside it what it was made with and how the making went.
     voice.stage(Stage.SAVING)
     log, chart = spec.work_dir / "training_log.jsonl", spec.work_dir / "metrics_chart.png"

@@ -9,6 +9,10 @@ from types import FrameType
 
 from training.events import EXIT_STOPPED
 
+# How the launcher passes a SIGTERM on to its ranks. Their own SIGTERM comes from the engine when another rank has
+# failed, and must end a rank that waits inside of an exchange, where no Python handler would run.
+STOP_A_RANK = signal.SIGUSR1
+
 
 class StopSwitch:
     """Remembers SIGTERM. Inside `at_the_next_step` it only sets a flag; outside it ends the process."""
@@ -17,8 +21,8 @@ class StopSwitch:
         self.requested = False
         self._deferred = False
 
-    def listen(self) -> None:
-        signal.signal(signal.SIGTERM, self._on_sigterm)
+    def listen(self, number: signal.Signals = signal.SIGTERM) -> None:
+        signal.signal(number, self._on_signal)
 
     @contextmanager
     def at_the_next_step(self) -> Iterator[None]:
@@ -29,7 +33,7 @@ class StopSwitch:
         finally:
             self._deferred = False
 
-    def _on_sigterm(self, _number: int, _frame: FrameType | None) -> None:
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
         # Once: a second one, to the group and to the process, must not break into the way out of the first.
         already, self.requested = self.requested, True
         if not self._deferred and not already:

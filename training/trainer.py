@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -20,11 +22,13 @@ from training.failures import TrainingFailed, is_out_of_memory, memory_advice
 from training.journal import EvaluationRecord, Journal
 from training.loss import AnswerLoss
 from training.model import compute_dtype
+from training.order import StepOrder
 from training.plan import Plan
 from training.progress import ProgressCallback
+from training.ranks import ALONE, Ranks
 from training.spec import JobSpec
 from training.stop import StopSwitch
-from training.template import Example
+from training.template import IGNORED, Example
 from training.trackers import tracking_callbacks
 from training.voice import Voice
 
@@ -52,7 +56,10 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         voice: Voice,
         stop: StopSwitch,
         packed: bool,
+        ranks: Ranks = ALONE,
     ) -> None:
+        assert plan.ranks == ranks.count, "the plan is made for another number of processes"
+        self.ranks = ranks
         self.spec = spec
         self.plan = plan
         self.journal = journal
@@ -68,11 +75,11 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         super().__init__(
             model=model,
             args=_arguments(spec, plan, packed=packed),
-            train_dataset=_as_dataset(corpus.train),
+            train_dataset=_as_dataset(corpus.train, blank=tokenizer.pad_token_id or 0),
             processing_class=tokenizer,
             callbacks=[
                 ProgressCallback(plan=plan, journal=journal, voice=voice, stop=stop, spec=spec, trainer=self),
-                *tracking_callbacks(spec, journal, voice),
+                *(tracking_callbacks(spec, journal, voice) if ranks.is_first else ()),
             ],
         )
         # TRL casts the adapter of a quantised model to bf16. A resumed run would read it back as float32 and part from
@@ -82,6 +89,19 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
                 parameter.data = parameter.data.float()
         self.remove_callback(PrinterCallback)
         self._answer_loss = AnswerLoss(self.model.get_base_model())
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Micro-batches in our own order: the library's would depend on the number of ranks."""
+        order = StepOrder(len(self._corpus.train), self.plan, self.ranks, self.spec.hyperparameters.seed)
+        rows = self.train_dataset
+        return _EpochLoader(
+            rows, batch_sampler=order, collate_fn=self.data_collator, pin_memory=self.args.dataloader_pin_memory
+        )
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        # Mixed precision, but no DistributedDataParallel around the model: `Ranks.average_gradients` says why.
+        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch forward and backward; in halves, and then in halves for good, when memory runs out.
@@ -109,7 +129,17 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
             pending = [part for half in halves for part in self._within_the_limit(half)] + [
                 part for rest in pending for part in self._within_the_limit(rest)
             ]
+        if self.accelerator.sync_gradients:
+            self.ranks.average_gradients(self._trained())
         return total
+
+    @property
+    def micro_batch(self) -> int:
+        """Conversations at a time: as planned, or fewer since memory ran out."""
+        return self._micro_batch
+
+    def use_micro_batch(self, conversations: int) -> None:
+        self._micro_batch = conversations
 
     def _trained(self) -> list[torch.nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -151,7 +181,9 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         """Loss of one micro-batch, as its share of the mean over all trained tokens of the optimizer step."""
         assert not return_outputs, "nothing here asks for logits"
         summed, count = self._answer_loss(inputs)
-        return summed / (count if num_items_in_batch is None else num_items_in_batch)
+        # The tokens are those of all ranks; their gradients, and the losses that are logged, are averaged.
+        share: float = count if num_items_in_batch is None else num_items_in_batch / self.ranks.count
+        return summed / share
 
     def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:
         """Mean loss over every trained token of the held-out conversations, whatever the batches.
@@ -164,8 +196,8 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         self._voice.stage(Stage.EVALUATING)
         was_training = self.model.training
         self.model.eval()
-        total, tokens = 0.0, 0
-        pending = sorted(self._corpus.validation, key=lambda example: len(example.input_ids))
+        total = tokens = 0.0
+        pending = list(self.ranks.share(sorted(self._corpus.validation, key=lambda example: len(example.input_ids))))
         while pending and not self._stop.requested:
             batch, pending = pending[: self._micro_batch], pending[self._micro_batch :]
             try:
@@ -180,9 +212,10 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
                 continue
             self._halve(self.data_collator([_as_row(example) for example in batch]))
         self.model.train(was_training)
-        if self._stop.requested:
+        if self.ranks.agree_to_stop(self._stop):
             self.control.should_save = self.control.should_training_stop = True
             return {}
+        total, tokens = self.ranks.total(total, tokens)
         loss = total / max(1, tokens)
         step = self.state.global_step
         record = EvaluationRecord(step=step, epoch=step / self.plan.steps_per_epoch, validation_loss=loss)
@@ -217,12 +250,13 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         return summed.item(), count
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002 - the library's signature
+        if not self.ranks.is_first:
+            return
         folder = self._shelf.prepare()
         save_file(trained_tensors(self.model), folder / _WEIGHTS)
         if self.best_weights:
             save_file(self.best_weights, folder / _BEST)
         self._save_optimizer_and_scheduler(str(folder))
-        self._save_rng_state(str(folder))
         self.state.save_to_json(str(folder / "trainer_state.json"))
         self.journal.save(folder)
         saved = self._shelf.publish(folder, self.state.global_step)
@@ -230,6 +264,9 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         self._voice.say(
             CheckpointSaved(job_id=self._voice.job_id, step=saved.step, path=str(saved.path), bytes=saved.bytes)
         )
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing: each step's random numbers come from seed, rank and step (ProgressCallback)."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
         """Put back exactly the tensors that were written; PEFT's loading would convert names on the way."""
@@ -311,8 +348,18 @@ def _arguments(spec: JobSpec, plan: Plan, *, packed: bool) -> SFTConfig:
     )
 
 
-def _as_dataset(examples: tuple[Example, ...]) -> Dataset:
-    return Dataset.from_list([_as_row(example) for example in examples])
+class _EpochLoader(DataLoader[Any]):
+    """Hands the epoch's number, which the library tells a loader, on to the order."""
+
+    def set_epoch(self, epoch: int) -> None:
+        order = self.batch_sampler
+        assert isinstance(order, StepOrder)
+        order.set_epoch(epoch)
+
+
+def _as_dataset(examples: tuple[Example, ...], *, blank: int) -> Dataset:
+    """The examples, and behind them the row that teaches nothing (`StepOrder`)."""
+    return Dataset.from_list([*map(_as_row, examples), {"input_ids": [blank, blank], "labels": [IGNORED, IGNORED]}])
 
 
 def _as_row(example: Example) -> dict[str, list[int]]:
@@ -320,5 +367,7 @@ def _as_row(example: Example) -> dict[str, list[int]]:
 
 
 def _token_count(inputs: Any) -> int:
+    if bool((inputs["labels"] == IGNORED).all()):
+        return 0  # the blank row
     mask = inputs.get("attention_mask")
     return int(mask.sum().item()) if mask is not None else int(inputs["input_ids"].numel())

@@ -49,3 +49,13 @@ class Voice:
 
     def sample(self, when: Literal["before", "after"], prompt: str, answer: str) -> None:
         self.say(Sample(job_id=self.job_id, when=when, prompt=prompt, answer=answer))
+
+
+class Silence(Voice):
+    """The voice of every rank but the first: one job, one speaker."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(-1, job_id)
+
+    def say(self, event: AnyEvent) -> None:
+        """Nothing."""

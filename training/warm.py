@@ -187,7 +187,8 @@ class WarmProcess:
         spec = read_spec(line, self._events_fd)
         if spec is None:
             return 1
-        if not _card_opens(spec):
+        # Ranks are started by an engine with threads and a store of its own: nothing to do in a fork.
+        if spec.num_gpus > 1 or not _card_opens(spec):
             _start_afresh(line, self._events_fd)
         voice = Voice(self._events_fd, spec.job_id)
         begin_job(spec, voice)

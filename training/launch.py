@@ -1,0 +1,118 @@
+"""A job on several cards, seen from its main process: start one rank a card, pass a stop on, say how it ended.
+
+The ranks are started and watched by torchrun's own engine, torch.distributed's elastic agent: when one ends badly it
+ends the others. It is given no restarts: whether a job is tried again is for the daemon to decide.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from training.desk import RankDesk
+from training.events import ErrorCode
+from training.failures import StopRequested, TrainingFailed
+from training.parent import adopt_orphans, children_of_this_process, end_every_child
+from training.spec import JobSpec
+from training.stop import STOP_A_RANK, StopSwitch
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+    from torch.distributed.launcher.api import LaunchConfig
+
+
+class RankStack(Exception):
+    """The stack of a rank's failure, as the cause of ours."""
+
+
+def train_on_ranks(spec: JobSpec, events_fd: int, stop: StopSwitch) -> None:
+    """Do one job in `spec.num_gpus` processes; raises what `train_adapter` would: TrainingFailed, StopRequested.
+
+    None of them is alive afterwards; should this process be killed, the kernel kills them.
+    """
+    adopt_orphans()
+    desk = RankDesk.lay(spec.work_dir / "ranks", spec)
+    _pass_on_sigterm(desk, stop)
+    lost = _run(spec, desk, events_fd)
+    end_every_child()
+    if lost is None and desk.is_finished:
+        return
+    if lost is None or stop.requested:
+        raise StopRequested
+    cause = desk.cause()
+    if cause is None:
+        raise _loss_of_a_rank(spec, lost)
+    raise TrainingFailed(cause.code, cause.message, cause.hint or "", transient=cause.transient) from RankStack(
+        cause.stack
+    )
+
+
+def _run(spec: JobSpec, desk: RankDesk, events_fd: int) -> ProcessFailure | None:
+    """Run the ranks to their end. Returns the first that ended badly."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    if "OMP_NUM_THREADS" not in os.environ and spec.device == "cpu":
+        os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // spec.num_gpus))
+    try:
+        elastic_launch(_launch_config(spec), sys.executable)(
+            "-m",
+            "training.rank",
+            "--launcher",
+            os.getpid(),
+            "--desk",
+            desk.folder,
+            "--events",
+            # The engine starts processes with no descriptors of ours; the kernel lets them open this one by name.
+            f"/proc/{os.getpid()}/fd/{events_fd}",
+        )
+    except ChildFailedError as error:
+        first: ProcessFailure = error.get_first_failure()[1]
+        return first
+    return None
+
+
+def _launch_config(spec: JobSpec) -> LaunchConfig:
+    """What `torchrun --standalone` would use, on the loopback interface."""
+    from torch.distributed.launcher.api import LaunchConfig
+
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=spec.num_gpus,
+        run_id=f"{spec.job_id}-{spec.lease_epoch}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        # A SIGTERM is a wish that the ranks agree about, and not the engine's business.
+        signals_to_handle="SIGINT",
+        # Each rank sees its own card, and calls it 0.
+        virtual_local_rank=spec.device == "cuda",
+    )
+
+
+def _pass_on_sigterm(desk: RankDesk, stop: StopSwitch) -> None:
+    def pass_on(_number: int, _frame: FrameType | None) -> None:
+        stop.requested = True
+        desk.wish_to_stop()
+        for child in children_of_this_process():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, STOP_A_RANK)
+
+    signal.signal(signal.SIGTERM, pass_on)
+
+
+def _loss_of_a_rank(spec: JobSpec, lost: ProcessFailure) -> TrainingFailed:
+    how = f"was ended by {lost.signal_name()}" if lost.exitcode < 0 else f"ended with exit code {lost.exitcode}"
+    return TrainingFailed(
+        ErrorCode.RANK_LOST,
+        f"process {lost.local_rank} of the {spec.num_gpus} that trained together {how}; the others were ended with it",
+        "SIGKILL is most often the host running out of memory: see the host's log; "
+        "the job is tried again and goes on from its last checkpoint",
+        transient=True,
+    )

@@ -1,0 +1,114 @@
+"""One job on several cards: which of its processes this one is, and what they tell each other.
+
+Every rank runs the same recipe on the same files and comes to the same decisions, because whatever could differ
+between them (a clock, a signal, a sum over its own conversations) is exchanged here before it is acted upon. Flags
+and numbers travel between CPUs (gloo), tensors of a card between cards (NCCL). A job of one process exchanges nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from training.stop import StopSwitch
+
+T = TypeVar("T")
+
+# An exchange that takes longer than this is over, and with it the attempt: longer than writing the 4-bit copy of an
+# 80 B model, which the first rank does alone. The daemon's own watchdog may be less patient.
+EXCHANGE_SECONDS = 1800.0
+_BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process, as one of `count` that do a job together."""
+
+    index: int = 0
+    count: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """The one that speaks, and writes checkpoints and the adapter."""
+        return self.index == 0
+
+    def share(self, things: Sequence[T]) -> Sequence[T]:
+        """This rank's part of what is done once by all of them together."""
+        return things[self.index :: self.count]
+
+    def exchange(self, numbers: Iterable[float]) -> list[list[float]]:
+        """Every rank's numbers, by rank; the same on all of them."""
+        mine = torch.tensor(list(numbers), dtype=torch.float64)
+        if self.count == 1:
+            return [mine.tolist()]
+        everyones = [torch.empty_like(mine) for _ in range(self.count)]
+        dist.all_gather(everyones, mine)
+        return [numbers.tolist() for numbers in everyones]
+
+    def total(self, *numbers: float) -> list[float]:
+        """Sums over all ranks, added up in the same order everywhere."""
+        return [sum(column) for column in zip(*self.exchange(numbers), strict=True)]
+
+    def agree_to_stop(self, stop: StopSwitch) -> bool:
+        """Whether any rank was asked to stop; if so, all of them were."""
+        if any(asked for (asked,) in self.exchange([stop.requested])):
+            stop.requested = True
+        return stop.requested
+
+    def as_the_first(self, find: Callable[[], T]) -> T:
+        """What the first rank finds, on all of them. It must be picklable."""
+        if self.count == 1:
+            return find()
+        found: list[Any] = [find() if self.is_first else None]
+        dist.broadcast_object_list(found, src=0)
+        answer: T = found[0]
+        return answer
+
+    def one_after_the_first(self, work: Callable[[], T]) -> T:
+        """The first rank works alone, then the others at once: for what the first one leaves on disk for them."""
+        if self.is_first:
+            done = work()
+            self.exchange([0.0])
+            return done
+        self.exchange([0.0])
+        return work()
+
+    def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Replace each gradient by the mean over all ranks, in one exchange.
+
+        In place of DistributedDataParallel, which exchanges inside of backward: there a rank that runs out of memory
+        half way, and does its micro-batch again in halves, would leave the others waiting. An adapter's gradients are
+        a few ten megabytes once a step, too few to be worth hiding.
+        """
+        if self.count == 1:
+            return
+        trained = list(parameters)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+        flat = _flatten_dense_tensors(gradients)
+        dist.all_reduce(flat)
+        flat /= self.count
+        for parameter, gradient in zip(trained, _unflatten_dense_tensors(flat, gradients), strict=True):
+            parameter.grad = gradient
+
+
+ALONE = Ranks()
+
+
+def join(device: str) -> Ranks:
+    """Meet the other ranks at the place that the engine wrote into the environment."""
+    dist.init_process_group(_BACKENDS[device], timeout=timedelta(seconds=EXCHANGE_SECONDS))
+    if device == "cuda":
+        # The engine shows each rank one card only.
+        torch.cuda.set_device(0)
+    return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+
+
+def leave() -> None:
+    dist.destroy_process_group()
