@@ -53,7 +53,7 @@ def main() -> None:
     ):
         _show("database", postgres.describe())
         environment = _environment(postgres, storage.url)
-        _run(["brightrun-trainer", "migrate"], environment | {"DATABASE_URL": postgres.dsn()})
+        _run(["brightrun-trainer", "migrate", "--local"], environment | {"DATABASE_URL": postgres.dsn()})
         with psycopg.connect(postgres.dsn(), autocommit=True, row_factory=dict_row) as app:
             app.execute(f"ALTER ROLE training_daemon LOGIN PASSWORD '{postgres.password}'".encode())
             _make_model(environment)
