@@ -115,7 +115,7 @@ def train_on(
     model = attach_adapter(base, spec.hyperparameters)
 
     # Training, from the beginning or from where an earlier attempt got to.
-    shelf = CheckpointShelf(spec.checkpoint_dir, fingerprint=_fingerprint(spec, plan))
+    shelf = CheckpointShelf(spec.checkpoint_dir, fingerprint=_fingerprint(spec, plan, corpus))
     checkpoint = ranks.as_the_first(lambda: _find_checkpoint(shelf, voice))
     journal = Journal.load(checkpoint.path) if checkpoint else Journal()
     trainer = AdapterTrainer(
@@ -182,13 +182,14 @@ def _find_checkpoint(shelf: CheckpointShelf, voice: Voice) -> Checkpoint | None:
     return checkpoint
 
 
-def _fingerprint(spec: JobSpec, plan: Plan) -> dict[str, object]:
+def _fingerprint(spec: JobSpec, plan: Plan, corpus: Corpus) -> dict[str, object]:
     """What must be equal for a checkpoint to be continued: another run's state would be a silent mixture."""
     return {
         "base_model": spec.base_model,
         "model_revision": spec.model_revision,
         "hyperparameters": spec.hyperparameters.model_dump(mode="json"),
         "quantize": spec.quantize,
+        "data": corpus.digest(),
         "total_steps": plan.total_steps,
         "torch": version("torch"),
         "transformers": version("transformers"),

@@ -110,6 +110,14 @@ def test_a_given_validation_file_is_used_whole(tmp_path: Path) -> None:
     assert len(corpus.train) == 20 and len(corpus.validation) == 3
 
 
+def test_the_digest_is_that_of_the_words_not_of_the_file(tmp_path: Path) -> None:
+    rows = [conversation(number) for number in range(20)]
+    digest = _gather(write_dataset(tmp_path / "d.jsonl", rows)).digest()
+    assert digest == _gather(write_dataset(tmp_path / "copy.jsonl", rows)).digest()
+    rows[7] = conversation(77)
+    assert digest != _gather(write_dataset(tmp_path / "d.jsonl", rows)).digest()
+
+
 def test_the_length_comes_from_the_data(tmp_path: Path) -> None:
     corpus = _gather(write_conversations(tmp_path / "d.jsonl", 20))
     longest = max(len(example.input_ids) for example in (*corpus.train, *corpus.validation))
