@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.tiny_models import ARCHITECTURES
+from tests.tiny_models import ARCHITECTURES, DENSE
 from tests.training.conftest import ModelOf, SpecOf, train
 from training.failures import TrainingFailed
 from training.lora import attach_adapter, choose_targets, trainable_parameters
@@ -67,6 +68,38 @@ def test_the_folder_holds_everything_and_nothing_pickled(spec_of: SpecOf) -> Non
     assert config["r"] == 4 and AutoTokenizer.from_pretrained(spec.output_dir).chat_template
     log = [json.loads(line) for line in (spec.output_dir / "training_log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log if "loss" in line] == list(range(1, len([x for x in log if "loss" in x]) + 1))
+
+
+# What vLLM reads of an adapter, from its vllm/lora/{peft_helper,utils,lora_model}.py: these fields of the config, with
+# these values; a safetensors file whose names it takes apart; and of each module the last word, which must be one that
+# its own model has (q, k and v, gate and up are packed there, and listed one by one).
+_VLLM_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_VLLM_MODULES = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+# Its --max-lora-rank, of which ranks up to a power of two are served; 16 is its default.
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+@pytest.mark.parametrize("architecture", DENSE)
+def test_a_dense_adapter_has_the_layout_that_vllm_reads(architecture: str, spec_of: SpecOf) -> None:
+    spec = spec_of(architecture, lora_rank=8, lora_alpha=24, num_epochs=1)
+    train(spec)
+    config = json.loads((spec.output_dir / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and config["r"] == 8 in _VLLM_RANKS and config["lora_alpha"] == 24
+    assert config["bias"] == "none" and not config["modules_to_save"]
+    assert not config["use_dora"] and not config["use_rslora"]
+    assert not config.get("rank_pattern") and not config.get("alpha_pattern") and not config.get("target_parameters")
+    assert isinstance(config["target_modules"], list) and set(config["target_modules"]) <= _VLLM_MODULES
+    layers = dict(_plain(spec.model_path).named_modules())
+    sides: dict[str, set[str]] = {}
+    for name, tensor in load_file(spec.output_dir / "adapter_model.safetensors").items():
+        match = _VLLM_NAME.fullmatch(name)
+        assert match is not None, name
+        module, side = match["module"], match["side"]
+        assert module.rpartition(".")[2] in config["target_modules"]
+        layer = layers[module]
+        assert tuple(tensor.shape) == ((8, layer.in_features) if side == "A" else (layer.out_features, 8))
+        sides.setdefault(module, set()).add(side)
+    assert len(sides) == 2 * len(_VLLM_MODULES) and all(both == {"A", "B"} for both in sides.values())
 
 
 def test_shared_expert_and_deltanet_are_adapted_and_router_and_experts_are_not(tiny: ModelOf) -> None:

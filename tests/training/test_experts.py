@@ -27,7 +27,8 @@ def _load(spec: Any) -> Any:
 
 def _dequantised(folder: Path, quantised: Any) -> Any:
     """The same architecture in 16 bits, with exactly the values that the 4-bit weights stand for."""
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=next(quantised.parameters()).dtype)
+    first = next(quantised.parameters())
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=first.dtype).to(first.device)
     modules = dict(reference.named_modules())
     for path, module in quantised.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
@@ -48,11 +49,26 @@ def _loss_and_gradient(model: Any, ids_BT: torch.Tensor) -> tuple[float, torch.T
 
 
 @pytest.mark.parametrize("architecture", MIXTURES)
-def test_loss_and_gradients_equal_those_of_the_dequantised_weights(architecture: str, spec_of: SpecOf) -> None:
-    spec = spec_of(architecture)
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+            ],
+        ),
+    ],
+)
+def test_loss_and_gradients_equal_those_of_the_dequantised_weights(
+    device: str, architecture: str, spec_of: SpecOf
+) -> None:
+    spec = spec_of(architecture, device=device)
     quantised = _load(spec)
     reference = _dequantised(spec.model_path, quantised)
-    ids_BT = torch.randint(0, 300, (2, 48), generator=torch.Generator().manual_seed(1))
+    ids_BT = torch.randint(0, 300, (2, 48), generator=torch.Generator().manual_seed(1)).to(device)
     loss, gradient = _loss_and_gradient(quantised, ids_BT)
     expected_loss, expected_gradient = _loss_and_gradient(reference, ids_BT)
     assert abs(loss - expected_loss) / expected_loss < 1e-3
