@@ -188,7 +188,15 @@ async def among_idle_daemons(app: App, dsn: str, daemons: int, jobs: int) -> tup
 def plan(app: App) -> str:
     """What Postgres does for one claim, by EXPLAIN ANALYZE, rolled back."""
     text = (files("sql.queries") / "claim_job.sql").read_text()
-    values = {"worker_id": uuid4(), **ANY_HOST, "user_cap": None, "lease_seconds": 60.0, "window": 8}
+    values = {
+        "worker_id": uuid4(),
+        **ANY_HOST,
+        "user_cap": None,
+        "lease_seconds": 60.0,
+        "warm_models": [],
+        "warm_first_seconds": 0.0,
+        "window": 8,
+    }
     with app.connection.transaction(force_rollback=True):
         app.connection.execute("SET LOCAL ROLE training_daemon")
         app.connection.execute("SET LOCAL plan_cache_mode = force_generic_plan")

@@ -158,8 +158,14 @@ class Store:
         models: Sequence[str] | None,
         user_cap: int | None,
         lease_seconds: float,
+        warm_models: Sequence[str] = (),
+        warm_first_seconds: float = 0.0,
     ) -> Claim:
-        """Take the first due job that this host can serve; None means no limit (memory is of one GPU)."""
+        """Take the first due job that this host can serve; None means no limit (memory is of one GPU).
+
+        `warm_models` (an empty name stands for jobs that name none) go before older jobs of the same priority that
+        have waited less than `warm_first_seconds`.
+        """
         parameters: dict[str, Any] = {
             "worker_id": worker_id,
             "free_gpus": free_gpus,
@@ -168,6 +174,8 @@ class Store:
             "models": None if models is None else list(models),
             "user_cap": user_cap,
             "lease_seconds": lease_seconds,
+            "warm_models": list(warm_models),
+            "warm_first_seconds": warm_first_seconds,
         }
         seen = 0
         for window in _WINDOWS:

@@ -104,8 +104,9 @@ class Trainers:
             self._changed.set()
 
     def bases(self) -> list[str]:
-        """Base models that are in memory and waiting."""
-        return sorted({held for place in self._waiting if (held := self._held(place)) is not None})
+        """Base models that are in memory and waiting; an empty name stands for jobs that name none."""
+        held = {base for place in self._waiting if (base := self._held(place)) is not None}
+        return sorted(held | {""} if self._settings.default_model in held else held)
 
     def preferred(self, free: Iterable[int], base_model: str | None) -> int | None:
         """The free place whose trainer holds this base model; the default one where none is named."""

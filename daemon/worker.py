@@ -91,6 +91,8 @@ class Worker:
                     models=settings.allowed_models or None,
                     user_cap=settings.user_cap,
                     lease_seconds=settings.lease_seconds,
+                    warm_models=self._with.trainers.bases(),
+                    warm_first_seconds=settings.warm_first_seconds,
                 )
                 if claim.job is not None:
                     self.begin(claim.job)

@@ -13,7 +13,7 @@ WITH blocked AS MATERIALIZED (
 ),
 candidates AS MATERIALIZED (
     -- Every column here is in the index training_jobs_due. Memory with 5 percent tolerance: an 80 GB card says 79.6.
-    SELECT job.id
+    SELECT job.id, job.priority, job.queued_at, job.base_model
     FROM training_jobs AS job
     WHERE job.due
       AND (%(free_gpus)s::int IS NULL OR job.need_gpus <= %(free_gpus)s::int)
@@ -26,15 +26,30 @@ candidates AS MATERIALIZED (
     ORDER BY job.priority DESC, job.queued_at, job.id
     LIMIT %(window)s
 ),
+ordered AS MATERIALIZED (
+    -- Of equal priority, what finds its base model in memory goes first, but never before one that has waited long.
+    -- Only the few candidates are sorted; the index has put them in order before.
+    SELECT candidates.id
+    FROM candidates
+    ORDER BY
+        candidates.priority DESC,
+        CASE
+            WHEN candidates.queued_at <= clock_timestamp() - %(warm_first_seconds)s::float8 * interval '1 second' THEN 0
+            WHEN coalesce(candidates.base_model, '') = ANY (%(warm_models)s::text[]) THEN 1
+            ELSE 2
+        END,
+        candidates.queued_at,
+        candidates.id
+),
 picked AS MATERIALIZED (
     -- One after the other, in order, until one can be locked. NO KEY UPDATE: with FOR UPDATE a child row's insert
     -- in flight (KEY SHARE) would hide the job, and its wake-up would be lost.
     SELECT locked.id, locked.user_id, locked.lease_epoch
-    FROM candidates
+    FROM ordered
     CROSS JOIN LATERAL (
         SELECT job.id, job.user_id, job.lease_epoch
         FROM training_jobs AS job
-        WHERE job.id = candidates.id
+        WHERE job.id = ordered.id
           -- Not plain `due`: by primary key, never by the partial index again.
           AND coalesce(job.due, false)
           AND NOT EXISTS (SELECT FROM training_leases AS lease WHERE lease.job_id = job.id)

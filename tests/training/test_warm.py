@@ -56,21 +56,17 @@ def test_nothing_of_a_finished_job_is_in_the_memory_of_the_warm_trainer(spec_of:
     for row in rows:
         row["messages"][0]["content"] += f" {SECRET}"
     dataset = write_dataset(tmp_path / f"{SECRET}.jsonl", rows)
-    spec = spec_of(name=f"job-{SECRET}", dataset_path=dataset, num_epochs=40)
-    next_spec = spec_of(name="next", num_epochs=1)
+    spec = spec_of(name=f"job-{SECRET}", dataset_path=dataset, num_epochs=20)
     with start(arguments=WARM) as child:
-        child.wait_until_ready()
-        _do(child, next_spec, 1)
         child.send(spec.model_dump_json())
-        fork = child.wait_for("progress", step=2) and next(
-            event.pid for event in child.events if event.kind == "started" and event.job_id == spec.job_id
-        )
+        child.wait_for("progress", step=2)
+        warm = child.process.pid
+        (fork,) = children_of(warm)
         # The search can find it: in the fork, while it works.
         assert _finds(fork, SECRET.encode()) and _finds(fork, str(spec.model_path).encode())
-        child.wait_until_ready(served=2)
+        child.wait_until_ready(served=1)
         with safe_open(spec.output_dir / "adapter_model.safetensors", "np") as file:
             weights = next(file.get_tensor(key) for key in file.keys() if "lora_B" in key)  # noqa: SIM118
-        warm = child.process.pid
         assert not alive(fork) and children_of(warm) == []
         assert _finds(warm, str(spec.model_path).encode())
         for what in (SECRET.encode(), SECRET.encode("utf-16-le"), weights.tobytes()[:64]):
@@ -86,36 +82,25 @@ def test_a_base_model_whose_files_have_changed_is_loaded_anew(tiny: ModelOf, spe
     before = spec_of(name="before", model_path=folder, num_epochs=1)
     after = spec_of(name="after", model_path=folder, num_epochs=1)
     with start(arguments=WARM) as child:
-        _do(child, before, 1)
+        # Held before a job asks for it.
+        child.send(HoldOrder(base_model=before.base_model, model_path=folder).model_dump_json())
+        assert child.wait_until_ready(served=1).base_model == before.base_model
+        _do(child, before, 2)
         shutil.rmtree(folder)
         make_model(folder, "llama")
-        _do(child, after, 2)
+        _do(child, after, 3)
     cold = spec_of(name="cold", model_path=folder, num_epochs=1)
     train(cold)
-    assert _adapter(after) == _adapter(cold)
-    assert len(_adapter(after)) != len(_adapter(before)) or _adapter(after) != _adapter(before)
+    assert _adapter(after) == _adapter(cold) != _adapter(before)
 
 
-def test_a_model_is_held_before_a_job_asks_for_it(spec_of: SpecOf) -> None:
-    spec = spec_of(num_epochs=1)
-    with start(arguments=WARM) as child:
-        child.send(HoldOrder(base_model=spec.base_model, model_path=spec.model_path).model_dump_json())
-        assert child.wait_until_ready(served=1).base_model == spec.base_model
-        _do(child, spec, 2)
-    cold = spec_of(name="cold", num_epochs=1)
-    train(cold)
-    assert _adapter(spec) == _adapter(cold)
-
-
-def test_a_model_larger_than_what_may_be_kept_is_not_kept(spec_of: SpecOf) -> None:
+def test_a_model_too_large_to_keep_is_not_kept_and_a_failed_job_ends_the_trainer(
+    spec_of: SpecOf, tmp_path: Path
+) -> None:
+    bad = spec_of(name="bad", dataset_path=write_dataset(tmp_path / "bad.jsonl", ["no conversation"]))
     with start(arguments=("--warm", "--keep-bytes", "1000")) as child:
         _do(child, spec_of(num_epochs=1), 1)
         assert child.readies[-1].base_model is None
-
-
-def test_a_job_that_fails_ends_the_warm_trainer_with_its_words(spec_of: SpecOf, tmp_path: Path) -> None:
-    bad = spec_of(dataset_path=write_dataset(tmp_path / "bad.jsonl", ["no conversation"]))
-    with start(arguments=WARM) as child:
         child.send(bad.model_dump_json())
         assert child.exit_status() == 1
     assert child.wait_for("failed").code == "dataset_invalid"
