@@ -68,9 +68,9 @@ _READ_SECONDS = 0.25
 _DATASET_BUCKET = "lora-datasets"
 
 
-def run_demo(data: Path | None, *, as_json: bool = False) -> int:
+def run_demo(data: Path | None, *, as_json: bool = False, screen: Screen | None = None) -> int:
     """Play the demo with the shipped conversations or with `data`. Exit status 0 means that a model was trained."""
-    screen = JsonScreen() if as_json else Screen(Console())
+    screen = screen or (JsonScreen() if as_json else Screen(Console()))
     with Interruption() as interruption:
         try:
             _play(data, screen, interruption)

@@ -104,7 +104,7 @@ class _LivePicture:
         self._live = live
 
     def show(self, view: JobView) -> None:
-        self._live.update(_picture(view, self._live.console.width))
+        self._live.update(draw_picture(view, self._live.console.width))
 
 
 class _PlainPicture:
@@ -131,7 +131,8 @@ class _PlainPicture:
         self._console.print(f"{at.astimezone():%H:%M:%S}  {words}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _picture(view: JobView, width: int) -> RenderableType:
+def draw_picture(view: JobView, width: int) -> RenderableType:
+    """One job at one moment: state, pace, bar, curve, the last lines of its story."""
     standing = view.standing
     style = _STATE_STYLE.get(standing.status, "white")
     head = Table.grid(expand=True)
