@@ -1,0 +1,65 @@
+"""The terminal's picture in the README: `make demo` played for real and recorded, its moving part at one moment.
+
+PYTHONPATH=. python docs/images/terminal.py     # minutes; writes docs/images/terminal.svg
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.terminal_theme import MONOKAI
+
+from daemon.demo.job import JobView
+from daemon.demo.run import run_demo
+from daemon.demo.screen import Picture, Screen, draw_picture
+
+WIDTH = 104
+# Late enough for a curve, early enough for a bar that is not full.
+SHOWN_PROGRESS = 72.0
+
+
+class RecordedScreen(Screen):
+    """Prints the moving part once, as it was when the bar passed SHOWN_PROGRESS."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self._recorder = console
+
+    @contextmanager
+    def picture(self) -> Iterator[Picture]:
+        chosen = _Moment()
+        yield chosen
+        if chosen.view is not None:
+            self._recorder.print(draw_picture(chosen.view, WIDTH))
+
+
+class _Moment:
+    def __init__(self) -> None:
+        self.view: JobView | None = None
+
+    def show(self, view: JobView) -> None:
+        if self.view is None or self.view.standing.progress < SHOWN_PROGRESS:
+            self.view = view
+
+
+def main() -> int:
+    # Into memory: a terminal of this very width, whoever runs the script.
+    console = Console(record=True, force_terminal=True, color_system="truecolor", width=WIDTH, file=io.StringIO())
+    status = run_demo(None, screen=RecordedScreen(console))
+    if status != 0:
+        sys.stderr.write(console.export_text())
+        return status
+    goal = Path(__file__).with_name("terminal.svg")
+    picture = console.export_svg(title="make demo", theme=MONOKAI).replace(str(Path.home()), "~")
+    goal.write_text(picture, encoding="utf-8")
+    sys.stdout.write(f"{goal}: {goal.stat().st_size / 1000:.0f} kB\n")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
