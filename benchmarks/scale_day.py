@@ -3,8 +3,8 @@
 The daemon's real statements through its real Store, each job's whole life (insert, claim, start, plan, story, progress
 and a point a second, heartbeats, completion with its callback) without the waiting in between. The server's CPU is read
 from /proc for the backend that served them. From the cost of one job follows that of a day with any number of them:
-arithmetic, printed as such. Then the two costs that grow with the number of hosts: a claim that finds nothing, and an
-insert whose NOTIFY wakes so many listeners.
+arithmetic, printed as such. Then the two costs that grow with the number of hosts: a wake-up for nothing, and an insert
+whose NOTIFY is heard by so many listeners.
 
     python benchmarks/scale_day.py [--jobs 50] [--seconds 86] [--listeners 0 10 100] [--inserts 300]
 """
@@ -146,17 +146,26 @@ async def lives(dsn: str, jobs: int, seconds: int) -> dict[str, Spent]:
     return meter.spent
 
 
-async def empty_claims(dsn: str, count: int) -> tuple[float, float]:
-    """Milliseconds at the client, and of the server's CPU, of a claim that finds nothing."""
+async def fruitless_wakes(dsn: str, count: int) -> dict[str, tuple[float, float]]:
+    """Milliseconds at the client, and of the server's CPU, of a wake-up that another host was faster at."""
     operator = psycopg.connect(dsn, autocommit=True)
-    async with Database(dsn, application_name="scale_day empty") as database:
+    async with Database(dsn, application_name="scale_day wakes") as database:
         store = Store(database)
-        await store.promote_due_jobs()  # connects
-        meter = Meter(operator, [backend_named(operator, "scale_day empty")])
+
+        async def busy() -> None:
+            await store.promote_due_jobs()
+            await store.next_due_in()
+
+        async def idle() -> None:
+            await store.claim_job(uuid4(), **ANY_HOST, user_cap=None, lease_seconds=60)
+            await busy()
+
+        await busy()  # connects
+        meter = Meter(operator, [backend_named(operator, "scale_day wakes")])
         for _ in range(count):
-            await meter.take("claim", store.claim_job(uuid4(), **ANY_HOST, user_cap=None, lease_seconds=60))
-    spent = meter.spent["claim"]
-    return spent.milliseconds / count, spent.cpu_milliseconds / count
+            await meter.take("with a free place", idle())
+            await meter.take("without", busy())
+    return {kind: (spent.milliseconds / count, spent.cpu_milliseconds / count) for kind, spent in meter.spent.items()}
 
 
 def inserts_with_listeners(dsn: str, listeners: int, inserts: int) -> tuple[float, float]:
@@ -217,8 +226,9 @@ def main() -> None:
         migrate(server.dsn(), local=True)
         print(f"{server.describe()}, psycopg {version('psycopg')}, {os.cpu_count()} CPUs; {given.jobs} jobs")
         print_lives(asyncio.run(lives(server.dsn(), given.jobs, given.seconds)), given.jobs, given.seconds)
-        milliseconds, cpu = asyncio.run(empty_claims(server.dsn(), 500))
-        print(f"\nA claim that finds nothing: {milliseconds:.2f} ms at the client, {cpu:.2f} ms of the server's CPU.")
+        print("\n| a wake-up for nothing, of a host | ms at the client | ms of the server's CPU |\n|---|---|---|")
+        for kind, (milliseconds, cpu) in asyncio.run(fruitless_wakes(server.dsn(), 500)).items():
+            print(f"| {kind} | {milliseconds:.2f} | {cpu:.2f} |")
         print("\n| listeners | insert p50 ms | p99 ms |")
         print("|---|---|---|")
         for listeners in given.listeners:
