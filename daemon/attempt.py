@@ -179,7 +179,7 @@ class Attempt:
             output_dir=workspace.adapter_dir,
             quantized_dir=quantized_dir(settings),
             hyperparameters=row.hyperparameters,
-            num_gpus=row.gpu_config.num_gpus,
+            num_gpus=len(self._places),
             device=self._with.host.device,
             checkpoint_seconds=settings.checkpoint_seconds,
             trackers=tracking.trackers,

@@ -156,7 +156,8 @@ class GpuPool:
         return tuple(self._free)
 
     def take(self, count: int, preferred: int | None = None) -> tuple[int, ...]:
-        count = 1 if self._on_cpu else count
+        """Places for one job; a CPU host, which any job may be claimed on, gives as many as it has."""
+        count = min(count, len(self._free)) if self._on_cpu else count
         taken = (preferred,) if count == 1 and preferred in self._free else tuple(self._free[:count])
         self._free = [place for place in self._free if place not in taken]
         self._jobs_left -= 1
