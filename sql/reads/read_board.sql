@@ -34,37 +34,41 @@ wanted AS MATERIALIZED (
     SELECT unnest(%(ids)s::uuid[])
 ),
 lines AS (
-    SELECT
-        status.job_id,
-        status.user_id,
-        status.state,
-        status.stage,
-        coalesce(status.progress, 0)::float8 AS progress,
-        coalesce(status.current_epoch, 0) AS epoch,
-        job.total_epochs,
-        coalesce(status.current_step, 0) AS step,
-        status.total_steps,
-        coalesce(status.metrics, '{}') AS metrics,
-        left(job.base_model, 200) AS model,
-        left(dataset.name, 200) AS dataset,
-        lease.worker_id,
-        status.attempt,
-        status.max_attempts,
-        job.priority,
-        status.queued_at,
-        job.run_after,
-        status.started_at,
-        status.completed_at,
-        status.estimated_completion_at,
-        status.cost::float8 AS cost,
-        status.error_code,
-        left(status.error_message, 500) AS error_message,
-        left(status.error_hint, 500) AS error_hint
+    SELECT line.*
     FROM wanted
-    JOIN public.training_job_status AS status ON status.job_id = wanted.job_id
-    JOIN public.training_jobs AS job ON job.id = wanted.job_id
-    LEFT JOIN public.training_leases AS lease ON lease.job_id = wanted.job_id
-    LEFT JOIN public.datasets AS dataset ON dataset.id = job.dataset_id
+    -- Row by row: the planner cannot know how few are wanted, and would join with the whole history. OFFSET keeps it so.
+    CROSS JOIN LATERAL (
+        SELECT
+            status.job_id,
+            status.user_id,
+            status.state,
+            status.stage,
+            coalesce(status.progress, 0)::float8 AS progress,
+            coalesce(status.current_epoch, 0) AS epoch,
+            job.total_epochs,
+            coalesce(status.current_step, 0) AS step,
+            status.total_steps,
+            coalesce(status.metrics, '{}') AS metrics,
+            left(job.base_model, 200) AS model,
+            (SELECT left(dataset.name, 200) FROM public.datasets AS dataset WHERE dataset.id = job.dataset_id) AS dataset,
+            (SELECT lease.worker_id FROM public.training_leases AS lease WHERE lease.job_id = job.id) AS worker_id,
+            status.attempt,
+            status.max_attempts,
+            job.priority,
+            status.queued_at,
+            job.run_after,
+            status.started_at,
+            status.completed_at,
+            status.estimated_completion_at,
+            status.cost::float8 AS cost,
+            status.error_code,
+            left(status.error_message, 500) AS error_message,
+            left(status.error_hint, 500) AS error_hint
+        FROM public.training_job_status AS status
+        JOIN public.training_jobs AS job ON job.id = status.job_id
+        WHERE status.job_id = wanted.job_id AND job.id = wanted.job_id
+        OFFSET 0
+    ) AS line
 )
 SELECT
     (SELECT coalesce(jsonb_agg(to_jsonb(lines)), '[]') FROM lines) AS jobs,
