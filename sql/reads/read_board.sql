@@ -90,5 +90,6 @@ SELECT
             'cost', coalesce(sum(job.final_cost), 0)::float8
         )
         FROM public.training_jobs AS job
-        WHERE job.completed_at > clock_timestamp() - interval '1 day'
+        -- now(), which an index can be searched by; clock_timestamp() would read every ending there ever was.
+        WHERE job.completed_at > now() - interval '1 day'
     ) END AS day
