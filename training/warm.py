@@ -257,24 +257,27 @@ def _import_libraries() -> int:
 @contextmanager
 def _card_unopened() -> Iterator[None]:
     """bitsandbytes asks each card for its compute capability when it is imported, and torch opens the driver for it;
-    NVML knows the answer as well."""
+    NVML knows the answer as well. Where it does not, torch is asked after all, and forks start afresh."""
     import torch
 
     cuda: Any = torch.cuda
     original = cuda.get_device_capability
-    cuda.get_device_capability = _capability_by_nvml
+    cuda.get_device_capability = lambda device=None: _capability_by_nvml() or original(device)
     try:
         yield
     finally:
         cuda.get_device_capability = original
 
 
-def _capability_by_nvml(_device: object = None) -> tuple[int, int]:
+def _capability_by_nvml() -> tuple[int, int] | None:
     import pynvml
 
-    pynvml.nvmlInit()
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(pynvml.nvmlDeviceGetHandleByIndex(int(chosen)))
+    try:
+        pynvml.nvmlInit()
+        chosen = int(os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0])
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(pynvml.nvmlDeviceGetHandleByIndex(chosen))
+    except (pynvml.NVMLError, ValueError):
+        return None
     return int(major), int(minor)
 
 
