@@ -1,0 +1,53 @@
+"""What one look of the dashboard reads, over a long history: pages counted by Postgres itself, no clock."""
+
+from __future__ import annotations
+
+import json
+
+import psycopg
+import pytest
+
+from daemon.store import statement
+from tests.gateway.seeded_world import seed
+from tests.postgres import AppDatabase
+
+HISTORY = 20_000
+PARAMETERS = {
+    "after": "bigint", "whole": "boolean", "day": "boolean", "ids": "uuid[]", "most_news": "bigint",
+    "most_ended": "bigint",
+}  # fmt: skip
+
+
+def prepared(name: str) -> str:
+    text = statement(name, "reads")
+    for place, parameter in enumerate(PARAMETERS, 1):
+        text = text.replace(f"%({parameter})s", f"${place}")
+    return f"PREPARE look ({', '.join(PARAMETERS.values())}) AS {text}"
+
+
+@pytest.mark.parametrize(("whole", "most_pages"), [("false", 200), ("true", 4000)])
+def test_a_look_reads_no_history(database: AppDatabase, whole: str, most_pages: int) -> None:
+    """The plan is the generic one, as the feed's connection makes it: it knows nothing of how few jobs are wanted."""
+    named = seed(database.dsn)
+    with psycopg.connect(database.dsn, autocommit=True) as connection:
+        connection.execute("SET session_replication_role = replica")
+        connection.execute(
+            "INSERT INTO training_jobs (user_id, dataset_id, preset_id, hyperparameters, gpu_config, status, "
+            "total_epochs, estimated_total_cost, queued_at, completed_at, final_cost, lease_epoch) "
+            "SELECT user_id, dataset_id, 'old', '{}', '{}', 'completed', 1, 1, past.at, past.at, 1, 1 "
+            "FROM training_jobs, generate_series(1, %s) AS place, "
+            "LATERAL (SELECT now() - interval '2 days' - place * interval '1 second' AS at) AS past WHERE id = %s",
+            (HISTORY, named["failed"]),
+        )
+        connection.execute("VACUUM ANALYZE training_jobs")
+        for line in ("ROLE training_daemon", "plan_cache_mode = force_generic_plan", "jit = off"):
+            connection.execute(f"SET {line}".encode())
+        for line in ("enable_seqscan = off", "enable_sort = off"):
+            connection.execute(f"SET {line}".encode())
+        connection.execute(prepared("read_board").encode())
+        told = connection.execute(
+            f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE look (NULL, {whole}, {whole}, '{{}}', 1000, 200)".encode()
+        ).fetchone()
+    assert told is not None
+    plan = told[0][0]["Plan"] if not isinstance(told[0], str) else json.loads(told[0])[0]["Plan"]
+    assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < most_pages
