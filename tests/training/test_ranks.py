@@ -1,0 +1,258 @@
+"""One job on several places: two real processes over gloo do what one would have done, and end as one would have."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.tiny_models import write_conversations
+from tests.training.child import Child, start
+from tests.training.conftest import SpecOf, train
+from training.corpus import gather
+from training.desk import RankDesk
+from training.events import EXIT_STOPPED, ErrorCode, Progress, parse_event
+from training.failures import TrainingFailed, failed_event
+from training.folder import open_model_folder
+from training.order import StepOrder
+from training.plan import Plan, make_plan
+from training.preflight import look_ahead
+from training.ranks import Ranks
+from training.shards import must_be_cut
+from training.template import ChatTemplate
+from training.tokenizer import load_tokenizer
+
+# Processes that import torch, on a machine that may be busy.
+SECONDS = 500
+_ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def _steps(events: list[object]) -> list[Progress]:
+    return [event for event in events if isinstance(event, Progress)]
+
+
+def _same_run(ours: list[Progress], theirs: list[Progress]) -> bool:
+    """The same steps, up to the order in which float32 numbers are added up."""
+    return [event.step for event in ours] == [event.step for event in theirs] and all(
+        math.isclose(a.loss, b.loss, rel_tol=1e-5)
+        and math.isclose(a.grad_norm or 0, b.grad_norm or 0, rel_tol=1e-4)
+        and (a.learning_rate, a.epoch, a.tokens_seen) == (b.learning_rate, b.epoch, b.tokens_seen)
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+def test_two_processes_make_the_steps_of_one(spec_of: SpecOf) -> None:
+    """Seven conversations a step of 24, less two held out: shares differ in size, and the last step has one for one."""
+    chosen = {"batch_size": 7, "num_epochs": 2, "lora_dropout": 0.0}
+    alone = train(spec_of(name="alone", **chosen))
+    together = spec_of(name="together", num_gpus=2, **chosen)
+    with start(together) as child:
+        assert child.exit_status(SECONDS) == 0
+    assert _same_run(_steps(child.events), _steps(alone.heard))
+    for ours, theirs in zip(
+        [event for event in child.events if event.kind == "evaluated"], alone.all("evaluated"), strict=True
+    ):
+        assert math.isclose(ours.validation_loss, theirs.validation_loss, rel_tol=1e-5)
+    kinds = [event.kind for event in child.events]
+    assert kinds.count("started") == kinds.count("planned") == kinds.count("adapter_saved") == 1
+    assert kinds.count("sample") == 4 and kinds[-1] == "adapter_saved"
+
+
+@pytest.mark.system
+def test_a_checkpoint_of_two_processes_is_continued_by_one_and_one_of_one_by_two(spec_of: SpecOf) -> None:
+    chosen = {"num_epochs": 2, "lora_dropout": 0.0, "lora_rank": 4}
+    whole = spec_of(name="whole", **chosen)
+    expected = {event.step: event for event in _steps(train(whole).heard)}
+    data = whole.dataset_path
+
+    begun = spec_of(name="two_then_one", num_gpus=2, dataset_path=data, **chosen)
+    with start(begun) as child:
+        child.wait_for("progress", step=2, seconds=SECONDS)
+        child.terminate()
+        assert child.exit_status(SECONDS) == EXIT_STOPPED
+    saved = child.wait_for("checkpoint_saved")
+    assert saved.step >= 2 and child.events[-1].kind == "checkpoint_saved"
+    first_half = _steps(child.events)
+    second_half = _steps(train(begun.model_copy(update={"num_gpus": 1})).heard)
+    assert _same_run([*first_half, *second_half], list(expected.values()))
+
+    begun = spec_of(name="one_then_two", dataset_path=data, **chosen)
+    with start(begun) as child:
+        child.wait_for("progress", step=2, seconds=SECONDS)
+        child.terminate()
+        assert child.exit_status(SECONDS) == EXIT_STOPPED
+    first_half = _steps(child.events)
+    with start(begun.model_copy(update={"num_gpus": 2})) as child:
+        assert child.exit_status(SECONDS) == 0
+    assert _same_run([*first_half, *_steps(child.events)], list(expected.values()))
+
+
+@pytest.mark.parametrize(
+    "victim",
+    [pytest.param(1), pytest.param(0, marks=pytest.mark.system), pytest.param(None, marks=pytest.mark.system)],
+    ids=["the_second_rank", "the_first_rank", "the_launcher"],
+)
+def test_a_killed_process_takes_the_others_with_it_and_is_named(
+    victim: int | None, spec_of: SpecOf, tmp_path: Path
+) -> None:
+    data = write_conversations(tmp_path / "many.jsonl", 200)
+    spec = spec_of(num_gpus=2, num_epochs=50, dataset_path=data, checkpoint_seconds=0.001)
+    with start(spec) as child:
+        child.wait_for("checkpoint_saved", step=2, seconds=SECONDS)
+        ranks = _ranks_of(child)
+        assert sorted(ranks) == [0, 1]
+        os.kill(child.process.pid if victim is None else ranks[victim], signal.SIGKILL)
+        status = child.exit_status(SECONDS)
+        _until_gone(ranks.values())
+    if victim is None:
+        assert status == -signal.SIGKILL
+        return
+    assert status == 1
+    failed = child.wait_for("failed")
+    assert child.events[-1] is failed
+    assert failed.code == "rank_lost" and failed.transient
+    assert f"process {victim} of the 2" in failed.message and "SIGKILL" in failed.message
+
+
+@pytest.mark.system
+def test_what_all_ranks_refuse_is_said_once_with_its_code(spec_of: SpecOf) -> None:
+    with start(spec_of(num_gpus=2, target_modules=["no_such_layer"])) as child:
+        assert child.exit_status(SECONDS) == 1
+    failed = [event for event in child.events if event.kind == "failed"]
+    assert [event.code for event in failed] == ["invalid_spec"]
+    assert "no_such_layer" in failed[0].message and failed[0].hint and "choose_targets" in failed[0].stack
+
+
+def test_the_cause_is_the_first_failure_with_a_name(spec_of: SpecOf, tmp_path: Path) -> None:
+    """A rank whose neighbour ran out of memory fails of the neighbour's silence, and may be the first to say so."""
+    spec = spec_of()
+    desk = RankDesk.lay(tmp_path / "desk", spec)
+    assert desk.cause() is None and desk.spec() == spec
+    for rank, at, error in (
+        (0, 1.0, RuntimeError("Connection closed by peer")),
+        (1, 2.0, MemoryError()),
+        (2, 3.0, TrainingFailed(ErrorCode.DISK_FULL, "full", "free space")),
+    ):
+        desk.leave_failure(rank, failed_event(error, spec, spec.job_id), at)
+    (desk.folder / "failed-3.json").write_text('{"rank": 3, "at"')
+    cause = desk.cause()
+    assert cause is not None and cause.code is ErrorCode.OUT_OF_MEMORY
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize(("examples", "batch_size"), [(20, 4), (21, 4), (7, 7), (3, 8), (23, 5)])
+def test_every_step_holds_the_same_conversations_for_any_number_of_ranks(
+    examples: int, batch_size: int, ranks: int
+) -> None:
+    def plan(count: int) -> Plan:
+        micro_batch = 2
+        accumulation = math.ceil(math.ceil(batch_size / count) / micro_batch)
+        return Plan(batch_size, count, micro_batch, accumulation, math.ceil(examples / batch_size), 1, 0)
+
+    def steps(count: int) -> list[set[int]]:
+        """The conversations of each optimizer step, each of them seen once."""
+        orders = [StepOrder(examples, plan(count), Ranks(index, count), seed=3) for index in range(count)]
+        for order in orders:
+            order.set_epoch(1)
+        micro_batches = [list(order) for order in orders]
+        assert {len(batches) for batches in micro_batches} == {len(orders[0])}
+        found = []
+        accumulation = plan(count).accumulation
+        for start_at in range(0, len(orders[0]), accumulation):
+            rows = [row for b in micro_batches for part in b[start_at : start_at + accumulation] for row in part]
+            real = [row for row in rows if row != examples]
+            assert len(real) == len(set(real))
+            found.append(set(real))
+        return found
+
+    assert steps(ranks) == steps(1)
+    assert set().union(*steps(ranks)) == set(range(examples))
+
+
+def test_a_batch_that_cannot_be_divided_stays_what_was_asked(spec_of: SpecOf) -> None:
+    spec = spec_of(batch_size=7, num_gpus=2)
+    tokenizer = load_tokenizer(open_model_folder(spec.model_path, spec.base_model))
+    corpus = gather(spec.dataset_path, None, spec.hyperparameters, ChatTemplate(tokenizer), 2048)
+    plan = make_plan(spec, corpus)
+    assert (plan.micro_batch, plan.accumulation, plan.idle_ranks) == (4, 1, 0)
+    alone = make_plan(spec.model_copy(update={"num_gpus": 1}), corpus)
+    assert (plan.total_steps, plan.warmup_steps) == (alone.total_steps, alone.warmup_steps)
+    assert make_plan(spec.model_copy(update={"num_gpus": 9}), corpus).idle_ranks == 2
+
+
+@pytest.mark.system
+def test_a_model_that_no_place_can_hold_is_cut_and_trains_the_same(spec_of: SpecOf, tmp_path: Path) -> None:
+    chosen = {"batch_size": 7, "num_epochs": 2, "lora_dropout": 0.0}
+    whole = spec_of(name="whole", **chosen)
+    expected = train(whole)
+    spec = spec_of(name="cut", num_gpus=2, dataset_path=whole.dataset_path, **chosen)
+    model_bytes = expected.all("planned")[0].data["estimate"]["model_bytes"]
+    desk = RankDesk.lay(tmp_path / "desk", spec)
+    said = tmp_path / "events"
+    said.touch()
+    # Two places of 0.6 models each.
+    host = [_ROOT / "tests" / "training" / "small_host.py", int(model_bytes * 1.2), desk.folder, said]
+    engine = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"PYTHONPATH": str(_ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*engine, *map(str, host)], env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
+    )
+    assert done.returncode == 0, (desk.cause(), done.stderr[-3000:])
+    events = [event for line in said.read_text().splitlines() if (event := parse_event(line)) is not None]
+    assert "model_cut" in [event.code for event in events if event.kind == "notice"]
+    assert _same_run(_steps(events), _steps(expected.heard))
+    ours, theirs = (load_file(each.output_dir / "adapter_model.safetensors") for each in (spec, whole))
+    assert ours.keys() == theirs.keys()
+    # The last step's gradients differ in their last bits, and Adam divides small ones by small ones.
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-3) for name in theirs)
+
+
+def test_only_a_model_that_does_not_fit_is_cut_and_a_mixture_of_experts_never(spec_of: SpecOf) -> None:
+    def asked(architecture: str, share_of_model: float, cards: int = 2) -> bool:
+        spec = spec_of(architecture, name=f"{architecture}{share_of_model}{cards}", num_gpus=cards)
+        folder = open_model_folder(spec.model_path, spec.base_model)
+        template = ChatTemplate(load_tokenizer(folder))
+        corpus = gather(spec.dataset_path, None, spec.hyperparameters, template, folder.context_length)
+        _, estimate = look_ahead(spec, folder, corpus)
+        return must_be_cut(spec, folder, estimate, int(estimate.model_bytes * share_of_model))
+
+    assert asked("qwen3", 1.2) and asked("qwen3", 0.6)
+    assert not asked("qwen3", 2.0) and not asked("qwen3", 0.6, cards=1)
+    assert not asked("qwen3_moe", 1.2)
+    with pytest.raises(TrainingFailed, match="mixture of experts is not cut") as refused:
+        asked("qwen3_moe", 0.9)
+    assert refused.value.code is ErrorCode.OUT_OF_MEMORY
+
+
+def _ranks_of(child: Child) -> dict[int, int]:
+    """pid by rank of the processes that this trainer's engine has started."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            environment = (stat.parent / "environ").read_bytes().split(b"\0") if parent == child.process.pid else []
+        except OSError:
+            continue
+        for entry in environment:
+            if entry.startswith(b"RANK="):
+                found[int(entry.removeprefix(b"RANK="))] = int(stat.parent.name)
+    return found
+
+
+def _until_gone(pids: Iterable[int]) -> None:
+    deadline = time.monotonic() + 60
+    for pid in pids:
+        while Path(f"/proc/{pid}").exists():
+            assert time.monotonic() < deadline, f"process {pid} is still there"
+            time.sleep(0.02)
