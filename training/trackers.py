@@ -6,12 +6,13 @@ goes on, and a notice in the job's story says what is missing.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import WandbCallback
+from transformers.integrations.integration_utils import WandbCallback
 
 from training.journal import Journal
 from training.spec import JobSpec
@@ -56,6 +57,8 @@ class TensorBoardFile(TrainerCallback):
         if state.is_world_process_zero:
             from tensorboardX import SummaryWriter
 
+            # A killed attempt leaves its file, and the journal knows all that is in it.
+            shutil.rmtree(self._folder, ignore_errors=True)
             self._writer = SummaryWriter(str(self._folder))
             self._catch_up()
 
@@ -94,7 +97,7 @@ class TensorBoardFile(TrainerCallback):
         self._steps, self._evaluations = len(self._journal.steps), len(self._journal.evaluations)
 
 
-class WandbRun(WandbCallback):  # type: ignore[misc]
+class WandbRun(WandbCallback):
     """The library's integration, held to one run a job: a later attempt goes on in the run of the earlier one.
 
     No code, no console, no weights leave the host: numbers and the configuration only. The key is in this process's
@@ -102,7 +105,7 @@ class WandbRun(WandbCallback):  # type: ignore[misc]
     """
 
     def __init__(self, spec: JobSpec, voice: Voice) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._spec = spec
         self._voice = voice
 
@@ -124,7 +127,7 @@ class WandbRun(WandbCallback):  # type: ignore[misc]
                     disable_git=True,
                 ),
             )
-            super().setup(args, state, model, **kwargs)
+            super().setup(args, state, model, **kwargs)  # type: ignore[no-untyped-call]
 
     def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
         if not self._initialized:
