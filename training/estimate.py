@@ -93,7 +93,9 @@ def estimate_run(spec: JobSpec, folder: ModelFolder, corpus: Corpus, plan: Plan)
     # Forward and back to the inputs: 2 + 2 a weight; once more forward where activations are recomputed.
     per_token = active * (6 if spec.device == "cuda" else 4)
     passes = corpus.train_tokens + corpus.validation_tokens / 2
-    seconds = plan.epochs * passes * per_token / _FLOPS[spec.device]
+    # The cores of a CPU host are shared by the ranks; cards add up.
+    cards = plan.ranks if spec.device == "cuda" else 1
+    seconds = plan.epochs * passes * per_token / (_FLOPS[spec.device] * cards)
     cost = spec.cost_per_hour * seconds / 3600 if spec.cost_per_hour is not None else None
     return Estimate(
         parameters=parameters,

@@ -57,20 +57,24 @@ class Wanted(Protocol):
     def quantized_dir(self) -> Path | None: ...
 
 
-def load_base_model(spec: Wanted, folder: ModelFolder, voice: Voice | None = None) -> PreTrainedModel:
+def load_base_model(
+    spec: Wanted, folder: ModelFolder, voice: Voice | None = None, *, device: torch.device | None = None
+) -> PreTrainedModel:
     """Load frozen weights in NF4 with double quantisation (bf16 when spec.quantize is false).
 
+    They go to the spec's card; or to `device`, in the form that the card needs.
     Raises TrainingFailed: model_incomplete for missing tensors or damaged files, model_unsupported for an
     architecture that transformers does not know or that would not become 4-bit.
     """
     dtype = compute_dtype(spec.device)
-    model = _load_kept_copy(spec, folder, dtype) if folder.kept_copy is not None else None
+    device = _device(spec) if device is None else device
+    model = _load_kept_copy(spec, folder, dtype, device) if folder.kept_copy is not None else None
     copy = None
     if model is None and spec.quantize and spec.quantized_dir is not None:
         copy = QuantizedCopy.of(spec.quantized_dir, folder, spec.base_model, dtype)
-        model = _load_copy(copy, spec, voice) if copy.exists else None
+        model = _load_copy(copy, spec, voice, device) if copy.exists else None
     if model is None:
-        model = _load_original(spec, folder, dtype)
+        model = _load_original(spec, folder, dtype, device)
         if copy is not None and not copy.save(model) and voice is not None:
             voice.notice("quantized_copy_skipped", "the volume has no room for a 4-bit copy of the base model")
     if spec.quantize:
@@ -85,9 +89,9 @@ def load_base_model(spec: Wanted, folder: ModelFolder, voice: Voice | None = Non
     return model
 
 
-def _load_copy(copy: QuantizedCopy, spec: Wanted, voice: Voice | None) -> PreTrainedModel | None:
+def _load_copy(copy: QuantizedCopy, spec: Wanted, voice: Voice | None, device: torch.device) -> PreTrainedModel | None:
     try:
-        return copy.load(compute_dtype(spec.device), _device(spec))
+        return copy.load(compute_dtype(spec.device), device)
     except CopyUnusable as error:
         if voice is not None:
             voice.notice(
@@ -97,7 +101,7 @@ def _load_copy(copy: QuantizedCopy, spec: Wanted, voice: Voice | None) -> PreTra
         return None
 
 
-def _load_kept_copy(spec: Wanted, folder: ModelFolder, dtype: torch.dtype) -> PreTrainedModel:
+def _load_kept_copy(spec: Wanted, folder: ModelFolder, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Load what `models quantize --replace` left. There is nothing to make it anew from, so it is never discarded."""
     again = f"download the model again: `brightrun-trainer models pull {spec.base_model}`"
     if not spec.quantize:
@@ -107,7 +111,7 @@ def _load_kept_copy(spec: Wanted, folder: ModelFolder, dtype: torch.dtype) -> Pr
             again,
         )
     try:
-        return QuantizedCopy.kept(folder, spec.base_model, dtype).load(dtype, _device(spec))
+        return QuantizedCopy.kept(folder, spec.base_model, dtype).load(dtype, device)
     except CopyUnusable as error:
         raise TrainingFailed(
             ErrorCode.MODEL_INCOMPLETE,
@@ -116,7 +120,7 @@ def _load_kept_copy(spec: Wanted, folder: ModelFolder, dtype: torch.dtype) -> Pr
         ) from error
 
 
-def _load_original(spec: Wanted, folder: ModelFolder, dtype: torch.dtype) -> PreTrainedModel:
+def _load_original(spec: Wanted, folder: ModelFolder, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     options: dict[str, Any] = {}
     if spec.quantize:
         options["quantization_config"] = Nf4Config(dtype, list(UNQUANTISED_MODULES))
@@ -132,7 +136,7 @@ def _load_original(spec: Wanted, folder: ModelFolder, dtype: torch.dtype) -> Pre
                 state_dict=tensors,
                 dtype=dtype,
                 # "auto" would size the model in 16 bits and spill half of it to the CPU.
-                device_map={"": _device(spec)},
+                device_map={"": device},
                 output_loading_info=True,
                 **options,
             )

@@ -80,6 +80,16 @@ class Ranks:
         self.exchange([0.0])
         return work()
 
+    def one_by_one(self, work: Callable[[], T]) -> T:
+        """Each rank works alone, in turn: for what the host has memory for once."""
+        done: T | None = None
+        for turn in range(self.count):
+            if turn == self.index:
+                done = work()
+            self.exchange([0.0])
+        assert done is not None
+        return done
+
     def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Replace each gradient by the mean over all ranks, in one exchange.
 

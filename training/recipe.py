@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+import torch
+
 from training.adapter import save_adapter
 from training.batches import packs_without_leaks
 from training.chart import draw_chart
@@ -23,11 +25,12 @@ from training.failures import StopRequested
 from training.folder import ModelFolder, open_model_folder
 from training.journal import Journal
 from training.lora import attach_adapter, trainable_parameters
-from training.model import device_memory_bytes, load_base_model, warn_of_missing_kernels
+from training.model import load_base_model, warn_of_missing_kernels
 from training.plan import Plan
 from training.preflight import check_resources, look_ahead, memory_remark
 from training.ranks import ALONE, Ranks
 from training.samples import answer, choose_prompts
+from training.shards import cut, memory_of_a_rank, must_be_cut
 from training.spec import JobSpec
 from training.stop import StopSwitch
 from training.summary import summarise
@@ -51,6 +54,7 @@ class Prepared:
     corpus: Corpus
     plan: Plan
     estimate: Estimate
+    is_cut: bool = False
 
 
 def train_adapter(spec: JobSpec, voice: Voice, stop: StopSwitch, ranks: Ranks = ALONE) -> None:
@@ -61,12 +65,26 @@ def train_adapter(spec: JobSpec, voice: Voice, stop: StopSwitch, ranks: Ranks = 
     # The data first: they are what is wrong most often, and looking at them takes a second.
     prepared = prepare(spec, voice)
     voice.stage(Stage.LOADING, spec.base_model)
+    train_on(_load_on_ranks(prepared, spec, voice, ranks), prepared, spec, voice, stop, ranks=ranks)
+
+
+def _load_on_ranks(prepared: Prepared, spec: JobSpec, voice: Voice, ranks: Ranks) -> PreTrainedModel:
+    """The base model: whole on each card, or in parts on all of them."""
+    folder = prepared.folder
+    if prepared.is_cut:
+        voice.notice(
+            "model_cut",
+            f"{spec.base_model} is too large for one card: its layers lie in parts on {ranks.count} cards",
+        )
+        return ranks.one_by_one(
+            lambda: cut(
+                load_base_model(spec, folder, voice, device=torch.device("cpu")), ranks, torch.device(spec.device)
+            )
+        )
     if ranks.count > 1 and spec.quantize and spec.quantized_dir is not None:
         # Where there is no 4-bit copy yet the first rank writes it, and the others read it.
-        base = ranks.one_after_the_first(lambda: load_base_model(spec, prepared.folder, voice))
-    else:
-        base = load_base_model(spec, prepared.folder, voice)
-    train_on(base, prepared, spec, voice, stop, ranks=ranks)
+        return ranks.one_after_the_first(lambda: load_base_model(spec, folder, voice))
+    return load_base_model(spec, folder, voice)
 
 
 def prepare(spec: JobSpec, voice: Voice, tokenizer: PreTrainedTokenizerBase | None = None) -> Prepared:
@@ -77,7 +95,9 @@ def prepare(spec: JobSpec, voice: Voice, tokenizer: PreTrainedTokenizerBase | No
     corpus = gather(spec.dataset_path, spec.validation_path, spec.hyperparameters, template, folder.context_length)
     corpus.announce(voice)
     plan, estimate = look_ahead(spec, folder, corpus)
-    memory = device_memory_bytes(spec.device)
+    memory = memory_of_a_rank(spec)
+    is_cut = must_be_cut(spec, folder, estimate, memory)
+    memory *= spec.num_gpus if is_cut else 1
     check_resources(spec, estimate, memory)
     if warning := memory_remark(spec, estimate, memory):
         voice.notice("memory_tight", warning)
@@ -100,7 +120,7 @@ def prepare(spec: JobSpec, voice: Voice, tokenizer: PreTrainedTokenizerBase | No
             data={**corpus.statistics(), "estimate": estimate.as_dict()},
         )
     )
-    return Prepared(folder, tokenizer, template, corpus, plan, estimate)
+    return Prepared(folder, tokenizer, template, corpus, plan, estimate, is_cut)
 
 
 def train_on(
@@ -130,6 +150,7 @@ def train_on(
         stop=stop,
         packed=packed,
         ranks=ranks,
+        is_cut=prepared.is_cut,
     )
     prompts = choose_prompts(spec, corpus)
     if checkpoint is None:

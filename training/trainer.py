@@ -57,9 +57,12 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         stop: StopSwitch,
         packed: bool,
         ranks: Ranks = ALONE,
+        is_cut: bool = False,
     ) -> None:
         assert plan.ranks == ranks.count, "the plan is made for another number of processes"
         self.ranks = ranks
+        # Ranks that hold parts of one model go through each micro-batch together: none may make one more or less.
+        self._is_cut = is_cut
         self.spec = spec
         self.plan = plan
         self.journal = journal
@@ -119,7 +122,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
                 pending.pop(0)
                 continue
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
+                if not is_out_of_memory(error) or self._is_cut:
                     raise
             # Out of the except block, so that the failed pass's tensors are free before the next try. Backward may
             # have got half way: put the gradients back to where they were.
@@ -197,13 +200,13 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         was_training = self.model.training
         self.model.eval()
         total = tokens = 0.0
-        pending = list(self.ranks.share(sorted(self._corpus.validation, key=lambda example: len(example.input_ids))))
-        while pending and not self._stop.requested:
+        pending = self._held_out_share()
+        while pending and (self._is_cut or not self._stop.requested):
             batch, pending = pending[: self._micro_batch], pending[self._micro_batch :]
             try:
                 summed, count = self._summed_loss(batch)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
+                if not is_out_of_memory(error) or self._is_cut:
                     raise
                 pending = batch + pending
             else:
@@ -235,6 +238,13 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
             )
             self.control.should_training_stop = True
         return {"eval_loss": loss}
+
+    def _held_out_share(self) -> list[Example]:
+        """This rank's held-out conversations, the shortest first; one that teaches nothing makes all shares equal."""
+        in_order = sorted(self._corpus.validation, key=lambda example: len(example.input_ids))
+        share = list(self.ranks.share(in_order))
+        missing = self._is_cut and len(share) * self.ranks.count < len(in_order)
+        return [*share, Example([0, 0], [IGNORED, IGNORED], place="")] if missing else share
 
     def _patience_is_over(self) -> bool:
         patience, best = self.spec.hyperparameters.early_stopping_patience, self.journal.best
