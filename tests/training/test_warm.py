@@ -125,7 +125,7 @@ def test_sigterm_ends_a_waiting_trainer_at_once_and_a_working_one_with_a_checkpo
         child.wait_until_ready()
         child.terminate()
         assert child.exit_status(20) == EXIT_STOPPED
-    spec = spec_of(num_epochs=200)
+    spec = spec_of(num_epochs=100)
     with start(arguments=WARM) as child:
         child.send(spec.model_dump_json())
         child.wait_for("progress", step=2)
@@ -138,7 +138,7 @@ def test_sigterm_ends_a_waiting_trainer_at_once_and_a_working_one_with_a_checkpo
 
 @pytest.mark.parametrize("victim", ["fork", "warm"])
 def test_kill_9_of_either_ends_both(victim: str, spec_of: SpecOf, tmp_path: Path) -> None:
-    spec = spec_of(num_epochs=200, dataset_path=write_conversations(tmp_path / "many.jsonl", 100))
+    spec = spec_of(num_epochs=100, dataset_path=write_conversations(tmp_path / "many.jsonl", 100))
     with start(arguments=WARM) as child:
         child.send(spec.model_dump_json())
         child.wait_for("progress", step=1)
