@@ -55,6 +55,7 @@ def _damage(checkpoint: Path) -> None:
     file.write_bytes(content)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("architecture", ["qwen3", "qwen3_next"])
 def test_killed_after_every_step_it_ends_with_the_same_bits(architecture: str, spec_of: SpecOf, tmp_path: Path) -> None:
     data = write_conversations(tmp_path / "few.jsonl", 15)
