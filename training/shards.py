@@ -2,8 +2,10 @@
 
 FSDP-QLoRA by PyTorch's own `fully_shard` (FSDP2), around the frozen weights alone. Each decoder layer's packed 4-bit
 weights are cut into as many parts as there are ranks; before a layer computes, forward or backward, its parts are
-gathered, and afterwards freed. The adapter is not cut: it is small, it is trained as on one card, and so checkpoints,
-gradients and the adapter's file are the same with and without this. Embeddings and head stay whole on each card.
+gathered, and afterwards freed. (bitsandbytes' `quant_storage` is for FSDP1, which lays a layer's weights end to end in
+one type; FSDP2 cuts each parameter by itself, bytes as well as floats.) The adapter is not cut: it is small, it is
+trained as on one card, and so checkpoints, gradients and the adapter's file are the same with and without this.
+Embeddings and head stay whole on each card.
 
 What it costs: each micro-batch moves the model twice between the cards, three times with recomputed activations. A
 micro-batch that does not fit cannot be tried again in halves, since the other ranks would wait for it.
