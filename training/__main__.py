@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 
+from training.hidden import hide_unwanted_packages
 from training.job import begin_job, read_spec, status_of
 from training.parent import die_with_parent
 from training.stop import StopSwitch
@@ -44,6 +45,7 @@ def main() -> int:
     chosen = parser.parse_args()
     die_with_parent()
     os.environ.update(_QUIET_AND_OFFLINE)
+    hide_unwanted_packages()
     if chosen.warm:
         from training.warm import WarmProcess
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from training.desk import RankDesk
 from training.failures import StopRequested, failed_event
+from training.hidden import hide_unwanted_packages
 from training.parent import die_with_parent
 from training.spec import JobSpec
 from training.stop import STOP_A_RANK, StopSwitch
@@ -28,6 +29,7 @@ def main() -> int:
     parser.add_argument("--events", type=Path, required=True, help="where the first rank writes events")
     chosen = parser.parse_args()
     die_with_parent(chosen.launcher)
+    hide_unwanted_packages()
     stop = StopSwitch()
     stop.listen(STOP_A_RANK)
     desk = RankDesk(chosen.desk)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from tests.daemon_process import ROOT
 from tests.training.child import start
 from tests.training.conftest import HeardVoice, SpecOf, train
 from training.failures import StopRequested
@@ -69,6 +73,15 @@ def test_a_job_that_wants_no_tracker_leaves_no_trace_of_one(spec_of: SpecOf) -> 
     assert not [path for path in spec.work_dir.rglob("*") if "tensorboard" in path.name or "wandb" in path.name]
 
 
+def test_a_trainer_without_a_key_never_imports_wandb() -> None:
+    code = "from training.hidden import hide_unwanted_packages as hide; hide(); import trl.extras.profiling, sys; "
+    code += "from transformers.integrations import is_wandb_available as there; print(there(), sys.modules['wandb'])"
+    for key, printed in (({}, "False None"), ({"WANDB_API_KEY": KEY}, "True <module 'wandb'")):
+        environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HOME": os.environ["HOME"], **key}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.startswith(printed), done.stdout
+
+
 @pytest.mark.system
 def test_wandb_gets_the_run_through_the_librarys_own_integration(
     spec_of: SpecOf, monkeypatch: pytest.MonkeyPatch
@@ -77,7 +90,7 @@ def test_wandb_gets_the_run_through_the_librarys_own_integration(
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     spec = spec_of("llama", trackers=("wandb",))
     with start(spec) as child:
-        child.wait_for("adapter_saved")
+        child.wait_for("adapter_saved", seconds=600)
         assert child.exit_status() == 0
     assert not [event for event in child.events if event.kind == "notice" and "tracker" in event.code]
     (record,) = spec.work_dir.glob("wandb/offline-run-*/*.wandb")
@@ -107,7 +120,7 @@ def test_a_wandb_that_cannot_be_reached_costs_a_notice_and_not_the_training(
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     spec = spec_of("llama", trackers=("tensorboard", "wandb"))
     with start(spec) as child:
-        child.wait_for("adapter_saved")
+        child.wait_for("adapter_saved", seconds=600)
         assert child.exit_status() == 0
     (lost,) = [event for event in child.events if event.kind == "notice" and event.code == "tracker_lost"]
     assert "Weights & Biases" in lost.message
