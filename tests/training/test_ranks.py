@@ -134,6 +134,33 @@ def test_what_all_ranks_refuse_is_said_once_with_its_code(spec_of: SpecOf) -> No
     assert "no_such_layer" in failed[0].message and failed[0].hint and "choose_targets" in failed[0].stack
 
 
+@pytest.mark.system
+def test_a_rank_that_runs_out_of_memory_halves_alone_and_the_others_follow(
+    spec_of: SpecOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = {"batch_size": 8, "num_epochs": 1, "lora_dropout": 0.0, "validation_fraction": 0.0}
+    calm = train(spec_of(name="calm", **chosen))
+    _make_the_second_card_small(tmp_path, monkeypatch, conversations=2)
+    with start(spec_of(name="tight", num_gpus=2, **chosen)) as child:
+        assert child.exit_status(SECONDS) == 0
+    notices = [e for e in child.events if e.kind == "notice" and e.code == "out_of_memory_recovered"]
+    assert [notice.data for notice in notices] == [{"micro_batch": 2, "step": 1}]
+    assert "the batch size stays 8" in notices[0].message
+    assert _same_run(_steps(child.events), _steps(calm.heard))
+
+
+@pytest.mark.system
+def test_what_one_rank_alone_fails_of_is_what_the_job_fails_of(
+    spec_of: SpecOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _make_the_second_card_small(tmp_path, monkeypatch, conversations=0)
+    with start(spec_of(num_gpus=2, validation_fraction=0.0)) as child:
+        assert child.exit_status(SECONDS) == 1
+    failed = child.wait_for("failed")
+    assert failed.code == "out_of_memory" and not failed.transient
+    assert "single conversation" in failed.message and "lora_rank (current 4)" in failed.hint
+
+
 def test_the_cause_is_the_first_failure_with_a_name(spec_of: SpecOf, tmp_path: Path) -> None:
     """A rank whose neighbour ran out of memory fails of the neighbour's silence, and may be the first to say so."""
     spec = spec_of()
@@ -233,6 +260,32 @@ def test_only_a_model_that_does_not_fit_is_cut_and_a_mixture_of_experts_never(sp
     with pytest.raises(TrainingFailed, match="mixture of experts is not cut") as refused:
         asked("qwen3_moe", 0.9)
     assert refused.value.code is ErrorCode.OUT_OF_MEMORY
+
+
+def _make_the_second_card_small(folder: Path, monkeypatch: pytest.MonkeyPatch, *, conversations: int) -> None:
+    """From now on, what is too much at once for the second rank of a job raises what CUDA raises."""
+    startup = folder / "startup"
+    startup.mkdir()
+    (startup / "sitecustomize.py").write_text(
+        f"""
+import os
+
+if os.environ.get("RANK") == "1":
+    import torch
+    import training.loss
+    from training.batches import conversations_in
+
+    whole = training.loss.AnswerLoss.__call__
+
+    def limited(self, inputs):
+        if conversations_in(inputs) > {conversations}:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return whole(self, inputs)
+
+    training.loss.AnswerLoss.__call__ = limited
+"""
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(startup), str(_ROOT)]))
 
 
 def _ranks_of(child: Child) -> dict[int, int]:
