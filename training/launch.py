@@ -44,7 +44,8 @@ def train_on_ranks(spec: JobSpec, events_fd: int, stop: StopSwitch) -> None:
     if lost is None or stop.requested:
         raise StopRequested
     cause = desk.cause()
-    if cause is None:
+    # Those that are left fail of the silence of one that was killed; that is not the cause.
+    if cause is None or (cause.code is ErrorCode.INTERNAL and _was_killed(lost)):
         raise _loss_of_a_rank(spec, lost)
     raise TrainingFailed(cause.code, cause.message, cause.hint or "", transient=cause.transient) from RankStack(
         cause.stack
@@ -52,7 +53,7 @@ def train_on_ranks(spec: JobSpec, events_fd: int, stop: StopSwitch) -> None:
 
 
 def _run(spec: JobSpec, desk: RankDesk, events_fd: int) -> ProcessFailure | None:
-    """Run the ranks to their end. Returns the first that ended badly."""
+    """Run the ranks to their end. Returns the one that ended badly: one that was killed, else the first."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
@@ -71,9 +72,14 @@ def _run(spec: JobSpec, desk: RankDesk, events_fd: int) -> ProcessFailure | None
             f"/proc/{os.getpid()}/fd/{events_fd}",
         )
     except ChildFailedError as error:
-        first: ProcessFailure = error.get_first_failure()[1]
-        return first
+        failures: list[ProcessFailure] = list(error.failures.values())
+        return min(failures, key=lambda failure: (not _was_killed(failure), failure.timestamp))
     return None
+
+
+def _was_killed(failure: ProcessFailure) -> bool:
+    """By a signal, and not by the engine's own, which ends the others."""
+    return failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
 
 
 def _launch_config(spec: JobSpec) -> LaunchConfig:
