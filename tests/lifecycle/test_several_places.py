@@ -78,3 +78,15 @@ def test_no_rank_outlives_a_daemon_that_was_killed(queue: Queue, tmp_path: Path)
         queue.wait_for(job, "running", seconds=SECONDS)
         os.kill(daemon.pid, signal.SIGKILL)
         eventually(lambda: _gone(ranks), seconds=60, why=lambda: "a rank outlived the daemon")
+
+
+def test_a_rank_that_hangs_ends_the_attempt_of_all(queue: Queue, tmp_path: Path) -> None:
+    """The others wait for it inside of an exchange; nobody says a word, and the daemon's patience ends."""
+    make_model(tmp_path / "models" / "acme" / "tiny", "qwen3")
+    with queue.daemon(tmp_path, command=REAL, slots=2, warm="off", stall_seconds=120) as daemon:
+        job = _insert(queue, conversations=200, num_epochs=50)
+        ranks = _ranks(daemon)
+        queue.wait_for(job, "running", seconds=SECONDS)
+        os.kill(ranks[1], signal.SIGSTOP)
+        daemon.wait_for_log("trainer_stalled", seconds=SECONDS)
+        eventually(lambda: _gone(ranks), seconds=60, why=lambda: "a rank outlived its attempt")
