@@ -35,7 +35,7 @@ TRAINER_COMMAND = (sys.executable, "-m", "training")
 # Endings that no receiver takes are no reason to keep a GPU: the outbox outlives this process.
 LAST_CALLBACKS_SECONDS = 30.0
 # startsecs in supervisord.conf.
-SUPERVISOR_START_SECONDS = 2.0
+SUPERVISOR_START_SECONDS = 15.0
 
 
 def run_service(trainer_command: tuple[str, ...] = TRAINER_COMMAND) -> None:

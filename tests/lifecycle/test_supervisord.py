@@ -182,7 +182,7 @@ def test_on_a_pod_a_daemon_that_will_not_run_again_stops_the_pod(queue: Queue, t
             "TRAINER_RUNPOD_API": api.url,
         }
         with Supervisor(queue, tmp_path, TRAINER_LEASE_SECONDS="soon", **pod) as supervisor:
-            supervisor.wait_for("pod_stopped")
+            supervisor.wait_for("pod_stopped", seconds=60)
             # The pod's own key was refused, ours worked; neither is in the log.
             assert api.calls == [
                 ("/pods/pod1/action", "Bearer key-of-the-pod", {"action": "stop"}),
