@@ -206,6 +206,7 @@ class Child:
             if done:
                 # The job's process has ended, so all that it printed is in the pipe; the next job's log is another.
                 await self._output.drained()
+                log.info("trainer_waits", pid=self.pid, served=self._given)
         finally:
             if not done:
                 # Also on cancellation of this task: never leave a process behind.

@@ -43,6 +43,7 @@ def make_adapter(folder: Path, weights: int = 300_000) -> Path:
     (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
     (folder / "training_log.jsonl").write_text('{"step": 1}\n')
     (folder / "metrics_chart.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (folder / "training.tfevents").write_bytes(b"points")
     return folder
 
 
@@ -228,6 +229,7 @@ async def test_what_is_published_is_named_as_the_app_expects(tmp_path: Path) -> 
         "adapter_config": f"adapters/{JOB}/adapter_config.json",
         "training_logs": f"adapters/{JOB}/training_log.jsonl",
         "metrics_chart": f"adapters/{JOB}/metrics_chart.png",
+        "tensorboard": f"adapters/{JOB}/training.tfevents",
         "manifest": f"adapters/{JOB}/manifest.json",
     }
     assert set(objects_in(tmp_path / "root")) == set(completed.artifacts.values()) == set(object_names(JOB, 1).all())

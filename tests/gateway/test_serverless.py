@@ -253,7 +253,9 @@ def test_without_a_database_cancel_and_retry_work_as_well(
         assert runpod.wait_for_result("run-1")["output"]["status"] == "completed"
         assert len(worker.logged("job_claimed")) == 2
         runpod.run("run-2", dataset_url=long)
-        child = worker.wait_for_log("trainer_started", count=3)["pid"]
+        # The one that waited since the retry takes it.
+        worker.wait_for_log("job_claimed", count=3)
+        child = worker.logged("trainer_started")[-1]["pid"]
         runpod.cancel("run-2")
         worker.wait_for_log("attempt_settled", outcome="cancelled")
         assert not alive(child)

@@ -59,7 +59,7 @@ BEGIN
 END
 $$;
 """
-TABLES = ("training_jobs", "training_leases", "metrics_points", "training_events")
+TABLES = ("training_jobs", "training_leases", "metrics_points", "training_events", "training_uploads")
 
 # Written down from the design's table of moves, not read from the code.
 HELD = {"initializing", "running"}
@@ -94,7 +94,7 @@ Row = dict[str, Any]
 
 
 def install(dsn: str) -> None:
-    """Record every version of the four tables from now on."""
+    """Record every version of these tables from now on."""
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute(INSTALL.encode())
         for table in TABLES:
@@ -251,6 +251,18 @@ def judge_points_and_story(history: History) -> Iterator[Violation]:
             yield Violation("stale story", job, words, version["n"])
 
 
+def judge_uploads(history: History) -> Iterator[Violation]:
+    """What may lie in the bucket is noted by the holder of the epoch that it is noted under; anybody may sweep."""
+    for version in history.of("training_uploads"):
+        note = version["after"]
+        if note is None:
+            continue
+        holder = history.holder.get((version["job_id"], note["epoch"]))
+        if holder != version["host"]:
+            words = f"{version['host']} noted a {note['kind']} at epoch {note['epoch']} of {holder}"
+            yield Violation("stale upload", version["job_id"], words, version["n"])
+
+
 def _is_stamped(job: Row) -> bool:
     return (job["hyperparameters"] or {}).get("base_model") == STAMPED_MODEL
 
@@ -339,6 +351,7 @@ def judge(dsn: str, *, storage: Path | None = None, processes_of: Path | None = 
         *judge_job_writers(history),
         *judge_leases(history),
         *judge_points_and_story(history),
+        *judge_uploads(history),
         *judge_end(history, jobs, leases),
         *(judge_adapters(jobs, storage) if storage else ()),
         *(judge_processes(processes_of) if processes_of else ()),

@@ -124,7 +124,8 @@ def test_a_training_that_ends_during_an_outage_is_completed_after_it(
         own_queue.wait_for(job, "running")
         server.stop()
         try:
-            daemon.wait_for_log("ending_delayed", seconds=15)
+            # What is going to be stored is noted in the database before the first byte is sent.
+            daemon.wait_for_log("upload_delayed", seconds=30)
         finally:
             server.start()
         row = own_queue.wait_for(job, "completed")

@@ -146,7 +146,7 @@ async def test_killed_between_any_two_steps_of_finishing_there_is_one_artifact_a
 ) -> None:
     with project.daemon("first") as first:
         job = project.insert(script=[["steps", 5, 0.0]])
-        await asyncio.to_thread(first.wait_for_log, "trainer_ended")
+        await asyncio.to_thread(first.wait_for_log, "trainer_waits")
         before = len(project.storage.requests)
         async with asyncio.timeout(20):
             while len(project.storage.requests) < before + requests_before and alive(first.pid):
