@@ -156,7 +156,7 @@ class Child:
         finally:
             os.close(events_write)
             os.close(output_write)
-        child = cls(process, warm=keep_bytes is not None, output=_Output())
+        child = cls(process, warm=keep_bytes is not None, output=_Output(output_read))
         child._reader = asyncio.create_task(child._read_events(events_read))
         try:
             await asyncio.get_running_loop().connect_read_pipe(
@@ -386,13 +386,14 @@ class _LastWords:
 class _Output(asyncio.Protocol):
     """What the process prints, into the log of the job at hand; between two jobs it is nobody's."""
 
-    def __init__(self) -> None:
+    def __init__(self, read_end: int) -> None:
         self.log: TrainerLog | None = None
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._transport: asyncio.ReadTransport | None = None
+        # Not asked of the transport: RunPod's test server runs on uvloop, whose transports do not tell.
+        self._read_end = read_end
+        self._transport: asyncio.BaseTransport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.ReadTransport)
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
@@ -415,9 +416,8 @@ class _Output(asyncio.Protocol):
             self._transport.close()
 
     def _waiting_bytes(self) -> int:
-        assert self._transport is not None
         answer = array("i", [0])
-        fcntl.ioctl(self._transport.get_extra_info("pipe").fileno(), termios.FIONREAD, answer)
+        fcntl.ioctl(self._read_end, termios.FIONREAD, answer)
         return answer[0]
 
 
