@@ -137,9 +137,13 @@ class Chaos:
             if host.command != REAL or host.daemon is None or host.continues_at is not None:
                 continue
             for pid in host.daemon.children():
-                started = host.daemon.logged("trainer_started", pid=pid)
-                job = UUID(started[-1]["job_id"]) if started else None
-                if job is None or job in self.killed_in_training or not self.queue.row(job)["current_step"]:
+                # One place, one trainer, and it waits between its jobs: at work it is on the last one claimed.
+                claimed = host.daemon.logged("job_claimed")
+                job = UUID(claimed[-1]["job_id"]) if claimed else None
+                if job is None or job in self.killed_in_training:
+                    continue
+                row = self.queue.row(job)
+                if row["status"] != "running" or not row["current_step"]:
                     continue
                 self.killed_in_training.add(job)
                 # Now the child alone, now its host with it: the one is retried, the other reaped.

@@ -287,7 +287,7 @@ def pooled(own_queue: Queue, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         for path in (folder, *folder.iterdir()):
             os.chown(path, entry.pw_uid, entry.pw_gid)
         for parent in folder.parents:
-            if parent.stat().st_uid == 0 and parent.name.startswith("pytest-"):
+            if parent.stat().st_uid == 0 and parent.name.startswith(("pytest-", "popen-")):
                 parent.chmod(0o755)
     with (folder / "log").open("ab") as log, subprocess.Popen(command, stdout=log, stderr=log, user=user) as pooler:
         dsn = f"postgresql://{given['user']}:{given['password']}@{address}:{port}/{given['dbname']}"
