@@ -28,7 +28,7 @@ demo: $(STAMP) ## watch a real model being fine-tuned because a row was inserted
 ask: $(STAMP) ## ask the model that the demo trained: make ask Q="Why do cats purr?"
 	@$(PY) -m training.ask "$(or $(Q),Why do cats purr?)"
 
-test: $(STAMP) ## the tests that need nothing beyond pip (under ten minutes)
+test: $(STAMP) ## the tests that need nothing beyond pip (about a quarter of an hour)
 	@$(PY) -m pytest -m "not system and not gpu" --numprocesses 2 --dist loadfile
 
 test-system: $(STAMP) ## the slower tests; installs what they need from Debian
