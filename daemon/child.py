@@ -9,7 +9,6 @@ import asyncio
 import fcntl
 import os
 import signal
-import sys
 import termios
 from array import array
 from collections.abc import Callable, Mapping
@@ -86,26 +85,6 @@ class Patience:
         return self.drain_seconds if reason in worth_saving else self.kill_seconds
 
 
-async def run_child(
-    spec: JobSpec,
-    *,
-    on_event: Callable[[Event], None],
-    stop: Stop,
-    patience: Patience,
-    log_path: Path,
-    gpus: tuple[int, ...] = (),
-    command: tuple[str, ...] = (sys.executable, "-m", "training"),
-    own_environment: Mapping[str, str] = MappingProxyType({}),
-) -> Verdict:
-    """Run one spec in a process of its own until it ends, is stopped, or falls silent.
-
-    `own_environment` is this job's alone: a tracker's key. `on_event` is called in order and must not block. No
-    process of the child's group is alive on return.
-    """
-    child = await Child.start(command, gpus=gpus, own_environment=own_environment)
-    return await child.run(spec, on_event=on_event, stop=stop, patience=patience, log_path=log_path)
-
-
 class Child:
     """One trainer process and the pipes to it.
 
@@ -132,7 +111,10 @@ class Child:
         own_environment: Mapping[str, str] = MappingProxyType({}),
         keep_bytes: int | None = None,
     ) -> Child:
-        """Start a process. With `keep_bytes` it is warm, and a base model up to this size stays in its memory."""
+        """Start a process. With `keep_bytes` it is warm, and a base model up to this size stays in its memory.
+
+        `own_environment` is one job's alone: a tracker's key.
+        """
         warm = () if keep_bytes is None else ("--warm", "--keep-bytes", str(keep_bytes))
         events_read, events_write = os.pipe()
         output_read, output_write = os.pipe()
@@ -195,7 +177,10 @@ class Child:
         patience: Patience,
         log_path: Path,
     ) -> Verdict:
-        """Hand over a spec and see it through. On return the process is done with it, or not alive."""
+        """Hand over a spec and see it through. On return the process is done with it, or none of its group is alive.
+
+        `on_event` is called in order and must not block.
+        """
         trainer_log = TrainerLog(log_path)
         self._output.log, self._on_event, self._last_words = trainer_log, on_event, _LastWords()
         done = False

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from daemon.child import Patience, Stopped, Trained, Verdict, run_child
+from daemon.child import Child, Patience, Stopped, Trained, Verdict
 from daemon.job import Failed
 from daemon.stop import Stop, StopReason
 from training.events import ErrorCode, Event, Notice, Progress
@@ -51,14 +51,8 @@ class Run:
             self.events.append(event)
             on_event(event)
 
-        return await run_child(
-            self.spec,
-            on_event=hear,
-            stop=self.stop,
-            patience=patience,
-            log_path=self.log_path,
-            command=SCRIPTED,
-        )
+        child = await Child.start(SCRIPTED)
+        return await child.run(self.spec, on_event=hear, stop=self.stop, patience=patience, log_path=self.log_path)
 
 
 def stop_at(run: Run, step: int, reason: StopReason) -> Callable[[Event], None]:
