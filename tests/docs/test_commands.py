@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from uuid import UUID
 
+import psycopg
 import pytest
 from typer.main import get_command
 
@@ -102,7 +103,7 @@ async def test_every_statement_runs_as_the_role_it_names(store: Store, database:
         role = re.match(r"-- as: (user|server|operator)\n", text)
         try:
             run_as(database, role[1] if role else "operator", user, as_psql(text, values))
-        except Exception as error:
+        except psycopg.Error as error:
             raise AssertionError(f"{block.place}: {error}") from error
 
 
