@@ -227,8 +227,8 @@ class Attempt:
             )
         finally:
             if keeper is not None:
-                # Only a job that goes on elsewhere is worth waiting for.
-                worth_it = self._stop.reason in {StopReason.SHUTDOWN, StopReason.DEADLINE, StopReason.BUDGET}
+                reason = self._stop.reason
+                worth_it = reason is not None and reason.saves_a_checkpoint
                 await keeper.finish(settings.drain_seconds if worth_it else 0.0, self._stop)
 
     async def _publish(self, adapter_dir: Path, manifest_facts: dict[str, Any], work_dir: Path) -> Completed:

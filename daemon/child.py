@@ -80,9 +80,8 @@ class Patience:
     kill_seconds: float = 10.0
 
     def grace(self, reason: StopReason) -> float:
-        """Seconds between TERM and KILL. Only a job that will go on elsewhere is worth waiting for a checkpoint."""
-        worth_saving = {StopReason.SHUTDOWN, StopReason.DEADLINE, StopReason.BUDGET}
-        return self.drain_seconds if reason in worth_saving else self.kill_seconds
+        """Seconds between TERM and KILL."""
+        return self.drain_seconds if reason.saves_a_checkpoint else self.kill_seconds
 
 
 class Child:

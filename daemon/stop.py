@@ -13,6 +13,11 @@ class StopReason(StrEnum):
     DEADLINE = "deadline"
     BUDGET = "budget"
 
+    @property
+    def saves_a_checkpoint(self) -> bool:
+        """The job will go on elsewhere or later: only then is a checkpoint worth waiting for."""
+        return self in {StopReason.SHUTDOWN, StopReason.DEADLINE, StopReason.BUDGET}
+
 
 class Stop:
     """A request to end one attempt. The first reason stands, except that a lost lease overrides every other:
