@@ -227,9 +227,7 @@ class Attempt:
             )
         finally:
             if keeper is not None:
-                reason = self._stop.reason
-                worth_it = reason is not None and reason.saves_a_checkpoint
-                await keeper.finish(settings.drain_seconds if worth_it else 0.0, self._stop)
+                await keeper.finish(settings.drain_seconds if self._stop.saves_a_checkpoint else 0.0, self._stop)
 
     async def _publish(self, adapter_dir: Path, manifest_facts: dict[str, Any], work_dir: Path) -> Completed:
         """Note what will be stored, then store it: whatever happens in between, somebody knows what may lie there."""

@@ -45,3 +45,8 @@ class Stop:
     @property
     def reason(self) -> StopReason | None:
         return self._reason
+
+    @property
+    def saves_a_checkpoint(self) -> bool:
+        """It was asked, and for a reason after which the job goes on."""
+        return self._reason is not None and self._reason.saves_a_checkpoint
