@@ -18,17 +18,11 @@ _STYLE = {
     "claimed": "cyan",
     "started": "green",
 }
-_MOVES = {
-    "queued": "queued",
-    "claimed": "claimed by a daemon",
-    "started": "training has begun: the first step is done",
-    "completed": "completed",
+# The message of these says what went wrong; that of any other kind is a sentence of its own.
+_FAULTS = {
     "failed": "failed",
-    "cancelled": "cancelled",
-    "released": "given back to the queue unharmed",
     "reaped": "taken back from a host that fell silent",
     "retrying": "goes back to the queue for another attempt",
-    "resubmitted": "submitted again, from zero",
 }
 
 
@@ -37,15 +31,12 @@ def event_words(event: Event) -> str:
     data = event.data
     if event.kind == "sample":
         return f"{plain(data.get('when'))} training it answers: {plain(data.get('answer', ''))}"
-    words = plain(event.message)
-    if event.kind in _MOVES:
-        words = _MOVES[event.kind] + (f": {words}" if words else "")
-        if event.kind == "claimed":
-            words += f" (attempt {plain(data.get('attempt'))})"
-        if event.kind in ("completed", "failed", "cancelled") and isinstance(cost := data.get("cost"), int | float):
-            words += f" ({money(float(cost))})"
-        return words
-    return words or plain(event.kind)
+    words = plain(event.message) or plain(event.kind)
+    if event.kind in _FAULTS:
+        words = f"{_FAULTS[event.kind]}: {words}"
+    if event.kind in ("completed", "failed", "cancelled") and isinstance(cost := data.get("cost"), int | float):
+        words += f" ({money(float(cost))})"
+    return words
 
 
 def event_line(event: Event, *, with_job: bool = False, width: int | None = None) -> Text:

@@ -190,7 +190,6 @@ def _in_words(line: StoryLine) -> str:
         return f"{line.data.get('when')} training it answers: {line.data.get('answer', '')}".replace("\n", " ")
     if line.kind == "stage" and not line.message.startswith("Stage "):
         return f"Stage {line.data.get('stage')}: {line.message}"
-    # An event of the state machine has its name for a message.
     return line.message.splitlines()[0] if line.message else line.kind
 
 

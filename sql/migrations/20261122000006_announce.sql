@@ -59,7 +59,21 @@ BEGIN
     INSERT INTO public.training_events (job_id, epoch, kind, message, data)
     VALUES (
         NEW.id, NEW.lease_epoch, kind,
-        CASE WHEN kind IN ('failed', 'retrying', 'reaped') THEN coalesce(NEW.error_message, '') ELSE '' END,
+        CASE kind
+            WHEN 'queued' THEN CASE
+                WHEN NEW.run_after > clock_timestamp()
+                THEN to_char(NEW.run_after AT TIME ZONE 'UTC', '"Scheduled for "YYYY-MM-DD HH24:MI" UTC."')
+                ELSE 'Waits for a host.'
+            END
+            WHEN 'claimed' THEN format('A host has claimed the job (attempt %s of %s).', NEW.attempt, NEW.max_attempts)
+            WHEN 'started' THEN 'Training has begun: the first step is done.'
+            WHEN 'released' THEN 'Back in the queue unharmed: this attempt does not count.'
+            WHEN 'resubmitted' THEN 'Submitted again, with all its attempts.'
+            WHEN 'completed' THEN 'Completed: the adapter is stored and verified.'
+            WHEN 'cancelled' THEN 'Cancelled by request.'
+            -- failed, retrying, reaped: what went wrong.
+            ELSE coalesce(NEW.error_message, '')
+        END,
         jsonb_strip_nulls(jsonb_build_object(
             'from', old_status,
             'to', NEW.status,

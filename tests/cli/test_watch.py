@@ -34,7 +34,7 @@ def test_a_watched_job_that_completes_ends_the_watch_with_success(cli: CommandLi
     job = queue.insert(script=[PLAN, ["steps", 60, 0.03]])
     with queue.daemon(queue.folder):
         said = cli.ok("watch", job)
-    assert "waits: no worker" in said.out or "claimed by a daemon" in said.out
+    assert "waits: no worker" in said.out or "A host has claimed the job" in said.out
     assert "step 60 of 60" in said.out or "completed" in said.out
     assert "✓" in said.out.splitlines()[-1]
     assert "download" in said.out.splitlines()[-1]

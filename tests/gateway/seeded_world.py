@@ -83,7 +83,7 @@ class World:
             "queued_at": self.now - timedelta(minutes=minutes_ago),
         }  # fmt: skip
         self.insert("training_jobs", **(given | columns))
-        self.tell(job_id, minutes_ago, "queued", to="queued")
+        self.tell(job_id, minutes_ago, "queued", "Waits for a host.", to="queued")
         return job_id
 
     def tell(self, job_id: UUID, minutes_ago: float, kind: str, message: str = "", **data: Any) -> None:
@@ -136,7 +136,7 @@ class World:
             "training_leases", job_id=job_id, epoch=1, worker_id=worker_id, user_id=self.user_id,
             claimed_at=self.now - timedelta(minutes=ran), expires_at=self.now + timedelta(hours=2),
         )  # fmt: skip
-        self.tell(job_id, ran, "claimed", attempt=1, to="initializing")
+        self.tell(job_id, ran, "claimed", "A host has claimed the job (attempt 1 of 3).", attempt=1, to="initializing")
         self.tell(
             job_id, ran - 0.1, "planned", f"2,140 conversations to train on, 238 held out, {total} steps in 3 epochs."
         )
@@ -146,7 +146,7 @@ class World:
             prompt="My parcel has not arrived. What now?",
             answer="I am a language model and cannot track parcels. You may wish to contact the courier or the sender.",
         )  # fmt: skip
-        self.tell(job_id, ran - 1.2, "started", to="running")
+        self.tell(job_id, ran - 1.2, "started", "Training has begun: the first step is done.", to="running")
         for part in range(1, int(8 * way) + 1):
             step = part * (total // 8)
             self.tell(
@@ -180,7 +180,8 @@ class World:
                     "manifest": f"{folder}/manifest.json", "metrics_chart": f"{folder}/metrics_chart.png",
                 }},
             )  # fmt: skip
-        self.tell(job_id, hours_ago * 60, status, message or "", to=status, cost=round(3.5 * minutes / 60, 2))
+        plain = "Cancelled by request." if status == "cancelled" else "Completed: the adapter is stored and verified."
+        self.tell(job_id, hours_ago * 60, status, message or plain, to=status, cost=round(3.5 * minutes / 60, 2))
         return job_id
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -88,6 +89,43 @@ async def test_daemons_are_woken_by_insert_requeue_and_cancel_and_by_nothing_els
     assert ear.heard() == [f"queued {job_id}"]
     database.run("UPDATE training_jobs SET status = 'cancelled'")
     assert ear.heard() == [f"cancelled {job_id}"]
+
+
+async def test_each_change_of_state_is_told_in_a_sentence(store: Store, database: AppDatabase, user: UUID) -> None:
+    job_id = database.insert_job(user)
+    await store.release_job((await claimed(store)).lease, "the host is shutting down", cost=None)
+    lease = (await claimed(store)).lease
+    await store.start_job(lease)
+    await store.retry_job(lease, BROKEN, delay_seconds=0, cost=None)
+    await store.fail_job((await claimed(store)).lease, BROKEN, cost=None)
+    database.run("SELECT retry_training_job(%s)", (job_id,))
+    database.run("UPDATE training_jobs SET status = 'cancelled'")
+    database.run("SELECT retry_training_job(%s)", (job_id,))
+    lease = (await claimed(store)).lease
+    await store.start_job(lease)
+    await store.complete_job(lease, DONE, cost=1)
+    told = database.run("SELECT kind, message FROM training_events WHERE job_id = %s ORDER BY id", (job_id,))
+    claim_again = ("claimed", "A host has claimed the job (attempt 1 of 3).")
+    assert [(line["kind"], line["message"]) for line in told] == [
+        ("queued", "Waits for a host."),
+        claim_again,
+        ("notice", "the host is shutting down"),
+        ("released", "Back in the queue unharmed: this attempt does not count."),
+        claim_again,
+        ("started", "Training has begun: the first step is done."),
+        ("retrying", "out of memory"),
+        ("claimed", "A host has claimed the job (attempt 2 of 3)."),
+        ("failed", "out of memory"),
+        ("resubmitted", "Submitted again, with all its attempts."),
+        ("cancelled", "Cancelled by request."),
+        ("resubmitted", "Submitted again, with all its attempts."),
+        claim_again,
+        ("started", "Training has begun: the first step is done."),
+        ("completed", "Completed: the adapter is stored and verified."),
+    ]
+    later = database.insert_job(user, run_after=datetime(2126, 11, 22, 9, 30, tzinfo=UTC))
+    told = database.run("SELECT message FROM training_events WHERE job_id = %s", (later,))
+    assert [line["message"] for line in told] == ["Scheduled for 2126-11-22 09:30 UTC."]
 
 
 async def test_a_scheduled_insert_and_a_delayed_retry_wake_as_well_so_that_timers_are_set(

@@ -58,26 +58,18 @@ export const shortId = (id) => words(id).slice(0, 8);
 export const shortModel = (model) => (model ? words(model).split("/").pop() : "default model");
 export const metric = (job, name) => (job.metrics && isNumber(job.metrics[name]) ? job.metrics[name] : null);
 
-const MOVES = {
-  queued: "Queued",
-  claimed: "Claimed by a daemon",
-  started: "Training has begun: the first step is done",
-  completed: "Completed",
+// The message of these says what went wrong; that of any other kind is a sentence of its own.
+const FAULTS = {
   failed: "Failed",
-  cancelled: "Cancelled",
-  released: "Given back to the queue unharmed",
   reaped: "Taken back from a host that fell silent",
   retrying: "Goes back to the queue for another attempt",
-  resubmitted: "Submitted again, from zero",
 };
 
 /** What happened, in one line. */
 export function eventWords(event) {
   const data = event.data ?? {};
-  const message = words(event.message);
-  if (!Object.hasOwn(MOVES, event.kind)) return message || words(event.kind);
-  let said = MOVES[event.kind] + (message ? `: ${message}` : "");
-  if (event.kind === "claimed" && data.attempt) said += ` (attempt ${words(data.attempt)})`;
+  let said = words(event.message) || words(event.kind);
+  if (Object.hasOwn(FAULTS, event.kind)) said = `${FAULTS[event.kind]}: ${said}`;
   if (isNumber(data.cost) && ["completed", "failed", "cancelled"].includes(event.kind)) said += ` (${money(data.cost)})`;
   return said;
 }
