@@ -11,18 +11,24 @@ RUN useradd --create-home --uid 10001 trainer \
     && chown trainer:trainer /workspace /run/brightrun
 
 # What only the image needs: its init, the kernels of Qwen3-Next's linear attention (Triton, no compiler at build),
-# and what the code's own layer is built with.
-ARG IMAGE_PACKAGES="supervisor flash-linear-attention==0.6.0 fla-core==0.6.0 einops==0.8.2 setuptools==84.2.1"
+# and what the code's own layer is built with. Names only: every version stands in constraints.txt.
+ARG IMAGE_PACKAGES="supervisor flash-linear-attention setuptools"
 # The fused convolution that goes with them: a wheel for this very torch, CUDA and Python, by its URL (see the guide).
 ARG CAUSAL_CONV1D=""
+
+# For a base whose torch is older than pyproject.toml asks for: another, of the base's CUDA. 2.13.0+cu128, say.
+ARG TORCH=""
 
 # The base image's torch was built for its CUDA and stays: the environment sees the image's packages, and pip is
 # held to the very torch that it finds there. Everything else is pinned by constraints.txt.
 COPY constraints.txt pyproject.toml ./
 RUN python3 -m venv --system-site-packages /opt/venv \
-    && python3 -c 'import torch; print(f"torch=={torch.__version__}")' > torch.txt \
     && grep -v '^torch==' constraints.txt > image-constraints.txt \
-    && cat torch.txt >> image-constraints.txt \
+    && if [[ -n "${TORCH}" ]]; then \
+         /opt/venv/bin/python -m pip install --no-cache-dir --disable-pip-version-check -c image-constraints.txt \
+         --extra-index-url "https://download.pytorch.org/whl/${TORCH##*+}" "torch==${TORCH}"; \
+       fi \
+    && /opt/venv/bin/python -c 'import torch; print(f"torch=={torch.__version__}")' >> image-constraints.txt \
     && mkdir -p daemon training sql && touch README.md \
     # shellcheck disable=SC2086
     && /opt/venv/bin/python -m pip install --no-cache-dir --disable-pip-version-check \
@@ -49,7 +55,8 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HF_HOME=/workspace/huggingface \
     TRAINER_PYTHON=/opt/venv/bin/python \
-    SUPERVISOR_RUN_DIR=/run/brightrun
+    SUPERVISOR_RUN_DIR=/run/brightrun \
+    SERVE_GATEWAY=false
 
 # Where root wrote to the volume before, give the folder away once (chown -R 10001 /workspace), or set the pod
 # template's user to root.

@@ -52,7 +52,7 @@ types: $(STAMP) ## the TypeScript types of the schema, after a change of sql/mig
 chaos: $(STAMP) ## the long chaos run: daemons killed, stopped and cut off from the database
 	@$(PY) -m pytest tests/lifecycle -m system -k chaos --timeout 1800
 
-image: ## the container image for RunPod, by docker or buildah (BASE=…, IMAGE=…)
+image: ## the container image for RunPod, by docker or buildah (IMAGE=…, BASE=…, TORCH=…, CAUSAL_CONV1D=URL)
 	@.ci/image build "$(IMAGE)" "$(BASE)"
 
 image-check: ## lint the Dockerfile, build it on a stand-in base and run a job inside (root on Debian; no Docker needed)

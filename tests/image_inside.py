@@ -16,16 +16,19 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
 import psycopg
+from packaging.utils import canonicalize_name
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
@@ -45,6 +48,7 @@ DRAIN_SECONDS = 60.0
 def main() -> None:
     _show("who", f"user {os.getuid()}, Python {sys.version.split()[0]} in {sys.prefix}")
     assert os.getuid() == 10001, "the image runs as root"
+    _prove_that_every_version_is_pinned()
     _prove_that_nothing_is_outside()
     with (
         tempfile.TemporaryDirectory() as scratch,
@@ -63,6 +67,16 @@ def main() -> None:
 
 def _show(name: str, what: object) -> None:
     print(f"{name:<16} {what}", flush=True)
+
+
+def _prove_that_every_version_is_pinned() -> None:
+    pins = Path("/opt/brightrun/constraints.txt").read_text().splitlines()
+    pinned = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in pins)}
+    # What the base image brings lies elsewhere; pip came with the environment, and the code itself has its own number.
+    found = {canonicalize_name(one.name): one.version for one in distributions(path=[sysconfig.get_path("purelib")])}
+    strays = {name: version for name, version in found.items() if pinned.get(name) != version}
+    assert strays.keys() <= {"pip", "brightrun-trainer"}, f"not as constraints.txt has them: {strays}"
+    _show("versions", f"{len(found) - len(strays)} packages, each as constraints.txt has it")
 
 
 def _prove_that_nothing_is_outside() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -9,8 +10,10 @@ from typer.main import get_command
 
 from daemon.__main__ import app
 from daemon.fleet_plan import read_plan
+from daemon.gateway_words import RunRequest
 from tests.postgres import AppDatabase
 from training.events import ErrorCode
+from training.spec import parse_row
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "operators-guide.md").read_text(encoding="utf-8")
@@ -34,9 +37,23 @@ def test_every_error_code_has_its_line() -> None:
 
 
 def test_the_plan_of_the_guide_is_usable_as_it_stands() -> None:
-    (text,) = re.findall(r"```json\n(.*?)```", GUIDE, re.DOTALL)
-    plan = read_plan(text)
+    plan = read_plan(_documents()[0])
     assert plan.ends_itself and [kind.memory_gb for kind in plan.gpus] == [80, 80]
+
+
+def test_the_request_of_the_guide_is_a_job_as_it_stands() -> None:
+    request = json.loads(_documents()[1])
+    submission = RunRequest.model_validate(request).input
+    assert parse_row(submission.hyperparameters, submission.gpu_config).unknown_keys == ()
+    # In milliseconds; a job's time to live begins before it runs.
+    assert 10 * 60 * 1000 < request["policy"]["executionTimeout"] <= request["policy"]["ttl"]
+
+
+def _documents() -> list[str]:
+    """The fleet's plan, and the request of the serverless section."""
+    found = re.findall(r"```json\n(.*?)```", GUIDE, re.DOTALL)
+    assert len(found) == 2
+    return found
 
 
 def test_the_links_within_the_page_lead_somewhere() -> None:
