@@ -1,6 +1,8 @@
 -- What the app shows of a finished job: model_artifacts, cost_records, notifications, written in the transaction of
--- the ending. None of them may ever fail a training: a fault becomes a line in the job's story. Rows that an older
--- dispatcher runs (epoch 0) are left to it.
+-- the ending. None of them may ever fail a training: a fault becomes a line in the job's story, be it a refusal, a lock
+-- that is not given back, or a trigger of the app's that takes longer than a statement may (OTHERS alone does not catch
+-- that). What the app checks at the end of the transaction only is checked here, where it can still be caught. Rows that
+-- an older dispatcher runs (epoch 0) are left to it.
 
 SET LOCAL lock_timeout = '1s';
 
@@ -61,9 +63,10 @@ BEGIN
         artifacts = excluded.artifacts,
         updated_at = clock_timestamp()
     RETURNING model.id INTO artifact;
+    SET CONSTRAINTS ALL IMMEDIATE;
     NEW.artifact_id := artifact;
     RETURN NEW;
-EXCEPTION WHEN OTHERS THEN
+EXCEPTION WHEN OTHERS OR query_canceled OR assert_failure THEN
     INSERT INTO public.training_events (job_id, epoch, kind, message, data)
     VALUES (NEW.id, NEW.lease_epoch, 'notice', 'the row in model_artifacts could not be written: ' || SQLERRM,
         jsonb_build_object('code', 'side_table_failed', 'table', 'model_artifacts', 'sqlstate', SQLSTATE));
@@ -101,8 +104,12 @@ BEGIN
         VALUES (NEW.user_id, NEW.id, 'training_compute', NEW.final_cost, facts,
             date_trunc('month', clock_timestamp() AT TIME ZONE 'UTC')::date);
     END IF;
+    -- A cancel is part of the app's own transaction, whose constraints are its own business.
+    IF NEW.status <> 'cancelled' THEN
+        SET CONSTRAINTS ALL IMMEDIATE;
+    END IF;
     RETURN NULL;
-EXCEPTION WHEN OTHERS THEN
+EXCEPTION WHEN OTHERS OR query_canceled OR assert_failure THEN
     INSERT INTO public.training_events (job_id, epoch, kind, message, data)
     VALUES (NEW.id, NEW.lease_epoch, 'notice', 'the row in cost_records could not be written: ' || SQLERRM,
         jsonb_build_object('code', 'side_table_failed', 'table', 'cost_records', 'sqlstate', SQLSTATE));
@@ -144,8 +151,12 @@ BEGIN
         INSERT INTO public.notifications (user_id, type, title, message, priority, action_url, metadata)
         VALUES (NEW.user_id, 'job_cancelled', 'Training was cancelled', 'The training was cancelled.', 'low', job_page, about);
     END IF;
+    -- A cancel is part of the app's own transaction, whose constraints are its own business.
+    IF NEW.status <> 'cancelled' THEN
+        SET CONSTRAINTS ALL IMMEDIATE;
+    END IF;
     RETURN NULL;
-EXCEPTION WHEN OTHERS THEN
+EXCEPTION WHEN OTHERS OR query_canceled OR assert_failure THEN
     INSERT INTO public.training_events (job_id, epoch, kind, message, data)
     VALUES (NEW.id, NEW.lease_epoch, 'notice', 'the row in notifications could not be written: ' || SQLERRM,
         jsonb_build_object('code', 'side_table_failed', 'table', 'notifications', 'sqlstate', SQLSTATE));

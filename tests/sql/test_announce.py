@@ -10,6 +10,7 @@ from uuid import UUID
 import psycopg
 import pytest
 
+from daemon.database import Database
 from daemon.job import Completed, Failed, Lease, State
 from daemon.store import Callback, MetricPoint, Store
 from tests.postgres import AppDatabase
@@ -182,10 +183,10 @@ def test_an_edit_of_a_job_that_does_not_wait_wakes_nobody(database: AppDatabase,
 async def test_a_promotion_wakes_those_who_looked_a_moment_too_early(
     store: Store, database: AppDatabase, user: UUID, ear: Ear
 ) -> None:
-    soon = database.one("SELECT clock_timestamp() + interval '10 ms' AS at")["at"]
+    soon = database.one("SELECT clock_timestamp() + interval '300 ms' AS at")["at"]
     database.insert_job(user, run_after=soon)
     ear.heard()
-    database.run("SELECT pg_sleep(0.02)")
+    database.run("SELECT pg_sleep(0.35)")
     assert await store.promote_due_jobs() == 1 and ear.heard() == ["queued"]
     assert await store.promote_due_jobs() == 0 and ear.heard() == []
 
@@ -450,24 +451,45 @@ async def test_each_run_of_a_job_submitted_again_has_its_own_cost_record(
     assert amounts == [1.0, 2.0]
 
 
+REFUSING = (
+    "CREATE FUNCTION public.sabotage() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {what}; RETURN NEW; END $$;;"
+    "CREATE TRIGGER sabotage {when} ON {{table}} {how} FOR EACH ROW EXECUTE FUNCTION public.sabotage()"
+)
+
+
 @pytest.mark.parametrize(
     "sabotage",
     [
         "DROP TABLE {table} CASCADE",
         "ALTER TABLE {table} ADD COLUMN must_have integer NOT NULL DEFAULT NULL",
         "REVOKE ALL ON {table} FROM training_daemon",
+        REFUSING.format(what="RAISE EXCEPTION 'not in my table'", when="BEFORE INSERT OR UPDATE", how=""),
+        REFUSING.format(what="ASSERT false", when="AFTER INSERT OR UPDATE", how=""),
+        # Longer than a statement may take: that is a cancellation, which OTHERS does not catch.
+        REFUSING.format(what="PERFORM pg_sleep(600)", when="BEFORE INSERT OR UPDATE", how=""),
+        # Refused when the transaction ends, long after the row was taken.
+        REFUSING.format(
+            what="RAISE EXCEPTION 'too late'",
+            when="AFTER INSERT OR UPDATE",
+            how="DEFERRABLE INITIALLY DEFERRED",
+        ).replace("CREATE TRIGGER", "CREATE CONSTRAINT TRIGGER"),
     ],
+    ids=["absent", "another column", "no grant", "a trigger refuses", "an assertion", "a trigger hangs", "at the end"],
 )
 @pytest.mark.parametrize("table", ["model_artifacts", "cost_records", "notifications"])
 async def test_a_side_table_that_fails_never_fails_a_training(
-    store: Store, database: AppDatabase, user: UUID, table: str, sabotage: str
+    database: AppDatabase, user: UUID, table: str, sabotage: str
 ) -> None:
-    database.run(sabotage.format(table=table))
+    for statement in sabotage.replace("{table}", table).split(";;"):
+        database.run(statement)
     job_id = database.insert_job(user)
-    lease = (await claimed(store)).lease
-    await store.start_job(lease)
-    ending = await store.complete_job(lease, DONE, cost=1)
+    async with Database(database.dsn, application_name="test", statement_seconds=1.0) as connection:
+        store = Store(connection)
+        lease = (await claimed(store)).lease
+        await store.start_job(lease)
+        ending = await store.complete_job(lease, DONE, cost=1)
     assert ending.moved and ending.state is State.COMPLETED
+    assert database.job(job_id)["status"] == "completed"
     notices = database.run(
         "SELECT data FROM training_events WHERE job_id = %s AND data ->> 'code' = 'side_table_failed'", (job_id,)
     )
@@ -475,6 +497,23 @@ async def test_a_side_table_that_fails_never_fails_a_training(
         assert notices == []
     else:
         assert {notice["data"]["table"] for notice in notices} == {table}
+
+
+@pytest.mark.parametrize("table", ["model_artifacts", "cost_records", "notifications"])
+async def test_a_side_table_that_stays_locked_never_fails_a_training(
+    store: Store, database: AppDatabase, user: UUID, table: str
+) -> None:
+    job_id = database.insert_job(user)
+    lease = (await claimed(store)).lease
+    await store.start_job(lease)
+    with database.connect() as owner, owner.transaction():
+        owner.execute(f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE".encode())
+        ending = await store.complete_job(lease, DONE, cost=1)
+    assert ending.moved and ending.state is State.COMPLETED
+    (notice,) = database.run(
+        "SELECT data FROM training_events WHERE job_id = %s AND data ->> 'code' = 'side_table_failed'", (job_id,)
+    )
+    assert (notice["data"]["table"], notice["data"]["sqlstate"]) == (table, "55P03")
 
 
 async def test_an_older_dispatchers_endings_make_no_rows_of_ours(database: AppDatabase, user: UUID) -> None:
