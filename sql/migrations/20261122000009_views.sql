@@ -49,7 +49,7 @@ WHERE worker.state IN ('idle', 'busy')
 -- What waits, in claiming order, and why. A job that nobody can serve says so.
 CREATE OR REPLACE VIEW public.training_queue WITH (security_invoker = true) AS
 SELECT
-    row_number() OVER (ORDER BY job.due DESC, job.priority DESC, job.queued_at, job.id) AS place,
+    numbered.place,
     job.id AS job_id,
     job.user_id,
     job.priority,
@@ -75,6 +75,19 @@ SELECT
         ELSE 'next'
     END AS waiting_reason
 FROM public.training_jobs AS job
+-- Only who asks for the place has the whole queue numbered: GROUP BY tells the planner that at most one row joins, and
+-- an outer join that adds neither row nor column is left out. So why one job waits is a matter of its own row.
+LEFT JOIN (
+    SELECT line.id, min(line.place) AS place
+    FROM (
+        SELECT
+            waiting.id,
+            row_number() OVER (ORDER BY waiting.due DESC, waiting.priority DESC, waiting.queued_at, waiting.id) AS place
+        FROM public.training_jobs AS waiting
+        WHERE waiting.status = 'queued'
+    ) AS line
+    GROUP BY line.id
+) AS numbered ON numbered.id = job.id
 CROSS JOIN LATERAL (
     SELECT
         count(*) AS alive,

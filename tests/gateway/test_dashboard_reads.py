@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from typing import Any
 
 import psycopg
 import pytest
@@ -12,6 +14,7 @@ from tests.gateway.seeded_world import seed
 from tests.postgres import AppDatabase
 
 HISTORY = 20_000
+WAITING = 20_000
 PARAMETERS = {
     "after": "bigint", "whole": "boolean", "day": "boolean", "ids": "uuid[]", "most_news": "bigint",
     "most_ended": "bigint",
@@ -51,3 +54,36 @@ def test_a_look_reads_no_history(database: AppDatabase, whole: str, most_pages: 
     assert told is not None
     plan = told[0][0]["Plan"] if not isinstance(told[0], str) else json.loads(told[0])[0]["Plan"]
     assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < most_pages
+
+
+def walk(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for child in plan.get("Plans", []):
+        yield from walk(child)
+
+
+def test_a_long_queue_is_counted_and_never_sorted(database: AppDatabase) -> None:
+    """Why one job waits is asked of its own row; the head of the queue is read from its index."""
+    named = seed(database.dsn)
+    with psycopg.connect(database.dsn, autocommit=True) as connection:
+        connection.execute("SET session_replication_role = replica")
+        connection.execute(
+            "INSERT INTO training_jobs (user_id, dataset_id, hyperparameters, gpu_config, status, due, queued_at) "
+            "SELECT user_id, dataset_id, '{}', '{}', 'queued', true, now() - place * interval '1 second' "
+            "FROM training_jobs, generate_series(1, %s) AS place WHERE id = %s",
+            (WAITING, named["queued"]),
+        )
+        connection.execute("VACUUM ANALYZE training_jobs")
+        connection.execute("SET ROLE training_daemon")
+        plans = {}
+        for name, values in (("why_jobs_wait", {"ids": [named["queued"]]}), ("read_queue", {"most": 200})):
+            told = connection.execute(
+                f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement(name, 'reads')}".encode(), values
+            ).fetchone()
+            assert told is not None
+            plans[name] = told[0][0]["Plan"]
+    one, head = plans["why_jobs_wait"], plans["read_queue"]
+    assert one["Shared Hit Blocks"] + one["Shared Read Blocks"] < 50, one
+    sorted_rows = [node["Plans"][0]["Actual Rows"] for node in walk(head) if node["Node Type"] == "Sort"]
+    assert max(sorted_rows) <= 200, head
+    assert head["Actual Rows"] == 200
