@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 
 from daemon.dashboard.feed import Feed
 from daemon.dashboard.pages import add_dashboard
+from daemon.dashboard.session import Sessions
 from daemon.errors import DatabaseAway, HostUnfit
 from daemon.gateway_docs import add_docs
 from daemon.gateway_gate import Gate
@@ -68,9 +69,12 @@ def build_app(
 ) -> FastAPI:
     """The whole application. `closing` set: whoever waits for an ending is answered with what is known."""
     app = FastAPI(title="brightrun-trainer", description=DESCRIPTION, version="1", docs_url=None, redoc_url=None)
+    keys = [key.get_secret_value() for key in settings.gateway_keys]
+    sessions = Sessions(keys)
     app.add_middleware(
         Gate,
-        keys=[key.get_secret_value() for key in settings.gateway_keys],
+        keys=keys,
+        sessions=sessions,
         requests_per_second=settings.gateway_requests_per_second,
         max_body_bytes=settings.gateway_max_body_bytes,
     )
@@ -80,7 +84,7 @@ def build_app(
     _add_training_routes(app, rows, locked)
     _add_serverless_routes(app, rows, _Waiting(rows, closing, settings.gateway_wait_seconds), locked)
     _add_operator_routes(app, metrics, locked)
-    add_dashboard(app, settings, rows, feed)
+    add_dashboard(app, settings, rows, feed, sessions)
     return app
 
 

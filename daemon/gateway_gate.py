@@ -72,10 +72,18 @@ class Bucket:
 
 
 class Gate:
-    def __init__(self, app: ASGIApp, *, keys: Sequence[str], requests_per_second: float, max_body_bytes: int) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        keys: Sequence[str],
+        sessions: Sessions,
+        requests_per_second: float,
+        max_body_bytes: int,
+    ) -> None:
         self._app = app
         self._keys = KeyRing(keys)
-        self._sessions = Sessions(keys)
+        self._sessions = sessions
         self._buckets = [Bucket(requests_per_second) for _ in keys]
         self._strangers = Bucket(STRANGERS_PER_SECOND)
         self._max_body_bytes = max_body_bytes

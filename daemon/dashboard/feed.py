@@ -5,9 +5,9 @@ LISTENs and one that reads. A read every half second, sooner when a NOTIFY says 
 cancelled, never more than four a second. It follows leases, of which there are as few as running jobs, and the
 end of the story, so no table is scanned and no index was added to what moves (one on `updated_at` would end HOT
 updates: each progress write would cost its row's every index). Beside it: the hosts every two seconds; the
-queue's head with its reasons when a job moved, at most once a second and for at most a twentieth of the time,
-because that view numbers the whole queue; and everything anew every fifteen seconds, for changes that leave no
-trace (a priority, a deleted row). Curves of jobs under way are read once; then they grow from the rows' own steps.
+queue's head with its reasons when a job moved, at most twice a second and for at most a twentieth of the time,
+because the order is found among all that waits; and everything anew every fifteen seconds, for changes that leave
+no trace (a priority, a deleted row). Curves of jobs under way are read once; then they grow from the rows' own steps.
 
 NOTIFY is not sent on progress (it takes a database-wide lock at commit), therefore the steady look.
 """
@@ -18,7 +18,7 @@ import asyncio
 import json
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -40,8 +40,8 @@ LOOK_SECONDS = 0.5
 SHORTEST_SECONDS = 0.25
 WORKERS_SECONDS = 2.0
 QUEUE_SECONDS = 10.0
-QUEUE_SHORTEST_SECONDS = 1.0
-# The share of the time that the queue's view may take of the database.
+QUEUE_SHORTEST_SECONDS = 0.5
+# One part in so many of the time is what reading the queue may take: its head is found by sorting all that waits.
 QUEUE_SHARE = 20
 WHOLE_SECONDS = 15.0
 BEAT_SECONDS = 5.0
@@ -80,11 +80,13 @@ class Feed:
 
     # -- browsers ----------------------------------------------------------------------------------------------
 
-    def join(self, last_event_id: str = "") -> Client:
-        """A browser comes, or comes back after the message of this id. Raises TooManyWatchers."""
+    def join(self, last_event_id: str, is_welcome: Callable[[], bool]) -> Client:
+        """A browser comes, or comes back after the message of this id, for as long as it is welcome.
+
+        Raises TooManyWatchers."""
         if self._closed or len(self._clients) >= MOST_CLIENTS:
             raise TooManyWatchers
-        client = Client()
+        client = Client(is_welcome)
         self._clients.add(client)
         self._watched.set()
         if self._known:
@@ -123,7 +125,10 @@ class Feed:
 
     def _tell(self, text: bytes) -> None:
         for client in list(self._clients):
-            client.offer(text)
+            if client.is_welcome():
+                client.offer(text)
+            else:
+                client.end()
 
     def _snapshot(self) -> bytes:
         return message("snapshot", _json(self._board.snapshot()), f"{self._run}-{self._number}")
@@ -230,11 +235,16 @@ class _Reader:
         if now - self._workers_at >= WORKERS_SECONDS:
             self._workers_at = now
             self._board.take_workers(await self._fetch("list_workers", all=False))
-        await self._read_jobs(whole)
+        await self._read_jobs(whole=whole)
         if whole:
             self._whole_at = now
+        # What has just moved has moved the queue: told with it, where the queue may be read again.
+        if time.monotonic() >= self._queue_at:
+            await self._read_queue()
+            if self._board.missing_jobs():
+                await self._read_jobs(whole=False)
 
-    async def _read_jobs(self, whole: bool) -> None:
+    async def _read_jobs(self, *, whole: bool) -> None:
         board = self._board
         ids = [job_id for job_id, _ in board.queue["order"]] if whole else board.missing_jobs()
         with_day = whole or self._day_is_old

@@ -25,7 +25,7 @@ from pydantic import BaseModel, Field
 
 from daemon.dashboard.board import plain
 from daemon.dashboard.feed import Feed, TooManyWatchers
-from daemon.dashboard.session import COOKIE, COOKIE_PATH, SESSION_SECONDS, Sessions
+from daemon.dashboard.session import COOKIE, COOKIE_PATH, SESSION_SECONDS, Sessions, cookie_value
 from daemon.dashboard.stream import EventStream
 from daemon.errors import JobDelayed, JobFailed
 from daemon.gateway_gate import KeyRing
@@ -71,11 +71,12 @@ class _File:
     etag: str
 
 
-def add_dashboard(app: FastAPI, settings: Settings, rows: GatewayRows, feed: Feed) -> None:
+def add_dashboard(app: FastAPI, settings: Settings, rows: GatewayRows, feed: Feed, sessions: Sessions) -> None:
     """None of these is part of the gateway's described contract: they belong to the page that it serves."""
     _add_files(app)
-    _add_session(app, [key.get_secret_value() for key in settings.gateway_keys])
-    _add_reads(app, rows, feed)
+    _add_session(app, KeyRing([key.get_secret_value() for key in settings.gateway_keys]), sessions)
+    _add_stream(app, feed, sessions)
+    _add_reads(app, rows)
     _add_writes(app, rows)
     _add_downloads(app, settings, rows)
 
@@ -94,9 +95,7 @@ def _add_files(app: FastAPI) -> None:
         return _file_answer(request, name)
 
 
-def _add_session(app: FastAPI, keys: list[str]) -> None:
-    ring, sessions = KeyRing(keys), Sessions(keys)
-
+def _add_session(app: FastAPI, ring: KeyRing, sessions: Sessions) -> None:
     @app.post("/dashboard/login", include_in_schema=False, dependencies=[Depends(_sent_by_the_page)])
     async def login(request: Request, login: Login) -> Response:
         place = ring.find(f"Bearer {login.key}")
@@ -124,19 +123,25 @@ def _add_session(app: FastAPI, keys: list[str]) -> None:
 
     @app.post("/dashboard/logout", include_in_schema=False, dependencies=[Depends(_sent_by_the_page)])
     async def logout(request: Request) -> Response:
+        sessions.end(cookie_value(request.headers.get("cookie", "")))
         answer = Response(status_code=204)
         answer.delete_cookie(COOKIE, path=COOKIE_PATH, secure=_came_by_https(request), httponly=True, samesite="strict")
         return answer
 
 
-def _add_reads(app: FastAPI, rows: GatewayRows, feed: Feed) -> None:
+def _add_stream(app: FastAPI, feed: Feed, sessions: Sessions) -> None:
     @app.get("/dashboard/stream", include_in_schema=False)
-    async def stream(last_event_id: Annotated[str, Header(max_length=64)] = "") -> Response:
+    async def stream(request: Request, last_event_id: Annotated[str, Header(max_length=64)] = "") -> Response:
+        """As long as the session that opened it; a caller who sends a key has none."""
+        cookie = "" if "authorization" in request.headers else cookie_value(request.headers.get("cookie", ""))
         try:
-            return EventStream(feed.join(last_event_id), feed.leave)
+            client = feed.join(last_event_id, lambda: not cookie or sessions.find(cookie) is not None)
         except TooManyWatchers:
             raise Refused(503, "Too many dashboards are open.", "Close some, or try again in a minute.") from None
+        return EventStream(client, feed.leave)
 
+
+def _add_reads(app: FastAPI, rows: GatewayRows) -> None:
     @app.get("/dashboard/jobs/{job_id}", include_in_schema=False)
     async def job(job_id: JobId) -> Response:
         """One job whole: its row, what was asked for, its story, its curve. Four reads when a job is opened."""

@@ -30,9 +30,10 @@ def message(event: str, data: str, number: str | None = None) -> bytes:
 
 
 class Client:
-    """What one browser was not sent yet."""
+    """What one browser was not sent yet. `is_welcome` is asked before it is told anything more."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_welcome: Callable[[], bool]) -> None:
+        self.is_welcome = is_welcome
         self._waiting: deque[bytes] = deque()
         self._news = asyncio.Event()
         self.ended = asyncio.Event()

@@ -72,14 +72,24 @@ def test_a_key_opens_a_session_whose_cookie_no_script_can_read(shared_client: ht
         assert client.get("/dashboard/session").status_code == 204
         # The cookie belongs to the page: the gateway's contract still asks for the key.
         assert client.get("/health").status_code == 401
-        left = client.post("/dashboard/logout")
-        assert left.status_code == 204
-        assert client.get("/dashboard/session").status_code == 401
     answer = httpx.post(f"{url}/dashboard/login", json={"key": KEY}, headers=HEADERS | {"X-Forwarded-Proto": "https"})
     cookie = answer.headers["set-cookie"].lower()
     for flag in ("httponly", "samesite=strict", "path=/dashboard", "secure", f"max-age={SESSION_SECONDS}"):
         assert flag in cookie
     assert KEY not in cookie
+
+
+def test_who_signs_out_takes_every_copy_of_the_cookie_along(shared_client: httpx.Client) -> None:
+    url = str(shared_client.base_url)
+    with sign_in(url) as client, sign_in(url) as other, Watcher(url, cookies=client.cookies) as watcher:
+        watcher.snapshot()
+        copy = {"Cookie": f"trainer_session={client.cookies['trainer_session']}"}
+        assert client.post("/dashboard/logout").status_code == 204
+        assert "trainer_session" not in client.cookies
+        assert httpx.get(f"{url}/dashboard/session", headers=copy).status_code == 401
+        # What streams to the copy ends, too: with the next word, a beat every five seconds.
+        assert watcher.ended.wait(30)
+        assert other.get("/dashboard/session").status_code == 204
 
 
 def test_a_wrong_key_opens_nothing(shared_client: httpx.Client) -> None:
@@ -105,10 +115,12 @@ def test_a_session_ends_with_its_time_and_with_its_key() -> None:
     mine, other = sessions.open(0), sessions.open(1)
     assert (sessions.find(mine), sessions.find(other)) == (0, 1)
     assert Sessions([OTHER_KEY], clock=lambda: now[0]).find(mine) is None
-    until, _, signature = mine.partition(".")
+    until, number, signature = mine.split(".")
     for forged in (
-        f"{int(until) + 1}.{signature}",
-        f"{until}.{signature[:-1]}",
+        f"{int(until) + 1}.{number}.{signature}",
+        f"{until}.{number[::-1]}.{signature}",
+        f"{until}.{number}.{signature[:-1]}",
+        f"{until}.{number}",
         until,
         "",
         "x.y",
@@ -116,8 +128,12 @@ def test_a_session_ends_with_its_time_and_with_its_key() -> None:
         "²." + "é",
     ):
         assert sessions.find(forged) is None
+    again = sessions.open(0)
+    sessions.end(mine)
+    sessions.end("nobody's")
+    assert sessions.find(mine) is None and sessions.find(again) == 0
     now[0] += SESSION_SECONDS + 1
-    assert sessions.find(mine) is None
+    assert sessions.find(again) is None
 
 
 # -- what the stream tells ------------------------------------------------------------------------------------------

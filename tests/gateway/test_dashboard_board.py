@@ -17,6 +17,10 @@ def line(
     return row | fields
 
 
+def welcome() -> bool:
+    return True
+
+
 def event(number: int, job_id: str, kind: str, **data: Any) -> dict[str, Any]:
     return {
         "id": number,
@@ -106,7 +110,7 @@ def test_a_long_event_is_cut_for_the_stream_and_says_so() -> None:
 
 
 async def test_a_browser_that_does_not_keep_up_is_let_go() -> None:
-    client = Client()
+    client = Client(welcome)
     for _ in range(MOST_WAITING):
         client.offer(b"x")
     assert not client.ended.is_set()
@@ -116,7 +120,7 @@ async def test_a_browser_that_does_not_keep_up_is_let_go() -> None:
 
 async def test_a_browser_that_takes_nothing_does_not_hold_the_gateway() -> None:
     """Its connection is full: sending never returns. The answer ends all the same, and the feed is told."""
-    client, left = Client(), []
+    client, left = Client(welcome), []
 
     async def send(message: Any) -> None:
         if message["type"] == "http.response.body":

@@ -44,11 +44,15 @@ class Watcher:
 
     url: str
     last_event_id: str = ""
+    cookies: httpx.Cookies | None = None
     told: list[Told] = field(default_factory=list)
 
     def __enter__(self) -> Watcher:
-        with sign_in(self.url) as client:
-            cookie = "; ".join(f"{name}={value}" for name, value in client.cookies.items())
+        cookies = self.cookies
+        if cookies is None:
+            with sign_in(self.url) as client:
+                cookies = client.cookies
+        cookie = "; ".join(f"{name}={value}" for name, value in cookies.items())
         address = urlsplit(self.url)
         self._connection = HTTPConnection(str(address.hostname), address.port, timeout=60)
         headers = {"Cookie": cookie} | ({"Last-Event-ID": self.last_event_id} if self.last_event_id else {})
