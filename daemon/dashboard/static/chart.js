@@ -124,9 +124,6 @@ export function lossChart() {
   resized.observe(box);
   const themed = new MutationObserver(() => plot && draw());
   themed.observe(document.documentElement, { attributeFilter: ["data-theme"] });
-  const dark = matchMedia("(prefers-color-scheme: dark)");
-  const onDark = () => plot && draw();
-  dark.addEventListener("change", onDark);
 
   return {
     element,
@@ -148,7 +145,6 @@ export function lossChart() {
     end() {
       resized.disconnect();
       themed.disconnect();
-      dark.removeEventListener("change", onDark);
       plot?.destroy();
     },
   };

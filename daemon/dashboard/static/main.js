@@ -85,10 +85,7 @@ function showLink() {
   say(away, state.away ? `The database has not answered since ${clock(state.away)}. What stands here is older; trainings go on.` : "");
 }
 
-function isDark() {
-  const chosen = document.documentElement.dataset.theme;
-  return chosen ? chosen === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-}
+const isDark = () => document.documentElement.dataset.theme === "dark";
 
 function nameTheme() {
   say(themeButton, isDark() ? "Light" : "Dark");
@@ -96,12 +93,9 @@ function nameTheme() {
 }
 
 themeButton.addEventListener("click", () => {
-  const theme = isDark() ? "light" : "dark";
-  document.documentElement.dataset.theme = theme;
-  localStorage.setItem("theme", theme);
-  nameTheme();
+  window.dispatchEvent(new CustomEvent("theme", { detail: isDark() ? "light" : "dark" }));
 });
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", nameTheme);
+new MutationObserver(nameTheme).observe(document.documentElement, { attributeFilter: ["data-theme"] });
 nameTheme();
 
 signOutButton.addEventListener("click", async () => {

@@ -113,9 +113,14 @@ function section(title, name, emptyWords, head = null) {
 function statistics() {
   const facts = ["training", "waiting", "cards busy", "tokens a second", "ended in 24 h", "spent in 24 h"].map((name) => {
     const value = el("dd");
-    return { name, value, element: el("div", {}, el("dt", { text: name }), value) };
+    const label = el("dt", { text: name });
+    return { name, value, label, element: el("div", {}, label, value) };
   });
-  const set = (name, text) => say(facts.find((fact) => fact.name === name).value, text);
+  const set = (name, text, more = "") => {
+    const fact = facts.find((one) => one.name === name);
+    say(fact.value, text);
+    say(fact.label, name + more);
+  };
   return {
     element: el("dl", { class: "numbers", "aria-label": "The service at a glance" }, ...facts.map((fact) => fact.element)),
     update(underWay) {
@@ -125,7 +130,12 @@ function statistics() {
       set("waiting", f.count(state.queue.waiting));
       set("cards busy", `${f.count(sum(live.map((host) => host.busy)))} of ${f.count(sum(live.map((host) => host.slots)))}`);
       set("tokens a second", f.count(sum(underWay.filter((job) => job.state === "running").map((job) => f.metric(job, "throughput")))));
-      set("ended in 24 h", f.isNumber(state.day.completed) ? f.count(sum([state.day.completed, state.day.failed, state.day.cancelled])) : "–");
+      const { completed, failed, cancelled } = state.day;
+      set(
+        "ended in 24 h",
+        f.isNumber(completed) ? f.count(sum([completed, failed, cancelled])) : "–",
+        failed > 0 ? `, ${f.count(failed)} failed` : "",
+      );
       set("spent in 24 h", f.money(state.day.cost));
     },
   };
