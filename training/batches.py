@@ -1,11 +1,43 @@
-"""Micro-batches: conversations end to end where no word can leak across, halved when memory runs out."""
+"""Micro-batches: as many conversations as fit, end to end where none leaks across, halved when memory runs out."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
+
+
+def micro_batches(inputs: dict[str, Any], most_tokens: int) -> list[dict[str, Any]]:
+    """The same conversations in parts of at most so many tokens, padding included; a longer one alone."""
+    if tokens_in(inputs) <= most_tokens:
+        return [inputs]
+    if is_packed(inputs):
+        ends = inputs["cu_seq_lens_q"].tolist()
+        lengths = [end - start for start, end in pairwise(ends)]
+        groups = in_groups(lengths, most_tokens, padded=False)
+        return [_slice_packed(inputs, ends[group.start : group.stop + 1]) for group in groups]
+    # The short ones with the short ones, and no wider than they need.
+    length_B = inputs["attention_mask"].sum(dim=1)
+    order_B = length_B.argsort(stable=True)
+    lengths = length_B[order_B].tolist()
+    return [
+        {key: value[order_B[group], : lengths[group.stop - 1]] for key, value in inputs.items()}
+        for group in in_groups(lengths, most_tokens, padded=True)
+    ]
+
+
+def in_groups(lengths: Sequence[int], most_tokens: int, *, padded: bool) -> list[slice]:
+    """Which neighbours go together: as many as have at most so many tokens, or one. Padding counts."""
+    groups = []
+    start = longest = total = 0
+    for index, length in enumerate(lengths):
+        longest, total = max(longest, length), total + length
+        if index > start and ((index + 1 - start) * longest if padded else total) > most_tokens:
+            groups.append(slice(start, index))
+            start, longest, total = index, length, length
+    return [*groups, slice(start, len(lengths))] if lengths else []
 
 
 def halve(inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
@@ -14,7 +46,7 @@ def halve(inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | Non
     The loss is a sum over tokens divided by a number that does not change, so the halves' gradients add up to the
     whole's.
     """
-    if "cu_seq_lens_q" in inputs:
+    if is_packed(inputs):
         return _halve_packed(inputs)
     rows = inputs["input_ids"].shape[0]
     if rows < 2:
@@ -26,10 +58,13 @@ def halve(inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | Non
     )
 
 
-def conversations_in(inputs: dict[str, Any]) -> int:
-    if "cu_seq_lens_q" in inputs:
-        return int(inputs["cu_seq_lens_q"].numel()) - 1
-    return int(inputs["input_ids"].shape[0])
+def is_packed(inputs: dict[str, Any]) -> bool:
+    return "cu_seq_lens_q" in inputs
+
+
+def tokens_in(inputs: dict[str, Any]) -> int:
+    """Padding included: what memory is needed for."""
+    return int(inputs["input_ids"].numel())
 
 
 def packs_without_leaks(model: Any) -> bool:
@@ -73,7 +108,7 @@ def pack(texts: list[torch.Tensor]) -> dict[str, Any]:
 
 
 def _halve_packed(inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    ends = [int(end) for end in inputs["cu_seq_lens_q"]]
+    ends = inputs["cu_seq_lens_q"].tolist()
     if len(ends) < 3:
         return None
     middle = len(ends) // 2

@@ -81,7 +81,7 @@ def estimate_run(spec: JobSpec, folder: ModelFolder, corpus: Corpus, plan: Plan)
     layers = int(config.get("num_hidden_layers") or config.get("n_layer") or 1)
     hidden = int(config.get("hidden_size") or config.get("n_embd") or 1)
     vocabulary = int(config.get("vocab_size") or 1)
-    tokens = plan.micro_batch * corpus.max_length
+    tokens = plan.heaviest_tokens(corpus.max_length)
     # A layer's experts are unpacked together.
     unpacked = 2 * max(largest, expert_parameters // layers)
     kept = layers * tokens * hidden * 2 * (1 if spec.device == "cuda" else _BLOCK_ACTIVATIONS)

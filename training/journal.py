@@ -36,6 +36,9 @@ class Journal:
     steps: list[StepRecord] = field(default_factory=list)
     evaluations: list[EvaluationRecord] = field(default_factory=list)
     training_seconds: float = 0.0
+    # What a micro-batch was fitted to; None where the plan's number holds. An attempt that goes on adds up in the same
+    # order as the one before it.
+    micro_batch_tokens: int | None = None
 
     @property
     def tokens_seen(self) -> int:
@@ -60,6 +63,7 @@ class Journal:
             steps=[StepRecord(**record) for record in raw["steps"]],
             evaluations=[EvaluationRecord(**record) for record in raw["evaluations"]],
             training_seconds=raw["training_seconds"],
+            micro_batch_tokens=raw["micro_batch_tokens"],
         )
 
     def write_log(self, path: Path) -> None:

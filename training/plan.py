@@ -1,4 +1,4 @@
-"""The run's numbers, decided before the model is loaded: micro-batch, accumulation, steps, warm-up."""
+"""The run's numbers, decided before the model is loaded: tokens a micro-batch, steps, warm-up."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from training.corpus import Corpus
 from training.spec import JobSpec
 
 # Tokens a micro-batch. On a card the frozen experts are dequantised once a micro-batch, so more tokens are nearly
-# free until memory ends; on a CPU small batches stay in its caches.
+# free until memory ends (training.probe asks the card); on a CPU small batches stay in its caches.
 _TOKENS_PER_MICRO_BATCH = {"cuda": 8192, "cpu": 2048}
 # A short warm-up is enough for LoRA, whose B matrices begin at zero.
-_WARMUP_SHARE = 0.05
+_WARMUP_SHARE = 0.03
 
 
 @dataclass(frozen=True)
 class Plan:
     """One optimizer step sees `batch_size` conversations, as many as were asked for, whatever does the work.
 
-    Each of `ranks` processes sees its share in `accumulation` micro-batches of at most `micro_batch`.
+    Each of `ranks` processes goes through its share in micro-batches of at most `micro_batch_tokens` tokens, or of one
+    conversation that is longer.
     """
 
     batch_size: int
     ranks: int
-    micro_batch: int
-    accumulation: int
+    micro_batch_tokens: int
     steps_per_epoch: int
     epochs: int
     warmup_steps: int
@@ -35,25 +35,29 @@ class Plan:
         return self.steps_per_epoch * self.epochs
 
     @property
+    def share(self) -> int:
+        """Conversations of a step that one process sees, at most."""
+        return math.ceil(self.batch_size / self.ranks)
+
+    def heaviest_tokens(self, max_length: int) -> int:
+        """Tokens of the largest micro-batch that can be, padding included."""
+        return min(self.share * max_length, max(self.micro_batch_tokens, max_length))
+
+    @property
     def idle_ranks(self) -> int:
         """Processes that have nothing to do, because the batch is smaller than their number."""
         return max(0, self.ranks - self.batch_size)
 
 
 def make_plan(spec: JobSpec, corpus: Corpus) -> Plan:
-    """Split the batch that was asked for among the ranks, and each share into micro-batches that fit, even in size."""
     chosen = spec.hyperparameters
-    room = max(1, _TOKENS_PER_MICRO_BATCH[spec.device] // corpus.max_length)
-    share = math.ceil(chosen.batch_size / spec.num_gpus)
-    accumulation = math.ceil(share / room)
     steps_per_epoch = math.ceil(len(corpus.train) / chosen.batch_size)
     total = steps_per_epoch * chosen.num_epochs
     warmup = chosen.warmup_steps if chosen.warmup_steps is not None else math.ceil(total * _WARMUP_SHARE)
     return Plan(
         batch_size=chosen.batch_size,
         ranks=spec.num_gpus,
-        micro_batch=math.ceil(share / accumulation),
-        accumulation=accumulation,
+        micro_batch_tokens=_TOKENS_PER_MICRO_BATCH[spec.device],
         steps_per_epoch=steps_per_epoch,
         epochs=chosen.num_epochs,
         warmup_steps=min(warmup, total),

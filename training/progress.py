@@ -60,10 +60,10 @@ class ProgressCallback(TrainerCallback):
         control.should_evaluate = self._is_epoch_end(state.global_step)
         checkpoint_due = now - self._checkpoint_at >= self._spec.checkpoint_seconds
         told = self._trainer.ranks.exchange(
-            (self._stop.requested, checkpoint_due, self._trainer.tokens_in_step, self._trainer.micro_batch)
+            (self._stop.requested, checkpoint_due, self._trainer.tokens_in_step, self._trainer.micro_batch_tokens)
         )
         self._trainer.tokens_in_step = int(sum(tokens for _, _, tokens, _ in told))
-        self._keep_to_the_smallest(int(min(micro_batch for *_, micro_batch in told)), state.global_step)
+        self._keep_to_the_smallest(int(min(tokens for *_, tokens in told)), state.global_step)
         self._stop.requested = any(stop for stop, *_ in told)
         # The first rank's clock counts.
         control.should_save = self._stop.requested or bool(told[0][1])
@@ -115,15 +115,15 @@ class ProgressCallback(TrainerCallback):
                 f"lower learning_rate (current {self._spec.hyperparameters.learning_rate:g}) and submit again",
             )
 
-    def _keep_to_the_smallest(self, micro_batch: int, step: int) -> None:
+    def _keep_to_the_smallest(self, tokens: int, step: int) -> None:
         """What is too much for one card is too much for its likes."""
-        if micro_batch < self._trainer.micro_batch:
-            self._trainer.use_micro_batch(micro_batch)
+        if tokens < self._trainer.micro_batch_tokens:
+            self._trainer.micro_batch_tokens = tokens
             self._voice.notice(
                 "out_of_memory_recovered",
-                f"memory of another card ran out: going on with {micro_batch} conversations at a time, the batch size "
-                f"stays {self._plan.batch_size}",
-                micro_batch=micro_batch,
+                f"memory of another card ran out: going on with {tokens} tokens at a time, the batch size stays "
+                f"{self._plan.batch_size}",
+                micro_batch_tokens=tokens,
                 step=step,
             )
 

@@ -28,6 +28,7 @@ from training.lora import attach_adapter, trainable_parameters
 from training.model import load_base_model, warn_of_missing_kernels
 from training.plan import Plan
 from training.preflight import check_resources, look_ahead, memory_remark
+from training.probe import gauge_of
 from training.ranks import ALONE, Ranks
 from training.samples import answer, choose_prompts
 from training.shards import cut, memory_of_a_rank, must_be_cut
@@ -151,6 +152,7 @@ def train_on(
         packed=packed,
         ranks=ranks,
         is_cut=prepared.is_cut,
+        gauge=gauge_of(spec.device),
     )
     prompts = choose_prompts(spec, corpus)
     if checkpoint is None:

@@ -144,8 +144,9 @@ def test_a_rank_that_runs_out_of_memory_halves_alone_and_the_others_follow(
     with start(spec_of(name="tight", num_gpus=2, **chosen)) as child:
         assert child.exit_status(SECONDS) == 0
     notices = [e for e in child.events if e.kind == "notice" and e.code == "out_of_memory_recovered"]
-    assert [notice.data for notice in notices] == [{"micro_batch": 2, "step": 1}]
-    assert "the batch size stays 8" in notices[0].message
+    assert notices[0].data["step"] == 1 and "the batch size stays 8" in notices[0].message
+    told = [notice.data["micro_batch_tokens"] for notice in notices]
+    assert told == sorted(set(told), reverse=True)
     assert _same_run(_steps(child.events), _steps(calm.heard))
 
 
@@ -183,23 +184,19 @@ def test_every_step_holds_the_same_conversations_for_any_number_of_ranks(
     examples: int, batch_size: int, ranks: int
 ) -> None:
     def plan(count: int) -> Plan:
-        micro_batch = 2
-        accumulation = math.ceil(math.ceil(batch_size / count) / micro_batch)
-        return Plan(batch_size, count, micro_batch, accumulation, math.ceil(examples / batch_size), 1, 0)
+        return Plan(batch_size, count, 2048, math.ceil(examples / batch_size), 1, 0)
 
     def steps(count: int) -> list[set[int]]:
         """The conversations of each optimizer step, each of them seen once."""
         orders = [StepOrder(examples, plan(count), Ranks(index, count), seed=3) for index in range(count)]
         for order in orders:
             order.set_epoch(1)
-        micro_batches = [list(order) for order in orders]
-        assert {len(batches) for batches in micro_batches} == {len(orders[0])}
+        shares = [list(order) for order in orders]
+        assert {len(share) for share in shares} == {len(orders[0])}
         found = []
-        accumulation = plan(count).accumulation
-        for start_at in range(0, len(orders[0]), accumulation):
-            rows = [row for b in micro_batches for part in b[start_at : start_at + accumulation] for row in part]
-            real = [row for row in rows if row != examples]
-            assert len(real) == len(set(real))
+        for step in zip(*shares, strict=True):
+            real = [row for share in step for row in share if row != examples]
+            assert len(real) == len(set(real)) and all(step)
             found.append(set(real))
         return found
 
@@ -212,7 +209,7 @@ def test_a_batch_that_cannot_be_divided_stays_what_was_asked(spec_of: SpecOf) ->
     tokenizer = load_tokenizer(open_model_folder(spec.model_path, spec.base_model))
     corpus = gather(spec.dataset_path, None, spec.hyperparameters, ChatTemplate(tokenizer), 2048)
     plan = make_plan(spec, corpus)
-    assert (plan.micro_batch, plan.accumulation, plan.idle_ranks) == (4, 1, 0)
+    assert (plan.batch_size, plan.share, plan.idle_ranks) == (7, 4, 0)
     alone = make_plan(spec.model_copy(update={"num_gpus": 1}), corpus)
     assert (plan.total_steps, plan.warmup_steps) == (alone.total_steps, alone.warmup_steps)
     assert make_plan(spec.model_copy(update={"num_gpus": 9}), corpus).idle_ranks == 2
@@ -273,12 +270,10 @@ import os
 if os.environ.get("RANK") == "1":
     import torch
     import training.loss
-    from training.batches import conversations_in
-
     whole = training.loss.AnswerLoss.__call__
 
     def limited(self, inputs):
-        if conversations_in(inputs) > {conversations}:
+        if len(inputs["cu_seq_lens_q"]) - 1 > {conversations}:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return whole(self, inputs)
 

@@ -11,9 +11,11 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+import training.recipe
 from tests.tiny_models import ARCHITECTURES
 from tests.training.conftest import HeardVoice, ModelOf, SpecOf, train
-from training.batches import halve, pack, packs_without_leaks
+from training.batches import halve, in_groups, micro_batches, pack, packs_without_leaks, tokens_in
+from training.journal import Journal
 from training.loss import AnswerLoss
 from training.recipe import may_pack
 
@@ -120,6 +122,66 @@ def test_halves_hold_the_same_conversations() -> None:
     left, right = halve(packed) or ({}, {})
     assert torch.equal(torch.cat([left["labels"], right["labels"]], dim=1), packed["labels"])
     assert right["position_ids"][0, 0] == 0 and halve({**left, **pack([batch["input_ids"][0]])}) is None
+
+
+def test_a_step_is_divided_by_tokens_into_few_parts_that_fit() -> None:
+    lengths = [7, 12, 9, 3, 30, 5]
+    rows = [torch.arange(1, length + 1) for length in lengths]
+    labels = [row + 100 for row in rows]
+    packed = {**pack(rows), "labels": torch.cat(labels)[None]}
+    together = torch.nn.utils.rnn.pad_sequence
+    padded = {
+        "input_ids": together(rows, batch_first=True),
+        "labels": together(labels, batch_first=True, padding_value=-100),
+        "attention_mask": together([torch.ones_like(row) for row in rows], batch_first=True),
+    }
+    for whole, parts in ((packed, 4), (padded, 4)):
+        divided = micro_batches(whole, most_tokens=20)
+        assert len(divided) == parts and [tokens_in(part) > 20 for part in divided].count(True) == 1
+        seen = torch.cat([part["labels"].flatten() for part in divided])
+        assert sorted(seen[seen > 0].tolist()) == sorted(torch.cat(labels).tolist())
+        assert micro_batches(whole, tokens_in(whole))[0] is whole
+    assert in_groups([], 10, padded=True) == []
+
+
+class _Reading:
+    """A card on which a pass takes a thousand bytes."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+
+    def begin(self) -> int:
+        return 0
+
+    def peak(self) -> int:
+        return 1000
+
+    def capacity(self) -> int:
+        return self._capacity
+
+
+@pytest.mark.parametrize(
+    ("capacity", "expected"), [(1_000_000, 400), (4000, 200), (2000, None), (1000, 50), (0, 12)], ids=str
+)
+def test_a_pass_before_the_first_step_finds_what_the_card_takes_and_changes_nothing(
+    capacity: int, expected: int | None, spec_of: SpecOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("training.plan").plan._TOKENS_PER_MICRO_BATCH, "cpu", 100)
+    chosen = {"num_epochs": 1, "validation_fraction": 0.0, "sample_prompts": ()}
+    unasked = spec_of(name="unasked", **chosen)
+    steps = train(unasked).all("progress")
+    monkeypatch.setattr(training.recipe, "gauge_of", lambda _device: _Reading(capacity))
+    asked = spec_of(name="asked", checkpoint_seconds=1e-4, **chosen)
+    voice = train(asked)
+    found = [event.data["micro_batch_tokens"] for event in voice.all("notice") if event.code == "micro_batch_fitted"]
+    assert found == ([] if expected is None else [expected])
+    if expected is None:
+        # Dropout, too, is what it would have been.
+        ours, theirs = (spec.output_dir / "adapter_model.safetensors" for spec in (asked, unasked))
+        assert ours.read_bytes() == theirs.read_bytes()
+    assert [event.tokens_seen for event in voice.all("progress")] == [event.tokens_seen for event in steps]
+    kept = Journal.load(asked.checkpoint_dir / f"checkpoint-{len(steps)}")
+    assert kept.micro_batch_tokens == expected
 
 
 def test_the_base_models_files_are_untouched(spec_of: SpecOf) -> None:
