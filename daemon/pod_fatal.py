@@ -78,7 +78,9 @@ def main() -> int:
     supervisor_pid = os.getppid()
     for notification in listen(sys.stdin, sys.stdout):
         if notification.is_the_end:
-            log.critical("daemon_will_not_run_again", supervisor_event=notification.event)
+            # Where it left by itself, the daemon's own last lines say why.
+            say = log.warning if notification.expected else log.critical
+            say("daemon_will_not_run_again", supervisor_event=notification.event)
             end_host(os.environ, supervisor_pid)
     return 0
 

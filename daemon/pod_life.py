@@ -66,6 +66,7 @@ class PodLife:
         self._retry_seconds = retry_seconds
         self._born_at = time.monotonic()
         self._leaving = False
+        self._ended = False
 
     async def run(self) -> None:
         if self._idle_limit is None and self._age_limit is None:
@@ -78,9 +79,16 @@ class PodLife:
             else:
                 ended = None
             if ended:
+                self._ended = True
                 self._worker.drain()
                 return
             await asyncio.sleep(self._seconds_to_look if ended is None else self._retry_seconds)
+
+    async def end_drained(self) -> None:
+        """End the pod of a daemon that was drained and has left, unless that was our own doing."""
+        if not self._ended:
+            log.info("pod_ends", reason="drained")
+            self._ended = await self._end_pod()
 
     @property
     def _too_old(self) -> bool:

@@ -39,18 +39,31 @@ SUPERVISOR_START_SECONDS = 15.0
 
 
 def run_service(trainer_command: tuple[str, ...] = TRAINER_COMMAND) -> None:
-    """Read the settings and serve. Raises HostUnfit, late enough for a supervisor to take it for what it is."""
+    """Read the settings and serve. Raises HostUnfit where this host cannot work.
+
+    Under supervisord an end of our own choice comes late enough to be taken for what it is."""
+    began = time.monotonic()
     try:
-        asyncio.run(serve(load_settings(), trainer_command))
+        signalled = asyncio.run(serve(load_settings(), trainer_command))
     except HostUnfit:
-        if "SUPERVISOR_ENABLED" in os.environ:
-            # An exit within startsecs is a failed start to supervisord, and tried again, whatever its code says.
-            time.sleep(SUPERVISOR_START_SECONDS + 1.0)
+        _outlast_the_start(began)
         raise
+    if not signalled:
+        _outlast_the_start(began)
 
 
-async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_COMMAND) -> None:
-    """Serve the queue until a signal says otherwise. Raises HostUnfit where this host cannot work."""
+def _outlast_the_start(began: float) -> None:
+    """An exit within startsecs is a failed start to supervisord, and tried again whatever its code says.
+
+    Unless it asked for it: then it waits for us, and its signal ends this pause too."""
+    if "SUPERVISOR_ENABLED" in os.environ:
+        time.sleep(max(0.0, began + SUPERVISOR_START_SECONDS + 1.0 - time.monotonic()))
+
+
+async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_COMMAND) -> bool:
+    """Serve the queue until told to leave; True when it was a signal that told, False for a drain or the pod's end.
+
+    Raises HostUnfit where this host cannot work."""
     configure_logs(settings.log_level, settings.log_format, _secrets(settings))
     host = inspect_host(settings)
     dsn = settings.database_url.get_secret_value()
@@ -89,7 +102,7 @@ async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_C
             )
         )
         await _check_database(database)
-        _obey_signals(worker)
+        signalled = _obey_signals(worker)
         log.info("daemon_started", worker_id=str(host.worker_id), device=host.device, gpus=len(host.gpus))
         await price.read()
         listener = Listener(dsn, wake=worker.wake, on_cancel=worker.cancelled)
@@ -100,6 +113,7 @@ async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_C
             sweep_for_ever(store, storage, settings.keep_days),
         )
         background = [asyncio.create_task(chore) for chore in chores]
+        life = None
         if settings.pod_id is not None:
             life = PodLife(
                 settings,
@@ -111,11 +125,14 @@ async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_C
         try:
             await worker.run()
             await courier.flush(LAST_CALLBACKS_SECONDS)
+            if life is not None and not signalled.is_set():
+                await life.end_drained()
         finally:
             for task in background:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
         log.info("daemon_ended")
+        return signalled.is_set()
 
 
 async def _has_callbacks(store: Store) -> bool:
@@ -133,13 +150,16 @@ async def _check_database(database: Database) -> None:
         log.warning("database_role", advice=database.role_warning)
 
 
-def _obey_signals(worker: Worker) -> None:
+def _obey_signals(worker: Worker) -> asyncio.Event:
+    """TERM and INT shut down, USR1 drains. The event is set once we were told to shut down."""
+    signalled = asyncio.Event()
     loop = asyncio.get_running_loop()
     terms = 0
 
     def on_term() -> None:
         nonlocal terms
         terms += 1
+        signalled.set()
         log.info("signal_received", terms=terms)
         worker.shut_down()
         if terms > 1:
@@ -148,6 +168,7 @@ def _obey_signals(worker: Worker) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_term)
     loop.add_signal_handler(signal.SIGUSR1, worker.drain)
+    return signalled
 
 
 def _secrets(settings: Settings) -> Iterator[str]:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import signal
 import time
 from pathlib import Path
 
 import pytest
 
+from daemon import pod_life
 from daemon.doctor_services import check_pod
+from daemon.errors import DatabaseAway
+from daemon.pod_life import PodLife
 from daemon.settings import load_settings
-from tests.daemon_process import DaemonProcess
+from tests.daemon_process import DaemonProcess, eventually
 from tests.lifecycle.queue import Queue
 from tests.postgres import AppDatabase
 from tests.runpod_double import RunPodDouble
+from tests.storage_double import Bucket, StorageDouble
 
 TWO_SECONDS = 2 / 60
 
@@ -86,6 +92,53 @@ def test_a_pod_past_its_lifetime_finishes_its_job_takes_no_other_and_ends(
     assert runpod.pods["me"].status == "EXITED"
 
 
+def test_a_pod_whose_host_is_drained_finishes_its_job_and_ends_as_an_idle_one_does(
+    queue: Queue, tmp_path: Path, runpod: RunPodDouble
+) -> None:
+    first = queue.insert(script=[["steps", 150, 0.03]])
+    daemon = on_a_pod(queue, tmp_path, runpod)
+    daemon.environment["RUNPOD_VOLUME_ID"] = "volume"
+    with daemon:
+        queue.wait_for(first, "running")
+        queue.select("UPDATE training_workers SET drain = true")
+        daemon.wait_for_log("worker_draining", seconds=60)
+        second = queue.insert()
+        assert daemon.wait(60) == 0
+    assert queue.row(first)["status"] == "completed" and queue.row(second)["status"] == "queued"
+    assert daemon.logged("pod_ends", reason="drained") and runpod.pods["me"].status == "TERMINATED"
+
+
+def test_a_daemon_that_is_stopped_by_a_signal_leaves_the_pod_to_whoever_sent_it(
+    queue: Queue, tmp_path: Path, runpod: RunPodDouble
+) -> None:
+    with on_a_pod(queue, tmp_path, runpod, idle_minutes=15) as daemon:
+        daemon.wait_for_log("listener_hears", seconds=60)
+        daemon.signal(signal.SIGTERM)
+        assert daemon.wait(60) == 0
+    assert runpod.called("POST") == [] and runpod.pods["me"].status == "RUNNING"
+
+
+async def test_a_pod_does_not_end_while_an_upload_is_open(queue: Queue, tmp_path: Path, runpod: RunPodDouble) -> None:
+    """Its storage answers 503 for longer than the idle time; the training itself takes no second."""
+    async with StorageDouble(tmp_path / "double") as storage:
+        job = queue.insert(script=[["steps", 5, 0.01]])
+        source = tmp_path / "storage" / "lora-datasets"
+        for file in source.rglob("*.jsonl"):
+            storage.put("lora-datasets", str(file.relative_to(source)), file.read_bytes())
+        storage.buckets["lora-models"] = Bucket()
+        refusals = storage.fail("POST", "adapters", status=503, times=1000)
+        daemon = on_a_pod(queue, tmp_path, runpod, idle_minutes=TWO_SECONDS, storage="supabase")
+        daemon.environment |= {"SUPABASE_URL": storage.url, "SUPABASE_SERVICE_ROLE_KEY": storage.key}
+        with daemon:
+            await asyncio.to_thread(eventually, lambda: refusals.times < 1000, seconds=60, why=daemon.tail)
+            await asyncio.sleep(4)  # twice the idle time
+            assert runpod.pods["me"].status == "RUNNING" and queue.row(job)["current_stage"] == "uploading"
+            refusals.times = 0
+            await asyncio.to_thread(queue.wait_for, job, "completed", seconds=90)
+            assert await asyncio.to_thread(daemon.wait, 60) == 0
+    assert runpod.pods["me"].status == "EXITED"
+
+
 def test_a_pod_that_cannot_be_ended_says_so_loudly_and_goes_on_serving(
     queue: Queue, tmp_path: Path, runpod: RunPodDouble
 ) -> None:
@@ -109,6 +162,51 @@ def test_an_ending_that_nobody_takes_yet_holds_the_pod_for_its_minutes(
         database.run("UPDATE training_callbacks SET state = 'dead'")
         assert daemon.wait(30) == 0
     assert runpod.pods["me"].status == "EXITED"
+
+
+async def test_an_ending_that_nobody_ever_takes_holds_the_pod_no_longer_than_its_minutes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Five minutes, a second here; an outbox that cannot be asked holds it no longer either."""
+    monkeypatch.setattr(pod_life, "ENDINGS_SECONDS", 1.0)
+    asked = 0
+
+    async def waits() -> bool:
+        nonlocal asked
+        asked += 1
+        if asked % 2:
+            raise DatabaseAway("for a moment")
+        return True
+
+    async def ended() -> bool:
+        return True
+
+    worker = IdleWorker()
+    given = load_settings(database_url="postgresql://nowhere", idle_minutes=0.2 / 60)
+    began = time.monotonic()
+    await asyncio.wait_for(PodLife(given, worker, endings_wait=waits, end_pod=ended).run(), 30)
+    assert time.monotonic() - began >= 1.0 and asked > 1 and worker.drained
+
+
+class IdleWorker:
+    """A worker that never has anything to do, and keeps the promise of daemon.pod_life.Working."""
+
+    def __init__(self) -> None:
+        self._idle_since = time.monotonic()
+        self.drained = False
+
+    @property
+    def idle_seconds(self) -> float | None:
+        return time.monotonic() - self._idle_since
+
+    async def pause(self) -> None:
+        """Nothing is ever claimed."""
+
+    def resume(self) -> None:
+        """Nothing is ever claimed."""
+
+    def drain(self) -> None:
+        self.drained = True
 
 
 def test_the_price_that_runpod_charges_counts_before_the_setting_and_the_tenants_price(

@@ -15,12 +15,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.daemon_process import ROOT, SCRIPTED, DaemonProcess, alive, children_of, eventually
 from tests.lifecycle.queue import Queue
+from tests.runpod_double import RunPodDouble
 
 SUPERVISORD = Path(sys.executable).with_name("supervisord")
+SUPERVISORCTL = Path(sys.executable).with_name("supervisorctl")
 pytestmark = pytest.mark.timeout(120)
 
 
@@ -37,6 +40,7 @@ class Supervisor:
             "TRAINER_MODELS_DIR": str(queue.folder / "models"),
             "TRAINER_PYTHON": str(python),
             "SUPERVISOR_RUN_DIR": str(folder),
+            "SERVE_GATEWAY": "false",
             **settings,
         }
         self.folder = folder
@@ -87,6 +91,12 @@ class Supervisor:
             if isinstance(parsed, dict) and parsed.get("event") == event:
                 found.append(parsed)
         return found
+
+    def ctl(self, *words: str) -> str:
+        """What supervisorctl answers; it ends with 3 where a program is not running."""
+        command = [str(SUPERVISORCTL), "-c", str(ROOT / "supervisord.conf"), *words]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
+        return done.stdout + done.stderr
 
     def wait_for(self, words: str, count: int = 1, seconds: float = 30.0) -> None:
         eventually(
@@ -165,6 +175,54 @@ def test_term_ends_a_trainer_and_its_grandchild_that_both_ignore_it(queue: Queue
     assert (row["status"], row["attempt"]) == ("queued", 0), "released, without a checkpoint, at no cost of an attempt"
 
 
+def test_a_stop_that_is_asked_for_within_the_first_seconds_is_no_failed_start(supervisor: Supervisor) -> None:
+    supervisor.wait_for("daemon_started", seconds=60)
+    assert "trainer: stopped" in supervisor.ctl("stop", "trainer")
+    assert "STOPPED" in supervisor.ctl("status", "trainer")
+    supervisor.process.terminate()
+    assert supervisor.process.wait(60) == 0
+    for words in ("Exited too quickly", "not expected", "BACKOFF", "FATAL", "container_ends"):
+        assert words not in supervisor.output, supervisor.output
+
+
+def test_a_container_that_is_ended_as_soon_as_it_started_ends_in_good_order(supervisor: Supervisor) -> None:
+    supervisor.wait_for("daemon_started", seconds=60)
+    supervisor.process.terminate()
+    assert supervisor.process.wait(60) == 0
+    assert supervisor.logged("daemon_ended") and "stopped: trainer (exit status 0)" in supervisor.output
+    assert "not expected" not in supervisor.output
+
+
+@pytest.mark.system
+def test_a_drain_within_the_first_seconds_ends_the_pod_and_is_not_undone_by_a_restart(
+    queue: Queue, tmp_path: Path
+) -> None:
+    """Supervisord takes every exit in its first fifteen seconds for a failed start: the daemon's comes later."""
+    with RunPodDouble() as runpod:
+        runpod.add("me")
+        pod = {
+            "RUNPOD_POD_ID": "me",
+            "RUNPOD_VOLUME_ID": "volume",
+            "TRAINER_RUNPOD_API_KEY": "good-key",
+            "TRAINER_RUNPOD_API": runpod.url,
+        }
+        with Supervisor(queue, tmp_path, **pod) as supervisor:
+            supervisor.wait_for("listener_hears", seconds=60)
+            os.kill(supervisor.daemon_pid, signal.SIGUSR1)
+            supervisor.wait_for("exited: trainer (exit status 0; expected)", seconds=60)
+            assert supervisor.output.count("spawned: 'trainer'") == 1, supervisor.output
+            assert supervisor.logged("pod_ends") and runpod.pods["me"].status == "TERMINATED"
+
+
+def test_the_gateway_serves_beside_the_daemon_where_it_is_wanted(queue: Queue, tmp_path: Path) -> None:
+    wanted = {"TRAINER_GATEWAY_KEYS": "k" * 32, "TRAINER_GATEWAY_HOST": "127.0.0.1", "TRAINER_GATEWAY_PORT": "0"}
+    with Supervisor(queue, tmp_path, SERVE_GATEWAY="true", **wanted) as supervisor:
+        supervisor.wait_for("gateway_started", seconds=60)
+        address = f"http://127.0.0.1:{supervisor.logged('gateway_started')[0]['port']}"
+        assert httpx.get(f"{address}/readyz", timeout=30).status_code == 200
+        queue.wait_for(queue.insert(), "completed")
+
+
 def test_unusable_settings_are_not_restarted_and_end_the_container(queue: Queue, tmp_path: Path) -> None:
     with Supervisor(queue, tmp_path, TRAINER_LEASE_SECONDS="soon") as supervisor:
         supervisor.process.wait(30)
@@ -173,6 +231,7 @@ def test_unusable_settings_are_not_restarted_and_end_the_container(queue: Queue,
         assert supervisor.logged("container_ends")
 
 
+@pytest.mark.system
 def test_on_a_pod_a_daemon_that_will_not_run_again_stops_the_pod(queue: Queue, tmp_path: Path) -> None:
     with _pods_api() as api:
         pod = {
