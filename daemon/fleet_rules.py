@@ -13,6 +13,7 @@ from datetime import datetime
 from uuid import UUID
 
 from daemon.fleet_plan import GpuKind
+from daemon.host import MEMORY_TOLERANCE
 from daemon.runpod_api import STOPPED, TERMINATED, Pod
 
 # A daemon touches its row every ten seconds.
@@ -23,7 +24,6 @@ ALIVE_AFTER_OUTAGE_SECONDS = 3600.0
 CREATE_GRACE_SECONDS = 120.0
 # A drained daemon leaves at once; whatever does not leave by then does not listen.
 DRAIN_GRACE_SECONDS = 60.0
-MEMORY_TOLERANCE = 0.95
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from daemon.settings import Settings
 
 log = structlog.get_logger()
 
+# A card that is sold as 80 GB reports 79.6.
+MEMORY_TOLERANCE = 0.95
 REPORTED_PACKAGES = ("brightrun-trainer", "torch", "transformers", "peft", "trl", "bitsandbytes")
 
 

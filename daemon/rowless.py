@@ -7,7 +7,7 @@ caller's answer, and its endings go to the callback URL from an outbox that live
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -17,9 +17,11 @@ from uuid import NAMESPACE_URL, UUID, uuid4, uuid5
 from daemon.database import Database
 from daemon.gateway_rows import Refused, Standing, unknown_job
 from daemon.gateway_words import Submission
+from daemon.host import MEMORY_TOLERANCE, Host
 from daemon.job import ClaimedJob, State
+from daemon.serverless_rows import cannot_serve
 from daemon.store import Callback, Store
-from training.spec import Fault
+from training.spec import Fault, ParsedRow, SpecInvalid, parse_row
 
 MAX_ATTEMPTS = 3
 NOBODY = UUID(int=0)
@@ -33,6 +35,7 @@ _OUTBOX_EVENTS = {State.QUEUED: "job.released", State.RUNNING: "job.started"}
 class _Job:
     id: UUID
     submission: Submission
+    need_gpus: int
     queued_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     state: State = State.QUEUED
     attempt: int = 0
@@ -54,8 +57,10 @@ class _Job:
 class RowlessStore(Store):
     """A Store that never connects. The leases it gives out are never lost: nobody else knows of these jobs."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: Host, allowed_models: Collection[str]) -> None:
         super().__init__(Database("postgresql://", application_name="none"))
+        self._host = host
+        self._allowed_models = allowed_models
         self._jobs: dict[UUID, _Job] = {}
         self._outbox: dict[UUID, Callback] = {}
         self._not_before: dict[UUID, float] = {}
@@ -64,14 +69,22 @@ class RowlessStore(Store):
     # -- what the serverless host asks ----------------------------------------------------------------------------
 
     async def submit(self, submission: Submission) -> UUID:
-        """Remember a job; a job_id that was seen before is the same job."""
+        """Remember a job; a job_id that was seen before is the same job.
+
+        Raises Refused, before anything is downloaded, for what no attempt of this host could serve."""
         if submission.dataset_url is None:
             raise Refused(
                 422, "A job needs a dataset.", faults=(Fault("dataset_url", "needed: no database is configured"),)
             )
+        try:
+            wanted = parse_row(submission.hyperparameters, submission.gpu_config)
+        except SpecInvalid as invalid:
+            raise Refused(422, "The job cannot be run as it is written.", faults=tuple(invalid.faults)) from invalid
+        if lacking := _lacking(self._host, self._allowed_models, wanted):
+            raise cannot_serve(lacking)
         own_id = submission.job_id or str(uuid4())
         job_id = submission.row_id or uuid5(NAMESPACE_URL, own_id)
-        self._jobs.setdefault(job_id, _Job(job_id, submission))
+        self._jobs.setdefault(job_id, _Job(job_id, submission, wanted.gpu_config.num_gpus))
         return job_id
 
     async def claim(self, job_id: UUID) -> ClaimedJob | None:
@@ -82,7 +95,6 @@ class RowlessStore(Store):
         job.attempt += 1
         job.columns = {"current_stage": "setup", "progress": 0.0, "current_epoch": 0, "current_step": 0}
         self._move(job, State.INITIALIZING)
-        gpus = job.submission.gpu_config.get("num_gpus", job.submission.gpu_config.get("count", 1))
         return ClaimedJob(
             id=job.id,
             lease_epoch=job.attempt,
@@ -90,8 +102,7 @@ class RowlessStore(Store):
             max_attempts=MAX_ATTEMPTS,
             user_id=NOBODY,
             dataset_id=job.id,
-            # What is no number is told by the worker, with every other fault.
-            need_gpus=gpus if isinstance(gpus, int) and gpus > 0 else 1,
+            need_gpus=job.need_gpus,
             hyperparameters=job.submission.hyperparameters,
             gpu_config=job.submission.gpu_config,
             dataset_url=job.submission.dataset_url,
@@ -177,9 +188,9 @@ class RowlessStore(Store):
     def _end_attempt(self, name: str, job: _Job, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
         job.spent = float(parameters.get("cost") or job.spent)
         if name in ("end_cancelled_job", "settle_cancelled_job", "read_job_state"):
-            return [{"ended": 1, "state": job.state.value}]
+            return [{"ended": 1, "state": job.state.value, "noted": bool(job.uploads)}]
         if job.state is State.CANCELLED:
-            return [{"ended": 1, "state": None}]
+            return [{"ended": 1, "state": None, "noted": bool(job.uploads)}]
         error = {key: value for key, value in parameters.items() if key.startswith("error_")}
         match name:
             case "complete_job":
@@ -197,7 +208,7 @@ class RowlessStore(Store):
                 self._move(job, State.QUEUED)
             case _:
                 raise NotImplementedError(f"{name} has no meaning without a database")
-        return [{"ended": 1, "state": job.state.value}]
+        return [{"ended": 1, "state": job.state.value, "noted": bool(job.uploads)}]
 
     def _move(self, job: _Job, state: State, **columns: Any) -> None:
         job.state = state
@@ -258,3 +269,20 @@ class RowlessStore(Store):
             "error_message": job.columns.get("error_message"),
             "error_hint": job.columns.get("error_hint"),
         }
+
+
+def _lacking(host: Host, allowed_models: Collection[str], wanted: ParsedRow) -> list[str]:
+    """What the job asks for and this host lacks, by the conditions and in the words of claim_job_by_id."""
+    gpu, model = wanted.gpu_config, wanted.hyperparameters.base_model
+    lacking = []
+    if host.device == "cuda" and gpu.num_gpus > len(host.gpus):
+        lacking.append(f"{gpu.num_gpus} GPUs, and this host has {len(host.gpus)}")
+    memory = host.gpu_memory_gb
+    if memory is not None and gpu.gpu_memory_gb is not None and gpu.gpu_memory_gb * MEMORY_TOLERANCE > memory:
+        lacking.append(f"a GPU of {gpu.gpu_memory_gb:g} GB, and this host's has {memory:g} GB")
+    kind = (gpu.gpu_type or "").strip()
+    if host.gpu_type is not None and kind.lower() not in host.gpu_type.lower():
+        lacking.append(f"a GPU of the type {kind}, and this host has {host.gpu_type}")
+    if allowed_models and model is not None and model not in allowed_models:
+        lacking.append(f"the model {model}, and this host may load {', '.join(allowed_models)} only")
+    return lacking

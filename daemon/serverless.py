@@ -262,7 +262,7 @@ async def open_host(
                 Store(await stack.enter_async_context(Database(dsn, application_name=name))) for name in names
             ]
         else:
-            jobs = store = heartbeat = RowlessStore()
+            jobs = store = heartbeat = RowlessStore(host, settings.allowed_models)
         # A serverless worker is a pod to RunPod's API where it is one at all; else the setting's price counts.
         price = PodPrice(settings.pod_id, keys_of(pod_environment(settings)), settings.runpod_api)
         await price.read()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from uuid import UUID
 
 from daemon.gateway_rows import GatewayRows, Refused
@@ -44,10 +45,15 @@ class ServerlessRows(GatewayRows):
             return None
         lacking = rows[0].pop("lacking")
         if lacking:
-            raise Refused(
-                422,
-                f"This host cannot serve the job: it asks for {'; for '.join(lacking)}.",
-                hint="Send it where the hosts have it, or ask for less in gpu_config. "
-                "Its row stays queued for a host that can.",
-            )
+            raise cannot_serve(lacking, "Its row stays queued for a host that can.")
         return ClaimedJob(**rows[0]) if rows[0]["id"] is not None else None
+
+
+def cannot_serve(lacking: Sequence[str], remark: str | None = None) -> Refused:
+    """The answer where this host is not what the job asks for; `lacking` in the words of claim_job_by_id."""
+    advice = "Send it where the hosts have it, or ask for less in gpu_config."
+    return Refused(
+        422,
+        f"This host cannot serve the job: it asks for {'; for '.join(lacking)}.",
+        hint=f"{advice} {remark}" if remark else advice,
+    )

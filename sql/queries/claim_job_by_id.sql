@@ -12,7 +12,7 @@ WITH wanted AS MATERIALIZED (
             CASE WHEN job.need_gpus > %(free_gpus)s::int
                  THEN job.need_gpus || ' GPUs, and this host has ' || %(free_gpus)s::int END,
             CASE WHEN job.need_gpu_memory_gb * 0.95 > %(gpu_memory_gb)s::float8
-                 THEN 'a GPU of ' || trim_scale(job.need_gpu_memory_gb) || ' GB, and this host''s has ' || %(gpu_memory_gb)s::float8 END,
+                 THEN 'a GPU of ' || trim_scale(job.need_gpu_memory_gb) || ' GB, and this host''s has ' || %(gpu_memory_gb)s::float8 || ' GB' END,
             CASE WHEN strpos(lower(%(gpu_type)s::text), lower(job.need_gpu_type)) = 0
                  THEN 'a GPU of the type ' || job.need_gpu_type || ', and this host has ' || %(gpu_type)s::text END,
             CASE WHEN job.base_model <> ALL (%(models)s::text[])

@@ -10,15 +10,19 @@ from typing import Any
 
 
 class FileServer:
-    """`files` maps a path to its bytes; `posted` keeps each callback's headers and body. Enter it to serve."""
+    """`files` maps a path to its bytes; `fetched` keeps each path asked for, `posted` each callback's headers and body.
+
+    Enter it to serve."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.posted: list[tuple[dict[str, str], dict[str, Any]]] = []
-        files, posted = self.files, self.posted
+        self.fetched: list[str] = []
+        files, posted, fetched = self.files, self.posted, self.fetched
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                fetched.append(self.path)
                 content = files.get(self.path.partition("?")[0])
                 self.send_response(200 if content is not None else 404)
                 self.send_header("Content-Length", str(len(content or b"")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import sys
@@ -239,6 +240,22 @@ def test_without_a_database_a_bad_job_is_an_error_that_says_what_to_do(
     with ServerlessWorker(None, tmp_path, runpod, files, allowed_hosts=""):
         runpod.run("run-1", **given)
         assert words in runpod.wait_for_result("run-1")["error"]
+
+
+def test_without_a_database_a_job_for_a_larger_host_is_refused_before_anything_is_fetched(
+    tmp_path: Path, runpod: RunPodDouble, files: FileServer
+) -> None:
+    write_model_folder(tmp_path / "models" / "tiny")
+    url = files.put("data.jsonl", script_file(["steps", 5, 0.01]))
+    worker = ServerlessWorker(None, tmp_path, runpod, files, device="cuda", warm="off")
+    double = str(ROOT / "tests" / "nvml_double")
+    worker.environment["PYTHONPATH"] = f"{double}{os.pathsep}{worker.environment['PYTHONPATH']}"
+    with worker:
+        runpod.run("run-1", dataset_url=url, gpu_config={"count": 8, "type": "B200"})
+        error = runpod.wait_for_result("run-1")["error"]
+        assert worker.logged("job_claimed") == []
+    assert "8 GPUs, and this host has 4; for a GPU of the type B200, and this host has NVIDIA H100" in error
+    assert "ask for less in gpu_config" in error and files.fetched == []
 
 
 def test_without_a_database_cancel_and_retry_work_as_well(

@@ -9,8 +9,10 @@ from uuid import UUID, uuid4
 import pytest
 
 from daemon.gateway_rows import Refused
+from daemon.gateway_words import Submission
 from daemon.host import Gpu, Host
 from daemon.job import ClaimedJob, Failed
+from daemon.rowless import RowlessStore
 from daemon.serverless_rows import ServerlessRows
 from daemon.settings import load_settings
 from daemon.store import Store, statement
@@ -47,16 +49,19 @@ async def test_a_job_that_this_host_can_serve_is_taken_like_any_other(database: 
     assert database.job(job_id)["status"] == "initializing" and await taken(database, job_id) is None
 
 
-@pytest.mark.parametrize(
+LACKING = pytest.mark.parametrize(
     ("wanted", "gpus", "allowed", "said"),
     [
         ({"num_gpus": 4}, (H100,), "", "it asks for 4 GPUs, and this host has 1."),
-        ({"gpu_memory_gb": 80}, (Gpu(0, "NVIDIA L4", 24.0),), "", "a GPU of 80 GB, and this host's has 24."),
+        ({"gpu_memory_gb": 80}, (Gpu(0, "NVIDIA L4", 24.0),), "", "a GPU of 80 GB, and this host's has 24 GB."),
         ({"gpu_type": "A100"}, (H100,), "", "a GPU of the type A100, and this host has NVIDIA H100 80GB HBM3."),
         ({}, (H100,), "a/b, c/d", "the model mistralai/Mistral-7B-v0.1, and this host may load a/b, c/d only."),
         ({"count": 2, "type": "B200"}, (H100,), "", "2 GPUs, and this host has 1; for a GPU of the type B200"),
     ],
 )
+
+
+@LACKING
 async def test_a_job_that_this_host_cannot_serve_is_refused_with_what_it_lacks_and_waits_on(
     store: Store, database: AppDatabase, user: UUID, wanted: Any, gpus: tuple[Gpu, ...], allowed: str, said: str
 ) -> None:
@@ -67,6 +72,43 @@ async def test_a_job_that_this_host_cannot_serve_is_refused_with_what_it_lacks_a
     row = database.job(job_id)
     assert (row["status"], row["attempt"], row["lease_epoch"], row["due"]) == ("queued", 0, 0, True)
     assert (await claim(store)).job is not None, "a host without these limits takes it"
+
+
+@LACKING
+async def test_a_host_without_a_database_refuses_the_same_jobs_in_the_same_words(
+    wanted: Any, gpus: tuple[Gpu, ...], allowed: str, said: str
+) -> None:
+    models = load_settings(database_url="postgresql://nowhere", allowed_models=allowed).allowed_models
+    store = RowlessStore(Host(device="cuda", gpus=gpus), models)
+    with pytest.raises(Refused) as refused:
+        await store.submit(submission(wanted))
+    assert said in refused.value.message and "stays queued" not in str(refused.value.hint)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [{}, {"count": 1, "type": "h100"}, {"gpu_memory_gb": 80}, {"gpu_type": "  "}, {"gpu_type": "H100", "num_gpus": 1}],
+)
+async def test_what_a_host_has_it_serves_with_a_database_and_without(
+    database: AppDatabase, user: UUID, wanted: dict[str, Any]
+) -> None:
+    assert await taken(database, database.insert_job(user, gpu_config=wanted)) is not None
+    store = RowlessStore(Host(device="cuda", gpus=(H100,)), ())
+    assert await store.claim(await store.submit(submission(wanted))) is not None
+
+
+async def test_a_cpu_host_without_a_database_takes_what_it_is_called_for() -> None:
+    store = RowlessStore(Host(device="cpu"), ())
+    much = submission({"num_gpus": 8, "gpu_memory_gb": 640, "gpu_type": "B200"})
+    assert await store.claim(await store.submit(much)) is not None
+
+
+def submission(gpu_config: dict[str, Any]) -> Submission:
+    """What a caller without a row sends."""
+    base_model = {"base_model": "mistralai/Mistral-7B-v0.1"}
+    return Submission(
+        dataset_url="https://files.example.com/d.jsonl", hyperparameters=base_model, gpu_config=gpu_config
+    )
 
 
 async def test_a_cpu_host_takes_what_it_is_called_for(database: AppDatabase, user: UUID) -> None:
