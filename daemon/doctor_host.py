@@ -89,11 +89,14 @@ def read_selfcheck(device: str, exit_code: int, output: str, errors: str) -> Ite
         yield green("bf16", "this card computes in it")
     else:
         yield red("bf16", "this card does not compute in bf16", "use an Ampere card (A100, A10, RTX 30) or newer")
-    for package, needed in (("flash_linear_attention", "flash-linear-attention"), ("causal_conv1d", "causal-conv1d")):
-        if found[package]:
-            yield green(needed, "installed")
+    for package, slower, advice in (
+        ("flash-linear-attention", "many times slower", "pip install flash-linear-attention"),
+        ("causal-conv1d", "slower", "install a wheel for this torch, CUDA and Python: the operator's guide says where"),
+    ):
+        if found[package.replace("-", "_")]:
+            yield green(package, "installed")
         else:
-            yield yellow(needed, "missing: Qwen3-Next trains many times slower", f"pip install {needed}")
+            yield yellow(package, f"missing: Qwen3-Next trains {slower}", advice)
 
 
 async def check_model(settings: Settings) -> AsyncIterator[Finding]:

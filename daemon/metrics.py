@@ -60,15 +60,15 @@ class ServiceMetrics:
             name: Gauge(f"trainer_{_in_prometheus_words(name)}", text, registry=self._registry)
             for name, text in _GAUGES.items()
         }
-        self._workers = Gauge("trainer_workers", "Live hosts by state.", ["state"], registry=self._registry)
+        self._workers = Gauge("trainer_workers", "Live hosts by state: idle, busy.", ["state"], registry=self._registry)
         self._endings = Counter(
             "trainer_attempts_ended",
-            "How attempts ended: completed, failed, cancelled, retrying, reaped, released.",
+            "Attempts by ending: completed, failed, cancelled, retrying, reaped, released.",
             ["ending"],
             registry=self._registry,
         )
         self._failures = Counter(
-            "trainer_failures", "Attempts that failed, by error_code.", ["code"], registry=self._registry
+            "trainer_failures", "Attempts that failed, by code: the error_code.", ["code"], registry=self._registry
         )
         self._pickups = Histogram(
             "trainer_pickup_seconds",

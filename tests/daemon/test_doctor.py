@@ -76,7 +76,7 @@ def test_a_card_with_everything_is_green_line_by_line() -> None:
         ({"cuda_available": False}, "CUDA", Light.RED, ["2.13.0 sees no card", "CUDA driver"]),
         ({"bf16": False}, "bf16", Light.RED, ["Ampere"]),
         ({"flash_linear_attention": False}, "flash-linear-attention", Light.YELLOW, ["pip install"]),
-        ({"causal_conv1d": False}, "causal-conv1d", Light.YELLOW, ["pip install"]),
+        ({"causal_conv1d": False}, "causal-conv1d", Light.YELLOW, ["a wheel for this torch"]),
     ],
 )
 def test_each_fault_of_a_card_has_its_line(
@@ -88,6 +88,18 @@ def test_each_fault_of_a_card_has_its_line(
 def test_libraries_that_do_not_load_are_red_with_their_last_word() -> None:
     (finding,) = read_selfcheck("cuda", 1, "", "Traceback …\nImportError: libcudart.so.12: cannot open\n")
     assert_red(finding, "libcudart.so.12", "constraints.txt")
+
+
+def test_a_library_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor_host.check_python().light is Light.GREEN
+    monkeypatch.setattr(doctor_host, "installed_versions", lambda: {"python": "3.11.2", "torch": "2.13.0"})
+    assert_red(doctor_host.check_python(), "bitsandbytes, peft, transformers, trl", "pip install")
+
+
+async def test_a_trainer_that_does_not_answer_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_host, "SELFCHECK_SECONDS", 0.0)
+    (finding,) = [finding async for finding in doctor_host.check_trainer(settings(tmp_path))]
+    assert_red(finding, "no answer", "nvidia-smi")
 
 
 def test_a_missing_card_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

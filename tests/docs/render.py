@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from daemon.errors import DatabaseAway
+
 DOCS = Path(__file__).parents[2] / "docs"
 
 _CLI_HEAD = """\
@@ -29,8 +31,18 @@ What `brightrun-trainer serve` answers. Made from the code by `tests/docs/render
 description with every field is served at `/openapi.json`, and for reading at `/docs`.
 
 Callers send `Authorization: Bearer KEY`, one of `TRAINER_GATEWAY_KEYS`, except where it says *open*. Errors are JSON
-problems (`code`, `message`, `hint`); 401 without a key, 413 too large, 422 not understood, 429 too many, 503 while the
+problems (`error`, `hint`, `faults`); 401 without a key, 413 too large, 422 not understood, 429 too many, 503 while the
 database is away. The dashboard is at `/` and signs in with the same keys.
+"""
+
+_METRICS_HEAD = """
+## metrics
+
+What `GET /metrics` answers. Gauges are the rows as they stand; counters and the histogram begin with this process.
+`by X:` names a label.
+
+| metric | kind | what it is |
+|---|---|---|
 """
 
 
@@ -92,7 +104,26 @@ def http_page() -> str:
         parts.append(
             f"\n## {tag}\n\n| request | what it does | access | answers |\n|---|---|---|---|\n" + "\n".join(rows)
         )
-    return "\n".join(parts) + "\n"
+    return "\n".join(parts) + "\n" + _METRICS_HEAD + "\n".join(_metrics()) + "\n"
+
+
+def _metrics() -> list[str]:
+    """A row for each name that Prometheus finds."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    from daemon.metrics import ServiceMetrics
+
+    class Away:
+        async def fetch(self, name: str, parameters: Any, /) -> list[dict[str, Any]]:
+            raise DatabaseAway("nothing is asked for a page of names")
+
+    text = asyncio.run(ServiceMetrics(Away()).exposition()).decode()
+    rows = []
+    for family in text_string_to_metric_families(text):
+        name = family.name + ("_total" if family.type == "counter" else "")
+        if not name.endswith("_created"):
+            rows.append(f"| `{name}` | {family.type} | {_cell(family.documentation)} |")
+    return rows
 
 
 def _openapi() -> dict[str, Any]:
