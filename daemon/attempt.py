@@ -21,11 +21,12 @@ from daemon.callback import CallbackCourier
 from daemon.checkpoint_store import CheckpointStore
 from daemon.child import Patience, Stopped, Verdict
 from daemon.cost import Meter, price_per_gpu_hour
-from daemon.download import fetch_dataset
+from daemon.download import FetchedDataset, fetch_dataset
 from daemon.errors import JobDelayed, JobError, JobFailed, LeaseLost
 from daemon.host import Host, installed_versions, read_load
 from daemon.job import Cancelled, ClaimedJob, Completed, Failed, Outcome, Released, Superseded
 from daemon.lease import HeldLease, LeaseKeeper
+from daemon.lookahead import NEAR_END_SECONDS, EarlyDataset
 from daemon.models import resolve_model
 from daemon.pack import publish_adapter
 from daemon.reporter import Reporter
@@ -70,13 +71,27 @@ class Interrupted(Exception):
 
 
 class Attempt:
-    """A claimed job, the places (cards, or slots of a CPU host) it may use, and a way to stop it."""
+    """A claimed job, the places (cards, or slots of a CPU host) it may use, and a way to stop it.
 
-    def __init__(self, collaborators: Collaborators, job: ClaimedJob, stop: Stop, places: tuple[int, ...]) -> None:
+    `early` is its dataset, if that was fetched before the claim. `on_near_end` is called, again and again, when the
+    training is about to end."""
+
+    def __init__(
+        self,
+        collaborators: Collaborators,
+        job: ClaimedJob,
+        stop: Stop,
+        places: tuple[int, ...],
+        *,
+        early: EarlyDataset | None,
+        on_near_end: Callable[[], None],
+    ) -> None:
         self._with = collaborators
         self._job = job
         self._stop = stop
         self._places = places
+        self._early = early
+        self._on_near_end = on_near_end
 
     async def run(self) -> None:
         """Hold the lease, do the work, write the ending. Nothing of it runs any more on return."""
@@ -93,6 +108,8 @@ class Attempt:
                 limits.cancel()
                 writing.cancel()
                 await asyncio.gather(limits, writing, return_exceptions=True)
+                if self._early is not None:
+                    self._early.discard()
             self._with.courier.forget(job.id)
             await settle(
                 job,
@@ -154,7 +171,7 @@ class Attempt:
 
         # The data first: they are what is wrong most often, and cost seconds where a model may cost hours.
         reporter.enter(Stage.DOWNLOADING)
-        dataset = await _until_stopped(fetch_dataset(job, settings, self._with.storage, workspace.dataset_path), stop)
+        dataset = await _until_stopped(self._fetch_dataset(workspace.dataset_path), stop)
         model = await _until_stopped(
             resolve_model(row.hyperparameters.base_model, settings, reporter.note_download), stop
         )
@@ -198,6 +215,14 @@ class Attempt:
         )
         return replace(published, summary=verdict.summary)
 
+    async def _fetch_dataset(self, to: Path) -> FetchedDataset:
+        known = await self._early.take(to) if self._early is not None else None
+        try:
+            return await fetch_dataset(self._job.dataset, self._with.settings, self._with.storage, to, known=known)
+        finally:
+            if known is not None:
+                known.path.unlink(missing_ok=True)
+
     async def _train(
         self,
         spec: JobSpec,
@@ -212,6 +237,8 @@ class Attempt:
 
         def hear(event: Event) -> None:
             reporter.report(event)
+            if reporter.seconds_left is not None and reporter.seconds_left <= NEAR_END_SECONDS:
+                self._on_near_end()
             if keeper is not None and isinstance(event, CheckpointSaved):
                 keeper.offer(event.step)
 

@@ -13,7 +13,7 @@ import hashlib
 import re
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, assert_never
 
@@ -24,7 +24,7 @@ import tenacity
 from daemon.addresses import AddressRefused, AddressRules, AddressUnknown, Target, guarded_client, redact, rules_from
 from daemon.backoff import retry_after_seconds
 from daemon.errors import JobDelayed, JobFailed, TrainerError
-from daemon.job import ClaimedJob
+from daemon.job import JobDataset
 from daemon.settings import Settings
 from daemon.storage import LocalFile, SignedUrl, Storage, safe_object_path
 from training.events import ErrorCode
@@ -51,12 +51,15 @@ _SUBMIT_AGAIN = "check the dataset URL and submit again"
 
 @dataclass(frozen=True)
 class FetchedDataset:
-    """The dataset on our disk. `source` may be shown: bucket and path, or a URL without its query."""
+    """The dataset on our disk. `source` may be shown: bucket and path, or a URL without its query.
+
+    `validator` is the server's strong ETag: equal ones mean equal bytes. None where it gave none."""
 
     path: Path
     bytes: int
     sha256: str
     source: str
+    validator: str | None = None
 
 
 class _Interrupted(TrainerError):
@@ -73,11 +76,15 @@ class _Rejected(TrainerError):
 
 @dataclass
 class _Transfer:
-    """What is on disk so far, and what proves that a continuation belongs to it."""
+    """What is on disk so far, and what proves that a continuation belongs to it.
+
+    `known` is the validator of a copy from before; `unchanged`: the server says that it still is that."""
 
     file: BinaryIO
     max_bytes: int
     source: str
+    known: str | None = None
+    unchanged: bool = False
     received: int = 0
     digest: hashlib._Hash = field(default_factory=hashlib.sha256)
     validator: str | None = None
@@ -104,28 +111,37 @@ class _Transfer:
 
 
 async def fetch_dataset(
-    job: ClaimedJob, settings: Settings, storage: Storage, to: Path, *, rules: AddressRules | None = None
+    dataset: JobDataset,
+    settings: Settings,
+    storage: Storage,
+    to: Path,
+    *,
+    known: FetchedDataset | None = None,
+    rules: AddressRules | None = None,
 ) -> FetchedDataset:
-    """Bring the job's dataset to `to`, whole or not at all.
+    """Bring a job's dataset to `to`, whole or not at all.
+
+    `known` is a copy of the same stored object from before, with a validator and the caller's to lose: it becomes
+    `to` where Storage says that nothing has changed.
 
     Raises JobFailed: dataset_forbidden (somebody else's, or a bucket or address that is not allowed),
     dataset_invalid (too large, empty, no dataset at all), dataset_unreachable (the server said no); and
     JobDelayed: dataset_unreachable (no answer for now), disk_full.
     """
     rules = rules or rules_from(settings)
-    if job.dataset_user_id is not None and job.dataset_user_id != job.user_id:
+    if dataset.dataset_user_id is not None and dataset.dataset_user_id != dataset.user_id:
         raise _forbidden(
-            f"dataset {job.dataset_id} does not belong to the owner of job {job.id}", "use your own dataset"
+            f"dataset {dataset.dataset_id} does not belong to the owner of job {dataset.job_id}", "use your own dataset"
         )
-    if job.dataset_url:
-        url = job.dataset_url
+    if dataset.dataset_url:
+        url = dataset.dataset_url
 
         async def given() -> str:
             return url
 
         limit = settings.max_dataset_bytes
         return await download(given, to, rules=rules, max_bytes=limit, source=redact(url), renewable=False)
-    bucket, path = _own_path(job, settings)
+    bucket, path = _own_path(dataset, settings)
     source = f"{bucket}/{path}"
     match await storage.open_dataset(bucket, path):
         case LocalFile(file):
@@ -137,7 +153,8 @@ async def fetch_dataset(
                 assert isinstance(opened, SignedUrl)
                 return opened.url
 
-            return await download(signed, to, rules=rules, max_bytes=settings.max_dataset_bytes, source=source)
+            limit = settings.max_dataset_bytes
+            return await download(signed, to, rules=rules, max_bytes=limit, source=source, known=known)
         case unexpected:
             assert_never(unexpected)
 
@@ -150,6 +167,7 @@ async def download(
     max_bytes: int,
     source: str,
     renewable: bool = True,
+    known: FetchedDataset | None = None,
     first_wait_seconds: float = FIRST_WAIT_SECONDS,
 ) -> FetchedDataset:
     """Stream the URL that `sign` gives into `to`; see fetch_dataset for what is raised.
@@ -170,8 +188,9 @@ async def download(
 
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
+        part.touch(mode=0o600)
         with part.open("wb") as file:
-            transfer = _Transfer(file, max_bytes, source)
+            transfer = _Transfer(file, max_bytes, source, known.validator if known is not None else None)
             async with asyncio.timeout(MAX_SECONDS), guarded_client(TIMEOUT) as client:
                 url, renewed_at = await sign(), -1
                 async for attempt in tenacity.AsyncRetrying(
@@ -186,6 +205,9 @@ async def download(
                             url, renewed_at = await sign(), transfer.received
                             raise _Interrupted(str(error)) from error
             await asyncio.to_thread(file.flush)
+        if known is not None and transfer.unchanged:
+            known.path.replace(to)
+            return replace(known, path=to)
         await asyncio.to_thread(_judge_head, part, source)
         part.replace(to)
     except _Interrupted as error:
@@ -198,7 +220,7 @@ async def download(
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
-    return FetchedDataset(to, transfer.received, transfer.digest.hexdigest(), source)
+    return FetchedDataset(to, transfer.received, transfer.digest.hexdigest(), source, transfer.validator)
 
 
 async def _continue(client: httpx.AsyncClient, rules: AddressRules, url: str, transfer: _Transfer) -> None:
@@ -208,12 +230,14 @@ async def _continue(client: httpx.AsyncClient, rules: AddressRules, url: str, tr
         headers |= {"Range": f"bytes={transfer.received}-", "If-Range": transfer.validator}
     elif transfer.received:
         await asyncio.to_thread(transfer.restart)
+    elif transfer.known:
+        headers["If-None-Match"] = transfer.known
     try:
         target = await _checked(rules, url, transfer.source)
         for _ in range(MAX_REDIRECTS + 1):
             response = await client.send(target.request(client, "GET", headers=headers), stream=True)
             try:
-                if not response.is_redirect:
+                if not response.has_redirect_location:
                     await _receive(response, transfer)
                     return
                 onward = str(target.url.join(response.headers["location"]))
@@ -231,6 +255,9 @@ async def _continue(client: httpx.AsyncClient, rules: AddressRules, url: str, tr
 
 async def _receive(response: httpx.Response, transfer: _Transfer) -> None:
     status = response.status_code
+    if status == 304 and transfer.known and not transfer.received:
+        transfer.unchanged = True
+        return
     if status == 416 and transfer.received:
         # Nothing after what we have: whole if the server's size says so, else it changed under us.
         if response.headers.get("content-range") == f"bytes */{transfer.received}":
@@ -305,28 +332,29 @@ async def _checked(rules: AddressRules, url: str, source: str) -> Target:
 _PUBLIC_ONLY = "use an https URL on a public host, or upload the dataset to the project's storage"
 
 
-def _own_path(job: ClaimedJob, settings: Settings) -> tuple[str, str]:
+def _own_path(dataset: JobDataset, settings: Settings) -> tuple[str, str]:
     """Bucket and path of the job's dataset row, if they may be read for this owner."""
-    if not job.storage_bucket or not job.storage_path:
+    if not dataset.storage_bucket or not dataset.storage_path:
         raise JobFailed(
             ErrorCode.DATASET_UNREACHABLE,
-            f"job {job.id} names no dataset: neither dataset_url nor a dataset with storage_bucket and storage_path",
+            f"job {dataset.job_id} names no dataset: "
+            "neither dataset_url nor a dataset with storage_bucket and storage_path",
             "set dataset_url, or dataset_id of a dataset that has been uploaded",
         )
-    if job.dataset_user_id != job.user_id:
+    if dataset.dataset_user_id != dataset.user_id:
         raise _forbidden(
-            f"dataset {job.dataset_id} does not belong to the owner of job {job.id}", "use your own dataset"
+            f"dataset {dataset.dataset_id} does not belong to the owner of job {dataset.job_id}", "use your own dataset"
         )
-    bucket, path = job.storage_bucket, safe_object_path(job.storage_path)
+    bucket, path = dataset.storage_bucket, safe_object_path(dataset.storage_path)
     if bucket not in settings.dataset_buckets:
         allowed = ", ".join(settings.dataset_buckets)
         raise _forbidden(
             f"datasets are not read from bucket {bucket!r}, only from {allowed}",
             "move the dataset, or the operator adds the bucket to TRAINER_DATASET_BUCKETS",
         )
-    if bucket != IMPORTED_BUCKET and not path.startswith(f"{job.user_id}/"):
+    if bucket != IMPORTED_BUCKET and not path.startswith(f"{dataset.user_id}/"):
         raise _forbidden(
-            f"{bucket}/{path} does not lie under its owner's prefix {job.user_id}/",
+            f"{bucket}/{path} does not lie under its owner's prefix {dataset.user_id}/",
             "upload the dataset under your own user id and correct storage_path",
         )
     return bucket, path

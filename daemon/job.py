@@ -63,6 +63,19 @@ class Lease:
 
 
 @dataclass(frozen=True)
+class JobDataset:
+    """All that a job's row and its dataset's row say of the data. Equal ones name the same, for the same owner."""
+
+    job_id: UUID
+    user_id: UUID
+    dataset_id: UUID
+    dataset_url: str | None
+    storage_bucket: str | None
+    storage_path: str | None
+    dataset_user_id: UUID | None
+
+
+@dataclass(frozen=True)
 class ClaimedJob:
     """A row as the claim returned it, with the lease that makes it ours. Not parsed yet."""
 
@@ -91,6 +104,18 @@ class ClaimedJob:
     @property
     def lease(self) -> Lease:
         return Lease(self.id, self.lease_epoch)
+
+    @property
+    def dataset(self) -> JobDataset:
+        return JobDataset(
+            job_id=self.id,
+            user_id=self.user_id,
+            dataset_id=self.dataset_id,
+            dataset_url=self.dataset_url,
+            storage_bucket=self.storage_bucket,
+            storage_path=self.storage_path,
+            dataset_user_id=self.dataset_user_id,
+        )
 
     @property
     def waited_seconds(self) -> float:

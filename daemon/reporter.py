@@ -253,6 +253,11 @@ class Reporter:
         return self._meter.cost(self.attempt_seconds)
 
     @property
+    def seconds_left(self) -> float | None:
+        """Of the training, by the pace so far; None before there is one."""
+        return self._standing.seconds_left
+
+    @property
     def _estimated_total_cost(self) -> float | None:
         if self._standing.seconds_left is None:
             return None

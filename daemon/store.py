@@ -18,7 +18,7 @@ from psycopg.types.json import Jsonb
 from daemon.columns import clamp_numeric, clean_json, clean_text, fit_integer, fit_numeric
 from daemon.database import Database
 from daemon.errors import LeaseLost
-from daemon.job import ClaimedJob, Completed, Failed, Lease, State
+from daemon.job import ClaimedJob, Completed, Failed, JobDataset, Lease, State
 
 # How many of the first due jobs one claim looks at; more only when others were quicker with all of these.
 _WINDOWS = (8, 64, 512)
@@ -186,6 +186,31 @@ class Store:
             if seen < window:
                 break
         return Claim(seen, None)
+
+    async def peek_next_job(
+        self,
+        *,
+        free_gpus: int | None,
+        gpu_memory_gb: float | None,
+        gpu_type: str | None,
+        models: Sequence[str] | None,
+        user_cap: int | None,
+        warm_models: Sequence[str] = (),
+        warm_first_seconds: float = 0.0,
+    ) -> JobDataset | None:
+        """Where the data of the job lies that `claim_job` would take with the same limits; nothing is taken."""
+        parameters: dict[str, Any] = {
+            "free_gpus": free_gpus,
+            "gpu_memory_gb": gpu_memory_gb,
+            "gpu_type": gpu_type,
+            "models": None if models is None else list(models),
+            "user_cap": user_cap,
+            "warm_models": list(warm_models),
+            "warm_first_seconds": warm_first_seconds,
+            "window": _WINDOWS[0],
+        }
+        rows = await self._run("peek_next_job", parameters)
+        return JobDataset(**rows[0]) if rows else None
 
     async def return_unanswered_claims(self, worker_id: UUID, known: Sequence[UUID]) -> int:
         """After a claim's answer was lost: what this worker holds beside `known` goes back; returns how many jobs."""

@@ -105,8 +105,13 @@ class Trainers:
 
     def bases(self) -> list[str]:
         """Base models that are in memory and waiting; an empty name stands for jobs that name none."""
-        held = {base for place in self._waiting if (base := self._held(place)) is not None}
-        return sorted(held | {""} if self._settings.default_model in held else held)
+        return self._named({base for place in self._waiting if (base := self._held(place)) is not None})
+
+    def bases_after(self, ending: Iterable[str | None]) -> list[str]:
+        """What `bases` will say when jobs on these base models (None: the default one) have ended well."""
+        if self._settings.warm != "model" or self._on_gpu:
+            return self.bases()
+        return self._named({*self.bases(), *(base or self._settings.default_model for base in ending)})
 
     def preferred(self, free: Iterable[int], base_model: str | None) -> int | None:
         """The free place whose trainer holds this base model; the default one where none is named."""
@@ -214,6 +219,9 @@ class Trainers:
         )
         for waiting in list(self._waiting.values()):
             await waiting.child.give(order)
+
+    def _named(self, bases: set[str]) -> list[str]:
+        return sorted(bases | {""} if self._settings.default_model in bases else bases)
 
     def _held(self, place: int) -> str | None:
         waiting = self._waiting.get(place)

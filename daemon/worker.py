@@ -15,6 +15,7 @@ from daemon.attempt import Attempt, Collaborators
 from daemon.errors import DatabaseAway
 from daemon.host import GpuPool
 from daemon.job import ClaimedJob
+from daemon.lookahead import Lookahead
 from daemon.presence import Load, say_goodbye, stay_present
 from daemon.reaper import reap_for_ever
 from daemon.stop import Stop, StopReason
@@ -38,6 +39,8 @@ class Worker:
         self._wake = asyncio.Event()
         self._closing = asyncio.Event()
         self._attempts: dict[asyncio.Task[None], tuple[ClaimedJob, Stop]] = {}
+        self._lookahead = Lookahead(collaborators.settings, collaborators.host, collaborators.storage)
+        self._near_end: dict[asyncio.Task[None], tuple[int, ...]] = {}
         self._claiming = asyncio.Lock()
         self._paused = False
         # The claim may have been made all the same: the job would wait a lease for nobody.
@@ -61,7 +64,8 @@ class Worker:
         finally:
             for chore in chores:
                 chore.cancel()
-            await asyncio.gather(*chores, return_exceptions=True)
+            self._lookahead.stop()
+            await asyncio.gather(*chores, self._lookahead.ended(), return_exceptions=True)
         await say_goodbye(self._store, self._host)
 
     def _chores(self) -> list[Coroutine[None, None, None]]:
@@ -69,7 +73,7 @@ class Worker:
         return [
             stay_present(self._store, self._host, self._settings, load=self._load, on_drain=self.drain),
             reap_for_ever(self._store, self._settings.lease_seconds),
-            tidy_for_ever(self._settings.work_dir, self._settings.keep_days, running=self._running),
+            tidy_for_ever(self._settings.work_dir, self._settings.keep_days, self._host, running=self._running),
             self._with.trainers.tend(),
         ]
 
@@ -109,12 +113,35 @@ class Worker:
             if not self._pool.has_room:
                 # A queue that is never empty must not starve the scheduled jobs.
                 await self._store.promote_due_jobs()
+                await self._look_ahead()
+            else:
+                self._lookahead.drop()
             due_in = await self._store.next_due_in()
         except DatabaseAway as error:
             log.warning("claim_failed", error=str(error))
             self._answer_lost = True
             return AWAY_SECONDS
         return settings.poll_seconds if due_in is None else max(0.01, min(due_in, settings.poll_seconds))
+
+    async def _look_ahead(self) -> None:
+        """With every place taken and one about to become free: let the data of the likely next job be fetched.
+
+        A user whom the very job that ends keeps at his cap is passed over: the guess may be wrong."""
+        if not self._near_end or not self._lookahead.wants_a_job or self._paused or self._closing.is_set():
+            return
+        settings, host = self._settings, self._host
+        free_gpus = self._pool.free_gpus
+        dataset = await self._store.peek_next_job(
+            free_gpus=None if free_gpus is None else free_gpus + min(map(len, self._near_end.values())),
+            gpu_memory_gb=host.gpu_memory_gb,
+            gpu_type=host.gpu_type,
+            models=settings.allowed_models or None,
+            user_cap=settings.user_cap,
+            warm_models=self._with.trainers.bases_after(self._attempts[task][0].base_model for task in self._near_end),
+            warm_first_seconds=settings.warm_first_seconds,
+        )
+        if dataset is not None:
+            self._lookahead.guess(dataset)
 
     def begin(self, job: ClaimedJob) -> asyncio.Task[None]:
         """Run an attempt of a job that has been claimed for this host; the task ends when it is settled."""
@@ -127,11 +154,20 @@ class Worker:
         )
         places = self._pool.take(job.need_gpus, self._with.trainers.preferred(self._pool.free, job.base_model))
         stop = Stop()
-        task = asyncio.create_task(Attempt(self._with, job, stop, places).run(), name=f"attempt {job.id}")
+
+        def near_end() -> None:
+            if task not in self._near_end:
+                self._near_end[task] = places
+                self._wake.set()
+
+        early = self._lookahead.hand_over(job.dataset)
+        attempt = Attempt(self._with, job, stop, places, early=early, on_near_end=near_end)
+        task = asyncio.create_task(attempt.run(), name=f"attempt {job.id}")
         self._attempts[task] = (job, stop)
 
         def ended(done: asyncio.Task[None]) -> None:
             del self._attempts[done]
+            self._near_end.pop(done, None)
             self._pool.give_back(places)
             self._idle_since = time.monotonic()
             self._wake.set()
@@ -159,11 +195,13 @@ class Worker:
         for job, stop in self._attempts.values():
             if job.id == job_id:
                 stop.request(StopReason.CANCELLED)
+        self._lookahead.forget(job_id)
 
     def drain(self) -> None:
         """Claim nothing more; the jobs at hand run to their end."""
         log.info("worker_draining", running=len(self._attempts))
         self._with.trainers.drain()
+        self._lookahead.stop()
         self._closing.set()
         self._wake.set()
 

@@ -2,11 +2,13 @@
 
 <work_dir>/<job_id>/checkpoints/e<epoch>/   resumed from by any host that sees the volume
                     attempts/e<epoch>/      dataset, logs, adapter, upload state
+<work_dir>/.early/                          datasets of jobs that are expected here, for minutes
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import re
@@ -20,12 +22,14 @@ from uuid import UUID
 import structlog
 
 from daemon.errors import JobDelayed
+from daemon.host import Host
 from training.events import ErrorCode
 
 log = structlog.get_logger()
 
 TIDY_SECONDS = 3600.0
 
+_EARLY = ".early"
 _JOB_FOLDER = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -96,10 +100,11 @@ class Workspace:
         shutil.rmtree(self.job_dir, ignore_errors=True)
 
 
-async def tidy_for_ever(work_dir: Path, keep_days: float, *, running: Callable[[], set[str]]) -> None:
-    """Remove what jobs left on the volume that nobody came back for, until cancelled."""
+async def tidy_for_ever(work_dir: Path, keep_days: float, host: Host, *, running: Callable[[], set[str]]) -> None:
+    """Remove what was left on the volume that nobody comes back for, until cancelled."""
     while True:
         await asyncio.to_thread(remove_old_jobs, work_dir, keep_days, running())
+        await asyncio.to_thread(remove_early_datasets, work_dir, host)
         await asyncio.sleep(TIDY_SECONDS)
 
 
@@ -119,6 +124,35 @@ def remove_old_jobs(work_dir: Path, keep_days: float, running: set[str]) -> None
         if touched_at < oldest:
             shutil.rmtree(folder, ignore_errors=True)
             log.info("job_folder_removed", job_id=folder.name, idle_days=round((time.time() - touched_at) / 86400, 1))
+
+
+def open_early_folder(work_dir: Path) -> Path:
+    """Where datasets lie before their jobs are claimed. Raises OSError."""
+    folder = work_dir / _EARLY
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    return folder
+
+
+def early_dataset_name(host: Host, job_id: UUID) -> str:
+    return f"{_of_this_boot(host)}{job_id}"
+
+
+def remove_early_datasets(work_dir: Path, host: Host) -> None:
+    """Remove what this host's earlier daemons left, and what other hosts on the volume have left for an hour.
+
+    Should one of them live, it fetches again what it wanted."""
+    folder = work_dir / _EARLY
+    for file in folder.iterdir() if folder.is_dir() else ():
+        if file.name.startswith(_of_this_boot(host)):
+            continue
+        with contextlib.suppress(OSError):  # another host is removing it
+            if file.name.startswith(f"{host.hostname}.") or file.stat().st_mtime < time.time() - TIDY_SECONDS:
+                file.unlink()
+
+
+def _of_this_boot(host: Host) -> str:
+    return f"{host.hostname}.{host.worker_id}."
 
 
 def _as_job_error(error: OSError, work_dir: Path) -> JobDelayed:

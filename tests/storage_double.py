@@ -4,10 +4,11 @@
 - Signed URLs expire; a download in flight survives it, a later Range request does not.
 - A duplicate is answered before the body is read, and the connection is closed.
 - Buckets have size limits and lists of MIME types; keys are checked.
+- An object is not sent again to who names its ETag (If-None-Match).
 - TUS: creation, HEAD, PATCH with offsets; 409 on a wrong offset, 423 while locked, 404/410 when gone; real
   HTTP statuses with plain text.
 
-Faults are injected: cut a request or an answer at any byte, answer 5xx for a while, lose an answer.
+Faults are injected: cut a request or an answer at any byte, answer 5xx for a while, lose an answer or hold it back.
 As a process of its own: `python -m tests.storage_double FOLDER [CUTS]` prints its URL and serves until stdin
 closes; every second PATCH, CUTS times, it cuts a chunk somewhere inside. It ends with the number of cuts made.
 """
@@ -69,6 +70,7 @@ class Fault:
     cut_request_after: int | None = None
     cut_answer_after: int | None = None
     lose_answer: bool = False
+    held_until: asyncio.Event | None = None
 
 
 class StorageRefuses(Exception):
@@ -85,6 +87,7 @@ class StorageDouble:
         self.uploads: dict[str, Upload] = {}
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str]] = []
+        self.sent: list[str] = []
         self.forget_finished_uploads = False
         self.keep_partial_chunks = True
         self.damage_next_object = False
@@ -138,6 +141,8 @@ class StorageDouble:
     async def _handle(self, exchange: Exchange) -> None:
         self.requests.append((exchange.method, exchange.path))
         fault = self._fault_for(exchange)
+        if fault is not None and fault.held_until is not None:
+            await fault.held_until.wait()
         if fault is not None and fault.status is not None:
             await _refuse(exchange, fault.status, "Injected", "as the test wants it", fault.headers)
             return
@@ -284,6 +289,9 @@ class StorageDouble:
         file = self._existing(bucket, name)
         size = file.stat().st_size
         tag = f'"{hashlib.md5(f"{file.stat().st_mtime_ns}-{size}".encode(), usedforsecurity=False).hexdigest()}"'
+        if exchange.headers.get("if-none-match") == tag:
+            await exchange.answer(304, b"", {"ETag": tag})
+            return
         wanted = re.match(r"bytes=(\d+)-$", exchange.headers.get("range", ""))
         start = int(wanted.group(1)) if wanted and exchange.headers.get("if-range", tag) == tag else 0
         if start >= size > 0:
@@ -293,6 +301,7 @@ class StorageDouble:
         if start:
             headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
         exchange.start_answer(206 if start else 200, headers)
+        self.sent.append(f"{bucket}/{name}")
         sent = 0
         with file.open("rb") as stream:
             stream.seek(start)

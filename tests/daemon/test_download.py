@@ -341,7 +341,7 @@ async def test_a_stored_dataset_is_signed_and_fetched(
 ) -> None:
     double.put("lora-datasets", f"{OWNER}/d.jsonl", LINES)
     settings = settings_of(supabase_url=double.url, supabase_service_role_key=SERVICE_KEY)
-    fetched = await fetch_dataset(job_of(), settings, storage, tmp_path / "d.jsonl")
+    fetched = await fetch_dataset(job_of().dataset, settings, storage, tmp_path / "d.jsonl")
     assert fetched.path.read_bytes() == LINES
     assert fetched.source == f"lora-datasets/{OWNER}/d.jsonl"
 
@@ -360,10 +360,47 @@ async def test_a_url_that_expired_between_two_tries_is_signed_again(
 
     double.clock = clock
     settings = settings_of(supabase_url=double.url, supabase_service_role_key=SERVICE_KEY)
-    fetched = await fetch_dataset(job_of(), settings, storage, tmp_path / "d.jsonl")
+    fetched = await fetch_dataset(job_of().dataset, settings, storage, tmp_path / "d.jsonl")
     assert fetched.path.read_bytes() == LINES
     # Once to see where it is, once to start, once because that one expired.
     assert double.count("POST", "/object/sign/") - signed_before == 3
+
+
+@pytest.mark.parametrize("changed", [False, True])
+async def test_a_copy_from_before_is_taken_only_where_storage_says_that_nothing_has_changed(
+    storage: SupabaseStorage, double: StorageDouble, tmp_path: Path, changed: bool
+) -> None:
+    name = f"{OWNER}/d.jsonl"
+    double.put("lora-datasets", name, LINES)
+    settings = settings_of(supabase_url=double.url, supabase_service_role_key=SERVICE_KEY)
+    dataset = job_of().dataset
+    known = await fetch_dataset(dataset, settings, storage, tmp_path / "early")
+    if changed:
+        double.put("lora-datasets", name, LINES[: len(LINES) // 2])
+    fetched = await fetch_dataset(dataset, settings, storage, tmp_path / "d.jsonl", known=known)
+    assert fetched.path.read_bytes() == (LINES[: len(LINES) // 2] if changed else LINES)
+    assert fetched.sha256 == hashlib.sha256(fetched.path.read_bytes()).hexdigest()
+    assert double.sent == [f"lora-datasets/{name}"] * (2 if changed else 1)
+    assert known.path.exists() is changed
+
+
+async def test_a_weak_validator_is_none(tmp_path: Path) -> None:
+    async with FileServer(LINES) as server:
+        server.tag = 'W/"first"'
+        assert (await server.fetch(tmp_path / "d.jsonl")).validator is None
+
+
+async def test_a_server_that_says_unchanged_without_being_asked_has_sent_nothing(tmp_path: Path) -> None:
+    async with FileServer(LINES, says(304)) as server:
+        with pytest.raises(JobFailed, match="HTTP 304"):
+            await server.fetch(tmp_path / "d.jsonl")
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_dataset_on_its_way_is_nobody_elses_to_read(tmp_path: Path) -> None:
+    async with FileServer(LINES) as server:
+        fetched = await server.fetch(tmp_path / "d.jsonl")
+    assert fetched.path.stat().st_mode & 0o777 == 0o600
 
 
 async def test_a_fresh_url_that_is_refused_too_fails_and_is_not_signed_for_ever(tmp_path: Path) -> None:
@@ -379,7 +416,9 @@ async def test_a_dataset_in_a_folder_is_copied(tmp_path: Path) -> None:
     file = tmp_path / "root" / "lora-datasets" / str(OWNER) / "d.jsonl"
     file.parent.mkdir(parents=True)
     file.write_bytes(LINES)
-    fetched = await fetch_dataset(job_of(), settings_of(), FolderStorage(tmp_path / "root"), tmp_path / "d.jsonl")
+    fetched = await fetch_dataset(
+        job_of().dataset, settings_of(), FolderStorage(tmp_path / "root"), tmp_path / "d.jsonl"
+    )
     assert (fetched.bytes, fetched.sha256) == (len(LINES), hashlib.sha256(LINES).hexdigest())
 
 
@@ -389,7 +428,7 @@ async def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "d.jsonl").symlink_to(tmp_path / "secret")
     with pytest.raises(JobFailed) as raised:
-        await fetch_dataset(job_of(), settings_of(), FolderStorage(tmp_path / "root"), tmp_path / "d.jsonl")
+        await fetch_dataset(job_of().dataset, settings_of(), FolderStorage(tmp_path / "root"), tmp_path / "d.jsonl")
     assert raised.value.code is ErrorCode.DATASET_UNREACHABLE
 
 
@@ -423,7 +462,7 @@ async def test_what_a_job_may_not_read_is_refused_before_anything_is_opened(
         (root / "lora-datasets" / str(user)).mkdir(parents=True)
         (root / "lora-datasets" / str(user) / "d.jsonl").write_bytes(LINES)
     with pytest.raises(JobFailed) as raised:
-        await fetch_dataset(job_of(**changes), settings_of(), FolderStorage(root), tmp_path / "d.jsonl")
+        await fetch_dataset(job_of(**changes).dataset, settings_of(), FolderStorage(root), tmp_path / "d.jsonl")
     assert raised.value.code is code
     assert raised.value.hint
     assert not (tmp_path / "d.jsonl").exists()
@@ -434,7 +473,7 @@ async def test_the_imported_bucket_has_paths_of_its_own(tmp_path: Path) -> None:
     file.parent.mkdir(parents=True)
     file.write_bytes(LINES)
     job = job_of(storage_bucket="training-files", storage_path="conversations/d.jsonl")
-    fetched = await fetch_dataset(job, settings_of(), FolderStorage(tmp_path), tmp_path / "d.jsonl")
+    fetched = await fetch_dataset(job.dataset, settings_of(), FolderStorage(tmp_path), tmp_path / "d.jsonl")
     assert fetched.bytes == len(LINES)
 
 
@@ -442,6 +481,6 @@ async def test_a_given_url_wins_over_the_dataset_row_and_is_shown_without_its_qu
     async with FileServer(LINES) as server:
         settings = settings_of(allowed_hosts=server.host)
         job = job_of(dataset_url=server.url, storage_path=f"urls/{UUID(int=0)}")
-        fetched = await fetch_dataset(job, settings, FolderStorage(tmp_path), tmp_path / "d.jsonl")
+        fetched = await fetch_dataset(job.dataset, settings, FolderStorage(tmp_path), tmp_path / "d.jsonl")
     assert fetched.bytes == len(LINES)
     assert fetched.source == f"http://{server.host}/data.jsonl"

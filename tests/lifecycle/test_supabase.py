@@ -6,79 +6,22 @@ The daemon is a process of its own; Storage and the callback receiver are real H
 from __future__ import annotations
 
 import asyncio
-import base64
 import hashlib
 import json
 import os
 import signal
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from uuid import UUID
 
 import pytest
 from pydantic import SecretStr
 
 from daemon.webhook import signing_keys, verify
-from tests.daemon_process import DaemonProcess, alive
+from tests.daemon_process import alive
+from tests.lifecycle.project import SECRET, Project
 from tests.lifecycle.queue import Queue
 from tests.receiver import Answer, Receiver
 from tests.storage_double import StorageDouble
-
-SECRET = "whsec_" + base64.b64encode(b"marked-callback-secret-of-the-test").decode()
-
-
-@dataclass
-class Project:
-    """A Supabase project as the daemon sees it."""
-
-    queue: Queue
-    storage: StorageDouble
-    receiver: Receiver
-    folder: Path
-
-    def daemon(self, name: str = "daemon", **settings: Any) -> DaemonProcess:
-        daemon = self.queue.daemon(
-            self.folder,
-            name=name,
-            storage="supabase",
-            callback_secrets=SECRET,
-            allowed_hosts=self.receiver.host,
-            lease_seconds=1.5,
-            **settings,
-        )
-        daemon.environment |= {"SUPABASE_URL": self.storage.url, "SUPABASE_SERVICE_ROLE_KEY": self.storage.key}
-        return daemon
-
-    def insert(self, script: list[list[Any]] | None = None, **columns: Any) -> UUID:
-        """A job whose dataset lies in the project's storage, not in a folder."""
-        job = self.queue.insert(script=script, callback_url=self.receiver.url, **columns)
-        source = self.queue.folder / "storage" / "lora-datasets"
-        for file in source.rglob("*.jsonl"):
-            self.storage.put("lora-datasets", str(file.relative_to(source)), file.read_bytes())
-            file.unlink()
-        return job
-
-    async def wait_for(self, job: UUID, status: str, seconds: float = 40.0) -> dict[str, Any]:
-        return await asyncio.to_thread(self.queue.wait_for, job, status, seconds=seconds)
-
-    async def endings(self, job: UUID, event: str = "job.completed") -> list[Any]:
-        def of_job(received: list[Any]) -> list[Any]:
-            return [one for one in received if one.payload["job_id"] == str(job) and one.payload["event"] == event]
-
-        return of_job(await self.receiver.wait_for(lambda received: bool(of_job(received)), seconds=20))
-
-    def objects(self) -> set[str]:
-        bucket = self.storage.path_of("lora-models", "")
-        return {str(file.relative_to(bucket)) for file in bucket.rglob("*") if file.is_file()}
-
-
-@pytest.fixture
-async def project(queue: Queue, tmp_path: Path) -> AsyncIterator[Project]:
-    async with StorageDouble(tmp_path / "double") as storage, Receiver() as receiver:
-        yield Project(queue, storage, receiver, tmp_path)
 
 
 async def test_a_row_becomes_an_adapter_in_storage_and_every_row_that_the_app_expects(project: Project) -> None:
