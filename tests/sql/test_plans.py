@@ -99,15 +99,25 @@ def pages(plan: str, relation: str) -> int:
     return sum(node["Shared Hit Blocks"] + node["Shared Read Blocks"] for node in nodes(plan, relation))
 
 
-@pytest.mark.parametrize("statistics", ["fresh", "of an empty queue", "none"])
-async def test_the_claim_walks_its_own_index_and_stays_flat(database: AppDatabase, user: UUID, statistics: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "statistics"),
+    [
+        ("claim_job", "fresh"),
+        ("claim_job", "of an empty queue"),
+        ("claim_job", "none"),
+        ("peek_next_job", "of an empty queue"),
+    ],
+)
+async def test_the_claim_and_the_look_ahead_walk_their_own_index_and_stay_flat(
+    database: AppDatabase, user: UUID, name: str, statistics: str
+) -> None:
     if statistics == "of an empty queue":
         fill(database, user, finished=QUEUED, queued=0)
         database.run("ANALYZE training_jobs")
     fill(database, user, finished=QUEUED, queued=QUEUED)
     if statistics == "fresh":
         database.run("VACUUM ANALYZE training_jobs")
-    plan = await plan_of(database, "claim_job", CLAIM)
+    plan = await plan_of(database, name, CLAIM)
     assert "Index Only Scan training_jobs_due" in scans(plan, "training_jobs"), plan
     assert not any("Seq Scan" in scan or "status" in scan for scan in scans(plan, "training_jobs")), plan
     # The eight candidates are sorted, for the warm ones go first; the queue is not.
