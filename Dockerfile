@@ -24,7 +24,7 @@ ARG TORCH=""
 COPY constraints.txt pyproject.toml ./
 RUN python3 -m venv --system-site-packages /opt/venv \
     && grep -v '^torch==' constraints.txt > image-constraints.txt \
-    && if [[ -n "${TORCH}" ]]; then \
+    && if [ -n "${TORCH}" ]; then \
          /opt/venv/bin/python -m pip install --no-cache-dir --disable-pip-version-check -c image-constraints.txt \
          --extra-index-url "https://download.pytorch.org/whl/${TORCH##*+}" "torch==${TORCH}"; \
        fi \
