@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # What is imported is compiled then; of two gigabytes most never is.
 export PIP_NO_COMPILE := 1
 
-.PHONY: help demo ask test test-system lint bench chaos types image image-check clean install
+.PHONY: help demo ask playground test test-system lint bench chaos types image image-check clean install
 
 help: ## this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  \033[1mmake %-12s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ demo: $(STAMP) ## watch a real model being fine-tuned because a row was inserted
 
 ask: $(STAMP) ## ask the model that the demo trained: make ask Q="Why do cats purr?"
 	@$(PY) -m training.ask "$(or $(Q),Why do cats purr?)"
+
+playground: $(STAMP) ## a database, a host and the dashboard on this machine until Ctrl-C, to try things on
+	@$(PY) -m daemon playground
 
 test: $(STAMP) ## the tests that need nothing beyond pip (about a quarter of an hour)
 	@$(PY) -m pytest -m "not system and not gpu" --numprocesses 2 --dist loadfile

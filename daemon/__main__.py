@@ -44,6 +44,7 @@ _WORDS: dict[str, tuple[Callable[..., None], ...]] = {
         host.doctor,
         host.migrate,
         host.demo,
+        host.playground,
     ),
 }
 for _panel, _words in _WORDS.items():
@@ -55,7 +56,7 @@ app.add_typer(models.app, rich_help_panel="Models and data")
 def main() -> None:
     """Run a command; what the user can mend is said in one line, without a traceback."""
     try:
-        app()
+        app(prog_name="brightrun-trainer")
     except TrainerError as error:
         from daemon.cli.failure import report_failure
 

