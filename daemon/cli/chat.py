@@ -181,9 +181,14 @@ def _adapter_folder(what: str) -> Path:
         return folder
     from daemon.cli.adapters import completed_job, fetch_adapter
     from daemon.cli.connection import open_database
-    from daemon.cli.rows import find_job
+    from daemon.cli.failure import Misused
+    from daemon.cli.rows import find_job, job_digits
     from daemon.demo.model import cache_folder
 
+    try:
+        job_digits(what)
+    except Misused as error:
+        raise Misused(f"{what[:80]!r} is neither an adapter's folder nor a job's id", error.hint) from None
     with open_database() as connection:
         row, details = completed_job(connection, find_job(connection, what))
     job_id: UUID = row.job_id

@@ -38,7 +38,8 @@ def report_failure(error: TrainerError) -> int:
         case CommandFailed() | JobError():
             words, hint = plain(error.message), error.hint
         case DatabaseAway():
-            words, hint = plain(f"the database does not answer: {error}"), None
+            words = plain(f"the database does not answer: {error}")
+            hint = "see that the server runs, and that DATABASE_URL leads to it"
         case _:
             words, hint = plain_lines(error), None
     sys.stderr.write(f"brightrun-trainer: {words}\n" + (f"  → {plain(hint)}\n" if hint else ""))

@@ -25,6 +25,8 @@ STATES = ("queued", "initializing", "running", "completed", "failed", "cancelled
 
 # Where a table has room for everything; a narrower terminal gets the columns that one decides by.
 _WIDE = 110
+# Half a split screen: the remark is worth more than a bar and a model's name cut to nothing.
+_NARROW = 72
 _FOLLOW_SECONDS = 1.0
 
 
@@ -62,7 +64,8 @@ def jobs(
             print_json(row)
         return
     if not rows:
-        say("no jobs" if not (states or user or model) else "no job matches")
+        filtered = states or user or model
+        say("no job matches" if filtered else "no jobs yet; `brightrun-trainer submit FILE` makes one")
         return
     screen = console()
     screen.print(_jobs_table(rows, screen.width))
@@ -194,33 +197,36 @@ def _jobs_table(rows: list[JobRow], width: int) -> Table:
     from daemon.cli.terminal import columns_table, state_text
     from daemon.cli.wording import age, short_id
 
-    wide = width >= _WIDE
+    wide, narrow = width >= _WIDE, width < _NARROW
     table = columns_table()
     # Fixed where a cut would hide what one looks for; model and remark share what is left.
     table.add_column("ID", no_wrap=True, style="cyan", min_width=8)
     table.add_column("STATE", no_wrap=True, min_width=14)
     if wide:
         table.add_column("STAGE", no_wrap=True, min_width=11)
-    table.add_column("PROGRESS", no_wrap=True, min_width=22 if wide else 12)
-    table.add_column("MODEL", no_wrap=True, overflow="ellipsis", max_width=40 if wide else 16)
+    if narrow:
+        table.add_column("DONE", no_wrap=True, min_width=5)
+    else:
+        table.add_column("PROGRESS", no_wrap=True, min_width=22 if wide else 12)
+        table.add_column("MODEL", no_wrap=True, overflow="ellipsis", max_width=40 if wide else 16)
     table.add_column("AGE", no_wrap=True, justify="right", min_width=3)
     table.add_column("", no_wrap=True, overflow="ellipsis")
     for row in rows:
-        bar = Table.grid(padding=(0, 1))
-        bar.add_row(
-            ProgressBar(total=100.0, completed=row.progress, width=16 if wide else 6, complete_style="green"),
-            f"{row.progress:3.0f} %",
-        )
-        model = plain(row.model or "(default)")
+        percent = f"{row.progress:3.0f} %"
         cells: list[Text | Table] = [Text(short_id(row.job_id)), state_text(row.state)]
         if wide:
             cells.append(Text(plain(row.stage) if row.state in ("initializing", "running", "lost") else ""))
-        cells += [
-            bar,
-            Text(model if wide else model.rpartition("/")[2]),
-            Text(age(row.age_seconds)),
-            Text(_remark(row, with_stage=not wide), style="dim"),
-        ]
+        if narrow:
+            cells.append(Text(percent))
+        else:
+            bar = Table.grid(padding=(0, 1))
+            width_of_bar = 16 if wide else 6
+            bar.add_row(
+                ProgressBar(total=100.0, completed=row.progress, width=width_of_bar, complete_style="green"), percent
+            )
+            model = plain(row.model or "(default)")
+            cells += [bar, Text(model if wide else model.rpartition("/")[2])]
+        cells += [Text(age(row.age_seconds)), Text(_remark(row, with_stage=not wide), style="dim")]
         table.add_row(*cells)
     return table
 

@@ -55,6 +55,7 @@ def submit(
     """Train on a dataset: check the file, say what it will take, upload it, queue the job."""
     from daemon.cli.check import judge, print_verdict
     from daemon.cli.connection import open_database
+    from daemon.cli.failure import Misused
     from daemon.cli.preflight import forecast, refuse_unless_ok
     from daemon.cli.terminal import print_json, say, say_done
     from daemon.settings import load_settings
@@ -68,6 +69,8 @@ def submit(
         columns=_without_none(callback_url=callback_url, priority=priority or None, max_cost=max_cost),
     )
     row = _parsed(wish)
+    if not dataset.is_file():
+        raise Misused(f"there is no file {dataset}")
     settings = load_settings()
     with open_database() as connection:
         owner = _owner(connection, user, settings)

@@ -27,7 +27,7 @@ def test_jobs_are_listed_with_the_reason_why_each_waits(cli: CommandLine, queue:
 
 def test_every_column_that_one_decides_by_survives_a_narrow_terminal(cli: CommandLine, queue: Queue) -> None:
     job = queue.insert(hyperparameters={"base_model": "Qwen/Qwen3-Next-80B-A3B-Instruct"})
-    for columns in (80, 140):
+    for columns in (60, 80, 140):
         said = cli.ok("jobs", COLUMNS=str(columns))
         assert max(map(len, said.out.splitlines())) <= columns
         assert str(job)[:8] in said.out
@@ -119,7 +119,7 @@ def test_events_are_followed_until_the_job_ends(cli: CommandLine, queue: Queue) 
         process.kill()
         process.wait(10)
     assert process.returncode == 0
-    assert out.splitlines()[-1].split("  ", 1)[1].startswith("completed")
+    assert out.splitlines()[-1].split("  ", 1)[1].startswith("Completed")
 
 
 def test_cancel_and_retry_move_a_job_and_say_why_they_cannot(cli: CommandLine, queue: Queue) -> None:
@@ -181,7 +181,7 @@ def test_a_wrong_database_url_is_named_and_never_echoed(tmp_path: Path, url: str
     assert said.status == status
     assert words in said.err
     assert "s3cret" not in said.err
-    assert len(said.err.splitlines()) == 1
+    assert len(said.err.splitlines()) <= 2
 
 
 def test_reading_asks_for_no_setting_but_the_database(cli: CommandLine, queue: Queue) -> None:

@@ -29,6 +29,32 @@ def test_importing_the_daemon_loads_nothing_heavy_and_takes_little_work() -> Non
     assert seconds < 2.0
 
 
+def test_no_command_that_looks_at_jobs_loads_anything_heavy() -> None:
+    """Each is called to where it would ask the database, which is nowhere."""
+    words = (
+        "jobs",
+        "show abcd",
+        "watch",
+        "events abcd",
+        "logs abcd",
+        "cancel abcd",
+        "workers",
+        "models list",
+        "--help",
+    )
+    statement = (
+        "import os, contextlib, io; from daemon.__main__ import main\n"
+        "os.environ.update(DATABASE_URL='postgresql://127.0.0.1:1/x', TRAINER_MODELS_DIR='/nowhere', "
+        "TRAINER_WORK_DIR='/nowhere')\n"
+        f"for words in {words!r}:\n"
+        "    sys.argv[1:] = words.split()\n"
+        "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()): main()\n"
+    )
+    names, _seconds, _resident = modules_after(statement)
+    assert "daemon.cli.connection" in names
+    assert not names.intersection(HEAVY)
+
+
 def test_the_whole_service_stays_light() -> None:
     names, _seconds, resident = modules_after("import daemon.service, daemon.host")
     assert not names.intersection(HEAVY)
