@@ -168,6 +168,9 @@ def test_hostile_text_in_every_field_stays_text(browser: Browser, gateway: Gatew
         )
         assert made == [None, 0, "undefined"]
         assert "onerror" in browser.text()
+        # An override of direction would turn what stands behind it: the job's own id, say.
+        told = browser.text() + browser.driver.title
+        assert not {"\u202e", "\u0007"} & set(told)
 
     harmless()
     for job in (running, failed):

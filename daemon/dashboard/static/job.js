@@ -1,7 +1,7 @@
 // One job: where it stands, its curve, why it failed and what to do, its answers before and after, its story,
 // what was asked for, its files; cancel and retry.
 
-import { el, say, mark, KeyedList } from "./dom.js";
+import { el, say, mark, plain, KeyedList } from "./dom.js";
 import { lossChart } from "./chart.js";
 import { state, watch, watchStory, now, secondsSince, ask } from "./store.js";
 import { wayWords, leftWords } from "./overview.js";
@@ -74,7 +74,7 @@ export function jobPage(view, id) {
     if (before !== null && standing !== before) setTimeout(read, 50);
     before = standing;
     page.show(current, whole.job);
-    document.title = `${f.shortModel(current.model)} ${current.state} · brightrun trainer`;
+    document.title = plain(`${f.shortModel(current.model)} ${current.state} · brightrun trainer`);
   }
 
   function hear(news) {

@@ -112,14 +112,14 @@ function section(title, name, emptyWords, head = null) {
 
 function statistics() {
   const facts = ["training", "waiting", "cards busy", "tokens a second", "ended in 24 h", "spent in 24 h"].map((name) => {
-    const value = el("dd");
-    const label = el("dt", { text: name });
-    return { name, value, label, element: el("div", {}, label, value) };
+    const value = el("span");
+    const note = el("span", { class: "note" });
+    return { name, value, note, element: el("div", {}, el("dt", { text: name }), el("dd", {}, value, note)) };
   });
-  const set = (name, text, more = "") => {
+  const set = (name, text, note = "") => {
     const fact = facts.find((one) => one.name === name);
     say(fact.value, text);
-    say(fact.label, name + more);
+    say(fact.note, note);
   };
   return {
     element: el("dl", { class: "numbers", "aria-label": "The service at a glance" }, ...facts.map((fact) => fact.element)),
@@ -134,7 +134,7 @@ function statistics() {
       set(
         "ended in 24 h",
         f.isNumber(completed) ? f.count(sum([completed, failed, cancelled])) : "–",
-        failed > 0 ? `, ${f.count(failed)} failed` : "",
+        failed > 0 ? ` ${f.count(failed)} failed` : "",
       );
       set("spent in 24 h", f.money(state.day.cost));
     },
