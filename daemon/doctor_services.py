@@ -40,6 +40,7 @@ RIGHTS = {
     "datasets": ("SELECT",),
 }
 MAX_SKEW_SECONDS = 5.0
+_NOT_YET = "role, rights, clock and LISTEN come after it"
 
 
 async def check_database(settings: Settings) -> AsyncIterator[Finding]:
@@ -52,13 +53,17 @@ async def check_database(settings: Settings) -> AsyncIterator[Finding]:
     except HostUnfit as error:
         unread = str(error)
     except DatabaseAway as error:
-        yield red("database", str(error), "check DATABASE_URL (host, port 5432, password) and the network")
+        yield red(
+            "database",
+            str(error),
+            f"check DATABASE_URL (host, port 5432, password) and the network; {_NOT_YET}",
+        )
         return
     yield green("database", f"answers in {(time.perf_counter() - begun) * 1000:.0f} ms, {_kind_of_connection(dsn)}")
     if unread is not None:
         yield yellow("migrations", unread, "brightrun-trainer migrate, as the administrator, brings the right as well")
     elif missing:
-        yield red("migrations", f"{len(missing)} not applied: {missing[0]} …", "brightrun-trainer migrate")
+        yield red("migrations", f"{len(missing)} not applied: {missing[0]} …", f"brightrun-trainer migrate; {_NOT_YET}")
         return
     else:
         yield green("migrations", "current")
@@ -186,9 +191,11 @@ def check_callbacks(settings: Settings) -> Finding:
     try:
         keys = signing_keys(settings.callback_secrets)
     except HostUnfit as error:
-        return red("callback secret", str(error), "echo whsec_$(openssl rand -base64 32)")
+        fault = str(error).partition("; make one")[0]
+        return red("callback secret", fault, "make one: echo whsec_$(openssl rand -base64 32)")
     if not keys:
-        return yellow("callback secret", "none: callbacks are not signed", "set TRAINER_CALLBACK_SECRETS")
+        advice = "set TRAINER_CALLBACK_SECRETS: echo whsec_$(openssl rand -base64 32)"
+        return yellow("callback secret", "none: callbacks are not signed", advice)
     return green("callback secret", f"{len(keys)} in use")
 
 

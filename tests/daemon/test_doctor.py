@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -361,7 +362,9 @@ def test_the_screen_is_json_on_request_and_its_exit_code_says_red(database: AppD
 def test_a_screen_with_something_red_shows_advice_and_exits_1(tmp_path: Path) -> None:
     broken = doctor({"DATABASE_URL": "postgresql://nobody@127.0.0.1:9/none"}, folder=tmp_path)
     assert broken.returncode == 1, broken.stdout + broken.stderr
-    assert "● database" in broken.stdout and "→ check DATABASE_URL" in broken.stdout
+    assert "✖ database" in broken.stdout and "→ check DATABASE_URL" in broken.stdout
+    assert "▲ callback secret" in broken.stdout and "● versions" in broken.stdout
+    assert re.fullmatch(r"this host cannot work yet: \d red, \d yellow, \d+ green", broken.stdout.splitlines()[-1])
 
 
 def test_unusable_settings_exit_78_and_name_the_variable(tmp_path: Path) -> None:
