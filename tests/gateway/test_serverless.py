@@ -269,10 +269,10 @@ def test_without_a_database_cancel_and_retry_work_as_well(
         runpod.run("run-1", dataset_url=retried)
         assert runpod.wait_for_result("run-1")["output"]["status"] == "completed"
         assert len(worker.logged("job_claimed")) == 2
+        child = worker.wait_for_log("trainer_waits")["pid"]
         runpod.run("run-2", dataset_url=long)
-        # The one that waited since the retry takes it.
+        # The one that waited since the retry takes it; the next may have been started by now.
         worker.wait_for_log("job_claimed", count=3)
-        child = worker.logged("trainer_started")[-1]["pid"]
         runpod.cancel("run-2")
         worker.wait_for_log("attempt_settled", outcome="cancelled")
         assert not alive(child)
