@@ -40,9 +40,9 @@ from tests.tiny_models import write_conversations
 COMMAND = ("supervisord", "-n", "-c", "/opt/brightrun/supervisord.conf")
 HEALTHCHECK = ("supervisorctl", "-c", "/opt/brightrun/supervisord.conf", "status", "trainer")
 MODEL = "check/tiny"
-MODEL_SECONDS = 120.0
-JOB_SECONDS = 150.0
-DRAIN_SECONDS = 60.0
+MODEL_SECONDS = 300.0
+JOB_SECONDS = 300.0
+DRAIN_SECONDS = 120.0
 
 
 def main() -> None:
