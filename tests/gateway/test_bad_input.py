@@ -13,6 +13,7 @@ import httpx
 import psycopg
 import pytest
 
+from daemon import gateway_gate
 from tests.daemon_process import DaemonProcess, eventually
 from tests.gateway.conftest import KEY, Gateway
 from tests.lifecycle.queue import Queue
@@ -41,6 +42,22 @@ def test_a_wrong_key_is_refused_with_401(gateway: Gateway) -> None:
             answer = stranger.get(f"/training/status/{UNKNOWN}", headers=headers)
             assert answer.status_code == 401 and answer.headers["WWW-Authenticate"] == "Bearer"
             assert answer.json()["hint"] == "Send Authorization: Bearer KEY."
+
+
+def test_every_key_is_compared_whole_whatever_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a near guess nor the place of the right key shows in the work that is done."""
+    compared: list[tuple[int, int]] = []
+
+    def compare(known: bytes, given: bytes) -> bool:
+        compared.append((len(known), len(given)))
+        return known == given
+
+    monkeypatch.setattr(gateway_gate.hmac, "compare_digest", compare)
+    keys = gateway_gate.KeyRing(("first-key-of-these-three", "second-key", "third"))
+    for sent in ("Bearer first-key-of-these-three", "Bearer third", "Bearer first-key-of-these-threX", "Bearer x", ""):
+        compared.clear()
+        keys.find(sent)
+        assert compared == [(32, 32)] * 3, sent
 
 
 def test_each_of_several_keys_opens_and_key_guessing_is_slowed_down_for_strangers_only(
