@@ -15,6 +15,7 @@ import sys
 from training.hidden import hide_unwanted_packages
 from training.job import begin_job, read_spec, status_of
 from training.parent import die_with_parent
+from training.read_ahead import read_ahead
 from training.stop import StopSwitch
 from training.voice import Voice
 
@@ -65,6 +66,7 @@ def run_alone(events_fd: int) -> int:
         return 1
     voice = Voice(events_fd, spec.job_id)
     begin_job(spec, voice)
+    read_ahead(spec)
 
     def work() -> None:
         # Imported after `started` was said: it takes seconds and brings the heavy libraries.

@@ -157,11 +157,11 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         parts = micro_batches(inputs, self.micro_batch_tokens)
         return [*parts, *[self._collate([_BLANK])] * self._missing(len(parts))]
 
-    def _missing(self, micro_batches: int) -> int:
+    def _missing(self, parts: int) -> int:
         """How many more some other rank goes through, where all must go through as many."""
         if not self._is_cut:
             return 0
-        return int(max(count for (count,) in self.ranks.exchange([micro_batches]))) - micro_batches
+        return int(max(count for (count,) in self.ranks.exchange([parts]))) - parts
 
     def _collate(self, examples: Sequence[Example]) -> dict[str, Any]:
         inputs: dict[str, Any] = self._prepare_inputs(self.data_collator([_as_row(example) for example in examples]))

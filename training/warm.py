@@ -38,6 +38,7 @@ from training.base import Base, HeldBase, load_base
 from training.events import EXIT_STOPPED, Ready, Stage
 from training.job import begin_job, read_spec, status_of
 from training.parent import adopt_orphans, die_with_parent, end_every_child
+from training.read_ahead import read_ahead
 from training.spec import HoldOrder, JobSpec
 from training.stop import StopSwitch
 from training.voice import Voice
@@ -199,6 +200,8 @@ class WarmProcess:
 
             base = Base.of(spec) if spec.model_path.is_dir() else None
             held = self._held if self._held is not None and self._held.base == base else None
+            if held is None:
+                read_ahead(spec)
             prepared = prepare(spec, voice, None if held is None else held.tokenizer)
             voice.stage(Stage.LOADING, spec.base_model)
             if held is not None:
