@@ -48,11 +48,8 @@ BEGIN
     FOR rule IN
         SELECT * FROM (VALUES
             ('training_jobs_max_attempts_range', 'CHECK (max_attempts BETWEEN 1 AND 100)'),
-            ('training_jobs_attempt_not_negative', 'CHECK (attempt >= 0)'),
-            ('training_jobs_epoch_not_negative', 'CHECK (lease_epoch >= 0)'),
             ('training_jobs_due_means_queued', 'CHECK (NOT due OR (status = ''queued'' AND NOT held))'),
-            ('training_jobs_max_cost_positive', 'CHECK (max_cost > 0)'),
-            ('training_jobs_adapter_bytes_not_negative', 'CHECK (adapter_bytes >= 0)')
+            ('training_jobs_max_cost_positive', 'CHECK (max_cost > 0)')
         ) AS rules (name, definition)
     LOOP
         IF NOT EXISTS (

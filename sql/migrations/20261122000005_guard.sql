@@ -130,6 +130,11 @@ DECLARE
     needs record;
     cancelled public.training_jobs;
 BEGIN
+    -- The daemon's progress, every second: seen here, and not by a WHEN of the trigger, which is parsed anew each time.
+    IF current_user = 'training_daemon' AND NEW.status = OLD.status THEN
+        RETURN NEW;
+    END IF;
+
     -- Cancel, by the app's own UPDATE or by function: the clock and the cost are the database's, whatever was sent.
     IF NEW.status = 'cancelled' AND OLD.status IS DISTINCT FROM 'cancelled' THEN
         IF OLD.status IN ('completed', 'failed') THEN
@@ -149,7 +154,7 @@ BEGIN
     END IF;
 
     IF current_user = 'training_daemon' THEN
-        -- The daemon's moves (daemon.job.MOVES; a test compares the two). Its progress does not come here.
+        -- The daemon's moves (daemon.job.MOVES; a test compares the two).
         IF (OLD.status, NEW.status) NOT IN (
             ('queued', 'initializing'),
             ('initializing', 'running'),
@@ -165,6 +170,9 @@ BEGIN
             RAISE EXCEPTION USING ERRCODE = 'PT409',
                 MESSAGE = format('the lease epoch rises by one at a claim and never else (%s to %s, %s to %s)',
                     OLD.lease_epoch, NEW.lease_epoch, OLD.status, NEW.status);
+        END IF;
+        IF NEW.status <> 'queued' THEN
+            NEW.run_after := NULL;
         END IF;
         NEW.due := NEW.status = 'queued' AND NOT NEW.held
             AND (NEW.run_after IS NULL OR NEW.run_after <= clock_timestamp());
@@ -283,9 +291,7 @@ CREATE OR REPLACE TRIGGER training_jobs_guard_insert
 
 CREATE OR REPLACE TRIGGER training_jobs_guard_update
     BEFORE UPDATE ON public.training_jobs
-    FOR EACH ROW
-    WHEN (current_user <> 'training_daemon' OR OLD.status IS DISTINCT FROM NEW.status)
-    EXECUTE FUNCTION public.training_jobs_guard_update();
+    FOR EACH ROW EXECUTE FUNCTION public.training_jobs_guard_update();
 
 CREATE OR REPLACE TRIGGER training_datasets_guard
     BEFORE INSERT OR UPDATE ON public.datasets

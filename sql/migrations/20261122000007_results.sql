@@ -74,129 +74,124 @@ EXCEPTION WHEN OTHERS OR query_canceled OR assert_failure THEN
 END
 $$;
 
--- AFTER it: what the job cost (one record for each time that it ended, corrected when a cancelled job's child is gone).
-CREATE OR REPLACE FUNCTION public.training_jobs_record_cost() RETURNS trigger
+-- After it, called by the announcement: what the job cost, one record for each time that it ended.
+CREATE OR REPLACE FUNCTION public.training_record_cost(job public.training_jobs) RETURNS void
 LANGUAGE plpgsql
-SECURITY DEFINER
 SET search_path = ''
 SET lock_timeout = '2s'
 AS $$
 DECLARE
     facts jsonb := jsonb_strip_nulls(jsonb_build_object(
-        'gpu_type', coalesce(NEW.need_gpu_type, NEW.gpu_config ->> 'gpu_type'),
-        'gpu_count', NEW.need_gpus,
-        'duration_hours', round((extract(epoch FROM NEW.completed_at - NEW.started_at) / 3600)::numeric, 4),
-        'attempts', NEW.attempt,
-        'lease_epoch', NEW.lease_epoch
+        'gpu_type', coalesce(job.need_gpu_type, job.gpu_config ->> 'gpu_type'),
+        'gpu_count', job.need_gpus,
+        'duration_hours', round((extract(epoch FROM job.completed_at - job.started_at) / 3600)::numeric, 4),
+        'attempts', job.attempt,
+        'lease_epoch', job.lease_epoch
     ));
 BEGIN
     IF to_regclass('public.cost_records') IS NULL THEN
-        RETURN NULL;
+        RETURN;
     END IF;
     UPDATE public.cost_records AS cost
-    SET amount = NEW.final_cost,
+    SET amount = job.final_cost,
         details = facts
-    WHERE cost.job_id = NEW.id
+    WHERE cost.job_id = job.id
       AND cost.cost_type = 'training_compute'
-      AND cost.details ->> 'lease_epoch' = NEW.lease_epoch::text;
+      AND cost.details ->> 'lease_epoch' = job.lease_epoch::text;
     IF NOT FOUND THEN
         INSERT INTO public.cost_records (user_id, job_id, cost_type, amount, details, billing_period)
-        VALUES (NEW.user_id, NEW.id, 'training_compute', NEW.final_cost, facts,
+        VALUES (job.user_id, job.id, 'training_compute', job.final_cost, facts,
             date_trunc('month', clock_timestamp() AT TIME ZONE 'UTC')::date);
     END IF;
     -- A cancel is part of the app's own transaction, whose constraints are its own business.
-    IF NEW.status <> 'cancelled' THEN
+    IF job.status <> 'cancelled' THEN
         SET CONSTRAINTS ALL IMMEDIATE;
     END IF;
-    RETURN NULL;
+    RETURN;
 EXCEPTION WHEN OTHERS OR query_canceled OR assert_failure THEN
     INSERT INTO public.training_events (job_id, epoch, kind, message, data)
-    VALUES (NEW.id, NEW.lease_epoch, 'notice', 'the row in cost_records could not be written: ' || SQLERRM,
+    VALUES (job.id, job.lease_epoch, 'notice', 'the row in cost_records could not be written: ' || SQLERRM,
         jsonb_build_object('code', 'side_table_failed', 'table', 'cost_records', 'sqlstate', SQLSTATE));
-    RETURN NULL;
+    RETURN;
 END
 $$;
 
 -- What the app's bell shows: the first start, and every ending.
-CREATE OR REPLACE FUNCTION public.training_jobs_notify_user() RETURNS trigger
+CREATE OR REPLACE FUNCTION public.training_notify_user(job public.training_jobs) RETURNS void
 LANGUAGE plpgsql
-SECURITY DEFINER
 SET search_path = ''
 SET lock_timeout = '2s'
 AS $$
 DECLARE
-    job_page text := '/training/jobs/' || NEW.id;
-    about jsonb := jsonb_build_object('job_id', NEW.id);
+    job_page text := '/training/jobs/' || job.id;
+    about jsonb := jsonb_build_object('job_id', job.id);
 BEGIN
     IF to_regclass('public.notifications') IS NULL THEN
-        RETURN NULL;
+        RETURN;
     END IF;
-    IF NEW.status = 'running' THEN
+    IF job.status = 'running' THEN
         INSERT INTO public.notifications (user_id, type, title, message, priority, action_url, metadata)
-        VALUES (NEW.user_id, 'job_started', 'Training has started', 'Your model is being trained.', 'low', job_page, about);
-    ELSIF NEW.status = 'completed' THEN
+        VALUES (job.user_id, 'job_started', 'Training has started', 'Your model is being trained.', 'low', job_page, about);
+    ELSIF job.status = 'completed' THEN
         INSERT INTO public.notifications (user_id, type, title, message, priority, action_url, metadata)
-        VALUES (NEW.user_id, 'job_completed', 'Training is complete', 'Your model has been trained.', 'medium', job_page, about);
-        IF NEW.artifact_id IS NOT NULL THEN
+        VALUES (job.user_id, 'job_completed', 'Training is complete', 'Your model has been trained.', 'medium', job_page, about);
+        IF job.artifact_id IS NOT NULL THEN
             INSERT INTO public.notifications (user_id, type, title, message, priority, action_url, metadata)
-            VALUES (NEW.user_id, 'artifact_ready', 'Your adapter is ready', 'The adapter can be downloaded.', 'medium',
-                '/models/' || NEW.artifact_id, about || jsonb_build_object('artifact_id', NEW.artifact_id));
+            VALUES (job.user_id, 'artifact_ready', 'Your adapter is ready', 'The adapter can be downloaded.', 'medium',
+                '/models/' || job.artifact_id, about || jsonb_build_object('artifact_id', job.artifact_id));
         END IF;
-    ELSIF NEW.status = 'failed' THEN
+    ELSIF job.status = 'failed' THEN
         INSERT INTO public.notifications (user_id, type, title, message, priority, action_url, metadata)
-        VALUES (NEW.user_id, 'job_failed', 'Training has failed',
-            concat_ws(' ', coalesce(NEW.error_message, 'The training ended with an error.'), NEW.error_hint),
-            'high', job_page, about || jsonb_build_object('error_code', NEW.error_code));
-    ELSIF NEW.status = 'cancelled' THEN
+        VALUES (job.user_id, 'job_failed', 'Training has failed',
+            concat_ws(' ', coalesce(job.error_message, 'The training ended with an error.'), job.error_hint),
+            'high', job_page, about || jsonb_build_object('error_code', job.error_code));
+    ELSIF job.status = 'cancelled' THEN
         INSERT INTO public.notifications (user_id, type, title, message, priority, action_url, metadata)
-        VALUES (NEW.user_id, 'job_cancelled', 'Training was cancelled', 'The training was cancelled.', 'low', job_page, about);
+        VALUES (job.user_id, 'job_cancelled', 'Training was cancelled', 'The training was cancelled.', 'low', job_page, about);
     END IF;
     -- A cancel is part of the app's own transaction, whose constraints are its own business.
-    IF NEW.status <> 'cancelled' THEN
+    IF job.status <> 'cancelled' THEN
         SET CONSTRAINTS ALL IMMEDIATE;
     END IF;
-    RETURN NULL;
+    RETURN;
 EXCEPTION WHEN OTHERS OR query_canceled OR assert_failure THEN
     INSERT INTO public.training_events (job_id, epoch, kind, message, data)
-    VALUES (NEW.id, NEW.lease_epoch, 'notice', 'the row in notifications could not be written: ' || SQLERRM,
+    VALUES (job.id, job.lease_epoch, 'notice', 'the row in notifications could not be written: ' || SQLERRM,
         jsonb_build_object('code', 'side_table_failed', 'table', 'notifications', 'sqlstate', SQLSTATE));
+    RETURN;
+END
+$$;
+
+-- A cancelled job's cost is known for good when its child is gone.
+CREATE OR REPLACE FUNCTION public.training_jobs_correct_cost() RETURNS trigger
+LANGUAGE plpgsql
+SET search_path = ''
+AS $$
+BEGIN
+    PERFORM public.training_record_cost(NEW);
     RETURN NULL;
 END
 $$;
 
-GRANT CREATE ON SCHEMA public TO training_daemon;
-ALTER FUNCTION public.training_jobs_record_cost() OWNER TO training_daemon;
-ALTER FUNCTION public.training_jobs_notify_user() OWNER TO training_daemon;
-REVOKE CREATE ON SCHEMA public FROM training_daemon;
-
 REVOKE EXECUTE ON FUNCTION
-    public.training_jobs_results(), public.training_jobs_record_cost(), public.training_jobs_notify_user()
+    public.training_jobs_results(), public.training_jobs_correct_cost(),
+    public.training_record_cost(public.training_jobs), public.training_notify_user(public.training_jobs)
 FROM PUBLIC, anon, authenticated, service_role;
+GRANT EXECUTE ON FUNCTION
+    public.training_record_cost(public.training_jobs), public.training_notify_user(public.training_jobs)
+TO training_daemon;
 
 CREATE OR REPLACE TRIGGER training_jobs_results
-    BEFORE UPDATE ON public.training_jobs
+    BEFORE UPDATE OF result ON public.training_jobs
     FOR EACH ROW
     WHEN (NEW.status = 'completed' AND OLD.status IS DISTINCT FROM NEW.status AND NEW.lease_epoch > 0)
     EXECUTE FUNCTION public.training_jobs_results();
 
-CREATE OR REPLACE TRIGGER training_jobs_record_cost
-    AFTER UPDATE ON public.training_jobs
+CREATE OR REPLACE TRIGGER training_jobs_correct_cost
+    AFTER UPDATE OF final_cost ON public.training_jobs
     FOR EACH ROW
     WHEN (
-        NEW.status IN ('completed', 'failed', 'cancelled')
-        AND NEW.lease_epoch > 0
-        AND NEW.final_cost IS NOT NULL
-        AND (OLD.status IS DISTINCT FROM NEW.status OR OLD.final_cost IS DISTINCT FROM NEW.final_cost)
+        NEW.status = 'cancelled' AND OLD.status = 'cancelled' AND NEW.lease_epoch > 0
+        AND OLD.final_cost IS DISTINCT FROM NEW.final_cost
     )
-    EXECUTE FUNCTION public.training_jobs_record_cost();
-
-CREATE OR REPLACE TRIGGER training_jobs_notify_user
-    AFTER UPDATE ON public.training_jobs
-    FOR EACH ROW
-    -- Only the moves that the function knows: a claim or a requeue does not even call it.
-    WHEN (
-        OLD.status IS DISTINCT FROM NEW.status
-        AND NEW.lease_epoch > 0
-        AND (NEW.status IN ('completed', 'failed', 'cancelled') OR (NEW.status = 'running' AND NEW.attempt = 1))
-    )
-    EXECUTE FUNCTION public.training_jobs_notify_user();
+    EXECUTE FUNCTION public.training_jobs_correct_cost();

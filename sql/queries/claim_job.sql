@@ -78,20 +78,18 @@ lease AS (
     RETURNING job_id, epoch, claimed_at
 ),
 claimed AS (
+    -- `due` and `run_after` are the guard's: named here, they would call the trigger that wakes other daemons.
     UPDATE training_jobs AS job
     SET status = 'initializing',
         current_stage = 'setup',
         lease_epoch = lease.epoch,
         attempt = job.attempt + 1,
         retry_count = job.attempt,
-        due = false,
-        run_after = NULL,
         progress = 0,
         current_epoch = 0,
         current_step = 0,
         started_at = coalesce(job.started_at, lease.claimed_at),
         completed_at = NULL,
-        final_cost = NULL,
         error_code = NULL,
         error_message = NULL,
         error_hint = NULL,
@@ -99,28 +97,29 @@ claimed AS (
         last_progress_at = lease.claimed_at
     FROM lease
     WHERE job.id = lease.job_id
-    RETURNING job.*, lease.claimed_at
+    RETURNING
+        job.id,
+        job.lease_epoch,
+        job.attempt,
+        job.max_attempts,
+        job.user_id,
+        job.dataset_id,
+        job.need_gpus,
+        job.base_model,
+        job.hyperparameters,
+        job.gpu_config,
+        job.dataset_url,
+        job.callback_url,
+        job.queued_at,
+        lease.claimed_at,
+        job.started_at,
+        coalesce(job.current_cost, 0)::float8 AS spent,
+        job.max_cost::float8 AS max_cost,
+        job.deadline_at
 )
 SELECT
     (SELECT count(*) FROM candidates) AS seen,
-    claimed.id,
-    claimed.lease_epoch,
-    claimed.attempt,
-    claimed.max_attempts,
-    claimed.user_id,
-    claimed.dataset_id,
-    claimed.need_gpus,
-    claimed.base_model,
-    claimed.hyperparameters,
-    claimed.gpu_config,
-    claimed.dataset_url,
-    claimed.callback_url,
-    claimed.queued_at,
-    claimed.claimed_at,
-    claimed.started_at,
-    coalesce(claimed.current_cost, 0)::float8 AS spent,
-    claimed.max_cost::float8 AS max_cost,
-    claimed.deadline_at,
+    claimed.*,
     dataset.storage_bucket,
     dataset.storage_path,
     dataset.user_id AS dataset_user_id
