@@ -6,6 +6,7 @@
     │   └── JobDelayed     transient: another attempt may succeed
     ├── LeaseLost          somebody else owns the job now: stop, write nothing
     ├── DatabaseAway       Postgres does not answer: training goes on, try again
+    ├── PointsRefused      the app's metrics_points takes no points: training goes on without them
     └── HostUnfit          this host cannot work as configured: exit 78, do not restart
 
 Cancelling and shutting down are outcomes, not errors (see daemon.job).
@@ -48,6 +49,10 @@ class LeaseLost(TrainerError):
 
 class DatabaseAway(TrainerError):
     """Postgres cannot be reached, or the connection broke in the middle of a statement."""
+
+
+class PointsRefused(TrainerError):
+    """The table of the charts is the app's own, and it refuses: a column that we do not know, a trigger, a grant."""
 
 
 class HostUnfit(TrainerError):

@@ -15,7 +15,7 @@ from typing import Any, assert_never
 import structlog
 
 from daemon.cost import Meter
-from daemon.errors import DatabaseAway, LeaseLost
+from daemon.errors import DatabaseAway, LeaseLost, PointsRefused
 from daemon.host import GpuLoad
 from daemon.job import Lease
 from daemon.store import MetricPoint, Store
@@ -107,6 +107,7 @@ class Reporter:
         self._story: deque[_StoryLine] = deque(maxlen=MAX_STORY)
         self._points: dict[int, MetricPoint] = {}
         self._last_point: MetricPoint | None = None
+        self._points_refused = False
 
     # -- what is said ------------------------------------------------------------------------------------------
 
@@ -287,6 +288,7 @@ class Reporter:
             await self._write_plan()
             await self._write_story()
             await self._write_points()
+            await self._write_story()  # what the points' table had to say
             await self._write_standing()
         except DatabaseAway:
             self._dirty.set()
@@ -304,7 +306,10 @@ class Reporter:
                 self._plan_to_write = None
         if (step := self._resumed_at) is not None:
             # Steps after the checkpoint are trained again: their old points would show twice.
-            await self._store.forget_metrics(self._lease, step)
+            try:
+                await self._store.forget_metrics(self._lease, step)
+            except PointsRefused as error:
+                self._tell_of_refused_points(error)
             self._resumed_at = None
 
     async def _write_story(self) -> None:
@@ -317,10 +322,20 @@ class Reporter:
     async def _write_points(self) -> None:
         while self._points:
             batch = dict(list(self._points.items())[:POINTS_A_WRITE])
-            await self._store.record_metrics(self._lease, list(batch.values()))
+            try:
+                await self._store.record_metrics(self._lease, list(batch.values()))
+            except PointsRefused as error:
+                # The next ones are tried all the same: who mends the table sees the curve go on.
+                self._tell_of_refused_points(error)
             for step, point in batch.items():
                 if self._points.get(step) is point:
                     del self._points[step]
+
+    def _tell_of_refused_points(self, error: PointsRefused) -> None:
+        if not self._points_refused:
+            words = f"The table metrics_points takes no points; training goes on: {error}"
+            self.tell("points_refused", words, {"reason": str(error)})
+        self._points_refused = True
 
     async def _write_standing(self) -> None:
         if self._must_start:

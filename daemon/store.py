@@ -13,11 +13,12 @@ from importlib import resources
 from typing import Any, Literal
 from uuid import UUID
 
+import psycopg
 from psycopg.types.json import Jsonb
 
 from daemon.columns import clamp_numeric, clean_json, clean_text, fit_integer, fit_numeric
 from daemon.database import Database
-from daemon.errors import LeaseLost
+from daemon.errors import HostUnfit, LeaseLost, PointsRefused
 from daemon.job import ClaimedJob, Completed, Failed, JobDataset, Lease, State
 
 # How many of the first due jobs one claim looks at; more only when others were quicker with all of these.
@@ -272,7 +273,9 @@ class Store:
         return sequence
 
     async def record_metrics(self, lease: Lease, points: Sequence[MetricPoint]) -> None:
-        """Points for the charts, fitted to their columns; what did not fit is told once in the story."""
+        """Points for the charts, fitted to their columns; what did not fit is told once in the story.
+
+        Raises PointsRefused where the table takes none of them."""
         # The last of a step wins: one statement cannot write one point twice.
         rows: dict[int, dict[str, Any]] = {}
         misfits: dict[str, str] = {}
@@ -280,8 +283,7 @@ class Store:
             row = _point_row(point, misfits)
             if row is not None:
                 rows[row["step"]] = row
-        answer = await self._run("record_metrics", _named(lease) | {"points": Jsonb(list(rows.values()))})
-        _require_held(answer[0]["held"], lease)
+        await self._chart("record_metrics", lease, {"points": Jsonb(list(rows.values()))})
         news = {
             name: shown for name, shown in misfits.items() if (lease.job_id, lease.epoch, name) not in self._noticed
         }
@@ -293,9 +295,8 @@ class Store:
             )
 
     async def forget_metrics(self, lease: Lease, after_step: int) -> None:
-        """Delete the points after a resumed checkpoint's step."""
-        answer = await self._run("forget_metrics", _named(lease) | {"after_step": after_step})
-        _require_held(answer[0]["held"], lease)
+        """Delete the points after a resumed checkpoint's step. Raises PointsRefused."""
+        await self._chart("forget_metrics", lease, {"after_step": after_step})
 
     async def record_event(self, lease: Lease, kind: str, message: str, data: Mapping[str, Any]) -> None:
         """One line of the job's story; also after a cancel, until the lease ends."""
@@ -445,6 +446,13 @@ class Store:
 
     async def _run(self, name: str, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
         return await self._database.fetch(statement(name), parameters)
+
+    async def _chart(self, name: str, lease: Lease, values: Mapping[str, Any]) -> None:
+        try:
+            answer = await self._run(name, {**_named(lease), **values})
+        except (psycopg.Error, HostUnfit) as error:
+            raise PointsRefused(str(error).strip().split("\n", 1)[0]) from error
+        _require_held(answer[0]["held"], lease)
 
     async def _fenced(self, name: str, lease: Lease, values: Mapping[str, Any]) -> list[dict[str, Any]]:
         rows = await self._run(name, {**_named(lease), **values})

@@ -208,6 +208,37 @@ async def test_while_the_database_is_away_everything_is_kept_and_written_when_it
     assert [point["step"] for point in claimed.points()] == [1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    "sabotage",
+    [
+        "DROP TABLE metrics_points CASCADE",
+        "ALTER TABLE metrics_points ADD COLUMN must_have integer NOT NULL",
+        "REVOKE ALL ON metrics_points FROM training_daemon",
+        "ALTER TABLE metrics_points ADD CONSTRAINT nothing_more CHECK (step < 0)",
+    ],
+)
+async def test_a_table_of_points_that_refuses_everything_costs_the_curve_and_nothing_else(
+    claimed: Claimed, sabotage: str
+) -> None:
+    claimed.app.run(sabotage)
+    reporter = claimed.reporter()
+    for number in (1, 2):
+        reporter.report(claimed.step(number))
+        await reporter.flush()
+    reporter.report(events.Notice(job_id=str(claimed.id), code="resumed", message="…", data={"step": 1}))
+    reporter.report(claimed.step(3))
+    await reporter.flush()
+    row = claimed.app.job(claimed.id)
+    assert (row["status"], row["current_step"]) == ("running", 3)
+    assert claimed.app.story(claimed.id).count("points_refused") == 1
+    assert not claimed.refusals
+    if "must_have" in sabotage:
+        claimed.app.run("ALTER TABLE metrics_points DROP COLUMN must_have")
+        reporter.report(claimed.step(4))
+        await reporter.flush()
+        assert [point["step"] for point in claimed.points()] == [4], "the curve goes on when the table is mended"
+
+
 async def test_a_card_that_says_nothing_leaves_its_numbers_empty(claimed: Claimed) -> None:
     meter = Meter(price=None, num_gpus=1, already_spent=0.0)
     reporter = Reporter(
