@@ -35,6 +35,7 @@ from daemon.settlement import settle
 from daemon.stop import Stop, StopReason
 from daemon.storage import Storage
 from daemon.store import Store
+from daemon.tidying import Remains
 from daemon.trackers import Tracking, choose_trackers
 from daemon.uploads import note_adapter
 from daemon.warm import Trainers
@@ -92,12 +93,15 @@ class Attempt:
         self._places = places
         self._early = early
         self._on_near_end = on_near_end
+        self._stored = False
+        # Where nobody is called the outbox has no news of this job: the courier need not look.
+        self._tell = collaborators.courier.wake if job.callback_url is not None else lambda: None
 
-    async def run(self) -> None:
+    async def run(self) -> Remains:
         """Hold the lease, do the work, write the ending. Nothing of it runs any more on return."""
         job = self._job
         structlog.contextvars.bind_contextvars(job_id=str(job.id), attempt=job.attempt)
-        self._with.courier.wake()  # the claim is news
+        self._tell()  # the claim is news
         async with self._with.leases.hold(job.lease, self._stop) as held:
             reporter = self._reporter(held)
             writing = asyncio.create_task(reporter.run())
@@ -111,16 +115,10 @@ class Attempt:
                 if self._early is not None:
                     self._early.discard()
             self._with.courier.forget(job.id)
-            await settle(
-                job,
-                outcome,
-                reporter,
-                store=self._with.store,
-                storage=self._with.storage,
-                settings=self._with.settings,
-            )
-        self._with.courier.wake()
+            ending = await settle(job, outcome, reporter, store=self._with.store, settings=self._with.settings)
+            self._tell()
         log.info("attempt_settled", outcome=type(outcome).__name__.lower(), seconds=round(reporter.attempt_seconds, 1))
+        return Remains(job, ending, self._stored)
 
     def _reporter(self, held: HeldLease) -> Reporter:
         asked_price, num_gpus = _asked_price(self._job)
@@ -136,7 +134,7 @@ class Attempt:
             meter=meter,
             on_refused=held.doubt,
             read_load=(lambda: read_load(self._places[0])) if on_gpu else (lambda: None),
-            on_moved=self._with.courier.wake,
+            on_moved=self._tell,
             on_written=lambda status: self._with.courier.send_progress(self._job, status),
         )
 
@@ -260,6 +258,7 @@ class Attempt:
         """Note what will be stored, then store it: whatever happens in between, somebody knows what may lie there."""
         job, storage = self._job, self._with.storage
         await note_adapter(self._with.store, job, storage.bucket)
+        self._stored = True
         return await publish_adapter(storage, adapter_dir, job.id, job.lease_epoch, manifest_facts, work_dir)
 
 

@@ -9,47 +9,36 @@ from typing import assert_never
 import structlog
 
 from daemon.errors import DatabaseAway, LeaseLost
-from daemon.job import Cancelled, ClaimedJob, Completed, Failed, Outcome, Released, State, Superseded
+from daemon.job import Cancelled, ClaimedJob, Completed, Failed, Outcome, Released, Superseded
 from daemon.reporter import Reporter
 from daemon.settings import Settings
-from daemon.storage import Storage
 from daemon.store import Ending, Store
-from daemon.uploads import sweep_job
-from daemon.workspace import Workspace
 
 log = structlog.get_logger()
 
 AWAY_SECONDS = 1.0
 MAX_BACKOFF_SECONDS = 3600.0
+LAST_WORDS_TRIES = 3
 
 
 async def settle(
-    job: ClaimedJob, outcome: Outcome, reporter: Reporter, *, store: Store, storage: Storage, settings: Settings
-) -> None:
-    """Write the ending and tidy up after it. Whoever lost the lease writes nothing and removes only its own files."""
-    workspace = Workspace(settings.work_dir / str(job.id), job.lease_epoch)
-    ending = await _write(job, outcome, reporter, store, settings)
-    if ending is not None:
-        # The row says now which objects count. Without an ending it may be another host's: the hourly sweep finds out.
-        await sweep_job(store, storage, job.id, settings.keep_days)
-    if ending is None or ending.state is not State.COMPLETED:
-        # Whoever retries goes on from the checkpoints; what nobody retries is tidied away.
-        workspace.forget_attempt()
-        return
-    workspace.remove()
-
-
-async def _write(
-    job: ClaimedJob, outcome: Outcome, reporter: Reporter, store: Store, settings: Settings
+    job: ClaimedJob, outcome: Outcome, reporter: Reporter, *, store: Store, settings: Settings
 ) -> Ending | None:
-    """Move the job, after the last of its progress. None when it is not ours any more."""
+    """Write the ending. None when the job is not ours any more: whoever lost the lease writes nothing."""
     if isinstance(outcome, Superseded):
         log.warning("attempt_superseded")
         return None
     give_up_at = asyncio.get_running_loop().time() + settings.drain_seconds
+    unheard = 0
     while True:
         try:
-            await _last_words(reporter)
+            try:
+                await _last_words(reporter)
+            except DatabaseAway:
+                unheard += 1
+                # A database that is away takes neither. One that only has the charts' table locked takes the ending.
+                if unheard < LAST_WORDS_TRIES:
+                    raise
             ending = await _move(job, outcome, reporter.cost, store, settings)
         except LeaseLost:
             log.warning("ending_refused", outcome=type(outcome).__name__.lower())

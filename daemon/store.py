@@ -39,10 +39,12 @@ class Claim:
 class Ending:
     """How an ending ended: `moved` False means that the job was cancelled (or submitted again) meanwhile.
 
-    `state` is where the job is now: a retry without an attempt left says `failed` here."""
+    `state` is where the job is now: a retry without an attempt left says `failed` here. `noted` False: nothing of
+    the job lies in Storage."""
 
     moved: bool
     state: State | None
+    noted: bool
 
 
 @dataclass(frozen=True)
@@ -464,19 +466,20 @@ class Store:
     ) -> Ending:
         named = _named(lease) | {"cost": fit_numeric(cost, 10, 2)}
         row = (await self._run(name, {**named, **values}))[0]
+        noted = row["noted"]
         if row["state"] is not None:
-            return Ending(True, State(row["state"]))
+            return Ending(True, State(row["state"]), noted)
         if row["ended"] and name != "end_cancelled_job":
             settled = await self._run("settle_cancelled_job", named)
             if settled:
-                return Ending(False, State.CANCELLED)
+                return Ending(False, State.CANCELLED, noted)
         found = await self._run("read_job_state", _named(lease))
         state = State(found[0]["state"]) if found else None
         if row["ended"]:
-            return Ending(False, state)
+            return Ending(False, state, noted)
         # No lease, yet our epoch and the state that we asked for: the answer was lost, not the ending.
         if state in wanted:
-            return Ending(True, state)
+            return Ending(True, state, noted)
         raise LeaseLost(f"the lease {lease.epoch} of job {lease.job_id} is not ours any more")
 
 

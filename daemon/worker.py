@@ -19,6 +19,7 @@ from daemon.lookahead import Lookahead
 from daemon.presence import Load, say_goodbye, stay_present
 from daemon.reaper import reap_for_ever
 from daemon.stop import Stop, StopReason
+from daemon.tidying import Remains, Tidying
 from daemon.waiting import wait_at_most
 from daemon.workspace import tidy_for_ever
 
@@ -27,6 +28,7 @@ log = structlog.get_logger()
 AWAY_SECONDS = 1.0
 MAX_LOST_RACES = 8
 RACE_SECONDS = 0.25
+PROMOTE_SECONDS = 1.0
 
 
 class Worker:
@@ -38,13 +40,15 @@ class Worker:
         self._pool = GpuPool(collaborators.host, collaborators.settings.slots)
         self._wake = asyncio.Event()
         self._closing = asyncio.Event()
-        self._attempts: dict[asyncio.Task[None], tuple[ClaimedJob, Stop]] = {}
+        self._attempts: dict[asyncio.Task[Remains], tuple[ClaimedJob, Stop]] = {}
+        self._tidying = Tidying(collaborators.store, collaborators.storage, collaborators.settings)
         self._lookahead = Lookahead(collaborators.settings, collaborators.host, collaborators.storage)
-        self._near_end: dict[asyncio.Task[None], tuple[int, ...]] = {}
+        self._near_end: dict[asyncio.Task[Remains], tuple[int, ...]] = {}
         self._claiming = asyncio.Lock()
         self._paused = False
         # The claim may have been made all the same: the job would wait a lease for nobody.
         self._answer_lost = False
+        self._promote_at = 0.0
         self._idle_since = time.monotonic()
 
     async def run(self) -> None:
@@ -67,6 +71,7 @@ class Worker:
             self._lookahead.stop()
             await asyncio.gather(*chores, self._lookahead.ended(), return_exceptions=True)
         await say_goodbye(self._store, self._host)
+        await self._tidying.finish()
 
     def _chores(self) -> list[Coroutine[None, None, None]]:
         """What goes on beside the claiming, drain included."""
@@ -111,11 +116,13 @@ class Worker:
                 if lost_races == MAX_LOST_RACES:
                     return RACE_SECONDS
             if not self._pool.has_room:
-                # A queue that is never empty must not starve the scheduled jobs.
-                await self._store.promote_due_jobs()
+                # A queue that is never empty must not starve the scheduled jobs; a burst need not ask for each job.
+                if time.monotonic() >= self._promote_at:
+                    self._promote_at = time.monotonic() + PROMOTE_SECONDS
+                    await self._store.promote_due_jobs()
                 await self._look_ahead()
-            else:
-                self._lookahead.drop()
+                return settings.poll_seconds  # the place that becomes free wakes us
+            self._lookahead.drop()
             due_in = await self._store.next_due_in()
         except DatabaseAway as error:
             log.warning("claim_failed", error=str(error))
@@ -143,7 +150,7 @@ class Worker:
         if dataset is not None:
             self._lookahead.guess(dataset)
 
-    def begin(self, job: ClaimedJob) -> asyncio.Task[None]:
+    def begin(self, job: ClaimedJob) -> asyncio.Task[Remains]:
         """Run an attempt of a job that has been claimed for this host; the task ends when it is settled."""
         log.info(
             "job_claimed",
@@ -165,14 +172,18 @@ class Worker:
         task = asyncio.create_task(attempt.run(), name=f"attempt {job.id}")
         self._attempts[task] = (job, stop)
 
-        def ended(done: asyncio.Task[None]) -> None:
+        def ended(done: asyncio.Task[Remains]) -> None:
             del self._attempts[done]
             self._near_end.pop(done, None)
             self._pool.give_back(places)
             self._idle_since = time.monotonic()
             self._wake.set()
-            if not done.cancelled() and (error := done.exception()) is not None:
+            if done.cancelled():
+                return
+            if (error := done.exception()) is not None:
                 log.error("attempt_crashed", job_id=str(job.id), exc_info=error)
+                return
+            self._tidying.begin(done.result())
 
         task.add_done_callback(ended)
         return task

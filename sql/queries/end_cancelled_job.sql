@@ -1,5 +1,6 @@
 -- A cancelled job's child is gone: its lease ends, its final cost and what was saved are recorded.
 -- Always one row. `ended` = 0: the lease is lost. No state: the job is not cancelled (it was submitted again).
+-- `noted`: something of the job may lie in Storage.
 WITH ended AS (
     DELETE FROM training_leases AS lease
     WHERE lease.job_id = %(job_id)s
@@ -21,4 +22,7 @@ told AS (
     SELECT ended.job_id, ended.epoch, 'stopped', 'the trainer of the cancelled job has ended', %(data)s
     FROM ended
 )
-SELECT (SELECT count(*) FROM ended) AS ended, (SELECT settled.status FROM settled) AS state
+SELECT
+    (SELECT count(*) FROM ended) AS ended,
+    (SELECT settled.status FROM settled) AS state,
+    EXISTS (SELECT FROM training_uploads AS upload WHERE upload.job_id = %(job_id)s) AS noted

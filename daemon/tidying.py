@@ -1,0 +1,84 @@
+"""What a settled attempt leaves on this disk and in Storage, removed once its place is free and nobody waits for it.
+
+What is not reached here is found again: objects by their notes in the database (any daemon's hourly sweep), folders
+by their age.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+import structlog
+
+from daemon.errors import JobError
+from daemon.job import ClaimedJob, State
+from daemon.pack import withdraw_adapter
+from daemon.settings import Settings
+from daemon.storage import Storage
+from daemon.store import Ending, Store
+from daemon.uploads import sweep_job
+from daemon.workspace import Workspace
+
+log = structlog.get_logger()
+
+# A platform gives a stopping container about half a minute; what is left then is found again.
+FINISH_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Remains:
+    """A settled attempt. `ending` None: its job is somebody else's now. `stored`: it had begun to store its adapter."""
+
+    job: ClaimedJob
+    ending: Ending | None
+    stored: bool
+
+
+class Tidying:
+    """Tidies up after attempts, each in the background."""
+
+    def __init__(self, store: Store, storage: Storage, settings: Settings) -> None:
+        self._store = store
+        self._storage = storage
+        self._settings = settings
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def begin(self, remains: Remains) -> None:
+        """Tidy up after this attempt; never waits."""
+        task = asyncio.create_task(self._tidy(remains), name=f"tidying {remains.job.id}")
+        self._tasks.add(task)
+
+        def ended(done: asyncio.Task[None]) -> None:
+            self._tasks.discard(done)
+            if not done.cancelled() and (error := done.exception()) is not None:
+                log.error("tidying_crashed", job_id=str(remains.job.id), exc_info=error)
+
+        task.add_done_callback(ended)
+
+    async def finish(self) -> None:
+        """Wait for what is under way, but not for long."""
+        tasks = set(self._tasks)
+        if tasks:
+            await asyncio.wait(tasks, timeout=FINISH_SECONDS)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _tidy(self, remains: Remains) -> None:
+        job, ending = remains.job, remains.ending
+        workspace = Workspace(self._settings.work_dir / str(job.id), job.lease_epoch)
+        if ending is not None and ending.state is State.COMPLETED:
+            await asyncio.to_thread(workspace.remove)
+        else:
+            # Whoever retries goes on from the checkpoints; what nobody retries is removed by its age.
+            await asyncio.to_thread(workspace.forget_attempt)
+        if ending is not None and ending.noted:
+            # The row says now which objects count.
+            await sweep_job(self._store, self._storage, job.id, self._settings.keep_days)
+        if ending is None and remains.stored:
+            # Our successor may have swept already, before our last bytes came: these names are ours alone.
+            try:
+                await withdraw_adapter(self._storage, job.id, job.lease_epoch)
+            except JobError as error:
+                log.warning("leftovers_kept", error=str(error))
