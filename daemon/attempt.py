@@ -257,7 +257,7 @@ class Attempt:
     async def _publish(self, adapter_dir: Path, manifest_facts: dict[str, Any], work_dir: Path) -> Completed:
         """Note what will be stored, then store it: whatever happens in between, somebody knows what may lie there."""
         job, storage = self._job, self._with.storage
-        await note_adapter(self._with.store, job, storage.bucket)
+        await note_adapter(self._with.store, job, storage.location)
         self._stored = True
         return await publish_adapter(storage, adapter_dir, job.id, job.lease_epoch, manifest_facts, work_dir)
 

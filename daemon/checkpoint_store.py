@@ -129,7 +129,7 @@ class CheckpointStore:
     async def _ask(self) -> list[NotedUpload]:
         while True:
             try:
-                return await self._store.stored_checkpoints(self._job.id, self._storage.bucket)
+                return await self._store.stored_checkpoints(self._job.id, self._storage.location)
             except DatabaseAway as error:
                 log.warning("checkpoint_not_asked_for", error=str(error))
                 await asyncio.sleep(AWAY_SECONDS)
@@ -207,7 +207,7 @@ class CheckpointStore:
         folder = f"checkpoints/{self._job.id}/e{self._job.lease_epoch}-step{step}"
         hashes = {**manifest.files, MANIFEST: manifest_sha256}
         objects = [f"{folder}/{name}" for name in hashes]
-        await self._store.note_upload(self._job.lease, "checkpoint", self._storage.bucket, objects, step=step)
+        await self._store.note_upload(self._job.lease, "checkpoint", self._storage.location, objects, step=step)
         size = 0
         for name, sha256 in hashes.items():
             stored = await self._storage.upload(
@@ -216,7 +216,7 @@ class CheckpointStore:
             size += stored.bytes
         await self._store.finish_checkpoint_upload(self._job.lease, step, manifest_sha256=manifest_sha256, size=size)
         self.tell("checkpoint_stored", f"Checkpoint of step {step} in Storage.", {"step": step, "bytes": size})
-        for other in await self._store.stored_checkpoints(self._job.id, self._storage.bucket):
+        for other in await self._store.stored_checkpoints(self._job.id, self._storage.location):
             if (other.epoch, other.step) != (self._job.lease_epoch, step):
                 await withdraw(self._store, self._storage, other)
 

@@ -14,14 +14,17 @@ import os
 import re
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Protocol
+from uuid import uuid4
 
 from daemon.errors import JobDelayed, JobFailed
 from daemon.settings import Settings
 from training.events import ErrorCode
 
 READ_BYTES = 1024 * 1024
+IDENTITY_FILE = ".storage-id"
 
 # What Supabase Storage accepts as a key: ASCII without '#', '%' and backslash.
 _OBJECT_PATH = re.compile(r"^[A-Za-z0-9!_.*'()&$@=;:+,?\- /]{1,900}$")
@@ -34,6 +37,14 @@ class StoredObject:
     path: str
     bytes: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class Location:
+    """Which bucket, and of which storage: two projects, or two hosts' folders, may each have one of the same name."""
+
+    storage: str
+    bucket: str
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,10 @@ class Storage(Protocol):
     @property
     def bucket(self) -> str:
         """The bucket that adapters go to."""
+
+    @property
+    def location(self) -> Location:
+        """Where that bucket is, in the same words on every host that sees it. May raise JobDelayed."""
 
     async def open_dataset(self, bucket: str, path: str) -> DatasetSource:
         """Where a dataset can be read now. Raises JobFailed(dataset_unreachable) when there is none."""
@@ -98,6 +113,10 @@ class FolderStorage:
     @property
     def bucket(self) -> str:
         return self._bucket
+
+    @cached_property
+    def location(self) -> Location:
+        return Location(f"folder {_identity_of(self._root)}", self._bucket)
 
     async def open_dataset(self, bucket: str, path: str) -> DatasetSource:
         file = self._locate(bucket, path)
@@ -221,6 +240,21 @@ def _copy_atomically(source: Path, target: Path) -> int:
     except OSError as error:
         hidden.unlink(missing_ok=True)
         raise storage_trouble(target, error) from error
+
+
+def _identity_of(root: Path) -> str:
+    """The folder's own name, kept in it: hosts that mount it agree on it, whatever they and the path are called."""
+    file = root / IDENTITY_FILE
+    try:
+        if not file.exists():
+            root.mkdir(parents=True, exist_ok=True)
+            hidden = file.with_name(f"{IDENTITY_FILE}.{os.getpid()}.part")
+            hidden.write_text(f"{uuid4()}\n")
+            hidden.replace(file)
+        # Read back: somebody else may have named it in the same moment.
+        return file.read_text().strip()
+    except OSError as error:
+        raise storage_trouble(file, error) from error
 
 
 def storage_trouble(target: Path, error: OSError) -> JobDelayed:

@@ -20,6 +20,7 @@ from daemon.columns import clamp_numeric, clean_json, clean_text, fit_integer, f
 from daemon.database import Database
 from daemon.errors import HostUnfit, LeaseLost, PointsRefused
 from daemon.job import ClaimedJob, Completed, Failed, JobDataset, Lease, State
+from daemon.storage import Location
 
 # How many of the first due jobs one claim looks at; more only when others were quicker with all of these.
 _WINDOWS = (8, 64, 512)
@@ -352,32 +353,32 @@ class Store:
     # What lies in Storage.
 
     async def note_upload(
-        self, lease: Lease, kind: UploadKind, bucket: str, objects: Sequence[str], *, step: int = 0
+        self, lease: Lease, kind: UploadKind, location: Location, objects: Sequence[str], *, step: int = 0
     ) -> None:
         """These objects may be there from now on: before the first byte is sent. `step` is a checkpoint's."""
-        await self._fenced("note_upload", lease, {"kind": kind, "step": step, "bucket": bucket, "objects": [*objects]})
+        values = {"kind": kind, "step": step, "objects": [*objects]} | _at(location)
+        await self._fenced("note_upload", lease, values)
 
     async def finish_checkpoint_upload(self, lease: Lease, step: int, *, manifest_sha256: str, size: int) -> None:
         """The checkpoint is stored and was read back, its manifest last. `size` in bytes."""
         values = {"step": step, "manifest_sha256": manifest_sha256, "bytes": size}
         await self._fenced("finish_checkpoint_upload", lease, values)
 
-    async def stored_checkpoints(self, job_id: UUID, bucket: str) -> list[NotedUpload]:
+    async def stored_checkpoints(self, job_id: UUID, location: Location) -> list[NotedUpload]:
         """The latest attempt's newest first; those without a `manifest_sha256` are not whole."""
-        rows = await self._run("read_stored_checkpoints", {"job_id": job_id, "bucket": bucket})
+        rows = await self._run("read_stored_checkpoints", {"job_id": job_id} | _at(location))
         return [NotedUpload(**row) for row in rows]
 
     async def leftovers(
-        self, bucket: str, *, job_id: UUID | None, idle_seconds: float, keep_seconds: float, limit: int
+        self, location: Location, *, job_id: UUID | None, idle_seconds: float, keep_seconds: float, limit: int
     ) -> list[NotedUpload]:
         """What nobody needs any more, of one job or of all. `keep_seconds`: how long a checkpoint outlives its job."""
         values = {
-            "bucket": bucket,
             "job_id": job_id,
             "idle_seconds": idle_seconds,
             "keep_seconds": keep_seconds,
             "limit": limit,
-        }
+        } | _at(location)
         return [NotedUpload(**row) for row in await self._run("read_leftovers", values)]
 
     async def forget_upload(self, upload: NotedUpload) -> None:
@@ -485,6 +486,10 @@ class Store:
 
 def _named(lease: Lease) -> dict[str, Any]:
     return {"job_id": lease.job_id, "epoch": lease.epoch}
+
+
+def _at(location: Location) -> dict[str, str]:
+    return {"storage": location.storage, "bucket": location.bucket}
 
 
 def _require_held(rows: int, lease: Lease) -> None:

@@ -26,6 +26,7 @@ from daemon.errors import JobDelayed, JobError, JobFailed
 from daemon.storage import (
     READ_BYTES,
     DatasetSource,
+    Location,
     SignedUrl,
     StoredObject,
     dataset_absent,
@@ -68,6 +69,7 @@ class SupabaseStorage:
         first_wait_seconds: float = FIRST_WAIT_SECONDS,
         client: httpx.AsyncClient | None = None,
     ) -> None:
+        self._location = Location(url.rstrip("/"), bucket)
         self._base = f"{url.rstrip('/')}/storage/v1"
         self._tus_endpoint = f"{_direct_host(url.rstrip('/'))}/storage/v1/upload/resumable"
         self._bucket = bucket
@@ -83,6 +85,10 @@ class SupabaseStorage:
     @property
     def bucket(self) -> str:
         return self._bucket
+
+    @property
+    def location(self) -> Location:
+        return self._location
 
     async def close(self) -> None:
         await self._client.aclose()

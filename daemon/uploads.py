@@ -14,7 +14,7 @@ import structlog
 from daemon.errors import DatabaseAway, JobError
 from daemon.job import ClaimedJob
 from daemon.pack import object_names
-from daemon.storage import Storage
+from daemon.storage import Location, Storage
 from daemon.store import NotedUpload, Store
 
 log = structlog.get_logger()
@@ -26,12 +26,12 @@ IDLE_SECONDS = 3600.0
 NOTES_A_SWEEP = 100
 
 
-async def note_adapter(store: Store, job: ClaimedJob, bucket: str) -> None:
+async def note_adapter(store: Store, job: ClaimedJob, location: Location) -> None:
     """Note the objects of this attempt's adapter, however long the database is away. Raises LeaseLost."""
     objects = object_names(job.id, job.lease_epoch).all()
     while True:
         try:
-            return await store.note_upload(job.lease, "adapter", bucket, objects)
+            return await store.note_upload(job.lease, "adapter", location, objects)
         except DatabaseAway as error:
             log.warning("upload_delayed", error=str(error))
             await asyncio.sleep(AWAY_SECONDS)
@@ -52,7 +52,7 @@ async def sweep_for_ever(store: Store, storage: Storage, keep_days: float) -> No
 async def _sweep(store: Store, storage: Storage, *, job_id: UUID | None, idle_seconds: float, keep_days: float) -> None:
     try:
         leftovers = await store.leftovers(
-            storage.bucket,
+            storage.location,
             job_id=job_id,
             idle_seconds=idle_seconds,
             keep_seconds=keep_days * 86_400.0,

@@ -1,15 +1,17 @@
--- What attempts may have put into the bucket and no finished row names yet: no file there is unaccounted for.
+-- What attempts may have put into Storage and no finished row names yet: no file there is unaccounted for.
 
 SET LOCAL lock_timeout = '1s';
 
 -- Noted before the first byte is sent, forgotten when the objects are deleted or the job's row names them. No foreign
 -- key: the note outlives the job's row, so that the files of a deleted job are still found. `manifest_sha256` stands
--- when a checkpoint is stored as a whole, its manifest last; only then may another host resume from it.
+-- when a checkpoint is stored as a whole, its manifest last; only then may another host resume from it. `storage` says
+-- which one: two projects, or the folders of two hosts, may each have a bucket of the same name.
 CREATE TABLE IF NOT EXISTS public.training_uploads (
     job_id uuid NOT NULL,
     epoch bigint NOT NULL,
     kind text NOT NULL,
     step integer NOT NULL DEFAULT 0,
+    storage text NOT NULL,
     bucket text NOT NULL,
     objects text[] NOT NULL,
     manifest_sha256 text,

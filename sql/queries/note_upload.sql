@@ -1,7 +1,7 @@
--- These objects may lie in the bucket from now on. Written before the first byte is sent.
+-- These objects may lie in this storage's bucket from now on. Written before the first byte is sent.
 -- No row means that the lease is lost: nothing may be stored.
-INSERT INTO training_uploads AS upload (job_id, epoch, kind, step, bucket, objects)
-SELECT held.job_id, held.epoch, %(kind)s, %(step)s, %(bucket)s, %(objects)s
+INSERT INTO training_uploads AS upload (job_id, epoch, kind, step, storage, bucket, objects)
+SELECT held.job_id, held.epoch, %(kind)s, %(step)s, %(storage)s, %(bucket)s, %(objects)s
 FROM (
     SELECT lease.job_id, lease.epoch
     FROM training_leases AS lease
@@ -10,7 +10,8 @@ FROM (
     FOR KEY SHARE
 ) AS held
 ON CONFLICT (job_id, epoch, kind, step) DO UPDATE
-SET bucket = excluded.bucket,
+SET storage = excluded.storage,
+    bucket = excluded.bucket,
     objects = excluded.objects,
     manifest_sha256 = NULL,
     bytes = NULL,

@@ -16,7 +16,8 @@ SELECT
     ) AS named
 FROM training_uploads AS upload
 LEFT JOIN training_jobs AS job ON job.id = upload.job_id
-WHERE upload.bucket = %(bucket)s
+WHERE upload.storage = %(storage)s
+  AND upload.bucket = %(bucket)s
   AND (%(job_id)s::uuid IS NULL OR upload.job_id = %(job_id)s)
   AND upload.noted_at <= clock_timestamp() - %(idle_seconds)s * interval '1 second'
   AND NOT EXISTS (SELECT FROM training_leases AS lease WHERE lease.job_id = upload.job_id)

@@ -9,7 +9,7 @@ import pytest
 
 from daemon.errors import JobDelayed, JobFailed
 from daemon.settings import Settings
-from daemon.storage import FolderStorage, LocalFile, open_storage
+from daemon.storage import FolderStorage, LocalFile, Location, open_storage
 from daemon.supabase_storage import SupabaseStorage
 from training.events import ErrorCode
 
@@ -55,6 +55,22 @@ async def test_a_leftover_is_replaced_whole_and_no_part_remains(tmp_path: Path, 
     await storage.upload(file, "a.tar.gz", sha256=SHA256, resume_dir=tmp_path)
     assert [path.name for path in target.parent.iterdir()] == ["a.tar.gz"]
     assert target.read_bytes() == CONTENT
+
+
+def test_a_folder_is_known_by_what_it_keeps_and_not_by_its_path(tmp_path: Path) -> None:
+    here = FolderStorage(tmp_path / "a").location
+    assert FolderStorage(tmp_path / "a").location == here
+    (tmp_path / "mounted elsewhere").symlink_to(tmp_path / "a")
+    assert FolderStorage(tmp_path / "mounted elsewhere").location == here
+    assert FolderStorage(tmp_path / "b").location.storage != here.storage
+    (tmp_path / "file").touch()
+    with pytest.raises(JobDelayed, match="cannot be written"):
+        FolderStorage(tmp_path / "file").location  # noqa: B018 - asking is the test
+
+
+def test_a_project_is_known_by_its_url() -> None:
+    storage = SupabaseStorage("https://abc.supabase.co/", "key", "b")
+    assert storage.location == Location("https://abc.supabase.co", "b")
 
 
 async def test_a_folder_that_cannot_be_used_is_named_before_training(tmp_path: Path) -> None:

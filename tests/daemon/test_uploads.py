@@ -38,14 +38,14 @@ class Place:
     async def uploaded(self) -> ClaimedJob:
         """The job is claimed and everything of its adapter is stored; then its host says nothing more."""
         job = await claimed(self.store)
-        await note_adapter(self.store, job, BUCKET)
+        await note_adapter(self.store, job, self.storage.location)
         for name in object_names(job.id, job.lease_epoch).all():
             self.put(name)
         return job
 
     async def kept_checkpoint(self, job: ClaimedJob, step: int) -> None:
         names = [f"checkpoints/{job.id}/e{job.lease_epoch}-step{step}/{name}" for name in ("weights", "manifest.json")]
-        await self.store.note_upload(job.lease, "checkpoint", BUCKET, names, step=step)
+        await self.store.note_upload(job.lease, "checkpoint", self.storage.location, names, step=step)
         for name in names:
             self.put(name)
         await self.store.finish_checkpoint_upload(job.lease, step, manifest_sha256="0" * 64, size=1)
@@ -60,7 +60,8 @@ class Place:
         file.write_text("content")
 
     def objects(self) -> set[str]:
-        return {file.relative_to(self.root / BUCKET).as_posix() for file in self.root.rglob("*") if file.is_file()}
+        bucket = self.root / BUCKET
+        return {file.relative_to(bucket).as_posix() for file in bucket.rglob("*") if file.is_file()}
 
     def notes(self) -> int:
         return int(self.app.one("SELECT count(*) AS n FROM training_uploads")["n"])
@@ -142,6 +143,22 @@ async def test_a_host_that_dies_after_the_completion_leaves_no_note_for_ever(
     assert place.objects() == set(object_names(second.id, second.lease_epoch).all())
 
 
+async def test_a_bucket_of_the_same_name_elsewhere_is_not_swept(place: Place, tmp_path: Path) -> None:
+    job = await place.uploaded()
+    await place.kept_checkpoint(job, 10)
+    elsewhere = FolderStorage(tmp_path / "another disk", BUCKET)
+    assert await place.store.stored_checkpoints(job.id, elsewhere.location) == []
+    await place.store.fail_job(job.lease, BROKEN, cost=None)
+    before = place.objects()
+    await sweep_job(place.store, elsewhere, job.id, keep_days=0.0)
+    assert place.objects() == before and place.notes() == 2
+    # Another host that mounts the same folder under another path knows it for what it is.
+    mounted = tmp_path / "mounted"
+    mounted.symlink_to(place.root)
+    await sweep_job(place.store, FolderStorage(mounted, BUCKET), job.id, keep_days=0.0)
+    assert place.objects() == set() and place.notes() == 0
+
+
 async def test_what_cannot_be_deleted_now_stays_noted(place: Place) -> None:
     job = await place.uploaded()
     await place.store.fail_job(job.lease, BROKEN, cost=None)
@@ -162,5 +179,5 @@ async def test_whoever_lost_the_lease_stores_nothing(place: Place) -> None:
     job = await claimed(place.store)
     await place.store.release_job(job.lease, "its host goes", cost=None)
     with pytest.raises(LeaseLost):
-        await note_adapter(place.store, job, BUCKET)
+        await note_adapter(place.store, job, place.storage.location)
     assert place.notes() == 0

@@ -31,6 +31,7 @@ from daemon.database import Database
 from daemon.embedded_postgres import EmbeddedPostgres
 from daemon.errors import DatabaseAway, LeaseLost
 from daemon.migrate import migrate
+from daemon.storage import Location
 from daemon.store import MetricPoint, Store
 from tests.daemon_process import REAL, ROOT, SCRIPTED, DaemonProcess, eventually
 from tests.lifecycle.queue import Queue
@@ -415,7 +416,7 @@ async def test_each_statement_without_its_epoch_turns_the_judge_red(queue: Queue
         await Store(other).record_metrics(
             heir, [MetricPoint(step=1, epoch=0, training_loss=1.0, learning_rate=1.0, throughput=2.0)]
         )
-        await Store(other).note_upload(heir, "checkpoint", "lora-models", ["heir"], step=1)
+        await Store(other).note_upload(heir, "checkpoint", Location("s", "lora-models"), ["heir"], step=1)
         if write in {"end_cancelled_job", "settle_cancelled_job"}:
             app.cancel_as_owner(heir.job_id)
         with pytest.raises(LeaseLost):

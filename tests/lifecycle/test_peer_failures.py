@@ -23,6 +23,7 @@ import pytest
 from daemon.database import Database
 from daemon.errors import LeaseLost
 from daemon.job import Completed, Failed, Lease, State
+from daemon.storage import Location
 from daemon.store import Ending, MetricPoint, Store
 from tests.daemon_process import alive, eventually
 from tests.lifecycle.queue import FINAL, Queue
@@ -190,7 +191,7 @@ STALE_WRITES: dict[str, Callable[[Store, Lease], Awaitable[object]]] = {
     "record_metrics": lambda store, lease: store.record_metrics(lease, [POINT]),
     "forget_metrics": lambda store, lease: store.forget_metrics(lease, 0),
     "record_event": lambda store, lease: store.record_event(lease, "stale", "stale", {}),
-    "note_upload": lambda store, lease: store.note_upload(lease, "adapter", "lora-models", ["stale"]),
+    "note_upload": lambda store, lease: store.note_upload(lease, "adapter", Location("s", "lora-models"), ["stale"]),
     "finish_checkpoint_upload": lambda store, lease: store.finish_checkpoint_upload(
         lease, 1, manifest_sha256="stale", size=1
     ),

@@ -164,8 +164,8 @@ training_pods
 
 training_uploads
   .        .        .        .        d        (the row)
-  .        .        .        r        riu      job_id, epoch, kind, step, bucket, objects, manifest_sha256,
-                                               bytes, noted_at
+  .        .        .        r        riu      job_id, epoch, kind, step, storage, bucket, objects,
+                                               manifest_sha256, bytes, noted_at
 
 training_fleet_decisions
   .        .        .        .        .        (the row)
@@ -245,8 +245,8 @@ async def build(store: Store, database: AppDatabase) -> tuple[World, Jobs]:
         "INSERT INTO training_fleet_decisions (at, decision, reason) VALUES (now(), 'wait', 'a'), (now(), 'wait', 'b')"
     )
     database.run(
-        "INSERT INTO training_uploads (job_id, epoch, kind, bucket, objects) "
-        "VALUES (%s, 1, 'adapter', 'lora-models', '{a}')",
+        "INSERT INTO training_uploads (job_id, epoch, kind, storage, bucket, objects) "
+        "VALUES (%s, 1, 'adapter', 'folder x', 'lora-models', '{a}')",
         (jobs.running,),
     )
 
@@ -289,7 +289,8 @@ async def build(store: Store, database: AppDatabase) -> tuple[World, Jobs]:
                {"slot": 3, "gpu_type": "H100", "gpu_count": 1, "asked_at": LATER,
                 "ended_at": LATER, "ending": "ended"}),
         Target("training_uploads", "training_uploads", {"job_id": jobs.running},
-               {"job_id": jobs.failed, "epoch": 1, "kind": "adapter", "bucket": "lora-models", "objects": ["a"]}),
+               {"job_id": jobs.failed, "epoch": 1, "kind": "adapter", "storage": "s", "bucket": "lora-models",
+                "objects": ["a"]}),
         Target("training_fleet_decisions", "training_fleet_decisions",
                {"id": one_id("SELECT id FROM training_fleet_decisions LIMIT 1")},
                {"at": LATER, "decision": "wait", "reason": "r"}),

@@ -23,6 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from daemon.database import Database
 from daemon.errors import LeaseLost
 from daemon.job import FINAL, HELD, UNFINISHED, ClaimedJob, Completed, Failed, Lease, State
+from daemon.storage import Location
 from daemon.store import Ending, MetricPoint, Store, statement
 from tests.lifecycle.test_peer_failures import READS, STALE_WRITES
 from tests.postgres import AppDatabase, Server
@@ -279,7 +280,11 @@ class TwoWorkers(RuleBasedStateMachine):
             if self.jobs[lease.job_id].leased:
                 # The heir has begun the very upload that its predecessor will call finished.
                 heir = self.leases[1 - worker][-1]
-                self.do(self.stores[1 - worker].note_upload(heir, "checkpoint", "b", ["heir"], step=UPLOADED_STEP))
+                self.do(
+                    self.stores[1 - worker].note_upload(
+                        heir, "checkpoint", Location("s", "b"), ["heir"], step=UPLOADED_STEP
+                    )
+                )
         self.everything_that_a_stale_owner_says_is_refused(worker, lease)
 
     @rule(worker=WORKERS, again=st.booleans())

@@ -851,6 +851,7 @@ export type Database = {
           noted_at: string
           objects: string[]
           step: number
+          storage: string
         }
         ComputedFields: never
         Insert: {
@@ -863,6 +864,7 @@ export type Database = {
           noted_at?: string
           objects: string[]
           step?: number
+          storage: string
         }
         Update: {
           bucket?: string
@@ -874,6 +876,7 @@ export type Database = {
           noted_at?: string
           objects?: string[]
           step?: number
+          storage?: string
         }
         Relationships: []
       }
