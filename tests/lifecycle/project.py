@@ -63,6 +63,12 @@ class Project:
 
         return of_job(await self.receiver.wait_for(lambda received: bool(of_job(received)), seconds=20))
 
+    async def tidied(self) -> None:
+        """Until no object is noted any more as one that a row may not name."""
+        async with asyncio.timeout(60):
+            while self.queue.select("SELECT job_id FROM training_uploads"):
+                await asyncio.sleep(0.05)
+
     def objects(self) -> set[str]:
         bucket = self.storage.path_of("lora-models", "")
         return {str(file.relative_to(bucket)) for file in bucket.rglob("*") if file.is_file()}

@@ -162,6 +162,29 @@ async def test_a_row_as_the_app_inserts_it_ends_with_all_the_rows_that_the_app_e
     assert {one["status"] for one in told[:-1]} == {"running"} and told[-1]["status"] == "completed"
 
 
+async def test_a_run_that_diverges_fails_with_its_code_and_keeps_the_points_before_it(app: App) -> None:
+    after = {"step": 21, "total_steps": 40, "epoch": 0.5, "learning_rate": 1e-4, "tokens_per_second": 0.0}
+    diverged = {
+        "code": "non_finite_loss", "message": "The loss is not a number at step 22.", "hint": "Lower learning_rate."
+    }  # fmt: skip
+    script = [
+        ["steps", 20, 0.005],
+        ["say", "progress", after | {"loss": 1e12, "grad_norm": 1e30}],
+        ["say", "progress", after | {"step": 22, "loss": "NaN", "grad_norm": "Infinity"}],
+        ["say", "failed", diverged],
+        ["exit", 1],
+    ]
+    with app.daemon():
+        job = app.insert(LONG, [json.dumps({"script": script})])
+        row = await app.finished(job)
+    assert (row["status"], row["error_code"], row["attempt"]) == ("failed", "non_finite_loss", 1)
+    assert row["error_message"].startswith("The loss is not a number") and row["error_hint"] == "Lower learning_rate."
+    points = app.seen("SELECT * FROM metrics_points WHERE job_id = %(job)s ORDER BY step", job)
+    assert [point["step"] for point in points] == list(range(1, 22))
+    assert points[-1]["gradient_norm"] is None and float(points[-1]["training_loss"]) == 9999.999999
+    assert points[-1]["throughput"] == 0 and all(0 < point["training_loss"] < 3 for point in points[:-1])
+
+
 async def test_side_tables_that_refuse_everything_never_fail_a_training(app: App) -> None:
     for table in ("model_artifacts", "cost_records", "notifications"):
         app.database.run(f"ALTER TABLE {table} ADD CONSTRAINT nothing_more CHECK (false) NOT VALID")

@@ -10,8 +10,10 @@ import hashlib
 import json
 import os
 import signal
+import stat
 import time
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 from pydantic import SecretStr
@@ -51,9 +53,11 @@ async def test_a_row_becomes_an_adapter_in_storage_and_every_row_that_the_app_ex
 
 async def test_secrets_appear_in_no_row_log_callback_argument_environment_or_file(project: Project) -> None:
     marks = {"SUPABASE_SERVICE_ROLE_KEY": project.storage.key, "secret": SECRET, "HF_TOKEN": "hf_marked_token_0001"}
+    marks |= {"WANDB_API_KEY": "marked-tracker-key-0004", "signed url": "/object/sign/"}
     seen = project.folder / "environment.json"
     daemon = project.daemon(callback_authorization="Bearer marked-authorization-0002")
     daemon.environment |= {"HF_TOKEN": marks["HF_TOKEN"], "RUNPOD_API_KEY": "rpa_marked_0003"}
+    daemon.environment |= {"WANDB_API_KEY": marks["WANDB_API_KEY"]}
     marks |= {"authorization": "marked-authorization-0002", "runpod": "rpa_marked_0003"}
     arguments: list[str] = []
     with daemon:
@@ -63,6 +67,10 @@ async def test_secrets_appear_in_no_row_log_callback_argument_environment_or_fil
             arguments.append(Path(f"/proc/{pid}/cmdline").read_text())
         await project.wait_for(job, "completed")
         await project.endings(job)
+        # The one whose trainer is given a key, for the tracker that it asks for.
+        tracked = project.insert(hyperparameters={"base_model": "tiny", "trackers": ["wandb"]})
+        await project.wait_for(tracked, "completed")
+        await project.endings(tracked)
         broken = project.insert(script=[["print", "x"], ["exit", 3]], max_attempts=1)
         await project.wait_for(broken, "failed")
     tables = [
@@ -80,6 +88,9 @@ async def test_secrets_appear_in_no_row_log_callback_argument_environment_or_fil
     places |= {str(file): file.read_bytes().decode("latin-1") for file in files if file.is_file()}
     leaks = [f"{mark} in {place}" for place, text in places.items() for mark, secret in marks.items() if secret in text]
     assert leaks == []
+    assert any(name.startswith(str(project.folder / "double")) for name in places), "no uploaded file was looked into"
+    # Other accounts of the host have no business in a job's folder.
+    assert stat.S_IMODE((project.folder / "jobs" / str(broken)).stat().st_mode) == 0o700
     assert "token=secret-of-the-url" not in places["log"]
 
 
@@ -100,6 +111,7 @@ async def test_killed_between_any_two_steps_of_finishing_there_is_one_artifact_a
     with project.daemon("second"):
         row = await project.wait_for(job, "completed")
         endings = await project.endings(job)
+        await project.tidied()
     assert len({one.headers["webhook-id"] for one in endings}) == 1
     assert project.queue.story(job).count("completed") == 1
     assert len(project.queue.select("SELECT id FROM model_artifacts WHERE job_id = %s", job)) == 1
@@ -109,6 +121,57 @@ async def test_killed_between_any_two_steps_of_finishing_there_is_one_artifact_a
     # What the dead host had stored is gone, or is the winner's.
     folder = winner.removesuffix(".tar.gz")
     assert {name for name in project.objects() if name != winner and not name.startswith(f"{folder}/")} == set()
+
+
+@pytest.mark.parametrize("moment", ["row written", "callback sent"])
+async def test_killed_after_the_ending_was_written_it_is_told_under_one_id(project: Project, moment: str) -> None:
+    with project.daemon("first") as first:
+        job = project.insert(script=[["steps", 60, 0.05]])
+        await project.endings(job, "job.started")
+        project.receiver.answers = [Answer(hang=True)]
+        if moment == "row written":
+            async with asyncio.timeout(40):
+                while project.queue.row(job)["status"] != "completed":
+                    await asyncio.sleep(0.001)
+        else:
+            await project.endings(job)
+        os.kill(first.pid, signal.SIGKILL)
+    project.receiver.answers = [Answer()]
+    # What the dead host had locked is free when its lock runs out; the clock is the database's.
+    project.queue.select("UPDATE training_callbacks SET next_at = now(), locked_until = now() WHERE state = 'pending'")
+    told = len(project.receiver.received)
+    with project.daemon("second"):
+        await project.receiver.wait_for(
+            lambda received: any(one.payload["event"] == "job.completed" for one in received[told:]), seconds=30
+        )
+        endings = await project.endings(job)
+    assert len({one.headers["webhook-id"] for one in endings}) == 1
+    assert project.queue.story(job).count("completed") == 1
+    assert len(project.queue.select("SELECT id FROM model_artifacts WHERE job_id = %s", job)) == 1
+
+
+async def test_what_cannot_be_deleted_holds_up_neither_the_callback_nor_the_next_job(project: Project) -> None:
+    left = f"adapters/{UUID(int=7)}.tar.gz"
+    project.storage.put("lora-models", left, b"of a host that died")
+    project.storage.fail("DELETE", status=503, times=1_000_000)
+    job = project.insert()
+    project.queue.select(
+        "INSERT INTO training_uploads (job_id, epoch, kind, storage, bucket, objects) "
+        "VALUES (%s, 0, 'adapter', %s, 'lora-models', %s)",
+        job,
+        project.storage.url,
+        [left],
+    )
+    with project.daemon() as daemon:
+        await project.wait_for(job, "completed")
+        await project.endings(job)
+        following = project.insert()
+        await project.wait_for(following, "completed")
+        await project.endings(following)
+        assert left in project.objects() and project.storage.count("DELETE") > 0
+        project.storage.faults.clear()
+        await project.tidied()
+        assert left not in project.objects(), daemon.tail()
 
 
 async def test_a_dead_receiver_delays_neither_training_nor_the_next_callback(queue: Queue, tmp_path: Path) -> None:

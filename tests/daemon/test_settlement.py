@@ -1,0 +1,174 @@
+"""What an ending costs, what it waits for, and what is tidied after it. Real rows, a folder for a storage."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from daemon.cost import Meter
+from daemon.database import Database
+from daemon.job import Completed, Failed, State, Superseded
+from daemon.pack import object_names
+from daemon.reporter import Reporter
+from daemon.settings import Settings
+from daemon.settlement import settle
+from daemon.storage import FolderStorage
+from daemon.store import Store
+from daemon.tidying import Remains, Tidying
+from daemon.uploads import note_adapter
+from daemon.workspace import Workspace
+from tests.postgres import AppDatabase
+from tests.sql.claiming import claimed
+from training import events
+from training.events import ErrorCode
+
+REFUSED = Failed(ErrorCode.INVALID_SPEC, "no such field")
+
+
+class CountingStore(Store):
+    """A store that remembers which statements it ran."""
+
+    def __init__(self, database: Database) -> None:
+        super().__init__(database)
+        self.ran: list[str] = []
+
+    async def _run(self, name: str, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
+        self.ran.append(name)
+        return await super()._run(name, parameters)
+
+
+class SlowStorage(FolderStorage):
+    """A folder whose deletions wait at a gate."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.asked = asyncio.Event()
+        self.gate = asyncio.Event()
+
+    async def delete(self, object_path: str) -> None:
+        self.asked.set()
+        await self.gate.wait()
+        await super().delete(object_path)
+
+
+@pytest.fixture
+async def store(database: AppDatabase) -> AsyncIterator[CountingStore]:
+    database.insert_job(database.insert_user())
+    async with Database(database.dsn, application_name="test", statement_seconds=1.0) as connection:
+        yield CountingStore(connection)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(_env_file=None, database_url="postgresql://x", work_dir=tmp_path / "jobs")
+
+
+def reporter_of(store: Store, lease: Any) -> Reporter:
+    meter = Meter(price=None, num_gpus=1, already_spent=0.0)
+    return Reporter(store, lease, meter=meter, on_refused=lambda: None)
+
+
+def put(root: Path, name: str) -> Path:
+    file = root / "lora-models" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("content")
+    return file
+
+
+async def test_a_job_refused_at_the_first_look_is_written_back_by_one_statement(
+    store: CountingStore, settings: Settings, tmp_path: Path
+) -> None:
+    job = await claimed(store)
+    store.ran.clear()
+    ending = await settle(job, REFUSED, reporter_of(store, job.lease), store=store, settings=settings)
+    assert ending is not None and (ending.state, ending.noted) == (State.FAILED, False)
+    tidying = Tidying(store, FolderStorage(tmp_path), settings)
+    tidying.begin(Remains(job, ending, stored=False))
+    await tidying.finish()
+    assert store.ran == ["fail_job"]
+
+
+async def test_an_ending_says_whether_something_of_the_job_lies_in_storage(
+    store: CountingStore, database: AppDatabase, settings: Settings, tmp_path: Path
+) -> None:
+    storage = FolderStorage(tmp_path)
+    first = await claimed(store)
+    await note_adapter(store, first, storage.location)
+    left = put(tmp_path, object_names(first.id, first.lease_epoch).archive)
+    await store.release_job(first.lease, "its host dies", cost=None)
+    second = await claimed(store)
+    ending = await settle(second, REFUSED, reporter_of(store, second.lease), store=store, settings=settings)
+    assert ending is not None and ending.noted
+    tidying = Tidying(store, storage, settings)
+    tidying.begin(Remains(second, ending, stored=False))
+    await tidying.finish()
+    assert not left.exists() and database.run("SELECT FROM training_uploads") == []
+
+
+async def test_what_an_attempt_stored_after_it_lost_its_job_is_deleted_by_itself(
+    store: CountingStore, database: AppDatabase, settings: Settings, tmp_path: Path
+) -> None:
+    storage = FolderStorage(tmp_path)
+    stale = await claimed(store)
+    await note_adapter(store, stale, storage.location)
+    workspace = Workspace.open(settings.work_dir, stale.id, stale.lease_epoch)
+    await store.release_job(stale.lease, "it fell silent, and was reaped", cost=None)
+    heir = await claimed(store)
+    await note_adapter(store, heir, storage.location)
+    kept = put(tmp_path, object_names(heir.id, heir.lease_epoch).archive)
+    done = Completed(f"lora-models/{object_names(heir.id, heir.lease_epoch).archive}", "0" * 64, 1)
+    tidying = Tidying(store, storage, settings)
+    ending = await settle(heir, done, reporter_of(store, heir.lease), store=store, settings=settings)
+    tidying.begin(Remains(heir, ending, stored=True))
+    await tidying.finish()
+    assert database.run("SELECT FROM training_uploads") == [], "the note of the stale attempt is gone"
+    # Only now the stale host's last bytes arrive, and then it learns that the job is not its own.
+    late = put(tmp_path, object_names(stale.id, stale.lease_epoch).archive)
+    ending = await settle(stale, Superseded(), reporter_of(store, stale.lease), store=store, settings=settings)
+    assert ending is None
+    tidying.begin(Remains(stale, ending, stored=True))
+    await tidying.finish()
+    assert not late.exists() and kept.exists() and not workspace.attempt_dir.exists()
+
+
+async def test_tidying_keeps_a_stopping_host_only_for_a_moment_and_is_done_by_another(
+    store: CountingStore, database: AppDatabase, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("daemon.tidying.FINISH_SECONDS", 0.05)
+    storage = SlowStorage(tmp_path)
+    job = await claimed(store)
+    await note_adapter(store, job, storage.location)
+    left = put(tmp_path, object_names(job.id, job.lease_epoch).archive)
+    ending = await settle(job, REFUSED, reporter_of(store, job.lease), store=store, settings=settings)
+    stopping = Tidying(store, storage, settings)
+    stopping.begin(Remains(job, ending, stored=True))
+    async with asyncio.timeout(30):
+        await storage.asked.wait()
+        await stopping.finish()
+    assert left.exists() and len(database.run("SELECT FROM training_uploads")) == 1
+    storage.gate.set()
+    monkeypatch.setattr("daemon.tidying.FINISH_SECONDS", 30.0)
+    other = Tidying(store, storage, settings)
+    other.begin(Remains(job, ending, stored=True))
+    await other.finish()
+    assert not left.exists() and database.run("SELECT FROM training_uploads") == []
+
+
+async def test_a_locked_table_of_the_charts_keeps_no_ending_waiting(
+    store: CountingStore, database: AppDatabase, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("daemon.settlement.AWAY_SECONDS", 0.01)
+    job = await claimed(store)
+    reporter = reporter_of(store, job.lease)
+    progress = {"job_id": str(job.id), "step": 1, "total_steps": 9, "epoch": 0.1, "loss": 2.0, "learning_rate": 1e-4}
+    reporter.report(events.Progress.model_validate(progress | {"grad_norm": 1.0, "tokens_per_second": 50.0}))
+    with database.connect() as owner, owner.transaction():
+        owner.execute("LOCK TABLE metrics_points IN ACCESS EXCLUSIVE MODE")
+        async with asyncio.timeout(30):
+            ending = await settle(job, REFUSED, reporter, store=store, settings=settings)
+    assert ending is not None and ending.state is State.FAILED
+    assert database.job(job.id)["error_code"] == "invalid_spec"
