@@ -55,7 +55,7 @@ def run_service(trainer_command: tuple[str, ...] = TRAINER_COMMAND) -> None:
 def _outlast_the_start(began: float) -> None:
     """An exit within startsecs is a failed start to supervisord, and tried again whatever its code says.
 
-    Unless it asked for it: then it waits for us, and its signal ends this pause too."""
+    Only what supervisord itself stops may end sooner; its TERM cuts this pause short."""
     if "SUPERVISOR_ENABLED" in os.environ:
         time.sleep(max(0.0, began + SUPERVISOR_START_SECONDS + 1.0 - time.monotonic()))
 
