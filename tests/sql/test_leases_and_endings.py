@@ -169,7 +169,7 @@ async def test_a_completion_keeps_everything_and_ends_the_lease(
     job_id = database.insert_job(user)
     lease = (await claimed(store)).lease
     await store.start_job(lease)
-    assert await store.complete_job(lease, DONE, cost=3.456) == Ending(True, State.COMPLETED)
+    assert await store.complete_job(lease, DONE, cost=3.456) == Ending(True, State.COMPLETED, False)
     row = database.job(job_id)
     assert (row["status"], row["progress"], float(row["final_cost"])) == ("completed", 100, 3.46)
     assert (row["adapter_path"], row["adapter_sha256"], row["adapter_bytes"]) == (DONE.adapter_path, "ab" * 32, 1234)
@@ -222,7 +222,7 @@ async def test_every_ending_yields_to_a_cancel_and_records_the_true_cost(
         "retry": lambda: store.retry_job(lease, BROKEN, delay_seconds=60, cost=7.5),
         "release": lambda: store.release_job(lease, "x", cost=7.5),
     }
-    assert await calls[ending]() == Ending(False, State.CANCELLED)
+    assert await calls[ending]() == Ending(False, State.CANCELLED, False)
     row = database.job(job_id)
     assert (row["status"], float(row["final_cost"]), row["adapter_path"]) == ("cancelled", 7.5, None)
     assert database.run("SELECT FROM training_leases") == []
@@ -237,7 +237,7 @@ async def test_a_cancelled_job_keeps_its_lease_until_its_child_is_gone(
     cancel(database, job_id)
     assert (await claim(store, user_cap=1)).job is None
     await store.record_event(lease, "checkpoint_saved", "step 5", {"step": 5})
-    assert await store.end_cancelled_job(lease, cost=2, data={"checkpoint": 5}) == Ending(True, State.CANCELLED)
+    assert await store.end_cancelled_job(lease, cost=2, data={"checkpoint": 5}) == Ending(True, State.CANCELLED, False)
     assert (await claim(store, user_cap=1)).job is not None
     assert database.story(job_id) == ["queued", "claimed", "cancelled", "checkpoint_saved", "stopped"]
     assert float(database.job(job_id)["final_cost"]) == 2
@@ -246,7 +246,7 @@ async def test_a_cancelled_job_keeps_its_lease_until_its_child_is_gone(
 async def test_a_retry_waits_and_the_last_one_fails(store: Store, database: AppDatabase, user: UUID) -> None:
     job_id = database.insert_job(user, max_attempts=2)
     lease = (await claimed(store)).lease
-    assert await store.retry_job(lease, BROKEN, delay_seconds=0.05, cost=1) == Ending(True, State.QUEUED)
+    assert await store.retry_job(lease, BROKEN, delay_seconds=0.05, cost=1) == Ending(True, State.QUEUED, False)
     row = database.job(job_id)
     assert not row["due"] and row["attempt"] == 1 and row["error_message"] == "it broke" and row["completed_at"] is None
     assert (await claim(store)).job is None
@@ -255,7 +255,7 @@ async def test_a_retry_waits_and_the_last_one_fails(store: Store, database: AppD
     job = await claimed(store)
     assert (job.attempt, job.lease_epoch, job.spent) == (2, 2, 1.0)
     assert database.job(job_id)["error_message"] is None and database.job(job_id)["retry_count"] == 1
-    assert await store.retry_job(job.lease, BROKEN, delay_seconds=0, cost=2) == Ending(True, State.FAILED)
+    assert await store.retry_job(job.lease, BROKEN, delay_seconds=0, cost=2) == Ending(True, State.FAILED, False)
     row = database.job(job_id)
     assert (row["status"], row["error_code"], row["error_hint"]) == ("failed", "internal", "mend it")
     assert row["run_after"] is None and row["completed_at"] is not None
@@ -268,7 +268,7 @@ async def test_a_release_costs_no_attempt_but_its_epoch_never_goes_back(
     for epoch in (1, 2, 3, 4, 5):
         job = await claimed(store)
         assert (job.attempt, job.lease_epoch) == (1, epoch)
-        assert await store.release_job(job.lease, "the host shuts down", cost=None) == Ending(True, State.QUEUED)
+        assert await store.release_job(job.lease, "the host shuts down", cost=None) == Ending(True, State.QUEUED, False)
     row = database.one("SELECT message FROM training_events WHERE job_id = %s AND kind = 'notice' LIMIT 1", (job_id,))
     assert row["message"] == "the host shuts down"
 
@@ -324,7 +324,7 @@ async def test_a_completion_and_a_cancel_at_once_have_one_winner(
             else:
                 assert (await store.complete_job(lease, DONE, cost=1)).moved
         if winner == "cancel":
-            assert await ending == Ending(False, State.CANCELLED)
+            assert await ending == Ending(False, State.CANCELLED, False)
         assert database.job(job_id)["status"] == {"cancel": "cancelled", "complete": "completed"}[winner]
         assert database.run("SELECT FROM training_leases WHERE job_id = %s", (job_id,)) == []
 

@@ -104,6 +104,7 @@ class ModelJob:
     attempt: int = 0
     leased: bool = False
     completions: int = 0
+    noted: bool = False
 
     @property
     def claimable(self) -> bool:
@@ -285,6 +286,7 @@ class TwoWorkers(RuleBasedStateMachine):
                         heir, "checkpoint", Location("s", "b"), ["heir"], step=UPLOADED_STEP
                     )
                 )
+                self.jobs[lease.job_id] = replace(self.jobs[lease.job_id], noted=True)
         self.everything_that_a_stale_owner_says_is_refused(worker, lease)
 
     @rule(worker=WORKERS, again=st.booleans())
@@ -371,13 +373,13 @@ class TwoWorkers(RuleBasedStateMachine):
         if not self.is_current(lease):
             # Nothing is written; only our own epoch in the state that was asked for is recognised.
             if job.epoch == lease.epoch and job.state in ENDINGS[name]:
-                return job, Ending(True, job.state)
+                return job, Ending(True, job.state, job.noted)
             return job, None
         gone = replace(job, leased=False)
         if name == "end_cancelled_job":
-            return gone, Ending(job.state is State.CANCELLED, job.state)
+            return gone, Ending(job.state is State.CANCELLED, job.state, job.noted)
         if job.state not in HELD:
-            return gone, Ending(False, job.state)
+            return gone, Ending(False, job.state, job.noted)
         match name:
             case "complete_job":
                 after = replace(gone, state=State.COMPLETED, completions=job.completions + 1)
@@ -389,7 +391,7 @@ class TwoWorkers(RuleBasedStateMachine):
                 after = replace(gone, state=State.FAILED)
             case _:
                 after = replace(gone, state=State.QUEUED, due=True, attempt=job.attempt - 1)
-        return after, Ending(True, after.state)
+        return after, Ending(True, after.state, job.noted)
 
     @rule(pick=st.integers(0, 9))
     def cancel(self, pick: int) -> None:
