@@ -2,29 +2,41 @@
 
     python -m benchmarks.upload_memory [MEGABYTES] [CUTS]
 
-Uploads to the double of Supabase Storage, which runs as a process of its own, and prints a table: the
-uploader's memory before and at its peak, the time, and whether what arrived is what was sent.
+Uploads to the double of Supabase Storage, which runs as a process of its own, and prints a table: the uploader's
+memory before and at its peak, the time, and whether what arrived is what was sent. The floor beside it is plain httpx:
+the same bytes to the same server in one request that no cut may touch, then the same with the object read back and
+hashed, which ours always does.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
+import os
 import random
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import httpx
 import structlog
 
 from daemon.supabase_storage import SupabaseStorage
-from daemon.tus import CHUNK_BYTES
+from daemon.tus import CHUNK_BYTES, PIECE_BYTES
 from tests.storage_double import SERVICE_KEY
 
 MIB = 1024 * 1024
+KEY = {"apikey": SERVICE_KEY}
+BUCKET = "lora-models"
+
+# (url of the project, file, name in the bucket, sha256, where to remember an interrupted upload)
+Upload = Callable[[str, Path, str, str, Path], Coroutine[Any, Any, None]]
 
 
 @dataclass(frozen=True)
@@ -40,7 +52,51 @@ class Measured:
         return self.peak_mib - self.before_mib
 
 
-def measure(megabytes: int, cuts: int) -> Measured:
+async def ours(url: str, local: Path, name: str, sha256: str, resume_dir: Path) -> None:
+    storage = SupabaseStorage(url, SERVICE_KEY, first_wait_seconds=0.01)
+    await storage.check(local.stat().st_size)
+    await storage.upload(local, name, sha256=sha256, resume_dir=resume_dir)
+    await storage.close()
+
+
+async def one_request(url: str, local: Path, name: str, _sha256: str, _resume_dir: Path) -> None:
+    """No less can be done: the file in one stream, believed to have arrived."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        with local.open("rb") as file:
+            while piece := file.read(PIECE_BYTES):
+                yield piece
+
+    facts = {"bucketName": BUCKET, "objectName": name, "contentType": "application/gzip"}
+    encoded = ",".join(f"{key} {base64.b64encode(value.encode()).decode()}" for key, value in facts.items())
+    size = str(local.stat().st_size)
+    headers = KEY | {"Tus-Resumable": "1.0.0"}
+    async with httpx.AsyncClient(timeout=60) as client:
+        await client.post(f"{url}/storage/v1/bucket", headers=KEY, json={"id": BUCKET, "name": BUCKET})
+        begun = await client.post(
+            f"{url}/storage/v1/upload/resumable", headers=headers | {"Upload-Length": size, "Upload-Metadata": encoded}
+        )
+        sent = await client.patch(
+            begun.headers["location"],
+            headers=headers | {"Upload-Offset": "0", "Content-Length": size},
+            content=pieces(),
+        )
+        sent.raise_for_status()
+
+
+async def one_request_read_back(url: str, local: Path, name: str, sha256: str, resume_dir: Path) -> None:
+    await one_request(url, local, name, sha256, resume_dir)
+    digest = hashlib.sha256()
+    async with (
+        httpx.AsyncClient(timeout=60) as client,
+        client.stream("GET", f"{url}/storage/v1/object/authenticated/{BUCKET}/{name}", headers=KEY) as response,
+    ):
+        async for piece in response.aiter_bytes(MIB):
+            digest.update(piece)
+    assert digest.hexdigest() == sha256
+
+
+def measure(megabytes: int, cuts: int, upload: Upload = ours) -> Measured:
     """One upload in this process, its peak read from the kernel."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(40))
     with tempfile.TemporaryDirectory() as name:
@@ -55,24 +111,17 @@ def measure(megabytes: int, cuts: int) -> Measured:
             # The first, small upload loads what is loaded once.
             small = folder / "small.tar.gz"
             small_sha256 = _write_random(small, 7)
-            asyncio.run(_upload(url, small, "adapters/small.tar.gz", small_sha256, folder))
+            asyncio.run(upload(url, small, "adapters/small.tar.gz", small_sha256, folder))
             _reset_peak()
             before, begun = _memory_mib("VmRSS"), time.monotonic()
-            asyncio.run(_upload(url, local, "adapters/large.tar.gz", sha256, folder))
+            asyncio.run(upload(url, local, "adapters/large.tar.gz", sha256, folder))
             seconds, peak = time.monotonic() - begun, _memory_mib("VmHWM")
-            stored = folder / "double" / "objects" / "lora-models" / "adapters" / "large.tar.gz"
+            stored = folder / "double" / "objects" / BUCKET / "adapters" / "large.tar.gz"
             whole = _hash(stored) == sha256
             double.stdin.close()
             cuts_made = int(double.stdout.readline())
             double.wait(10)
     return Measured(cuts_made, before, peak, seconds, whole)
-
-
-async def _upload(url: str, local: Path, name: str, sha256: str, resume_dir: Path) -> None:
-    storage = SupabaseStorage(url, SERVICE_KEY, first_wait_seconds=0.01)
-    await storage.check(local.stat().st_size)
-    await storage.upload(local, name, sha256=sha256, resume_dir=resume_dir)
-    await storage.close()
 
 
 def _write_random(file: Path, megabytes: int) -> str:
@@ -108,13 +157,18 @@ def _memory_mib(field: str) -> float:
 def main() -> None:
     megabytes = int(sys.argv[1]) if len(sys.argv) > 1 else 200
     every = [int(sys.argv[2])] if len(sys.argv) > 2 else [0, 3, megabytes * 1_000_000 // CHUNK_BYTES]
-    print(f"upload of {megabytes} MB in chunks of {CHUNK_BYTES // MIB} MiB")
-    print(f"{'cuts':>5} {'before MiB':>11} {'peak MiB':>9} {'extra MiB':>10} {'seconds':>8}  whole")
-    for cuts in every:
-        row = measure(megabytes, cuts)
+    rows = [
+        ("plain httpx, one request", measure(megabytes, 0, one_request)),
+        ("the same, read back and hashed", measure(megabytes, 0, one_request_read_back)),
+        *((f"ours, chunks of {CHUNK_BYTES // MIB} MiB", measure(megabytes, cuts)) for cuts in every),
+    ]
+    print(f"{megabytes} MB, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}\n")
+    print("| uploader | cuts | memory before, MiB | peak, MiB | extra, MiB | seconds | arrived whole |")
+    print("|---|---|---|---|---|---|---|")
+    for name, row in rows:
         print(
-            f"{row.cuts:>5} {row.before_mib:>11.1f} {row.peak_mib:>9.1f} {row.extra_mib:>10.1f} {row.seconds:>8.1f}  "
-            f"{'yes' if row.whole else 'NO'}"
+            f"| {name} | {row.cuts} | {row.before_mib:.1f} | {row.peak_mib:.1f} | {row.extra_mib:.1f} "
+            f"| {row.seconds:.1f} | {'yes' if row.whole else 'NO'} |"
         )
 
 
