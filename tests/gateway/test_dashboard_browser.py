@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import signal
 import socket
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
 import pytest
 
+from benchmarks.dashboard import measure
 from daemon.embedded_postgres import EmbeddedPostgres
 from daemon.migrate import migrate
 from tests.daemon_process import eventually
@@ -17,6 +19,7 @@ from tests.gateway.browser import Browser, open_browser
 from tests.gateway.conftest import KEY, Gateway
 from tests.gateway.seeded_world import World, open_world, seed
 from tests.lifecycle.queue import Queue
+from tests.postgres import Server
 
 pytestmark = pytest.mark.system
 
@@ -341,3 +344,13 @@ def test_nothing_is_wider_than_the_screen(
             ".filter((e) => e.getBoundingClientRect().right > innerWidth).map((e) => e.className || e.tagName) : []"
         )
         assert wide == [], view
+
+
+def test_twenty_browsers_see_a_commit_within_a_second_and_cost_what_one_costs(postgres: Server) -> None:
+    """Two hundred jobs listed, ten of them written once a second, others queued; the benchmark has the slowest."""
+    turn = measure(postgres, waiting=90, browsers=20, seconds=8)
+    assert turn.connections == 2 and turn.lost == 0
+    # Four looks a second at most, the hosts, the queue, the gateway's own chores.
+    assert turn.transactions_a_second < 12
+    assert statistics.median(turn.progress) < 1 and statistics.median(turn.inserts) < 1
+    assert statistics.median(turn.streams) < 1

@@ -52,7 +52,7 @@ export function overview(view) {
     numbers.update(underWay, jobs);
     hosts.show(hostList, state.workers, (host) => host.worker_id, state.workers.length);
     running.show(runningList, underWay.filter(matches), (job) => job.job_id, underWay.length);
-    waiting.show(waitingList, queued(jobs).filter(matches), (job) => job.job_id, state.queue.waiting);
+    waiting.show(waitingList, queued(jobs).filter(matches), (job) => job.job_id, countWaiting());
     ended.show(endedList, done.filter(matches), (job) => job.job_id, done.length);
   }
 
@@ -60,7 +60,7 @@ export function overview(view) {
   return watch(show);
 }
 
-/** Queued jobs in claiming order, each with why it waits; those that came since the queue was read are last. */
+/** Queued jobs in claiming order, each with why it waits; those that came since the queue was read where they belong. */
 function queued(jobs) {
   const known = new Map(jobs.filter((job) => job.state === "queued").map((job) => [job.job_id, job]));
   const inOrder = [];
@@ -70,8 +70,26 @@ function queued(jobs) {
     known.delete(id);
     inOrder.push({ ...job, waiting_reason: reason });
   }
-  const fresh = [...known.values()].sort((a, b) => Date.parse(a.queued_at) - Date.parse(b.queued_at));
-  return [...inOrder, ...fresh];
+  for (const job of known.values()) {
+    const place = inOrder.findIndex((other) => isBefore(job, other));
+    inOrder.splice(place < 0 ? inOrder.length : place, 0, job);
+  }
+  return inOrder;
+}
+
+function isBefore(job, other) {
+  const isLater = (one) => Date.parse(one.run_after ?? 0) > now();
+  if (isLater(job) !== isLater(other)) return isLater(other);
+  if (job.priority !== other.priority) return job.priority > other.priority;
+  return Date.parse(job.queued_at) < Date.parse(other.queued_at);
+}
+
+/** How many wait: as the queue was read, and what has come and gone since. */
+function countWaiting() {
+  const inOrder = new Set(state.queue.order.map(([id]) => id));
+  const gone = state.queue.order.filter(([id]) => state.jobs.has(id) && state.jobs.get(id).state !== "queued").length;
+  const come = [...state.jobs.values()].filter((job) => job.state === "queued" && !inOrder.has(job.job_id)).length;
+  return state.queue.waiting - gone + come;
 }
 
 function filter(text) {
@@ -127,7 +145,7 @@ function statistics() {
       const live = state.workers.filter((host) => !["gone", "lost"].includes(host.state));
       const sum = (values) => values.reduce((total, value) => total + (f.isNumber(value) ? value : 0), 0);
       set("training", f.count(underWay.length));
-      set("waiting", f.count(state.queue.waiting));
+      set("waiting", f.count(countWaiting()));
       set("cards busy", `${f.count(sum(live.map((host) => host.busy)))} of ${f.count(sum(live.map((host) => host.slots)))}`);
       set("tokens a second", f.count(sum(underWay.filter((job) => job.state === "running").map((job) => f.metric(job, "throughput")))));
       const { completed, failed, cancelled } = state.day;
