@@ -1,6 +1,6 @@
 """What uploading an adapter costs in memory, while the connection is cut again and again.
 
-    python -m benchmarks.upload_memory [MEGABYTES] [CUTS]
+    python benchmarks/upload_memory.py [MEGABYTES] [CUTS]
 
 Uploads to the double of Supabase Storage, which runs as a process of its own, and prints a table: the uploader's
 memory before and at its peak, the time, and whether what arrived is what was sent. The floor beside it is plain httpx:
@@ -27,9 +27,12 @@ from typing import Any
 import httpx
 import structlog
 
-from daemon.supabase_storage import SupabaseStorage
-from daemon.tus import CHUNK_BYTES, PIECE_BYTES
-from tests.storage_double import SERVICE_KEY
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from daemon.supabase_storage import SupabaseStorage  # noqa: E402
+from daemon.tus import CHUNK_BYTES, PIECE_BYTES  # noqa: E402
+from tests.storage_double import SERVICE_KEY  # noqa: E402
 
 MIB = 1024 * 1024
 KEY = {"apikey": SERVICE_KEY}
@@ -104,7 +107,7 @@ def measure(megabytes: int, cuts: int, upload: Upload = ours) -> Measured:
         local = folder / "adapter.tar.gz"
         sha256 = _write_random(local, megabytes)
         command = [sys.executable, "-m", "tests.storage_double", str(folder / "double"), str(cuts)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as double:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as double:
             assert double.stdin is not None
             assert double.stdout is not None
             url = double.stdout.readline().strip()
