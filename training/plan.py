@@ -11,7 +11,8 @@ from training.spec import JobSpec
 # Tokens a micro-batch. On a card the frozen experts are dequantised once a micro-batch, so more tokens are nearly
 # free until memory ends (training.probe asks the card); on a CPU small batches stay in its caches.
 _TOKENS_PER_MICRO_BATCH = {"cuda": 8192, "cpu": 2048}
-# A short warm-up is enough for LoRA, whose B matrices begin at zero.
+# A short warm-up is enough for LoRA, whose B matrices begin at zero. Rounded down: the first step of a warm-up has a
+# learning rate of zero, and a run of few steps has none to give away.
 _WARMUP_SHARE = 0.03
 
 
@@ -53,7 +54,7 @@ def make_plan(spec: JobSpec, corpus: Corpus) -> Plan:
     chosen = spec.hyperparameters
     steps_per_epoch = math.ceil(len(corpus.train) / chosen.batch_size)
     total = steps_per_epoch * chosen.num_epochs
-    warmup = chosen.warmup_steps if chosen.warmup_steps is not None else math.ceil(total * _WARMUP_SHARE)
+    warmup = chosen.warmup_steps if chosen.warmup_steps is not None else int(total * _WARMUP_SHARE)
     return Plan(
         batch_size=chosen.batch_size,
         ranks=spec.num_gpus,

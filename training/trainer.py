@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from training.batches import halve, in_groups, micro_batches, tokens_in
+from training.batches import halve, in_groups, micro_batches, packing_pays, tokens_in
 from training.checkpoint import CheckpointShelf
 from training.corpus import Corpus
 from training.events import CheckpointSaved, ErrorCode, Evaluated, Stage
@@ -98,6 +99,13 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         self.remove_callback(PrinterCallback)
+        if packed:
+            self.data_collator = _CheaperLayout(
+                end_to_end=self.data_collator,
+                side_by_side=replace(self.data_collator, padding_free=False),
+                hidden_size=int(self.model.config.get_text_config().hidden_size),
+                most_tokens=plan.micro_batch_tokens,
+            )
         self._answer_loss = AnswerLoss(self.model.get_base_model())
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -417,6 +425,20 @@ def _arguments(spec: JobSpec, plan: Plan, *, packed: bool) -> SFTConfig:
         seed=chosen.seed,
         data_seed=chosen.seed,
     )
+
+
+@dataclass(frozen=True)
+class _CheaperLayout:
+    """Lays the conversations of a step out the way that costs less; their losses are the same."""
+
+    end_to_end: Any
+    side_by_side: Any
+    hidden_size: int
+    most_tokens: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Any:
+        pays = packing_pays([len(row["input_ids"]) for row in rows], self.hidden_size, self.most_tokens)
+        return self.end_to_end(rows) if pays else self.side_by_side(rows)
 
 
 class _EpochLoader(DataLoader[Any]):

@@ -273,7 +273,8 @@ if os.environ.get("RANK") == "1":
     whole = training.loss.AnswerLoss.__call__
 
     def limited(self, inputs):
-        if len(inputs["cu_seq_lens_q"]) - 1 > {conversations}:
+        ends = inputs.get("cu_seq_lens_q")
+        if (len(inputs["input_ids"]) if ends is None else len(ends) - 1) > {conversations}:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return whole(self, inputs)
 

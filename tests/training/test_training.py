@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import training.recipe
 from tests.tiny_models import ARCHITECTURES
 from tests.training.conftest import HeardVoice, ModelOf, SpecOf, train
-from training.batches import halve, in_groups, micro_batches, pack, packs_without_leaks, tokens_in
+from training.batches import halve, in_groups, micro_batches, pack, packing_pays, packs_without_leaks, tokens_in
 from training.journal import Journal
 from training.loss import AnswerLoss
 from training.recipe import may_pack
@@ -182,6 +182,14 @@ def test_a_pass_before_the_first_step_finds_what_the_card_takes_and_changes_noth
     assert [event.tokens_seen for event in voice.all("progress")] == [event.tokens_seen for event in steps]
     kept = Journal.load(asked.checkpoint_dir / f"checkpoint-{len(steps)}")
     assert kept.micro_batch_tokens == expected
+
+
+def test_texts_lie_end_to_end_where_padding_would_cost_more_than_looking_past_each_other() -> None:
+    assert packing_pays([30, 30, 30, 300], hidden_size=576, most_tokens=2048)
+    assert not packing_pays([300, 300, 300, 300], hidden_size=576, most_tokens=2048)
+    # The larger the model, the less attention weighs.
+    assert packing_pays([200, 150, 200, 180], 4096, 8192) and not packing_pays([200, 150, 200, 180], 128, 8192)
+    assert not packing_pays([50], 576, 2048)
 
 
 def test_the_base_models_files_are_untouched(spec_of: SpecOf) -> None:
