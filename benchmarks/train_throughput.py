@@ -68,7 +68,7 @@ from training.trainer import AdapterTrainer
 from training.voice import AnyEvent, Voice
 
 # Large enough that the experts' products weigh more than Python around them, small enough for two cores.
-_MIXTURE = {
+_MIXTURE: dict[str, Any] = {
     "hidden_size": 256,
     "num_hidden_layers": 4,
     "num_attention_heads": 8,
@@ -95,10 +95,10 @@ class _Clock(TrainerCallback):
         self._began = 0.0
         self.seconds = 0.0
 
-    def on_train_begin(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         self._began = time.perf_counter()
 
-    def on_step_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds = time.perf_counter() - self._began
@@ -159,9 +159,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=3, help="at most; one is always played")
     parser.add_argument("--minutes", type=float, default=8.0, help="no round is begun that would end later")
-    parser.add_argument(
-        "--conversations", type=int, default=16, help="in a dataset; a quarter of them where all are long"
-    )
+    parser.add_argument("--conversations", type=int, default=16, help="in a dataset; half of it where all are long")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)
     logging.set_verbosity_error()
@@ -234,7 +232,7 @@ def write_datasets(root: Path, conversations: int) -> dict[str, Path]:
         "short": [lengths.randint(1, 5) for _ in range(conversations)],
         # Most are as short as those above, one in sixteen is ten times as long.
         "long-tailed": [30 if n % 16 == 0 else lengths.randint(1, 5) for n in range(conversations)],
-        "long": [lengths.randint(18, 24) for _ in range(conversations // 4)],
+        "long": [lengths.randint(18, 24) for _ in range(conversations // 2)],
         "warm-up": [1, 1, 1, 1],
     }
     written = {}

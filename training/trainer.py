@@ -48,6 +48,8 @@ _BLANK = Example([0, 0], [IGNORED, IGNORED], place="")
 class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
     """Trains the adapter of one job; speaks through its voice, remembers in its journal, stops when asked."""
 
+    data_collator: Any
+
     def __init__(
         self,
         *,
