@@ -117,11 +117,11 @@ BEGIN
 
     -- The app's own tables. Nothing of an older dispatcher's rows (epoch 0).
     IF NEW.lease_epoch > 0 THEN
-        IF NEW.status IN ('completed', 'failed', 'cancelled') THEN
-            PERFORM public.training_record_cost(NEW);
-            PERFORM public.training_notify_user(NEW);
-        ELSIF NEW.status = 'running' AND NEW.attempt = 1 THEN
-            PERFORM public.training_notify_user(NEW);
+        IF kind IN ('completed', 'failed', 'cancelled') THEN
+            PERFORM public.training_record_cost(NEW, NEW.final_cost);
+            PERFORM public.training_notify_user(NEW, kind);
+        ELSIF kind = 'started' AND NEW.attempt = 1 THEN
+            PERFORM public.training_notify_user(NEW, kind);
         END IF;
     END IF;
     RETURN NULL;

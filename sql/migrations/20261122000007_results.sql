@@ -75,7 +75,7 @@ END
 $$;
 
 -- After it, called by the announcement: what the job cost, one record for each time that it ended.
-CREATE OR REPLACE FUNCTION public.training_record_cost(job public.training_jobs) RETURNS void
+CREATE OR REPLACE FUNCTION public.training_record_cost(job public.training_jobs, amount numeric) RETURNS void
 LANGUAGE plpgsql
 SET search_path = ''
 SET lock_timeout = '2s'
@@ -89,18 +89,18 @@ DECLARE
         'lease_epoch', job.lease_epoch
     ));
 BEGIN
-    IF to_regclass('public.cost_records') IS NULL THEN
+    IF amount IS NULL OR to_regclass('public.cost_records') IS NULL THEN
         RETURN;
     END IF;
     UPDATE public.cost_records AS cost
-    SET amount = job.final_cost,
+    SET amount = training_record_cost.amount,
         details = facts
     WHERE cost.job_id = job.id
       AND cost.cost_type = 'training_compute'
       AND cost.details ->> 'lease_epoch' = job.lease_epoch::text;
     IF NOT FOUND THEN
         INSERT INTO public.cost_records (user_id, job_id, cost_type, amount, details, billing_period)
-        VALUES (job.user_id, job.id, 'training_compute', job.final_cost, facts,
+        VALUES (job.user_id, job.id, 'training_compute', training_record_cost.amount, facts,
             date_trunc('month', clock_timestamp() AT TIME ZONE 'UTC')::date);
     END IF;
     -- A cancel is part of the app's own transaction, whose constraints are its own business.
@@ -117,7 +117,7 @@ END
 $$;
 
 -- What the app's bell shows: the first start, and every ending.
-CREATE OR REPLACE FUNCTION public.training_notify_user(job public.training_jobs) RETURNS void
+CREATE OR REPLACE FUNCTION public.training_notify_user(job public.training_jobs, move text) RETURNS void
 LANGUAGE plpgsql
 SET search_path = ''
 SET lock_timeout = '2s'
@@ -129,10 +129,10 @@ BEGIN
     IF to_regclass('public.notifications') IS NULL THEN
         RETURN;
     END IF;
-    IF job.status = 'running' THEN
+    IF move = 'started' THEN
         INSERT INTO public.notifications (user_id, type, title, message, priority, action_url, metadata)
         VALUES (job.user_id, 'job_started', 'Training has started', 'Your model is being trained.', 'low', job_page, about);
-    ELSIF job.status = 'completed' THEN
+    ELSIF move = 'completed' THEN
         INSERT INTO public.notifications (user_id, type, title, message, priority, action_url, metadata)
         VALUES (job.user_id, 'job_completed', 'Training is complete', 'Your model has been trained.', 'medium', job_page, about);
         IF job.artifact_id IS NOT NULL THEN
@@ -140,17 +140,17 @@ BEGIN
             VALUES (job.user_id, 'artifact_ready', 'Your adapter is ready', 'The adapter can be downloaded.', 'medium',
                 '/models/' || job.artifact_id, about || jsonb_build_object('artifact_id', job.artifact_id));
         END IF;
-    ELSIF job.status = 'failed' THEN
+    ELSIF move = 'failed' THEN
         INSERT INTO public.notifications (user_id, type, title, message, priority, action_url, metadata)
         VALUES (job.user_id, 'job_failed', 'Training has failed',
             concat_ws(' ', coalesce(job.error_message, 'The training ended with an error.'), job.error_hint),
             'high', job_page, about || jsonb_build_object('error_code', job.error_code));
-    ELSIF job.status = 'cancelled' THEN
+    ELSIF move = 'cancelled' THEN
         INSERT INTO public.notifications (user_id, type, title, message, priority, action_url, metadata)
         VALUES (job.user_id, 'job_cancelled', 'Training was cancelled', 'The training was cancelled.', 'low', job_page, about);
     END IF;
     -- A cancel is part of the app's own transaction, whose constraints are its own business.
-    IF job.status <> 'cancelled' THEN
+    IF move <> 'cancelled' THEN
         SET CONSTRAINTS ALL IMMEDIATE;
     END IF;
     RETURN;
@@ -168,17 +168,17 @@ LANGUAGE plpgsql
 SET search_path = ''
 AS $$
 BEGIN
-    PERFORM public.training_record_cost(NEW);
+    PERFORM public.training_record_cost(NEW, NEW.final_cost);
     RETURN NULL;
 END
 $$;
 
 REVOKE EXECUTE ON FUNCTION
     public.training_jobs_results(), public.training_jobs_correct_cost(),
-    public.training_record_cost(public.training_jobs), public.training_notify_user(public.training_jobs)
+    public.training_record_cost(public.training_jobs, numeric), public.training_notify_user(public.training_jobs, text)
 FROM PUBLIC, anon, authenticated, service_role;
 GRANT EXECUTE ON FUNCTION
-    public.training_record_cost(public.training_jobs), public.training_notify_user(public.training_jobs)
+    public.training_record_cost(public.training_jobs, numeric), public.training_notify_user(public.training_jobs, text)
 TO training_daemon;
 
 CREATE OR REPLACE TRIGGER training_jobs_results

@@ -203,8 +203,8 @@ CALLS = {
     "training_status_json": "training_status_json(NULL::training_jobs)",
     "training_read_needs": "training_read_needs('{}', '{}')",
     "training_require_owner": "training_require_owner(%(owner)s)",
-    "training_record_cost": "training_record_cost((SELECT job FROM training_jobs AS job WHERE id = %(failed)s))",
-    "training_notify_user": "training_notify_user((SELECT job FROM training_jobs AS job WHERE id = %(failed)s))",
+    "training_record_cost": "training_record_cost((SELECT job FROM training_jobs AS job WHERE id = %(failed)s), 1)",
+    "training_notify_user": "training_notify_user((SELECT job FROM training_jobs AS job WHERE id = %(failed)s), 'failed')",
 }
 
 # The rows that each sees of a view with rows of two users.

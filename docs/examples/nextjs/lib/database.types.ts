@@ -1121,7 +1121,27 @@ export type Database = {
       retry_training_job: { Args: { job_id: string }; Returns: Json }
       submit_training_job: { Args: { job: Json }; Returns: Json }
       training_job_status: { Args: { job_id: string }; Returns: Json }
+      training_notify_user: {
+        Args: {
+          job: Omit<
+            Database['public']['Tables']['training_jobs']['Row'],
+            Database['public']['Tables']['training_jobs']['ComputedFields']
+          >
+          move: string
+        }
+        Returns: undefined
+      }
       training_read_needs: { Args: { gpu_config: Json; hyperparameters: Json }; Returns: Record<string, unknown> }
+      training_record_cost: {
+        Args: {
+          amount: number
+          job: Omit<
+            Database['public']['Tables']['training_jobs']['Row'],
+            Database['public']['Tables']['training_jobs']['ComputedFields']
+          >
+        }
+        Returns: undefined
+      }
       training_require_owner: { Args: { owner_id: string }; Returns: undefined }
       training_status_json: {
         Args: {
