@@ -191,6 +191,8 @@ FUNCTIONS = """
   .        .        .        .        x        training_notify_user
 """
 
+A_FAILED_JOB = "(SELECT job FROM training_jobs AS job WHERE id = %(failed)s)"
+
 CALLS = {
     "submit_training_job": "submit_training_job(jsonb_build_object('user_id', %(owner)s::uuid, 'dataset_url', 'https://a'))",
     "training_job_status": "training_job_status(%(running)s)",
@@ -203,8 +205,8 @@ CALLS = {
     "training_status_json": "training_status_json(NULL::training_jobs)",
     "training_read_needs": "training_read_needs('{}', '{}')",
     "training_require_owner": "training_require_owner(%(owner)s)",
-    "training_record_cost": "training_record_cost((SELECT job FROM training_jobs AS job WHERE id = %(failed)s), 1)",
-    "training_notify_user": "training_notify_user((SELECT job FROM training_jobs AS job WHERE id = %(failed)s), 'failed')",
+    "training_record_cost": f"training_record_cost({A_FAILED_JOB}, 1)",
+    "training_notify_user": f"training_notify_user({A_FAILED_JOB}, 'failed')",
 }
 
 # The rows that each sees of a view with rows of two users.
