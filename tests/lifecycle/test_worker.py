@@ -28,6 +28,7 @@ def test_an_inserted_row_becomes_an_adapter(queue: Queue, daemon: DaemonProcess,
         job = queue.insert()
         row = queue.wait_for(job, "completed")
         daemon.wait_for_log("attempt_settled")
+        eventually(lambda: not (tmp_path / "jobs" / str(job)).exists())
     assert row["progress"] == 100 and row["attempt"] == 1 and row["retry_count"] == 0
     assert row["adapter_path"] == f"lora-models/adapters/{job}.tar.gz"
     stored = tmp_path / "storage" / row["adapter_path"]
@@ -36,7 +37,6 @@ def test_an_inserted_row_becomes_an_adapter(queue: Queue, daemon: DaemonProcess,
     story = queue.story(job)
     assert story.index("queued") < story.index("claimed") < story.index("started") < story.index("completed")
     assert queue.leases() == []
-    assert not (tmp_path / "jobs" / str(job)).exists()
 
 
 def test_every_fault_of_a_malformed_row_is_listed_and_the_next_job_is_taken(
