@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich._export_format import CONSOLE_SVG_FORMAT
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.terminal_theme import MONOKAI
 
 from daemon.demo.job import JobView
@@ -40,17 +40,19 @@ class RecordedScreen(Screen):
     def picture(self) -> Iterator[Picture]:
         chosen = _Moment()
         yield chosen
-        if chosen.view is not None:
-            self._recorder.print(draw_picture(chosen.view, WIDTH))
+        if chosen.drawn is not None:
+            self._recorder.print(chosen.drawn)
 
 
 class _Moment:
     def __init__(self) -> None:
-        self.view: JobView | None = None
+        self.drawn: RenderableType | None = None
+        self._progress = 0.0
 
     def show(self, view: JobView) -> None:
-        if self.view is None or self.view.standing.progress < SHOWN_PROGRESS:
-            self.view = view
+        if self._progress < SHOWN_PROGRESS:
+            # Drawn now: the time left counts from the moment.
+            self.drawn, self._progress = draw_picture(view, WIDTH), float(view.standing.progress)
 
 
 def main() -> int:
