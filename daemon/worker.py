@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine
+from typing import Any
 
 import structlog
 
@@ -95,13 +96,9 @@ class Worker:
                 claim = await self._store.claim_job(
                     self._host.worker_id,
                     free_gpus=self._pool.free_gpus,
-                    gpu_memory_gb=self._host.gpu_memory_gb,
-                    gpu_type=self._host.gpu_type,
-                    models=settings.allowed_models or None,
-                    user_cap=settings.user_cap,
                     lease_seconds=settings.lease_seconds,
                     warm_models=self._with.trainers.bases(),
-                    warm_first_seconds=settings.warm_first_seconds,
+                    **self._limits(),
                 )
                 if claim.job is not None:
                     self.begin(claim.job)
@@ -136,19 +133,25 @@ class Worker:
         A user whom the very job that ends keeps at his cap is passed over: the guess may be wrong."""
         if not self._near_end or not self._lookahead.wants_a_job or self._paused or self._closing.is_set():
             return
-        settings, host = self._settings, self._host
         free_gpus = self._pool.free_gpus
         dataset = await self._store.peek_next_job(
             free_gpus=None if free_gpus is None else free_gpus + min(map(len, self._near_end.values())),
-            gpu_memory_gb=host.gpu_memory_gb,
-            gpu_type=host.gpu_type,
-            models=settings.allowed_models or None,
-            user_cap=settings.user_cap,
             warm_models=self._with.trainers.bases_after(self._attempts[task][0].base_model for task in self._near_end),
-            warm_first_seconds=settings.warm_first_seconds,
+            **self._limits(),
         )
         if dataset is not None:
             self._lookahead.guess(dataset)
+
+    def _limits(self) -> dict[str, Any]:
+        """What this host serves, whatever runs on it: the same for a claim and for the look ahead."""
+        settings = self._settings
+        return {
+            "gpu_memory_gb": self._host.gpu_memory_gb,
+            "gpu_type": self._host.gpu_type,
+            "models": settings.allowed_models or None,
+            "user_cap": settings.user_cap,
+            "warm_first_seconds": settings.warm_first_seconds,
+        }
 
     def begin(self, job: ClaimedJob) -> asyncio.Task[Remains]:
         """Run an attempt of a job that has been claimed for this host; the task ends when it is settled."""
