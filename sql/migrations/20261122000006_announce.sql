@@ -2,7 +2,7 @@
 -- in the transaction of the change, whoever made it. Two more wake them for what makes a waiting job claimable
 -- without a change of its status: an edit of the row, and the end of a lease that stood in its way.
 --
--- Every trigger names its columns (`UPDATE OF`), and most have no WHEN: the columns of a statement are compared bit by
+-- Those on updates name their columns (`UPDATE OF`), and one has no WHEN: the columns of a statement are compared bit by
 -- bit, a WHEN is parsed from text in every statement, which was a fifth of a claim.
 
 SET LOCAL lock_timeout = '1s';

@@ -107,12 +107,10 @@ BEGIN
     IF job.status <> 'cancelled' THEN
         SET CONSTRAINTS ALL IMMEDIATE;
     END IF;
-    RETURN;
 EXCEPTION WHEN OTHERS OR query_canceled OR assert_failure THEN
     INSERT INTO public.training_events (job_id, epoch, kind, message, data)
     VALUES (job.id, job.lease_epoch, 'notice', 'the row in cost_records could not be written: ' || SQLERRM,
         jsonb_build_object('code', 'side_table_failed', 'table', 'cost_records', 'sqlstate', SQLSTATE));
-    RETURN;
 END
 $$;
 
@@ -153,12 +151,10 @@ BEGIN
     IF move <> 'cancelled' THEN
         SET CONSTRAINTS ALL IMMEDIATE;
     END IF;
-    RETURN;
 EXCEPTION WHEN OTHERS OR query_canceled OR assert_failure THEN
     INSERT INTO public.training_events (job_id, epoch, kind, message, data)
     VALUES (job.id, job.lease_epoch, 'notice', 'the row in notifications could not be written: ' || SQLERRM,
         jsonb_build_object('code', 'side_table_failed', 'table', 'notifications', 'sqlstate', SQLSTATE));
-    RETURN;
 END
 $$;
 
