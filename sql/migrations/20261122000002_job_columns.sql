@@ -49,7 +49,11 @@ BEGIN
         SELECT * FROM (VALUES
             ('training_jobs_max_attempts_range', 'CHECK (max_attempts BETWEEN 1 AND 100)'),
             ('training_jobs_due_means_queued', 'CHECK (NOT due OR (status = ''queued'' AND NOT held))'),
-            ('training_jobs_max_cost_positive', 'CHECK (max_cost > 0)')
+            -- NaN is greater than every number, and no cost ever reaches it.
+            ('training_jobs_max_cost_range', 'CHECK (max_cost > 0 AND max_cost < ''NaN'')'),
+            -- Infinity and the year 20000 are instants that a daemon can neither read nor subtract from.
+            ('training_jobs_run_after_range', 'CHECK (run_after BETWEEN ''0001-01-02Z'' AND ''9999-12-31Z'')'),
+            ('training_jobs_deadline_at_range', 'CHECK (deadline_at BETWEEN ''0001-01-02Z'' AND ''9999-12-31Z'')')
         ) AS rules (name, definition)
     LOOP
         IF NOT EXISTS (

@@ -131,7 +131,7 @@ DECLARE
     cancelled public.training_jobs;
 BEGIN
     -- The daemon's progress, every second: seen here, and not by a WHEN of the trigger, which is parsed anew each time.
-    IF current_user = 'training_daemon' AND NEW.status = OLD.status THEN
+    IF current_user = 'training_daemon' AND NEW.status = OLD.status AND NEW.lease_epoch = OLD.lease_epoch THEN
         RETURN NEW;
     END IF;
 
@@ -155,14 +155,14 @@ BEGIN
 
     IF current_user = 'training_daemon' THEN
         -- The daemon's moves (daemon.job.MOVES; a test compares the two).
-        IF (OLD.status, NEW.status) NOT IN (
+        IF ((OLD.status, NEW.status) IN (
             ('queued', 'initializing'),
             ('initializing', 'running'),
             ('initializing', 'completed'), ('running', 'completed'),
             ('initializing', 'failed'), ('running', 'failed'),
             ('initializing', 'queued'), ('running', 'queued'),
             ('failed', 'queued'), ('cancelled', 'queued')
-        ) THEN
+        )) IS NOT TRUE THEN
             RAISE EXCEPTION USING ERRCODE = 'PT409',
                 MESSAGE = format('no such move: %s to %s', OLD.status, NEW.status);
         END IF;
@@ -189,6 +189,7 @@ BEGIN
     -- Rows that an older dispatcher runs itself: left to it, never claimed by us. A row it puts back is held.
     IF OLD.lease_epoch = 0 AND OLD.status IN ('initializing', 'running') AND current_user <> 'authenticated' THEN
         NEW.lease_epoch := 0;
+        NEW.run_after := NULL;
         NEW.due := false;
         NEW.held := NEW.status = 'queued';
         RETURN NEW;
@@ -233,7 +234,10 @@ BEGIN
         NEW.need_gpu_memory_gb := needs.gpu_memory_gb;
         NEW.need_gpu_type := needs.gpu_type;
         NEW.base_model := needs.base_model;
-        NEW.due := NOT NEW.held AND (NEW.run_after IS NULL OR NEW.run_after <= clock_timestamp());
+        -- Time alone makes it due by promote_due_jobs only, which wakes: this statement may name nothing that does.
+        IF NEW.run_after IS DISTINCT FROM OLD.run_after THEN
+            NEW.due := NOT NEW.held AND (NEW.run_after IS NULL OR NEW.run_after <= clock_timestamp());
+        END IF;
     END IF;
     RETURN NEW;
 END

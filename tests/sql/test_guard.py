@@ -12,7 +12,9 @@ import pytest
 from psycopg.types.json import Jsonb
 
 from daemon.job import FINAL, HELD, MOVES, UNFINISHED, State
+from daemon.store import Store
 from tests.postgres import AppDatabase, Server, app_job, insert_statement
+from tests.sql.world import orphan
 
 ROLES = ("postgres", "service_role", "owner", "stranger", "anon", "training_daemon")
 PT409 = "PT409"
@@ -123,12 +125,22 @@ def test_the_daemons_table_of_moves_is_the_guards(shared: AppDatabase, people: d
         (State.RUNNING, "status = 'completed', lease_epoch = lease_epoch + 1"),
         (State.RUNNING, "status = 'queued', lease_epoch = 0"),
         (State.FAILED, "status = 'queued', lease_epoch = lease_epoch - 1"),
+        (State.RUNNING, "lease_epoch = lease_epoch + 1"),
+        (State.COMPLETED, "lease_epoch = lease_epoch - 1"),
     ],
 )
 def test_the_epoch_rises_by_one_at_a_claim_and_never_else(
     shared: AppDatabase, people: dict[str, UUID], origin: State, change: str
 ) -> None:
     assert move(shared, people, "training_daemon", origin, change) == (0, PT409)
+
+
+@pytest.mark.parametrize("role", ["postgres", "service_role", "training_daemon"])
+def test_a_job_is_never_without_a_state(shared: AppDatabase, people: dict[str, UUID], role: str) -> None:
+    for origin in State:
+        # Held, so that no other rule refuses it first.
+        change = "status = NULL, held = true, due = false" if role == "training_daemon" else "status = NULL"
+        assert move(shared, people, role, origin, change) == (0, PT409), origin
 
 
 SERVER_OWNED = (
@@ -173,6 +185,16 @@ def test_the_older_dispatchers_rows_are_left_to_it(shared: AppDatabase, people: 
     # What is queued is ours: the older edge function's writes are refused, and it ignores the refusals.
     for change in ("status = 'initializing'", "status = 'running', external_job_id = 'pod-1'"):
         assert move(shared, people, "service_role", State.QUEUED, change, epoch=0) == (0, PT409)
+
+
+async def test_a_time_on_a_row_of_the_older_dispatcher_keeps_no_daemon_awake(
+    store: Store, database: AppDatabase, user: UUID
+) -> None:
+    job_id = orphan(database, user)
+    with database.acting("service_role") as service:
+        service.execute("UPDATE training_jobs SET run_after = now(), progress = 40")
+    assert database.job(job_id)["progress"] == 40
+    assert await store.next_due_in() is None
 
 
 def test_a_row_that_the_older_dispatcher_puts_back_is_held(database: AppDatabase) -> None:
@@ -252,6 +274,33 @@ def test_a_service_may_choose_priority_and_attempts(database: AppDatabase) -> No
         service.execute(text.encode(), values)
     row = database.one("SELECT priority, max_attempts FROM training_jobs")
     assert (row["priority"], row["max_attempts"]) == (9, 5)
+
+
+@pytest.mark.parametrize("role", ["authenticated", "service_role"])
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("run_after", "infinity"),
+        ("run_after", "20000-01-01"),
+        ("deadline_at", "infinity"),
+        ("deadline_at", "-infinity"),
+        ("deadline_at", "20000-01-01"),
+        ("deadline_at", "0044-03-15 BC"),
+        ("max_cost", "NaN"),
+        ("max_cost", "0"),
+    ],
+)
+def test_a_limit_that_no_daemon_could_read_is_refused(
+    shared: AppDatabase, people: dict[str, UUID], role: str, column: str, value: str
+) -> None:
+    user = people["owner"]
+    job = app_job(user, shared.insert_dataset(user)) | {column: value}
+    with (
+        pytest.raises(psycopg.errors.CheckViolation, match=f"training_jobs_{column}_range"),
+        shared.acting(role, user) as caller,
+    ):
+        caller.execute(*map_bytes(insert_statement("training_jobs", job)))
+    assert move(shared, people, "service_role", State.QUEUED, f"{column} = '{value}'") == (0, "23514")
 
 
 def test_a_user_cannot_train_on_another_users_dataset(database: AppDatabase) -> None:
