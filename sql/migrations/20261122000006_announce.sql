@@ -103,7 +103,8 @@ BEGIN
         INSERT INTO public.training_callbacks (sequence, job_id, user_id, url, host, event, payload)
         VALUES (
             place, NEW.id, NEW.user_id, NEW.callback_url,
-            lower(coalesce(substring(NEW.callback_url FROM '^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/?#]*@)?([^/?#]+)'), '')),
+            -- No name of the internet is longer, and an index has no room for all that a user may write there.
+            left(lower(coalesce(substring(NEW.callback_url FROM '^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/?#]*@)?([^/?#]+)'), '')), 260),
             event,
             public.training_status_json(NEW)
                 || jsonb_build_object('job_id', NEW.id, 'event', event, 'sequence', place, 'at', clock_timestamp())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
 from datetime import UTC, datetime
+from secrets import token_hex
 from typing import Any
 from uuid import UUID
 
@@ -191,6 +192,20 @@ async def test_a_promotion_wakes_those_who_looked_a_moment_too_early(
     assert await store.promote_due_jobs() == 0 and ear.heard() == []
 
 
+async def test_an_edit_at_the_very_moment_leaves_the_wake_up_to_the_promotion(
+    store: Store, database: AppDatabase, user: UUID, ear: Ear
+) -> None:
+    soon = database.one("SELECT clock_timestamp() + interval '300 ms' AS at")["at"]
+    database.insert_job(user, run_after=soon)
+    ear.heard()
+    database.run("SELECT pg_sleep(0.35)")
+    with database.acting("service_role") as service:
+        service.execute("UPDATE training_jobs SET max_cost = 5")
+    # A daemon that looked just before finds the job when it asks what comes next, and not after a whole poll.
+    assert await store.next_due_in() == 0
+    assert await store.promote_due_jobs() == 1 and ear.heard() == ["queued"]
+
+
 async def _complete(store: Store, lease: Lease) -> object:
     return await store.complete_job(lease, DONE, cost=1)
 
@@ -309,6 +324,14 @@ async def test_the_outbox_gets_every_state_change_of_a_job_with_a_callback(
     assert (last["job_id"], last["event"], last["progress"]) == (str(job_id), "job.completed", 100)
     assert last["adapter_path"] == DONE.adapter_path and last["error_message"] is None and last["cost"] == 2.5
     assert set(last) >= {"status", "progress", "current_epoch", "current_step", "stage", "metrics", "error_message"}
+
+
+async def test_a_callback_to_a_host_with_an_endless_name_holds_up_no_job(
+    store: Store, database: AppDatabase, user: UUID
+) -> None:
+    job_id = database.insert_job(user, callback_url=f"https://{token_hex(5_000)}.example.org/hook")
+    assert (await claimed(store)).id == job_id
+    assert len(database.one("SELECT host FROM training_callbacks")["host"]) == 260
 
 
 async def test_a_job_without_a_callback_fills_no_outbox(store: Store, database: AppDatabase, user: UUID) -> None:
