@@ -29,10 +29,9 @@ from daemon.database import Database
 from daemon.embedded_postgres import EmbeddedPostgres
 from daemon.job import Failed
 from daemon.migrate import migrate
-from daemon.store import Claim, Store
+from daemon.store import Claim, Limits, Store
 from training.events import ErrorCode
 
-ANY_HOST: dict[str, Any] = {"free_gpus": None, "gpu_memory_gb": None, "gpu_type": None, "models": None}
 OVER = Failed(ErrorCode.INTERNAL, "benchmark")
 Table = list[tuple[str, float, float, float]]
 
@@ -79,7 +78,7 @@ class App:
 
 
 async def claim(store: Store, *, user_cap: int | None = None) -> Claim:
-    return await store.claim_job(uuid4(), **ANY_HOST, user_cap=user_cap, lease_seconds=3600)
+    return await store.claim_job(uuid4(), Limits(user_cap=user_cap), lease_seconds=3600)
 
 
 async def timed_claims(store: Store, count: int, *, user_cap: int | None = None) -> list[float]:
@@ -188,15 +187,7 @@ async def among_idle_daemons(app: App, dsn: str, daemons: int, jobs: int) -> tup
 def plan(app: App) -> str:
     """What Postgres does for one claim, by EXPLAIN ANALYZE, rolled back."""
     text = (files("sql.queries") / "claim_job.sql").read_text()
-    values = {
-        "worker_id": uuid4(),
-        **ANY_HOST,
-        "user_cap": None,
-        "lease_seconds": 60.0,
-        "warm_models": [],
-        "warm_first_seconds": 0.0,
-        "window": 8,
-    }
+    values = Limits().parameters(window=8) | {"worker_id": uuid4(), "lease_seconds": 60.0}
     with app.connection.transaction(force_rollback=True):
         app.connection.execute("SET LOCAL ROLE training_daemon")
         app.connection.execute("SET LOCAL plan_cache_mode = force_generic_plan")

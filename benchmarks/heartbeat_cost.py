@@ -23,12 +23,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import psycopg
 
-from benchmarks.claim_scaling import ANY_HOST, App
+from benchmarks.claim_scaling import App
 from daemon.database import Database
 from daemon.embedded_postgres import EmbeddedPostgres
 from daemon.job import Lease
 from daemon.migrate import migrate
-from daemon.store import MetricPoint, Store
+from daemon.store import Limits, MetricPoint, Store
 
 HEARTBEAT_SECONDS = 20
 METRICS = {"training_loss": 1.25, "learning_rate": 1e-4, "gradient_norm": 0.8, "throughput": 1800.0}
@@ -96,7 +96,7 @@ async def measure(dsn: str, jobs: int, seconds: int, *, old_snapshot: bool) -> l
         analyst.execute("SELECT count(*) FROM training_leases")
     async with Database(dsn, application_name="heartbeat_cost") as database:
         store = Store(database)
-        found = [await store.claim_job(uuid4(), **ANY_HOST, user_cap=None, lease_seconds=3600) for _ in range(jobs)]
+        found = [await store.claim_job(uuid4(), Limits(), lease_seconds=3600) for _ in range(jobs)]
         leases = [claim.job.lease for claim in found if claim.job is not None]
         for lease in leases:
             await store.start_job(lease)

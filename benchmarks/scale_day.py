@@ -29,12 +29,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import psycopg
 
-from benchmarks.claim_scaling import ANY_HOST, App
+from benchmarks.claim_scaling import App
 from daemon.database import Database
 from daemon.embedded_postgres import EmbeddedPostgres
 from daemon.job import Completed
 from daemon.migrate import migrate
-from daemon.store import MetricPoint, Store
+from daemon.store import Limits, MetricPoint, Store
 
 T = TypeVar("T")
 
@@ -94,7 +94,7 @@ async def one_life(app: App, store: Store, seconds: int, meter: Meter) -> None:
         )
 
     await meter.take("insert", insert())
-    found = await meter.take("claim", store.claim_job(uuid4(), **ANY_HOST, user_cap=None, lease_seconds=60))
+    found = await meter.take("claim", store.claim_job(uuid4(), Limits(), lease_seconds=60))
     assert found.job is not None
     lease = found.job.lease
 
@@ -157,7 +157,7 @@ async def fruitless_wakes(dsn: str, count: int) -> dict[str, tuple[float, float]
             await store.next_due_in()
 
         async def idle() -> None:
-            await store.claim_job(uuid4(), **ANY_HOST, user_cap=None, lease_seconds=60)
+            await store.claim_job(uuid4(), Limits(), lease_seconds=60)
             await busy()
 
         await busy()  # connects

@@ -29,11 +29,39 @@ _STACK_CHARACTERS = 60_000
 
 
 @dataclass(frozen=True)
-class Claim:
-    """What a claim found. `seen` > 0 without a job: there is work, but others were quicker; ask again soon."""
+class Limits:
+    """What a host can serve now; None means no limit. Memory is of one GPU, in GB.
 
-    seen: int
+    `warm_models` (an empty name stands for jobs that name none) go before older jobs of the same priority that have
+    waited less than `warm_first_seconds`."""
+
+    free_gpus: int | None = None
+    gpu_memory_gb: float | None = None
+    gpu_type: str | None = None
+    models: Sequence[str] | None = None
+    user_cap: int | None = None
+    warm_models: Sequence[str] = ()
+    warm_first_seconds: float = 0.0
+
+    def parameters(self, window: int) -> dict[str, Any]:
+        return {
+            "free_gpus": self.free_gpus,
+            "gpu_memory_gb": self.gpu_memory_gb,
+            "gpu_type": self.gpu_type,
+            "models": None if self.models is None else list(self.models),
+            "user_cap": self.user_cap,
+            "warm_models": list(self.warm_models),
+            "warm_first_seconds": self.warm_first_seconds,
+            "window": window,
+        }
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a claim found. `contested`: there is work, but others were quicker or hold it still; ask again soon."""
+
     job: ClaimedJob | None
+    contested: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,68 +180,23 @@ class Store:
 
     # Taking work.
 
-    async def claim_job(
-        self,
-        worker_id: UUID,
-        *,
-        free_gpus: int | None,
-        gpu_memory_gb: float | None,
-        gpu_type: str | None,
-        models: Sequence[str] | None,
-        user_cap: int | None,
-        lease_seconds: float,
-        warm_models: Sequence[str] = (),
-        warm_first_seconds: float = 0.0,
-    ) -> Claim:
-        """Take the first due job that this host can serve; None means no limit (memory is of one GPU).
-
-        `warm_models` (an empty name stands for jobs that name none) go before older jobs of the same priority that
-        have waited less than `warm_first_seconds`.
-        """
-        parameters: dict[str, Any] = {
-            "worker_id": worker_id,
-            "free_gpus": free_gpus,
-            "gpu_memory_gb": gpu_memory_gb,
-            "gpu_type": gpu_type,
-            "models": None if models is None else list(models),
-            "user_cap": user_cap,
-            "lease_seconds": lease_seconds,
-            "warm_models": list(warm_models),
-            "warm_first_seconds": warm_first_seconds,
-        }
-        seen = 0
+    async def claim_job(self, worker_id: UUID, limits: Limits, *, lease_seconds: float) -> Claim:
+        """Take the first due job that this host can serve."""
+        lease = {"worker_id": worker_id, "lease_seconds": lease_seconds}
         for window in _WINDOWS:
-            row = (await self._run("claim_job", parameters | {"window": window}))[0]
-            seen = row.pop("seen")
-            if row["id"] is not None:
-                return Claim(seen, ClaimedJob(**row))
-            if seen < window:
-                break
-        return Claim(seen, None)
+            rows = await self._run("claim_job", limits.parameters(window) | lease)
+            if rows:
+                return Claim(ClaimedJob(**rows[0]))
+            if await self._peek(limits, _WINDOWS[-1]) is None:
+                return Claim(None)
+        return Claim(None, contested=True)
 
-    async def peek_next_job(
-        self,
-        *,
-        free_gpus: int | None,
-        gpu_memory_gb: float | None,
-        gpu_type: str | None,
-        models: Sequence[str] | None,
-        user_cap: int | None,
-        warm_models: Sequence[str] = (),
-        warm_first_seconds: float = 0.0,
-    ) -> JobDataset | None:
+    async def peek_next_job(self, limits: Limits) -> JobDataset | None:
         """Where the data of the job lies that `claim_job` would take with the same limits; nothing is taken."""
-        parameters: dict[str, Any] = {
-            "free_gpus": free_gpus,
-            "gpu_memory_gb": gpu_memory_gb,
-            "gpu_type": gpu_type,
-            "models": None if models is None else list(models),
-            "user_cap": user_cap,
-            "warm_models": list(warm_models),
-            "warm_first_seconds": warm_first_seconds,
-            "window": _WINDOWS[0],
-        }
-        rows = await self._run("peek_next_job", parameters)
+        return await self._peek(limits, _WINDOWS[0])
+
+    async def _peek(self, limits: Limits, window: int) -> JobDataset | None:
+        rows = await self._run("peek_next_job", limits.parameters(window))
         return JobDataset(**rows[0]) if rows else None
 
     async def return_unanswered_claims(self, worker_id: UUID, known: Sequence[UUID]) -> int:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Coroutine, Sequence
 
 import structlog
 
@@ -20,6 +19,7 @@ from daemon.lookahead import Lookahead
 from daemon.presence import Load, say_goodbye, stay_present
 from daemon.reaper import reap_for_ever
 from daemon.stop import Stop, StopReason
+from daemon.store import Limits
 from daemon.tidying import Remains, Tidying
 from daemon.waiting import wait_at_most
 from daemon.workspace import tidy_for_ever
@@ -93,17 +93,12 @@ class Worker:
                 await self._store.return_unanswered_claims(self._host.worker_id, known)
                 self._answer_lost = False
             while self._pool.has_room and not self._paused and not self._closing.is_set():
-                claim = await self._store.claim_job(
-                    self._host.worker_id,
-                    free_gpus=self._pool.free_gpus,
-                    lease_seconds=settings.lease_seconds,
-                    warm_models=self._with.trainers.bases(),
-                    **self._limits(),
-                )
+                limits = self._limits(self._pool.free_gpus, self._with.trainers.bases())
+                claim = await self._store.claim_job(self._host.worker_id, limits, lease_seconds=settings.lease_seconds)
                 if claim.job is not None:
                     self.begin(claim.job)
                     continue
-                if claim.seen == 0:
+                if not claim.contested:
                     # After the claim, so that a wake-up does not wait for it.
                     if await self._store.promote_due_jobs():
                         continue
@@ -134,24 +129,26 @@ class Worker:
         if not self._near_end or not self._lookahead.wants_a_job or self._paused or self._closing.is_set():
             return
         free_gpus = self._pool.free_gpus
-        dataset = await self._store.peek_next_job(
-            free_gpus=None if free_gpus is None else free_gpus + min(map(len, self._near_end.values())),
-            warm_models=self._with.trainers.bases_after(self._attempts[task][0].base_model for task in self._near_end),
-            **self._limits(),
+        limits = self._limits(
+            None if free_gpus is None else free_gpus + min(map(len, self._near_end.values())),
+            self._with.trainers.bases_after(self._attempts[task][0].base_model for task in self._near_end),
         )
+        dataset = await self._store.peek_next_job(limits)
         if dataset is not None:
             self._lookahead.guess(dataset)
 
-    def _limits(self) -> dict[str, Any]:
-        """What this host serves, whatever runs on it: the same for a claim and for the look ahead."""
+    def _limits(self, free_gpus: int | None, warm_models: Sequence[str]) -> Limits:
+        """What this host serves, the same for a claim and for the look ahead, and what of it is free."""
         settings = self._settings
-        return {
-            "gpu_memory_gb": self._host.gpu_memory_gb,
-            "gpu_type": self._host.gpu_type,
-            "models": settings.allowed_models or None,
-            "user_cap": settings.user_cap,
-            "warm_first_seconds": settings.warm_first_seconds,
-        }
+        return Limits(
+            free_gpus=free_gpus,
+            gpu_memory_gb=self._host.gpu_memory_gb,
+            gpu_type=self._host.gpu_type,
+            models=settings.allowed_models or None,
+            user_cap=settings.user_cap,
+            warm_models=warm_models,
+            warm_first_seconds=settings.warm_first_seconds,
+        )
 
     def begin(self, job: ClaimedJob) -> asyncio.Task[Remains]:
         """Run an attempt of a job that has been claimed for this host; the task ends when it is settled."""

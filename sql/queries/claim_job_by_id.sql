@@ -3,8 +3,8 @@
 -- The caller has chosen this host for it: no place in the queue and no cap of running jobs is asked about.
 -- One row when the job waits: claimed, or with what it asks for and this host lacks (`lacking`, id null).
 -- None when it is held, final, not due yet, or was queued before the installation.
-WITH wanted AS MATERIALIZED (
-    SELECT job.id, job.user_id, job.lease_epoch, needs.lacking
+WITH picked AS MATERIALIZED (
+    SELECT job.id, job.user_id, job.dataset_id, job.lease_epoch, needs.lacking
     FROM training_jobs AS job
     CROSS JOIN LATERAL (
         -- The conditions of claim_job, each with its words.
@@ -29,10 +29,10 @@ WITH wanted AS MATERIALIZED (
 ),
 lease AS (
     INSERT INTO training_leases (job_id, epoch, worker_id, user_id, expires_at)
-    SELECT wanted.id, wanted.lease_epoch + 1, %(worker_id)s, wanted.user_id,
+    SELECT picked.id, picked.lease_epoch + 1, %(worker_id)s, picked.user_id,
            clock_timestamp() + %(lease_seconds)s::float8 * interval '1 second'
-    FROM wanted
-    WHERE wanted.lacking = '{}'
+    FROM picked
+    WHERE picked.lacking = '{}'
     ON CONFLICT DO NOTHING
     RETURNING job_id, epoch, claimed_at
 ),
@@ -55,6 +55,8 @@ claimed AS (
         error_stack = NULL,
         last_progress_at = lease.claimed_at
     FROM lease
+    CROSS JOIN picked
+    LEFT JOIN datasets AS dataset ON dataset.id = picked.dataset_id
     WHERE job.id = lease.job_id
     RETURNING
         job.id,
@@ -74,14 +76,11 @@ claimed AS (
         job.started_at,
         coalesce(job.current_cost, 0)::float8 AS spent,
         job.max_cost::float8 AS max_cost,
-        job.deadline_at
+        job.deadline_at,
+        dataset.storage_bucket,
+        dataset.storage_path,
+        dataset.user_id AS dataset_user_id
 )
-SELECT
-    wanted.lacking,
-    claimed.*,
-    dataset.storage_bucket,
-    dataset.storage_path,
-    dataset.user_id AS dataset_user_id
-FROM wanted
+SELECT picked.lacking, claimed.*
+FROM picked
 LEFT JOIN claimed ON true
-LEFT JOIN datasets AS dataset ON dataset.id = claimed.dataset_id

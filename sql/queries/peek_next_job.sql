@@ -1,16 +1,6 @@
 -- Reads which job a claim would take, and where its dataset lies, without taking or locking anything.
--- The first three parts are claim_job's, word for word: a test compares. No row means that nothing is due here.
-WITH blocked AS MATERIALIZED (
-    -- One array, asked for once: a capped user's waiting rows are passed over inside the index scan.
-    SELECT array(
-        SELECT lease.user_id
-        FROM training_leases AS lease
-        WHERE %(user_cap)s::int IS NOT NULL
-        GROUP BY lease.user_id
-        HAVING count(*) >= %(user_cap)s::int
-    ) AS users
-),
-candidates AS MATERIALIZED (
+-- The first parts are claim_job's, word for word: a test compares. No row means that nothing is due here.
+WITH candidates AS MATERIALIZED (
     -- Every column here is in the index training_jobs_due. Memory with 5 percent tolerance: an 80 GB card says 79.6.
     SELECT job.id, job.priority, job.queued_at, job.base_model
     FROM training_jobs AS job
@@ -21,11 +11,17 @@ candidates AS MATERIALIZED (
       AND (%(gpu_type)s::text IS NULL OR job.need_gpu_type IS NULL
            OR strpos(lower(%(gpu_type)s::text), lower(job.need_gpu_type)) > 0)
       AND (%(models)s::text[] IS NULL OR job.base_model IS NULL OR job.base_model = ANY (%(models)s::text[]))
-      AND job.user_id <> ALL ((SELECT blocked.users FROM blocked)::uuid[])
+      -- One array, asked for once: a capped user's waiting rows are passed over inside the index scan.
+      AND (%(user_cap)s::int IS NULL OR job.user_id <> ALL (array(
+          SELECT lease.user_id
+          FROM training_leases AS lease
+          GROUP BY lease.user_id
+          HAVING count(*) >= %(user_cap)s::int
+      )))
     ORDER BY job.priority DESC, job.queued_at, job.id
     LIMIT %(window)s
 ),
-ordered AS MATERIALIZED (
+ordered AS NOT MATERIALIZED (
     -- Of equal priority, what finds its base model in memory goes first, but never before one that has waited long.
     -- Only the few candidates are sorted; the index has put them in order before.
     SELECT candidates.id

@@ -14,7 +14,7 @@ from daemon.database import Database
 from daemon.host import read_load
 from daemon.job import ClaimedJob
 from daemon.reporter import Reporter
-from daemon.store import Store
+from daemon.store import Limits, Store
 from tests.postgres import AppDatabase
 from training import events
 from training.events import Stage
@@ -60,9 +60,7 @@ async def claimed(database: AppDatabase) -> AsyncIterator[Claimed]:
     database.insert_job(user_id, database.insert_dataset(user_id))
     async with Database(database.dsn, application_name="test") as connection:
         store = Store(connection)
-        claim = await store.claim_job(
-            uuid4(), free_gpus=None, gpu_memory_gb=None, gpu_type=None, models=None, user_cap=None, lease_seconds=60
-        )
+        claim = await store.claim_job(uuid4(), Limits(), lease_seconds=60)
         assert claim.job is not None
         yield Claimed(database, store, claim.job)
 

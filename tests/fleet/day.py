@@ -17,7 +17,7 @@ from uuid import UUID
 from daemon.database import Database
 from daemon.job import Completed, Lease
 from daemon.runpod_api import RunPodError
-from daemon.store import Store
+from daemon.store import Limits, Store
 from tests.fleet.yard import H100, Yard
 from tests.runpod_double import PodRow
 
@@ -158,8 +158,8 @@ class Day:
             await store.complete_job(daemon.lease, adapter, cost=1.0)
             daemon.job = daemon.lease = None
         if daemon.job is None and not self.yard.wants_drain(daemon.worker):
-            host: dict[str, Any] = {"free_gpus": 1, "gpu_memory_gb": 79.6, "gpu_type": H100, "models": None}
-            claim = await store.claim_job(daemon.worker, **host, user_cap=None, lease_seconds=1e6)
+            host = Limits(free_gpus=1, gpu_memory_gb=79.6, gpu_type=H100)
+            claim = await store.claim_job(daemon.worker, host, lease_seconds=1e6)
             if claim.job is not None:
                 daemon.job, daemon.lease, daemon.idle_minutes = claim.job.id, claim.job.lease, 0
                 daemon.done_at = minute + self.durations[claim.job.id]

@@ -24,7 +24,7 @@ from daemon.database import Database
 from daemon.errors import LeaseLost
 from daemon.job import Completed, Failed, Lease, State
 from daemon.storage import Location
-from daemon.store import Ending, MetricPoint, Store
+from daemon.store import Ending, Limits, MetricPoint, Store
 from tests.daemon_process import alive, eventually
 from tests.lifecycle.queue import FINAL, Queue
 from training.events import ErrorCode
@@ -209,10 +209,7 @@ READS = {"read_job_state"}
 
 async def claim(store: Store, *, lease_seconds: float = 60.0) -> Lease:
     """Take the next job as some host would."""
-    found = await store.claim_job(
-        uuid4(), free_gpus=None, gpu_memory_gb=None, gpu_type=None, models=None, user_cap=None,
-        lease_seconds=lease_seconds,
-    )  # fmt: skip
+    found = await store.claim_job(uuid4(), Limits(), lease_seconds=lease_seconds)
     assert found.job is not None
     return found.job.lease
 

@@ -6,19 +6,11 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from daemon.job import ClaimedJob
-from daemon.store import Claim, Store
+from daemon.store import Claim, Limits, Store
 
 
-async def claim(store: Store, worker: UUID | None = None, **limits: Any) -> Claim:
-    given: dict[str, Any] = {
-        "free_gpus": None,
-        "gpu_memory_gb": None,
-        "gpu_type": None,
-        "models": None,
-        "user_cap": None,
-        "lease_seconds": 60.0,
-    }
-    return await store.claim_job(worker or uuid4(), **(given | limits))
+async def claim(store: Store, worker: UUID | None = None, *, lease_seconds: float = 60.0, **limits: Any) -> Claim:
+    return await store.claim_job(worker or uuid4(), Limits(**limits), lease_seconds=lease_seconds)
 
 
 async def claimed(store: Store, **limits: Any) -> ClaimedJob:

@@ -23,8 +23,8 @@ async def claimed_ids(store: Store, **limits: Any) -> list[UUID]:
     return ids
 
 
-async def test_an_empty_queue_says_that_nothing_was_seen(store: Store) -> None:
-    assert await claim(store) == Claim(seen=0, job=None)
+async def test_an_empty_queue_is_not_contested(store: Store) -> None:
+    assert await claim(store) == Claim(None)
 
 
 async def test_the_highest_priority_goes_first_then_the_oldest(store: Store, database: AppDatabase, user: UUID) -> None:
@@ -50,7 +50,7 @@ async def test_a_claim_carries_the_job_and_its_dataset(store: Store, database: A
 async def test_a_held_job_is_invisible_to_other_daemons(store: Store, database: AppDatabase, user: UUID) -> None:
     database.insert_job(user)
     assert (await claim(store)).job is not None
-    assert await claim(store) == Claim(seen=0, job=None)
+    assert await claim(store) == Claim(None)
 
 
 @pytest.mark.parametrize(
@@ -149,14 +149,12 @@ async def test_a_child_rows_insert_in_flight_does_not_hide_the_job(
     assert job is not None and job.id == job_id
 
 
-async def test_candidates_that_others_hold_are_seen_though_not_taken(
-    store: Store, database: AppDatabase, user: UUID
-) -> None:
+async def test_candidates_that_others_hold_are_contested(store: Store, database: AppDatabase, user: UUID) -> None:
     for _ in range(3):
         database.insert_job(user)
     with database.connect() as rival, rival.transaction():
         rival.execute("SELECT FROM training_jobs FOR UPDATE")
-        assert await claim(store) == Claim(seen=3, job=None)
+        assert await claim(store) == Claim(None, contested=True)
     assert (await claim(store)).job is not None
 
 

@@ -18,7 +18,7 @@ from daemon.database import Database
 from daemon.embedded_postgres import EmbeddedPostgres, installed_binaries, wheel_binaries
 from daemon.errors import DatabaseAway, HostUnfit
 from daemon.migrate import migrate, migrations, pending, split_statements
-from daemon.store import Store
+from daemon.store import Claim, Store
 from tests.postgres import AppDatabase, Server, app_job, insert_statement
 from tests.sql.claiming import claim
 
@@ -108,7 +108,7 @@ async def test_rows_queued_before_are_held_until_the_operator_releases_them(livi
     migrate(living.dsn, local=True)
     async with Database(living.dsn, application_name="test") as connection:
         store = Store(connection)
-        assert (await claim(store)).seen == 0
+        assert await claim(store) == Claim(None)
         reasons = {row["waiting_reason"] for row in living.run("SELECT waiting_reason FROM training_queue")}
         assert reasons == {"held: queued before the trainer was installed"}
         assert living.one("SELECT release_held_jobs() AS n")["n"] == 2

@@ -11,21 +11,13 @@ import pytest
 from psycopg.types.json import Jsonb
 
 from daemon.job import JobDataset
-from daemon.store import Store, statement
+from daemon.store import Limits, Store, statement
 from tests.postgres import AppDatabase
 from tests.sql.claiming import claim, claimed
 
-ANYTHING: dict[str, Any] = {
-    "free_gpus": None,
-    "gpu_memory_gb": None,
-    "gpu_type": None,
-    "models": None,
-    "user_cap": None,
-}
-
 
 async def peek(store: Store, **limits: Any) -> JobDataset | None:
-    return await store.peek_next_job(**(ANYTHING | limits))
+    return await store.peek_next_job(Limits(**limits))
 
 
 async def test_an_empty_queue_has_no_next_job(store: Store) -> None:

@@ -24,7 +24,7 @@ from daemon.database import Database
 from daemon.errors import LeaseLost
 from daemon.job import FINAL, HELD, UNFINISHED, ClaimedJob, Completed, Failed, Lease, State
 from daemon.storage import Location
-from daemon.store import Ending, MetricPoint, Store, statement
+from daemon.store import Ending, Limits, MetricPoint, Store, statement
 from tests.lifecycle.test_peer_failures import READS, STALE_WRITES
 from tests.postgres import AppDatabase, Server
 from training.events import ErrorCode
@@ -188,12 +188,7 @@ class TwoWorkers(RuleBasedStateMachine):
 
     @rule(worker=WORKERS)
     def claim(self, worker: int) -> None:
-        answer = self.do(
-            self.stores[worker].claim_job(
-                self.ids[worker], free_gpus=None, gpu_memory_gb=None, gpu_type=None, models=None, user_cap=CAP,
-                lease_seconds=3600,
-            )
-        )  # fmt: skip
+        answer = self.do(self.stores[worker].claim_job(self.ids[worker], Limits(user_cap=CAP), lease_seconds=3600))
         free = [job_id for job_id, job in self.jobs.items() if job.claimable]
         running = sum(job.leased for job in self.jobs.values())
         if not free or running >= CAP:
