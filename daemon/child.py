@@ -100,6 +100,8 @@ class Child:
         self._last_words = _LastWords()
         self._reader: asyncio.Task[None] | None = None
         self.ready: Ready | None = None
+        # Resident bytes when it was first ready with a base model, by that model's name.
+        self._sizes: dict[str | None, int] = {}
 
     @classmethod
     async def start(
@@ -163,6 +165,11 @@ class Child:
         return self.alive and self.ready is not None and self.ready.served == self._given
 
     @property
+    def grown_bytes(self) -> int:
+        """What it holds now beyond what it held when it was first ready with the same base model."""
+        return 0 if self.ready is None else self.ready.resident_bytes - self._sizes[self.ready.base_model]
+
+    @property
     def said_nothing(self) -> bool:
         """No event of the last spec arrived: whatever became of the process, that job never began."""
         return self._last_words.silent
@@ -184,7 +191,7 @@ class Child:
         self._output.log, self._on_event, self._last_words = trainer_log, on_event, _LastWords()
         done = False
         try:
-            await self.give(spec)
+            self.give(spec)
             stalled = await self._watch(stop, patience)
             done = self.is_done
             if done:
@@ -207,18 +214,18 @@ class Child:
             log_tail=trainer_log.tail,
         )
 
-    async def give(self, line: JobSpec | HoldOrder) -> None:
+    def give(self, line: JobSpec | HoldOrder) -> None:
         """Write one line to its stdin; one that is not warm gets no other."""
-        assert self._process.stdin is not None
+        stdin = self._process.stdin
+        assert stdin is not None
         self._given += 1
         self._done.clear()
-        try:
-            self._process.stdin.write(line.model_dump_json().encode() + b"\n")
-            await self._process.stdin.drain()
-            if not self._warm:
-                self._process.stdin.close()
-        except (BrokenPipeError, ConnectionResetError):
-            return  # it died before it read; its exit code tells
+        if stdin.is_closing():
+            return  # it died before it was asked; its exit code tells
+        # Not drained: one that does not read would keep us here, deaf to a stop and to its own silence.
+        stdin.write(line.model_dump_json().encode() + b"\n")
+        if not self._warm:
+            stdin.close()
 
     async def kill(self) -> None:
         """End the process and its whole group. None of it is alive on return."""
@@ -284,6 +291,7 @@ class Child:
             return
         if isinstance(event, Ready):
             self.ready = event
+            self._sizes.setdefault(event.base_model, event.resident_bytes)
             if event.served == self._given:
                 self._done.set()
             return

@@ -3,7 +3,8 @@
 What a job brought with it is not in there: a warm trainer does each job in a fork of itself (training/warm.py), which
 the kernel takes back whole. So jobs of different owners may use the same one, and no card's memory is held meanwhile.
 A trainer is given up after any ending but success, when it grew, when it held a model for long without being used,
-and when this host stops; a job that carries a key of its own, or wants several cards, gets a process of its own.
+and when this host stops. A job that carries a key of its own, or wants several cards, gets a process of its own, and
+the memory of those that wait in its places; others wait there afterwards.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from training.spec import HoldOrder, JobSpec
 log = structlog.get_logger()
 
 LOOK_SECONDS = 5.0
-# Beyond what a trainer took when it was ready with the same model: nothing should stay, so nothing should add up.
+# Beyond what a trainer took when it was first ready with the same model: nothing should stay, so nothing should add up.
 GROWTH_BYTES = 512 * 2**20
 
 
@@ -59,7 +60,6 @@ class Trainers:
         self._busy: set[int] = set()
         # Places whose trainer died before it was ready: not tried again until a job has shown that it can live.
         self._unfit: set[int] = set()
-        self._sizes: dict[tuple[int, str | None], int] = {}
         self._changed = asyncio.Event()
         self._closing = False
 
@@ -90,6 +90,7 @@ class Trainers:
                     return verdict
                 # It died while nobody looked, or with the spec in its hands: the job has not begun.
                 log.warning("warm_trainer_lost", place=place)
+            await self._clear(places)
             child = await Child.start(
                 self._command,
                 gpus=places if self._on_gpu else (),
@@ -122,7 +123,7 @@ class Trainers:
         """Keep a trainer ready at each place and give up those that waited too long. Cancelled, it leaves none."""
         try:
             await self._fill()
-            if self._settings.warm == "model" and self._settings.warm_default_model:
+            if self._settings.warm == "model" and self._settings.warm_default_model and not self._on_gpu:
                 await self._hold_default_model()
             while True:
                 # Cleared before looking: a change while we look is not lost.
@@ -155,6 +156,13 @@ class Trainers:
         else:
             self._waiting[place] = _Waiting(child)
 
+    async def _clear(self, places: tuple[int, ...]) -> None:
+        """A job begins here without those that wait here: what they hold is its memory."""
+        for place in places:
+            if (waiting := self._waiting.pop(place, None)) is not None:
+                log.info("warm_trainer_given_up", place=place, reason="place_taken")
+                await waiting.child.kill()
+
     async def _fill(self) -> None:
         for place in self._places:
             if self._settings.warm == "off" or place in self._unfit or not self._may_wait(place):
@@ -178,7 +186,7 @@ class Trainers:
 
     async def _give_up_stale(self) -> None:
         for place, waiting in list(self._waiting.items()):
-            reason = self._why_stale(place, waiting)
+            reason = self._why_stale(waiting)
             if reason is None or self._waiting.get(place) is not waiting:
                 continue
             log.info("warm_trainer_given_up", place=place, reason=reason)
@@ -187,7 +195,7 @@ class Trainers:
                 self._unfit.add(place)
             await waiting.child.kill()
 
-    def _why_stale(self, place: int, waiting: _Waiting) -> str | None:
+    def _why_stale(self, waiting: _Waiting) -> str | None:
         ready = waiting.child.ready
         if self._closing:
             return "closing"
@@ -195,8 +203,7 @@ class Trainers:
             return "never_ready" if ready is None else "died"
         if ready is None:
             return None
-        first = self._sizes.setdefault((place, ready.base_model), ready.resident_bytes)
-        if ready.resident_bytes > first + GROWTH_BYTES:
+        if waiting.child.grown_bytes > GROWTH_BYTES:
             return "grown"
         if ready.base_model is not None and time.monotonic() - waiting.since > self._settings.warm_minutes * 60:
             return "idle"
@@ -207,8 +214,8 @@ class Trainers:
         offline = self._settings.model_copy(update={"model_downloads": False})
         try:
             model = await resolve_model(None, offline)
-        except JobError as error:
-            log.warning("default_model_not_held", error=error.message)
+        except (JobError, OSError) as error:
+            log.warning("default_model_not_held", error=str(error))
             return
         order = HoldOrder(
             base_model=model.name,
@@ -217,8 +224,8 @@ class Trainers:
             quantized_dir=quantized_dir(self._settings),
             device=self._device,
         )
-        for waiting in list(self._waiting.values()):
-            await waiting.child.give(order)
+        for waiting in self._waiting.values():
+            waiting.child.give(order)
 
     def _named(self, bases: set[str]) -> list[str]:
         return sorted(bases | {""} if self._settings.default_model in bases else bases)

@@ -58,6 +58,19 @@ class Estimate:
         return asdict(self)
 
 
+def model_bytes(folder: ModelFolder, *, quantize: bool, device: str) -> int:
+    """What a base model's weights take once they are loaded."""
+    return int(sum(_bytes_of(name, shape, quantize, device) for name, shape in folder.tensors()))
+
+
+def _bytes_of(name: str, shape: tuple[int, ...], quantize: bool, device: str) -> float:
+    parts = name.split(".")
+    module = parts[-2] if len(parts) > 1 else ""
+    in_block = any(part in _BLOCK_NAMES for part in parts)
+    quantised = quantize and len(shape) >= 2 and in_block and module not in (*UNQUANTISED_MODULES, *ROUTERS)
+    return math.prod(shape) * (NF4_BYTES if quantised else _KEPT_BYTES[device])
+
+
 def estimate_run(spec: JobSpec, folder: ModelFolder, corpus: Corpus, plan: Plan) -> Estimate:
     """Look ahead. Reads the headers of the weight files, not the weights."""
     rank = spec.hyperparameters.lora_rank
@@ -70,8 +83,7 @@ def estimate_run(spec: JobSpec, folder: ModelFolder, corpus: Corpus, plan: Plan)
         parts = name.split(".")
         module = parts[-2] if len(parts) > 1 else ""
         in_block = any(part in _BLOCK_NAMES for part in parts)
-        quantised = spec.quantize and len(shape) >= 2 and in_block and module not in (*UNQUANTISED_MODULES, *ROUTERS)
-        stored += count * (NF4_BYTES if quantised else _KEPT_BYTES[spec.device])
+        stored += _bytes_of(name, shape, spec.quantize, spec.device)
         is_expert = "experts" in parts
         expert_parameters += count if is_expert else 0
         largest = max(largest, count if not is_expert else 0)

@@ -4,13 +4,13 @@ What a job reads, computes and writes exists in its fork alone: the spec is read
 the dataset, the adapter, gradients, seeds, patched modules, environment, traceback are the fork's, and the kernel takes
 all of it back when the fork ends. So the next job finds what loading left, by construction and not by cleaning; an
 adapter is the same, bit for bit, as from a process of its own, and jobs of different owners may follow each other.
-All that a fork tells this process is which base model it would have wanted (`training.base.Base`), and how it ended.
+All that a fork tells this process is which base model should be in memory (`training.base.Base`), and how it ended.
 
 A fork shares the model's memory until it writes to it, and nothing writes to frozen weights. Two things must hold for
 a fork to be able to work: no thread pool of OpenMP and no CUDA context exists here. So this process computes on one
 thread, and a fork that cannot open the card starts afresh by `exec` and does its job cold.
 
-    ready -> a line arrives -> fork: read, check the data -> (load the base model here -> fork:) train -> reap -> ready
+    ready -> a line comes -> fork: read, check the data -> (change the base model here -> fork:) train -> reap -> ready
 
 Whatever else than success comes of a fork ends this process in the same way, by the same status or signal.
 """
@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from training.base import Base, HeldBase, load_base
+from training.estimate import model_bytes
 from training.events import EXIT_STOPPED, Ready, Stage
 from training.job import begin_job, read_spec, status_of
 from training.parent import adopt_orphans, die_with_parent, end_every_child
@@ -50,11 +51,15 @@ _STDIN = 0
 
 
 class Word(BaseModel):
-    """The one thing that a fork may say to the warm process before it ends."""
+    """The one thing that a fork may say to the warm process before it ends.
+
+    `hold`: put this base model in the place of the one that is held. `go_on`: do that, and let the next fork go on with
+    the job; without a base, only let go of what is held.
+    """
 
     model_config = ConfigDict(frozen=True)
 
-    kind: Literal["nothing_more", "hold", "hold_and_go_on"]
+    kind: Literal["nothing_more", "hold", "go_on"]
     base: Base | None = None
 
 
@@ -98,8 +103,11 @@ class WarmProcess:
         with _memory_file() as desk:
             ending = self._in_a_fork(lambda say: self._begin(say, desk))
             word = ending.word
-            if ending.status != 0 or word is None or word.base is None:
+            if ending.status != 0 or word is None or word.kind == "nothing_more":
                 return ending
+            if self._stopping:
+                # Asked when the fork was past hearing it: the next one would know nothing of it.
+                return Ending(EXIT_STOPPED << 8, None)
             failure = self._hold(word.base)
             if word.kind == "hold":
                 return Ending(0 if failure is None else 1 << 8, None)
@@ -107,10 +115,12 @@ class WarmProcess:
 
     # -- here ----------------------------------------------------------------------------------------------------------
 
-    def _hold(self, base: Base) -> Exception | None:
-        """Put this base model in the place of the one that is held. Returns why it cannot be loaded, if so."""
+    def _hold(self, base: Base | None) -> Exception | None:
+        """Put this base model, or none, in the place of the one that is held. Returns why it cannot be loaded."""
         self._held = None
         _return_memory()
+        if base is None:
+            return None
         try:
             self._held = load_base(base)
         except Exception as error:  # noqa: BLE001 - a fork turns it into the job's `failed` event
@@ -133,29 +143,20 @@ class WarmProcess:
 
     def _in_a_fork(self, work: Callable[[Callable[[Word], None]], int]) -> Ending:
         """Let a child process do `work`; return when neither it nor anything that it started is alive."""
-        reading, writing = os.pipe()
         parent = os.getpid()
         sys.stdout.flush()
         sys.stderr.flush()
-        # Closed to SIGTERM until both know who they are.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        self._fork = os.fork()
-        if self._fork == 0:
-            os.close(reading)
-            _end_as(lambda: self._as_a_fork(parent, writing, work))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-        os.close(writing)
-        _, status = os.waitpid(self._fork, 0)
-        self._fork = None
-        end_every_child()
-        os.set_blocking(reading, False)
-        try:
-            told = os.read(reading, 1 << 20)
-        except BlockingIOError:
-            told = b""
-        finally:
-            os.close(reading)
-        return Ending(status, _parse_word(told))
+        with _memory_file() as note:
+            # Closed to SIGTERM until both know who they are.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            self._fork = os.fork()
+            if self._fork == 0:
+                _end_as(lambda: self._as_a_fork(parent, note, work))
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+            _, status = os.waitpid(self._fork, 0)
+            self._fork = None
+            end_every_child()
+            return Ending(status, _parse_word(_content(note)))
 
     def _on_sigterm(self, _number: int, _frame: object) -> None:
         self._stopping = True
@@ -166,7 +167,7 @@ class WarmProcess:
 
     # -- in the fork ---------------------------------------------------------------------------------------------------
 
-    def _as_a_fork(self, parent: int, channel: int, work: Callable[[Callable[[Word], None]], int]) -> int:
+    def _as_a_fork(self, parent: int, note: int, work: Callable[[Callable[[Word], None]], int]) -> int:
         import torch
 
         self._stop = StopSwitch()
@@ -174,17 +175,16 @@ class WarmProcess:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         die_with_parent(parent)
         torch.set_num_threads(self._threads)
-        return work(lambda word: _write_all(channel, word.model_dump_json().encode()))
+        return work(lambda word: _write_all(note, word.model_dump_json().encode()))
 
     def _begin(self, say: Callable[[Word], None], desk: int) -> int:
-        """The first fork: read the line; with the right base model at hand do the job, else ask for one."""
+        """The first fork: read the line; with the right base model at hand do the job, else have it changed."""
         line = _read_line()
         if not line.strip():
             say(Word(kind="nothing_more"))
             return 0
         if (order := _parse_order(line)) is not None:
-            say(Word(kind="hold", base=Base.of(order)))
-            return 0
+            return self._consider(order, say)
         spec = read_spec(line, self._events_fd)
         if spec is None:
             return 1
@@ -206,31 +206,39 @@ class WarmProcess:
             voice.stage(Stage.LOADING, spec.base_model)
             if held is not None:
                 train_on(held.model, prepared, spec, voice, self._stop)
-            elif base is not None and self._may_keep(spec, prepared):
+            elif (kept := base if self._may_keep(spec, prepared) else None) is not None or self._held is not None:
                 _write_all(desk, pickle.dumps((spec, prepared)))
-                say(Word(kind="hold_and_go_on", base=base))
+                say(Word(kind="go_on", base=kept))
             else:
-                self._held = None
                 train_on(load_base_model(spec, prepared.folder, voice), prepared, spec, voice, self._stop)
 
         return status_of(work, spec, voice)
 
+    def _consider(self, order: HoldOrder, say: Callable[[Word], None]) -> int:
+        """Have a base model loaded that no job has asked for yet, where it may stay."""
+        base = Base.of(order)
+        needed = model_bytes(base.open(), quantize=order.quantize, device=order.device)
+        if needed <= self._keep_bytes:
+            say(Word(kind="hold", base=base))
+        return 0
+
     def _go_on(self, desk: int, failure: Exception | None) -> int:
         """The second fork: what the first has prepared, on the base model that was loaded meanwhile."""
+        from training.model import load_base_model
         from training.recipe import train_on
 
         spec: JobSpec
         prepared: Prepared
-        with os.fdopen(os.dup(desk), "rb") as file:
-            file.seek(0)
-            # Written by our own first fork, into memory that has no name.
-            spec, prepared = pickle.load(file)  # noqa: S301
+        # Written by our own first fork, into memory that has no name.
+        spec, prepared = pickle.loads(_content(desk))  # noqa: S301
         voice = Voice(self._events_fd, spec.job_id)
 
         def work() -> None:
             if failure is not None:
                 raise failure
-            assert self._held is not None
+            if self._held is None:
+                train_on(load_base_model(spec, prepared.folder, voice), prepared, spec, voice, self._stop)
+                return
             for remark in self._held.remarks:
                 voice.say(remark.model_copy(update={"job_id": spec.job_id}))
             train_on(self._held.model, prepared, spec, voice, self._stop)
@@ -372,12 +380,19 @@ def _parse_word(told: bytes) -> Word | None:
 
 @contextmanager
 def _memory_file() -> Iterator[int]:
-    """A file without a name, for one fork to leave something to the next. Nobody reads it here."""
-    descriptor = os.memfd_create("desk", 0)
+    """A file without a name, for what a fork leaves behind; unlike a pipe it takes all of it before anybody reads."""
+    descriptor = os.memfd_create("left-behind")
     try:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _content(descriptor: int) -> bytes:
+    """All of a memory file."""
+    with os.fdopen(os.dup(descriptor), "rb") as file:
+        file.seek(0)
+        return file.read()
 
 
 def _write_all(descriptor: int, content: bytes) -> None:

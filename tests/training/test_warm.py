@@ -16,7 +16,9 @@ from tests.daemon_process import alive, children_of, eventually
 from tests.tiny_models import conversation, make_model, write_conversations, write_dataset
 from tests.training.child import WARM, Child, start
 from tests.training.conftest import ModelOf, SpecOf, train
+from training.estimate import model_bytes
 from training.events import EXIT_STOPPED
+from training.folder import open_model_folder
 from training.spec import HoldOrder, JobSpec
 
 SECRET = "marked-e3b0c44298fc1c149afbf4c8996fb924"
@@ -51,16 +53,24 @@ def test_a_warm_trainer_makes_the_adapter_of_a_process_of_its_own_bit_for_bit(
     assert _adapter(first) == _adapter(cold) == _adapter(again) != _adapter(other)
 
 
-def test_nothing_of_a_finished_job_is_in_the_memory_of_the_warm_trainer(spec_of: SpecOf, tmp_path: Path) -> None:
+def test_nothing_of_a_finished_job_is_left_in_the_warm_trainer_or_around_it(
+    spec_of: SpecOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    around = tmp_path / "around"
+    for name, folder in (("HOME", around / "home"), ("TMPDIR", around / "tmp"), ("HF_HOME", around / "cache")):
+        folder.mkdir(parents=True)
+        monkeypatch.setenv(name, str(folder))
     rows = [conversation(number) for number in range(24)]
     for row in rows:
         row["messages"][0]["content"] += f" {SECRET}"
     dataset = write_dataset(tmp_path / f"{SECRET}.jsonl", rows)
     spec = spec_of(name=f"job-{SECRET}", dataset_path=dataset, num_epochs=20)
     with start(arguments=WARM) as child:
+        child.wait_until_ready()
+        warm = child.process.pid
+        before = _state_of(warm)
         child.send(spec.model_dump_json())
         child.wait_for("progress", step=2)
-        warm = child.process.pid
         (fork,) = children_of(warm)
         # The search can find it: in the fork, while it works.
         assert _finds(fork, SECRET.encode()) and _finds(fork, str(spec.model_path).encode())
@@ -71,14 +81,17 @@ def test_nothing_of_a_finished_job_is_in_the_memory_of_the_warm_trainer(spec_of:
         assert _finds(warm, str(spec.model_path).encode())
         for what in (SECRET.encode(), SECRET.encode("utf-16-le"), weights.tobytes()[:64]):
             assert not _finds(warm, what)
-        assert SECRET not in Path(f"/proc/{warm}/environ").read_text()
-        open_files = [str(path.readlink()) for path in Path(f"/proc/{warm}/fd").iterdir()]
-        assert not [path for path in open_files if path.startswith(str(tmp_path)) or "memfd" in path]
+        assert _state_of(warm) == before
+        left = [file for file in around.rglob("*") if SECRET in str(file) or (file.is_file() and _mentions(file))]
+        assert left == []
 
 
 def test_a_base_model_whose_files_have_changed_is_loaded_anew(tiny: ModelOf, spec_of: SpecOf, tmp_path: Path) -> None:
     folder = tmp_path / "base"
     shutil.copytree(tiny("qwen3"), folder)
+    # More than would fit into a pipe, of which a fork tells whole.
+    for number in range(1200):
+        (folder / f"{number:080}.txt").touch()
     before = spec_of(name="before", model_path=folder, num_epochs=1)
     after = spec_of(name="after", model_path=folder, num_epochs=1)
     with start(arguments=WARM) as child:
@@ -94,13 +107,25 @@ def test_a_base_model_whose_files_have_changed_is_loaded_anew(tiny: ModelOf, spe
     assert _adapter(after) == _adapter(cold) != _adapter(before)
 
 
-def test_a_model_too_large_to_keep_is_not_kept_and_a_failed_job_ends_the_trainer(
+def test_a_model_too_large_to_keep_has_the_memory_of_the_one_before_and_a_failed_job_ends_the_trainer(
     spec_of: SpecOf, tmp_path: Path
 ) -> None:
     bad = spec_of(name="bad", dataset_path=write_dataset(tmp_path / "bad.jsonl", ["no conversation"]))
-    with start(arguments=("--warm", "--keep-bytes", "1000")) as child:
-        _do(child, spec_of(num_epochs=1), 1)
-        assert child.readies[-1].base_model is None
+    small, large = spec_of("llama", name="small", num_epochs=1), spec_of("qwen3", num_epochs=3)
+    room = model_bytes(open_model_folder(small.model_path, "small"), quantize=True, device="cpu")
+    with start(arguments=("--warm", "--keep-bytes", str(room))) as child:
+        child.send(HoldOrder(base_model=large.base_model, model_path=large.model_path).model_dump_json())
+        assert child.wait_until_ready(served=1).base_model is None
+        _do(child, small, 2)
+        assert child.readies[-1].base_model == small.base_model
+        with safe_open(small.model_path / "model.safetensors", "pt") as file:
+            weights = file.get_tensor("model.embed_tokens.weight").float().numpy().tobytes()[-256:]
+        assert _finds(child.process.pid, weights)
+        child.send(large.model_dump_json())
+        # More than the small one's.
+        child.wait_for("progress", step=8)
+        assert not _finds(child.process.pid, weights), "it is still there beside the large one"
+        assert child.wait_until_ready(served=3).base_model is None
         child.send(bad.model_dump_json())
         assert child.exit_status() == 1
     assert child.wait_for("failed").code == "dataset_invalid"
@@ -136,6 +161,23 @@ def test_sigterm_ends_a_waiting_trainer_at_once_and_a_working_one_with_a_checkpo
     assert "failed" not in [event.kind for event in child.events]
 
 
+def test_a_wish_to_stop_between_the_forks_of_a_job_is_not_lost(
+    spec_of: SpecOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first has asked for a base model and is past hearing; the second would train to the end."""
+    slow_to_leave = "import os, time\nleave = os._exit\nos._exit = lambda status: (time.sleep(2), leave(status))\n"
+    (tmp_path / "sitecustomize.py").write_text(slow_to_leave)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with start(arguments=WARM) as child:
+        child.send(spec_of(num_epochs=100).model_dump_json())
+        child.wait_for("planned")
+        (fork,) = children_of(child.process.pid)
+        eventually(lambda: int(_status_of(fork)["SigBlk"], 16) & 1 << (signal.SIGTERM - 1))
+        os.killpg(child.process.pid, signal.SIGTERM)
+        assert child.exit_status() == EXIT_STOPPED
+    assert child.events[-1].kind == "stage" and child.events[-1].stage == "loading"
+
+
 @pytest.mark.parametrize("victim", ["fork", "warm"])
 def test_kill_9_of_either_ends_both(victim: str, spec_of: SpecOf, tmp_path: Path) -> None:
     spec = spec_of(num_epochs=100, dataset_path=write_conversations(tmp_path / "many.jsonl", 100))
@@ -148,6 +190,29 @@ def test_kill_9_of_either_ends_both(victim: str, spec_of: SpecOf, tmp_path: Path
         os.kill(fork if victim == "fork" else child.process.pid, signal.SIGKILL)
         assert child.exit_status() == -signal.SIGKILL
         eventually(lambda: not alive(fork))
+
+
+def _mentions(file: Path) -> bool:
+    return SECRET.encode() in file.read_bytes()
+
+
+def _status_of(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def _state_of(pid: int) -> dict[str, object]:
+    """What a job could leave behind in a process beside bytes: open and mapped files, threads, signals, folder."""
+    process = Path(f"/proc/{pid}")
+    status = _status_of(pid)
+    mapped = (line.split(maxsplit=5)[5:] for line in (process / "maps").read_text().splitlines())
+    return {
+        "open": sorted(str(path.readlink()) for path in (process / "fd").iterdir()),
+        "mapped": {path[0] for path in mapped if path and path[0].startswith("/")},
+        "folder": (process / "cwd").readlink(),
+        "children": children_of(pid),
+        **{key: status[key] for key in ("Threads", "SigBlk", "SigIgn", "SigCgt", "Uid", "Umask", "NoNewPrivs")},
+    }
 
 
 def _finds(pid: int, what: bytes) -> bool:
