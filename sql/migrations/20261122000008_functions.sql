@@ -38,12 +38,16 @@ AS $$
     WITH expired AS MATERIALIZED (
         SELECT lease.job_id, lease.epoch
         FROM public.training_leases AS lease
+        JOIN public.training_jobs AS job ON job.id = lease.job_id
         WHERE lease.expires_at < clock_timestamp()
           -- Nobody could renew while the server was down: after a restart each lease has its whole length again.
           AND pg_postmaster_start_time() + (lease.expires_at - lease.heartbeat_at) < clock_timestamp()
         ORDER BY lease.expires_at
         LIMIT most
-        FOR UPDATE SKIP LOCKED
+        FOR UPDATE OF lease SKIP LOCKED
+        -- The job as well: one that the app keeps locked is reaped later, and holds up no other. Nor can the app's own
+        -- UPDATE of many jobs and this one wait for each other.
+        FOR NO KEY UPDATE OF job SKIP LOCKED
     ),
     -- Checked again where it is deleted: a heartbeat that came first has moved expires_at.
     ended AS (

@@ -141,6 +141,22 @@ async def test_a_job_that_takes_its_hosts_down_waits_longer_each_time(
     assert waits[0] is None and 14 < (waits[1] or 0) <= 15 and 29 < (waits[2] or 0) <= 30
 
 
+async def test_a_job_that_the_app_keeps_locked_holds_up_the_reaping_of_no_other(
+    store: Store, database: AppDatabase, user: UUID
+) -> None:
+    for _ in range(3):
+        database.insert_job(user)
+        await claimed(store)
+    expire(database)
+    locked = database.run("SELECT job_id FROM training_leases ORDER BY expires_at")[0]["job_id"]
+    with database.connect() as app, app.transaction():
+        app.execute("UPDATE training_jobs SET max_cost = 5 WHERE id = %s", (locked,))
+        async with asyncio.timeout(10):
+            reaped = await store.reap_expired_leases()
+        assert len(reaped) == 2 and locked not in {one.job_id for one in reaped}
+    assert await store.reap_expired_leases() == [Reaped(locked, State.QUEUED)]
+
+
 async def test_start_said_twice_holds(store: Store, database: AppDatabase, user: UUID) -> None:
     job_id = database.insert_job(user)
     lease = (await claimed(store)).lease
