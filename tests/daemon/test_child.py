@@ -115,6 +115,27 @@ async def test_a_silent_child_is_ended_as_stalled_with_its_log_tail(tmp_path: Pa
     assert verdict.stack is not None and "deadlocked in a kernel" in verdict.stack
 
 
+@pytest.mark.parametrize("reason", [None, StopReason.CANCELLED])
+async def test_a_long_spec_for_a_process_that_does_not_read_it_makes_nobody_wait(
+    tmp_path: Path, reason: StopReason | None
+) -> None:
+    prompts = tuple("x" * 4000 for _ in range(100))
+    run = Run(tmp_path, [])
+    spec = run.spec.model_copy(update={"hyperparameters": Hyperparameters(sample_prompts=prompts)})
+    if reason is not None:
+        run.stop.request(reason)
+    child = await Child.start((sys.executable, "-c", "import time; time.sleep(60)"))
+    async with asyncio.timeout(30):
+        verdict = await child.run(
+            spec,
+            on_event=run.events.append,
+            stop=run.stop,
+            patience=Patience(stall_seconds=0.3, kill_seconds=0.3),
+            log_path=run.log_path,
+        )
+    assert verdict == Stopped(reason) if reason else isinstance(verdict, Failed) and verdict.code is ErrorCode.STALLED
+
+
 async def test_a_cancelled_child_that_ignores_term_is_killed_and_its_grandchild_too(tmp_path: Path) -> None:
     run = Run(tmp_path, [["grandchild"], ["ignore_term"], ["steps", 1000, 0.02]])
     pids: list[int] = []
