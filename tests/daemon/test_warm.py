@@ -55,7 +55,11 @@ class Site:
         assert trainer_pids() == set(), "a trainer outlived those that tend it"
 
     async def job(
-        self, *script: list[Any], places: tuple[int, ...] = (0,), hear: Callable[[Event], None] | None = None, **how: Any
+        self,
+        *script: list[Any],
+        places: tuple[int, ...] = (0,),
+        hear: Callable[[Event], None] | None = None,
+        **how: Any,
     ) -> Verdict:
         self.jobs += 1
         folder = self.folder / f"job-{self.jobs}"
@@ -123,7 +127,7 @@ async def test_those_that_wait_where_a_job_has_a_process_of_its_own_leave_it_the
 
     async with site.tended():
         waiting = await two_waiting()
-        verdict = await site.job(places=places, hear=hear, own_environment=key)
+        verdict = await site.job(["sleep", 0.3], places=places, hear=hear, own_environment=key)
         assert isinstance(verdict, Trained)
         assert len(present & waiting) == stay and len(present - waiting) == 1
         # Others wait there for the next job.
