@@ -133,6 +133,41 @@ async def test_nothing_is_fetched_from_a_strangers_server_nor_into_a_volume_with
     assert site.double.requests == [] and site.files() == []
 
 
+@pytest.mark.parametrize(
+    ("edit", "code"),
+    [
+        ({"dataset_user_id": uuid4()}, "dataset_forbidden"),
+        ({"storage_path": "another-user/data.jsonl"}, "dataset_forbidden"),
+        ({"storage_path": f"{OWNER}/../another-user/data.jsonl"}, "invalid_spec"),
+        ({"storage_bucket": "lora-models"}, "dataset_forbidden"),
+    ],
+    ids=["owner", "prefix", "dots", "bucket"],
+)
+async def test_what_a_job_may_not_read_is_not_read_before_it_either(
+    site: Site, edit: dict[str, Any], code: str
+) -> None:
+    lookahead, dataset = site.lookahead(), site.dataset(**edit)
+    site.double.put("lora-datasets", "another-user/data.jsonl", LINE)
+    with capture_logs() as logged:
+        lookahead.guess(dataset)
+        await lookahead.ended()
+    assert [line["code"] for line in logged if line["event"] == "next_dataset_refused"] == [code]
+    assert site.double.requests == [] and site.files() == []
+    assert await (await handed_over(lookahead, dataset)).take(site.folder / "dataset") is None
+
+
+async def test_a_full_disk_leaves_nothing_behind_and_the_job_to_its_own_download(site: Site) -> None:
+    lookahead, dataset = site.lookahead(), site.dataset()
+    folder = open_early_folder(site.folder / "jobs")
+    (folder / f"{early_dataset_name(site.host, dataset.job_id)}.part").symlink_to("/dev/full")
+    with capture_logs() as logged:
+        lookahead.guess(dataset)
+        await lookahead.ended()
+    (line,) = [line for line in logged if line["event"] == "next_dataset_not_fetched"]
+    assert "No space left" in line["error"] and list(folder.iterdir()) == []
+    assert await (await handed_over(lookahead, dataset)).take(site.folder / "dataset") is None
+
+
 @pytest.mark.parametrize("leave", ["stop", "drop", "forget", "discard"])
 async def test_a_download_that_hangs_ends_when_nobody_wants_it(site: Site, leave: str) -> None:
     lookahead, dataset = site.lookahead(), site.dataset()

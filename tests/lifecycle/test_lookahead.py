@@ -88,6 +88,31 @@ async def test_a_dataset_that_is_bad_or_anothers_fails_its_job_when_it_is_claime
     assert f"lora-datasets/{dataset_name(project, secret)}" not in project.storage.sent
 
 
+async def test_what_another_host_claims_is_not_kept_and_what_a_killed_daemon_had_fetched_is_removed_by_the_next(
+    project: Project,
+) -> None:
+    with project.daemon() as daemon:
+        first = project.insert(ENDING_SOON)
+        second = project.insert(lines=lines_of(["steps", 5, 0.0]))
+        await seen(daemon, "next_dataset_fetched", job_id=str(second))
+        # A volume of its own: a daemon that starts on the same one removes what it finds there.
+        with project.daemon("elsewhere", work_dir=project.folder / "elsewhere"):
+            await project.wait_for(second, "completed")
+        assert len(early_files(project)) == 1
+        project.queue.cancel_as_owner(first)
+        await asyncio.to_thread(eventually, lambda: not early_files(project))
+        third = project.insert(ENDING_SOON)
+        fourth = project.insert(lines=lines_of(["steps", 5, 0.0]))
+        await seen(daemon, "next_dataset_fetched", job_id=str(fourth))
+        daemon.signal(signal.SIGKILL)
+        daemon.wait()
+    assert len(early_files(project)) == 1
+    project.queue.cancel_as_owner(third)
+    with project.daemon("next"):
+        await asyncio.to_thread(eventually, lambda: not early_files(project))
+        assert (await project.wait_for(fourth, "completed"))["attempt"] == 1
+
+
 async def test_a_download_that_hangs_holds_up_neither_training_nor_the_way_out(project: Project) -> None:
     never = asyncio.Event()
     with project.daemon() as daemon:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from datetime import timedelta
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
 from tests.daemon_process import DaemonProcess, alive, eventually
-from tests.lifecycle.queue import Queue
+from tests.lifecycle.queue import Queue, write_model_folder
 
 LONG = [["steps", 2000, 0.02]]
 
@@ -47,6 +50,8 @@ def test_a_trainer_that_is_killed_with_the_spec_in_its_hands_loses_no_attempt(
 ) -> None:
     with daemon:
         waiting = only_trainer(daemon)
+        # Stopped before its exec it would stop the daemon, too, which waits for that.
+        daemon.wait_for_log("trainer_started")
         # Stopped, it takes no spec; its job waits in the pipe.
         os.kill(waiting, signal.SIGSTOP)
         job = queue.insert()
@@ -102,6 +107,37 @@ def test_off_means_a_process_for_each_job_and_none_between(queue: Queue, tmp_pat
             queue.wait_for(queue.insert(), "completed")
             daemon.wait_for_log("trainer_ended", count=count)
             assert daemon.children() == []
+
+
+def test_another_users_job_is_overtaken_by_those_whose_model_is_loaded_but_not_beyond_the_bound(
+    queue: Queue, tmp_path: Path
+) -> None:
+    bound, other_user = timedelta(seconds=2), uuid4()
+    queue.select("INSERT INTO auth.users (id, email) VALUES (%s, 'other@example.test')", other_user)
+    write_model_folder(tmp_path / "models" / "other")
+    with queue.daemon(tmp_path, warm_first_seconds=bound.total_seconds()):
+        queue.wait_for(queue.insert(), "completed")
+        stream = [queue.insert()]
+        patient = queue.insert(user_id=other_user, hyperparameters={"base_model": "other"})
+        deadline = time.monotonic() + 60
+        # One user's stream never dries up, as long as the other one waits.
+        while queue.row(patient)["status"] == "queued":
+            assert time.monotonic() < deadline, "the stream holds the other user up for ever"
+            if queue.row(stream[-1])["status"] != "queued":
+                stream += [queue.insert() for _ in range(3)]
+        queue.wait_for(patient, "completed")
+    queued_at = {job: queue.row(job)["queued_at"] for job in (patient, *stream)}
+    claimed_at = {
+        job: next((event["at"] for event in queue.events(job) if event["kind"] == "claimed"), None)
+        for job in (patient, *stream)
+    }
+    overtook = [
+        at
+        for job in stream
+        if (at := claimed_at[job]) and at < claimed_at[patient] and queued_at[job] > queued_at[patient]
+    ]
+    assert overtook, "the loaded model counted for nothing"
+    assert max(overtook) <= queued_at[patient] + bound
 
 
 def test_what_one_job_prints_is_not_in_the_log_of_the_next(queue: Queue, daemon: DaemonProcess) -> None:
