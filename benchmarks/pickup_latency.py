@@ -35,6 +35,7 @@ from uuid import uuid4
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import psutil  # type: ignore[import-untyped]  # noqa: E402
 import psycopg  # noqa: E402
 
 from daemon.embedded_postgres import EmbeddedPostgres  # noqa: E402
@@ -236,12 +237,12 @@ def make_pgqueuer(dsn: str, told: Path, *, driver: str) -> Contestant:
 
 
 @contextmanager
-def running(contestant: Contestant, told: Path) -> Iterator[None]:
+def running(contestant: Contestant, told: Path) -> Iterator[int]:
     log = told.open("ab") if contestant.environment else told.with_suffix(".err").open("ab")
     environment = contestant.environment or os.environ | {"PYTHONPATH": str(ROOT)}
     with log, subprocess.Popen(contestant.command, env=environment, cwd=told.parent, stdout=log, stderr=log) as process:
         try:
-            yield
+            yield process.pid
         finally:
             process.terminate()
             try:
@@ -273,12 +274,31 @@ async def all_claimed(contestant: Contestant, told: Path, jobs: dict[str, float]
         await asyncio.sleep(0.1)
 
 
-async def one_turn(contestant: Contestant, told: Path, jobs: int, burst: int, order: random.Random) -> None:
+async def at_rest(pid: int) -> None:
+    """Until the worker and all that it started used less than a twentieth of a core for a second.
+
+    Our daemon begins by importing torch for the first job, for some ten seconds; what is timed is one that waits."""
+    worker = psutil.Process(pid)
+
+    def used() -> float:
+        return sum(sum(one.cpu_times()[:2]) for one in (worker, *worker.children(recursive=True)))
+
+    before = used()
+    for _ in range(120):
+        await asyncio.sleep(1.0)
+        now = used()
+        if now - before < 0.05:
+            return
+        before = now
+    raise TimeoutError(f"the worker {pid} does not come to rest")
+
+
+async def one_turn(contestant: Contestant, told: Path, pid: int, jobs: int, burst: int, order: random.Random) -> None:
     async with await psycopg.AsyncConnection.connect(contestant.dsn, autocommit=True) as connection:
         # Warm: caches, prepared statements, and proof that it listens.
         for _ in range(5):
             await all_claimed(contestant, told, dict([await committed(connection, contestant.insert)]), 30)
-        await asyncio.sleep(1.0)
+        await at_rest(pid)
         single: dict[str, float] = {}
         for _ in range(jobs):
             job, at = await committed(connection, contestant.insert)
@@ -347,8 +367,8 @@ def main() -> None:
         fleet = contestants(server, Path(folder))
         for turn in range(given.rounds):
             for contestant, told in order.sample(fleet, len(fleet)):
-                with running(contestant, told):
-                    asyncio.run(one_turn(contestant, told, given.jobs, given.burst, order))
+                with running(contestant, told) as pid:
+                    asyncio.run(one_turn(contestant, told, pid, given.jobs, given.burst, order))
                 print(f"round {turn + 1}: {contestant.name}: p50 {contestant.p50[-1]:.2f} ms", flush=True)
         print(
             f"\n{server.describe()}, psycopg {version('psycopg')}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}"

@@ -34,6 +34,8 @@ class Listener:
         self._wake = wake
         self._on_cancel = on_cancel
         self._warned_deaf = False
+        self._nonce: str | None = None
+        self._ended: asyncio.Future[None] | None = None
         self.hears = asyncio.Event()
 
     async def run(self) -> None:
@@ -59,14 +61,44 @@ class Listener:
             application_name="brightrun-trainer listener",
             **KEEPALIVE,
         ) as connection:
+            connection.add_notify_handler(lambda notification: self._handle(notification.payload))
             await connection.execute(f"LISTEN {CHANNEL}")
             await self._prove(connection)
             # Whatever was announced before this moment went unheard: look once, always.
             self._wake()
             while True:
-                async for notification in connection.notifies(timeout=PROBE_SECONDS):
-                    self._handle(notification.payload)
+                await self._hear(connection, PROBE_SECONDS)
                 await self._probe(connection)
+
+    async def _hear(self, connection: psycopg.AsyncConnection, seconds: float) -> None:
+        """Handle what arrives in this time, or until our own nonce does, straight from the event loop.
+
+        psycopg's generator would set itself up for the next notification before anybody acts on this one.
+        Raises OperationalError when the connection is lost."""
+        loop = asyncio.get_running_loop()
+        socket = connection.pgconn.socket
+        ended = self._ended = loop.create_future()
+
+        def read() -> None:
+            try:
+                connection.pgconn.consume_input()
+                while (notice := connection.pgconn.notifies()) is not None:
+                    self._handle(notice.extra.decode())
+            except psycopg.Error as error:
+                loop.remove_reader(socket)
+                if not ended.done():
+                    ended.set_exception(error)
+
+        loop.add_reader(socket, read)
+        # Something may have come together with the answer to our last statement: no socket would tell of it again.
+        read()
+        try:
+            async with asyncio.timeout(seconds):
+                await ended
+        except TimeoutError:
+            return
+        finally:
+            loop.remove_reader(socket)
 
     async def _prove(self, connection: psycopg.AsyncConnection) -> None:
         """Send a nonce from another session and see whether it arrives.
@@ -74,20 +106,17 @@ class Listener:
         Through a transaction pooler LISTEN raises no error and the notification reaches somebody
         else's connection; sent from this very connection the nonce could come back by luck.
         """
-        nonce = f"nonce {uuid4()}"
+        self.hears.clear()
+        self._nonce = f"nonce {uuid4()}"
         async with await psycopg.AsyncConnection.connect(
             self._dsn, autocommit=True, connect_timeout=10, prepare_threshold=None
         ) as other:
-            await other.execute("SELECT pg_notify(%s, %s)", (CHANNEL, nonce))
-        async for notification in connection.notifies(timeout=PROBE_LIMIT_SECONDS):
-            if notification.payload == nonce:
-                self.hears.set()
-                self._warned_deaf = False
-                log.info("listener_hears", channel=CHANNEL)
-                return
-            self._handle(notification.payload)
-        self.hears.clear()
-        if not self._warned_deaf:
+            await other.execute("SELECT pg_notify(%s, %s)", (CHANNEL, self._nonce))
+        await self._hear(connection, PROBE_LIMIT_SECONDS)
+        if self.hears.is_set():
+            self._warned_deaf = False
+            log.info("listener_hears", channel=CHANNEL)
+        elif not self._warned_deaf:
             self._warned_deaf = True
             log.error(
                 "listener_deaf",
@@ -113,3 +142,7 @@ class Listener:
                 log.warning("notification_not_understood", payload=payload[:80])
         elif word == "queued":
             self._wake()
+        elif payload == self._nonce:
+            self.hears.set()
+            if self._ended is not None and not self._ended.done():
+                self._ended.set_result(None)
