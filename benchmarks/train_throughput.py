@@ -60,11 +60,13 @@ from training.lora import attach_adapter
 from training.loss import AnswerLoss
 from training.model import compute_dtype, load_base_model
 from training.plan import make_plan
+from training.preflight import look_ahead
 from training.spec import Hyperparameters, JobSpec
 from training.stop import StopSwitch
 from training.template import ChatTemplate, Example
 from training.tokenizer import load_tokenizer
 from training.trainer import AdapterTrainer
+from training.unpacked import keep_unpacked, spare_bytes
 from training.voice import AnyEvent, Voice
 
 # Large enough that the experts' products weigh more than Python around them, small enough for two cores.
@@ -307,10 +309,12 @@ def _ours_padded(spec: JobSpec, corpus: Corpus, model: Any, tokenizer: Any) -> S
 
 
 def _ours(spec: JobSpec, corpus: Corpus, model: Any, tokenizer: Any, *, packed: bool) -> SFTTrainer:
+    plan, estimate = look_ahead(spec, open_model_folder(spec.model_path, spec.base_model), corpus)
+    keep_unpacked(model, spare_bytes(spec, estimate))
     return AdapterTrainer(
         spec=spec,
         corpus=Corpus(corpus.train, (), (), corpus.max_length, corpus.format, ()),
-        plan=make_plan(spec, corpus),
+        plan=plan,
         model=model,
         tokenizer=tokenizer,
         shelf=CheckpointShelf(spec.checkpoint_dir, {}),

@@ -1,4 +1,4 @@
-"""Fused experts in 4 bits: quantised layer by layer while loading, multiplied grouped, dequantised again in backward.
+"""Fused experts in 4 bits: quantised layer by layer while loading, multiplied grouped, kept packed for backward.
 
 transformers keeps all experts of a layer in one 3-D parameter, which `load_in_4bit` passes over without a word: of
 Qwen3-Next-80B-A3B 97 % would stay in bf16. Three things are registered with transformers here, by mechanism and for
@@ -28,6 +28,8 @@ from training.nf4 import BLOCK, PIECE_ELEMENTS, pack, pieces_of
 METHOD = "nf4_with_experts"
 EXPERTS_FUNCTION = "nf4_grouped"
 _STATES = "nf4_states"
+_UNPACKED = "nf4_unpacked"
+_HELD = "nf4_held"
 
 
 @register_quantization_config(METHOD)
@@ -178,6 +180,24 @@ def expert_states(module: torch.nn.Module) -> dict[str, bnb.QuantState]:
     return states
 
 
+def unpacked_experts(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The experts of a module that stay unpacked (training.unpacked), by parameter name."""
+    weights: dict[str, torch.Tensor] = module.__dict__.setdefault(_UNPACKED, {})
+    return weights
+
+
+def unpack_once_for_backward(model: torch.nn.Module) -> None:
+    """For a model that recomputes its activations layer by layer: what recomputing unpacks, backward uses.
+
+    What a layer saves while it is recomputed is gone when its backward is done, and what it saves before that is
+    dropped at once. So one layer's experts are held, and they are unpacked twice a micro-batch instead of three times.
+    Without recomputing, every layer's would be held.
+    """
+    for module in model.modules():
+        if has_fused_experts(module):
+            module.__dict__[_HELD] = True
+
+
 def quantise_experts(module: torch.nn.Module, name: str, weight_EOI: torch.Tensor) -> torch.nn.Parameter:
     """Pack one expert parameter and remember its state on the module. The caller puts the result in its place."""
     packed, state = pack(pieces_of(weight_EOI), weight_EOI.shape, weight_EOI.dtype, weight_EOI.device)
@@ -186,29 +206,35 @@ def quantise_experts(module: torch.nn.Module, name: str, weight_EOI: torch.Tenso
 
 
 class _Nf4GroupedMatmul(torch.autograd.Function):
-    """rows_SI @ weight of the row's expert. Keeps the packed bytes only and unpacks them anew in backward."""
+    """rows_SI @ weight of the row's expert. Keeps the stored weight, packed as a rule, and unpacks it in backward."""
 
     @staticmethod
     def forward(  # noqa: PLR0917 - autograd passes its arguments by position
         ctx: Any,
         rows_SI: torch.Tensor,
-        packed: torch.Tensor,
-        state: bnb.QuantState,
+        stored: torch.Tensor,
+        state: bnb.QuantState | None,
         ends_E: torch.Tensor,
         is_transposed: bool,
+        is_held: bool,
     ) -> torch.Tensor:
-        ctx.save_for_backward(packed, ends_E)
-        ctx.state, ctx.is_transposed, ctx.rows_dtype = state, is_transposed, rows_SI.dtype
-        weight = bnb.dequantize_4bit(packed, state)
+        """`state` says how to unpack what is stored; None where it is unpacked. `is_held`: keep what was unpacked."""
+        weight = _unpack(stored, state)
+        ctx.save_for_backward(weight if is_held else stored, ends_E)
+        ctx.state, ctx.is_transposed, ctx.rows_dtype = None if is_held else state, is_transposed, rows_SI.dtype
         # As stored (E, out, in), or (E, in, out) where the model says transposed; the product wants (E, in, out).
         return _grouped_mm(rows_SI, weight if is_transposed else weight.transpose(-2, -1), ends_E)
 
     @staticmethod
-    def backward(ctx: Any, grad_SO: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
-        packed, ends_E = ctx.saved_tensors
-        weight = bnb.dequantize_4bit(packed, ctx.state)
+    def backward(ctx: Any, grad_SO: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
+        stored, ends_E = ctx.saved_tensors
+        weight = _unpack(stored, ctx.state)
         back = weight.transpose(-2, -1) if ctx.is_transposed else weight
-        return _grouped_mm(grad_SO.contiguous(), back, ends_E).to(ctx.rows_dtype), None, None, None, None
+        return _grouped_mm(grad_SO.contiguous(), back, ends_E).to(ctx.rows_dtype), None, None, None, None, None
+
+
+def _unpack(stored: torch.Tensor, state: bnb.QuantState | None) -> torch.Tensor:
+    return stored if state is None else bnb.dequantize_4bit(stored, state)
 
 
 def nf4_grouped_experts(
@@ -241,9 +267,10 @@ def nf4_grouped_experts(
 
 
 def _multiply(module: Any, name: str, rows: torch.Tensor, ends_E: torch.Tensor, expert_S: torch.Tensor) -> torch.Tensor:
-    state = expert_states(module)[name]
+    unpacked = unpacked_experts(module).get(name)
+    stored, state = (module._parameters[name], expert_states(module)[name]) if unpacked is None else (unpacked, None)
     product: torch.Tensor = _Nf4GroupedMatmul.apply(  # type: ignore[no-untyped-call]
-        rows, module._parameters[name], state, ends_E, module.is_transposed
+        rows, stored, state, ends_E, module.is_transposed, module.__dict__.get(_HELD, False)
     )
     if module.has_bias:
         product = product + getattr(module, f"{name}_bias")[expert_S]

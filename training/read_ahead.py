@@ -12,17 +12,18 @@ import threading
 from pathlib import Path
 
 from training.folder import KEPT_COPY
+from training.host_memory import free_bytes
 from training.spec import JobSpec
 
 _PIECE_BYTES = 8 * 2**20
 # Of the memory that the host could spare: what is read must still be there when it is asked for.
 _MEMORY_SHARE = 0.5
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def read_ahead(spec: JobSpec) -> threading.Thread:
     """Begin, and return at once."""
-    thread = threading.Thread(target=_read, args=(weights_of(spec), _room_bytes()), name="read-ahead", daemon=True)
+    room_bytes = int(_MEMORY_SHARE * free_bytes())
+    thread = threading.Thread(target=_read, args=(weights_of(spec), room_bytes), name="read-ahead", daemon=True)
     thread.start()
     return thread
 
@@ -44,14 +45,3 @@ def _read(files: list[Path], room_bytes: int) -> None:
             with path.open("rb", buffering=0) as file:
                 while (count := file.readinto(piece)) and (room_bytes := room_bytes - count) > 0:
                     pass
-
-
-def _room_bytes() -> int:
-    """A share of what is free on the host, or in this container where it is given less."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
-    # No limit, or another version of cgroups: the host's memory counts.
-    with contextlib.suppress(OSError, ValueError):
-        limit = int((_CGROUP / "memory.max").read_text(encoding="ascii"))
-        free = min(free, limit - int((_CGROUP / "memory.current").read_text(encoding="ascii")))
-    return int(_MEMORY_SHARE * free)

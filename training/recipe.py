@@ -39,6 +39,7 @@ from training.template import ChatTemplate
 from training.tokenizer import load_tokenizer
 from training.trackers import tracked_files
 from training.trainer import AdapterTrainer
+from training.unpacked import keep_unpacked, spare_bytes
 from training.voice import Voice
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ def train_on(
     shelf = CheckpointShelf(spec.checkpoint_dir, fingerprint=_fingerprint(spec, plan, corpus))
     checkpoint = ranks.as_the_first(lambda: _find_checkpoint(shelf, voice))
     journal = Journal.load(checkpoint.path) if checkpoint else Journal()
+    _keep_what_fits(base, prepared, spec, voice)
     trainer = AdapterTrainer(
         spec=spec,
         corpus=corpus,
@@ -194,6 +196,20 @@ def may_pack(spec: JobSpec, base: PreTrainedModel, voice: Voice) -> bool:
             "flash-linear-attention and causal-conv1d",
         )
     return False
+
+
+def _keep_what_fits(base: PreTrainedModel, prepared: Prepared, spec: JobSpec, voice: Voice) -> None:
+    """Unpack frozen weights for the whole run where memory is left over, and say how much it took."""
+    if prepared.is_cut:
+        return
+    kept = keep_unpacked(base, spare_bytes(spec, prepared.estimate))
+    if kept.weights:
+        voice.notice(
+            "weights_unpacked",
+            f"{kept.weights} of {kept.of_weights} frozen weights stay unpacked, in {kept.bytes / 2**30:.2f} GiB of "
+            "memory that is free: they are dequantised once and not in every step",
+            bytes=kept.bytes,
+        )
 
 
 def _find_checkpoint(shelf: CheckpointShelf, voice: Voice) -> Checkpoint | None:

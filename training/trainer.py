@@ -20,6 +20,7 @@ from training.batches import halve, in_groups, micro_batches, packing_pays, toke
 from training.checkpoint import CheckpointShelf
 from training.corpus import Corpus
 from training.events import CheckpointSaved, ErrorCode, Evaluated, Stage
+from training.experts import unpack_once_for_backward
 from training.failures import TrainingFailed, is_out_of_memory, memory_advice
 from training.journal import EvaluationRecord, Journal
 from training.loss import AnswerLoss
@@ -100,6 +101,10 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        # Found once: thousands of frozen modules stand between them, and each step asks several times.
+        self._trained = tuple(parameter for parameter in self.model.parameters() if parameter.requires_grad)
+        if self.args.gradient_checkpointing:
+            unpack_once_for_backward(self.model)
         self.remove_callback(PrinterCallback)
         if packed:
             self.data_collator = _CheaperLayout(
@@ -134,7 +139,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         pending = self._micro_batches(self._prepare_inputs(inputs))
         total = torch.zeros((), device=self.args.device)
         while pending:
-            before = {parameter: parameter.grad.clone() for parameter in self._trained() if parameter.grad is not None}
+            before = {parameter: parameter.grad.clone() for parameter in self._trained if parameter.grad is not None}
             try:
                 total += super().training_step(model, pending[0], num_items_in_batch)
                 pending.pop(0)
@@ -144,11 +149,11 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
                     raise
             # Out of the except block, so that the failed pass's tensors are free before the next try. Backward may
             # have got half way: put the gradients back to where they were.
-            for parameter in self._trained():
+            for parameter in self._trained:
                 parameter.grad = before.get(parameter)
             parts = [*self._halve(pending.pop(0)), *pending]
             pending = [smaller for part in parts for smaller in micro_batches(part, self.micro_batch_tokens)]
-        self.ranks.average_gradients(self._trained())
+        self.ranks.average_gradients(self._trained)
         return total
 
     @property
@@ -160,8 +165,13 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
     def micro_batch_tokens(self, tokens: int) -> None:
         self.journal.micro_batch_tokens = tokens
 
-    def _trained(self) -> list[torch.nn.Parameter]:
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+    def floating_point_ops(self, _inputs: Any) -> int:
+        """Not counted: nobody reads it, and the library would count the parameters at each step."""
+        return 0
+
+    def _clip_grad_norm(self, _model: Any) -> torch.Tensor:
+        norm: torch.Tensor = self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
+        return norm
 
     def _micro_batches(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
         parts = micro_batches(inputs, self.micro_batch_tokens)

@@ -1,0 +1,24 @@
+"""What this host, or the container that was given a part of it, could still spare."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_bytes() -> int:
+    """Memory that could be taken now without swapping or being ended for it; what only caches files counts as free."""
+    free = 1024 * _number("/proc/meminfo", "MemAvailable:")
+    # No limit, or another version of cgroups: the host's memory counts.
+    with contextlib.suppress(OSError, ValueError):
+        limit = int((_CGROUP / "memory.max").read_text(encoding="ascii"))
+        used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
+        free = min(free, limit - used + _number(_CGROUP / "memory.stat", "inactive_file"))
+    return free
+
+
+def _number(file: Path | str, name: str) -> int:
+    lines = Path(file).read_text(encoding="ascii").splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1])
