@@ -17,6 +17,7 @@ from typing import Any, TypeVar, assert_never
 import structlog
 
 from daemon.adapter_size import expected_adapter_bytes
+from daemon.allowance import watch_allowance
 from daemon.callback import CallbackCourier
 from daemon.checkpoint_store import CheckpointStore
 from daemon.child import Patience, Stopped, Verdict
@@ -46,7 +47,8 @@ from training.spec import JobSpec, ParsedRow, SpecInvalid, parse_row
 log = structlog.get_logger()
 T = TypeVar("T")
 
-LIMITS_SECONDS = 1.0
+# How soon a second TERM, or a lost lease, cuts a grace short.
+LOOK_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Attempt:
         async with self._with.leases.hold(job.lease, self._stop) as held:
             reporter = self._reporter(held)
             writing = asyncio.create_task(reporter.run())
-            limits = asyncio.create_task(_watch_limits(job, reporter, self._stop))
+            limits = asyncio.create_task(watch_allowance(job, reporter, self._with.store, self._stop))
             try:
                 outcome = await self._outcome(reporter)
             finally:
@@ -115,7 +117,9 @@ class Attempt:
                 if self._early is not None:
                     self._early.discard()
             self._with.courier.forget(job.id)
-            ending = await settle(job, outcome, reporter, store=self._with.store, settings=self._with.settings)
+            ending = await settle(
+                job, outcome, reporter, stop=self._stop, store=self._with.store, settings=self._with.settings
+            )
             self._tell()
         log.info("attempt_settled", outcome=type(outcome).__name__.lower(), seconds=round(reporter.attempt_seconds, 1))
         return Remains(job, ending, self._stored)
@@ -286,30 +290,25 @@ def _outcome_of_stop(reason: StopReason, reporter: Reporter) -> Outcome:
             assert_never(reason)
 
 
-async def _watch_limits(job: ClaimedJob, reporter: Reporter, stop: Stop) -> None:
-    """Ask for an end when the job passes what its owner set: money or time."""
-    while True:
-        await asyncio.sleep(LIMITS_SECONDS)
-        if job.max_cost is not None and (reporter.cost or 0.0) >= job.max_cost:
-            stop.request(StopReason.BUDGET)
-        seconds_left = job.seconds_to_deadline(reporter.attempt_seconds)
-        if seconds_left is not None and seconds_left <= 0:
-            stop.request(StopReason.DEADLINE)
-
-
 async def _until_stopped(
     step: Awaitable[T], stop: Stop, grace: Callable[[StopReason], float] = lambda _reason: 0.0
 ) -> T:
-    """Await one step; on a stop request give it its grace, then cut it short and raise Interrupted."""
+    """Await one step; on a stop request give it its grace, then cut it short and raise Interrupted.
+
+    A lost lease that is learned of meanwhile, or a second TERM, ends the grace."""
     task = asyncio.ensure_future(step)
     asked = asyncio.create_task(stop.wait())
+    clock = asyncio.get_running_loop().time
     try:
         await asyncio.wait({task, asked}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            await asyncio.wait({task}, timeout=grace(asked.result()))
-        if task.done():
-            return task.result()
-        raise Interrupted(asked.result())
+        asked_at = clock()
+        while not task.done():
+            reason = await stop.wait()
+            left = asked_at + grace(reason) - clock()
+            if left <= 0 or stop.hurried:
+                raise Interrupted(reason)
+            await asyncio.wait({task}, timeout=min(left, LOOK_SECONDS))
+        return task.result()
     finally:
         asked.cancel()
         if not task.done():

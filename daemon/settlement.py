@@ -12,6 +12,7 @@ from daemon.errors import DatabaseAway, LeaseLost
 from daemon.job import Cancelled, ClaimedJob, Completed, Failed, Outcome, Released, Superseded
 from daemon.reporter import Reporter
 from daemon.settings import Settings
+from daemon.stop import Stop
 from daemon.store import Ending, Store
 
 log = structlog.get_logger()
@@ -22,7 +23,7 @@ LAST_WORDS_TRIES = 3
 
 
 async def settle(
-    job: ClaimedJob, outcome: Outcome, reporter: Reporter, *, store: Store, settings: Settings
+    job: ClaimedJob, outcome: Outcome, reporter: Reporter, *, stop: Stop, store: Store, settings: Settings
 ) -> Ending | None:
     """Write the ending. None when the job is not ours any more: whoever lost the lease writes nothing."""
     if isinstance(outcome, Superseded):
@@ -46,7 +47,7 @@ async def settle(
         except DatabaseAway as error:
             log.warning("ending_delayed", error=str(error))
             # An ending is worth any wait; a release only says sooner what the reaper finds by itself.
-            if isinstance(outcome, Released) and asyncio.get_running_loop().time() > give_up_at:
+            if isinstance(outcome, Released) and (stop.hurried or asyncio.get_running_loop().time() > give_up_at):
                 log.warning("release_left_to_reaper")
                 return None
             await asyncio.sleep(AWAY_SECONDS)

@@ -11,11 +11,12 @@ import pytest
 
 from daemon.cost import Meter
 from daemon.database import Database
-from daemon.job import Completed, Failed, State, Superseded
+from daemon.job import Completed, Failed, Released, State, Superseded
 from daemon.pack import object_names
 from daemon.reporter import Reporter
 from daemon.settings import Settings
 from daemon.settlement import settle
+from daemon.stop import Stop, StopReason
 from daemon.storage import FolderStorage
 from daemon.store import Store
 from daemon.tidying import Remains, Tidying
@@ -84,7 +85,7 @@ async def test_a_job_refused_at_the_first_look_is_written_back_by_one_statement(
 ) -> None:
     job = await claimed(store)
     store.ran.clear()
-    ending = await settle(job, REFUSED, reporter_of(store, job.lease), store=store, settings=settings)
+    ending = await settle(job, REFUSED, reporter_of(store, job.lease), stop=Stop(), store=store, settings=settings)
     assert ending is not None and (ending.state, ending.noted) == (State.FAILED, False)
     tidying = Tidying(store, FolderStorage(tmp_path), settings)
     tidying.begin(Remains(job, ending, stored=False))
@@ -101,7 +102,9 @@ async def test_an_ending_says_whether_something_of_the_job_lies_in_storage(
     left = put(tmp_path, object_names(first.id, first.lease_epoch).archive)
     await store.release_job(first.lease, "its host dies", cost=None)
     second = await claimed(store)
-    ending = await settle(second, REFUSED, reporter_of(store, second.lease), store=store, settings=settings)
+    ending = await settle(
+        second, REFUSED, reporter_of(store, second.lease), stop=Stop(), store=store, settings=settings
+    )
     assert ending is not None and ending.noted
     tidying = Tidying(store, storage, settings)
     tidying.begin(Remains(second, ending, stored=False))
@@ -122,13 +125,15 @@ async def test_what_an_attempt_stored_after_it_lost_its_job_is_deleted_by_itself
     kept = put(tmp_path, object_names(heir.id, heir.lease_epoch).archive)
     done = Completed(f"lora-models/{object_names(heir.id, heir.lease_epoch).archive}", "0" * 64, 1)
     tidying = Tidying(store, storage, settings)
-    ending = await settle(heir, done, reporter_of(store, heir.lease), store=store, settings=settings)
+    ending = await settle(heir, done, reporter_of(store, heir.lease), stop=Stop(), store=store, settings=settings)
     tidying.begin(Remains(heir, ending, stored=True))
     await tidying.finish()
     assert database.run("SELECT FROM training_uploads") == [], "the note of the stale attempt is gone"
     # Only now the stale host's last bytes arrive, and then it learns that the job is not its own.
     late = put(tmp_path, object_names(stale.id, stale.lease_epoch).archive)
-    ending = await settle(stale, Superseded(), reporter_of(store, stale.lease), store=store, settings=settings)
+    ending = await settle(
+        stale, Superseded(), reporter_of(store, stale.lease), stop=Stop(), store=store, settings=settings
+    )
     assert ending is None
     tidying.begin(Remains(stale, ending, stored=True))
     await tidying.finish()
@@ -143,7 +148,7 @@ async def test_tidying_keeps_a_stopping_host_only_for_a_moment_and_is_done_by_an
     job = await claimed(store)
     await note_adapter(store, job, storage.location)
     left = put(tmp_path, object_names(job.id, job.lease_epoch).archive)
-    ending = await settle(job, REFUSED, reporter_of(store, job.lease), store=store, settings=settings)
+    ending = await settle(job, REFUSED, reporter_of(store, job.lease), stop=Stop(), store=store, settings=settings)
     stopping = Tidying(store, storage, settings)
     stopping.begin(Remains(job, ending, stored=True))
     async with asyncio.timeout(30):
@@ -169,6 +174,22 @@ async def test_a_locked_table_of_the_charts_keeps_no_ending_waiting(
     with database.connect() as owner, owner.transaction():
         owner.execute("LOCK TABLE metrics_points IN ACCESS EXCLUSIVE MODE")
         async with asyncio.timeout(30):
-            ending = await settle(job, REFUSED, reporter, store=store, settings=settings)
+            ending = await settle(job, REFUSED, reporter, stop=Stop(), store=store, settings=settings)
     assert ending is not None and ending.state is State.FAILED
     assert database.job(job.id)["error_code"] == "invalid_spec"
+
+
+async def test_a_hurried_host_leaves_its_release_to_the_reaper_while_the_database_is_away(
+    store: CountingStore, settings: Settings
+) -> None:
+    job = await claimed(store)
+    stop = Stop()
+    stop.request(StopReason.SHUTDOWN)
+    stop.hurry()
+    async with Database("postgresql://nobody@127.0.0.1:1/nowhere", application_name="test") as nobody:
+        away = Store(nobody)
+        async with asyncio.timeout(settings.drain_seconds / 2):
+            ending = await settle(
+                job, Released("x"), reporter_of(away, job.lease), stop=stop, store=away, settings=settings
+            )
+    assert ending is None

@@ -1,0 +1,66 @@
+"""What a job may cost and how long it may take, kept in view while it runs.
+
+Both are the owner's and may be changed at any time: the claim's answer is where they begin, the row is the truth.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from daemon.errors import DatabaseAway
+from daemon.job import ClaimedJob
+from daemon.reporter import Reporter
+from daemon.stop import Stop, StopReason
+from daemon.store import Store, statement
+
+LOOK_SECONDS = 1.0
+# One look by primary key; the progress of the same job is written five times as often.
+READ_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """`ends_at` is by the event loop's clock, reckoned from the time left by the database's: no other clock counts."""
+
+    max_cost: float | None
+    ends_at: float | None
+
+    @classmethod
+    def of(cls, max_cost: float | None, seconds_left: float | None) -> Allowance:
+        return cls(max_cost, None if seconds_left is None else _now() + seconds_left)
+
+    def used_up(self, cost: float | None) -> StopReason | None:
+        if self.max_cost is not None and (cost or 0.0) >= self.max_cost:
+            return StopReason.BUDGET
+        if self.ends_at is not None and _now() >= self.ends_at:
+            return StopReason.DEADLINE
+        return None
+
+
+async def watch_allowance(job: ClaimedJob, reporter: Reporter, store: Store, stop: Stop) -> None:
+    """Ask for an end when the job passes what its owner set: money or time.
+
+    Read anew every few seconds, and always before the end: what was raised a moment ago counts."""
+    allowance = Allowance.of(job.max_cost, job.seconds_to_deadline(reporter.attempt_seconds))
+    read_at = _now()
+    while True:
+        await asyncio.sleep(LOOK_SECONDS)
+        if allowance.used_up(reporter.cost) is not None or _now() >= read_at + READ_SECONDS:
+            allowance, read_at = await _read(job, store) or allowance, _now()
+        if (reason := allowance.used_up(reporter.cost)) is not None:
+            stop.request(reason)
+            return
+
+
+async def _read(job: ClaimedJob, store: Store) -> Allowance | None:
+    """None where the row cannot be read now: what was known holds."""
+    try:
+        rows = await store.database.fetch(statement("read_limits"), {"job_id": job.id})
+    except DatabaseAway:
+        return None
+    return Allowance.of(rows[0]["max_cost"], rows[0]["seconds_left"]) if rows else None
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

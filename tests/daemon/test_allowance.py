@@ -1,0 +1,87 @@
+"""What a job may cost and how long it may take: the row is the truth, also while the job runs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from uuid import uuid4
+
+import pytest
+
+from daemon.allowance import watch_allowance
+from daemon.cost import Meter
+from daemon.database import Database
+from daemon.job import ClaimedJob
+from daemon.reporter import Reporter
+from daemon.stop import Stop, StopReason
+from daemon.store import Limits, Store
+from tests.postgres import AppDatabase
+
+DOLLAR_A_SECOND = 3600.0
+FAR = "clock_timestamp() + interval '1 hour'"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("daemon.allowance.LOOK_SECONDS", 0.02)
+    monkeypatch.setattr("daemon.allowance.READ_SECONDS", 0.1)
+
+
+async def claimed(store: Store, database: AppDatabase, column: str, value: str) -> ClaimedJob:
+    """A job that is past its limit within a tenth of a second."""
+    user_id = database.insert_user()
+    job_id = database.insert_job(user_id, database.insert_dataset(user_id))
+    database.run(f"UPDATE training_jobs SET {column} = {value} WHERE id = %s", (job_id,))
+    job = (await store.claim_job(uuid4(), Limits(), lease_seconds=60)).job
+    assert job is not None
+    return job
+
+
+@asynccontextmanager
+async def watched(job: ClaimedJob, store: Store) -> AsyncIterator[Stop]:
+    stop = Stop()
+    meter = Meter(price=DOLLAR_A_SECOND, num_gpus=1, already_spent=0.0)
+    reporter = Reporter(store, job.lease, meter=meter, on_refused=lambda: None)
+    watching = asyncio.create_task(watch_allowance(job, reporter, store, stop))
+    try:
+        yield stop
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+
+
+@pytest.mark.parametrize(
+    ("column", "tight", "wide", "reason"),
+    [
+        ("max_cost", "0.1", "1000", StopReason.BUDGET),
+        ("max_cost", "0.1", "NULL", StopReason.BUDGET),
+        ("deadline_at", "clock_timestamp() + interval '100 ms'", FAR, StopReason.DEADLINE),
+        ("deadline_at", "clock_timestamp()", "NULL", StopReason.DEADLINE),
+    ],
+)
+async def test_a_limit_that_is_changed_while_the_job_runs_counts(
+    database: AppDatabase, column: str, tight: str, wide: str, reason: StopReason
+) -> None:
+    async with Database(database.dsn, application_name="test") as connection:
+        store = Store(connection)
+        job = await claimed(store, database, column, tight)
+        database.run(f"UPDATE training_jobs SET {column} = {wide}")
+        async with watched(job, store) as stop:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.4):
+                    await stop.wait()
+            database.run(f"UPDATE training_jobs SET {column} = {tight}")
+            async with asyncio.timeout(30):
+                assert await stop.wait() is reason
+
+
+async def test_while_the_database_is_away_the_limit_that_is_known_holds(database: AppDatabase) -> None:
+    async with Database(database.dsn, application_name="test") as connection:
+        job = await claimed(Store(connection), database, "max_cost", "0.1")
+    async with (
+        Database("postgresql://nobody@127.0.0.1:1/nowhere", application_name="test") as nobody,
+        watched(job, Store(nobody)) as stop,
+        asyncio.timeout(30),
+    ):
+        assert await stop.wait() is StopReason.BUDGET
