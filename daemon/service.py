@@ -7,8 +7,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 
 import structlog
 
@@ -102,7 +103,7 @@ async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_C
             )
         )
         await _check_database(database)
-        signalled = _obey_signals(worker)
+        signals = _obey_signals(worker)
         log.info("daemon_started", worker_id=str(host.worker_id), device=host.device, gpus=len(host.gpus))
         await price.read()
         listener = Listener(dsn, wake=worker.wake, on_cancel=worker.cancelled)
@@ -124,15 +125,15 @@ async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_C
             background.append(asyncio.create_task(life.run()))
         try:
             await worker.run()
-            await courier.flush(LAST_CALLBACKS_SECONDS)
-            if life is not None and not signalled.is_set():
+            await _unless_hurried(courier.flush(LAST_CALLBACKS_SECONDS), signals.hurried)
+            if life is not None and not signals.told.is_set():
                 await life.end_drained()
         finally:
             for task in background:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
         log.info("daemon_ended")
-        return signalled.is_set()
+        return signals.told.is_set()
 
 
 async def _has_callbacks(store: Store) -> bool:
@@ -150,25 +151,45 @@ async def _check_database(database: Database) -> None:
         log.warning("database_role", advice=database.role_warning)
 
 
-def _obey_signals(worker: Worker) -> asyncio.Event:
-    """TERM and INT shut down, USR1 drains. The event is set once we were told to shut down."""
-    signalled = asyncio.Event()
+@dataclass(frozen=True)
+class _Signals:
+    """What we were told: to shut down, and then to waste no time over it."""
+
+    told: asyncio.Event
+    hurried: asyncio.Event
+
+
+def _obey_signals(worker: Worker) -> _Signals:
+    """TERM and INT shut down, a second one hurries, USR1 drains."""
+    signals = _Signals(asyncio.Event(), asyncio.Event())
     loop = asyncio.get_running_loop()
-    terms = 0
 
     def on_term() -> None:
-        nonlocal terms
-        terms += 1
-        signalled.set()
-        log.info("signal_received", terms=terms)
+        hurried = signals.told.is_set()
+        log.info("signal_received", hurried=hurried)
+        signals.told.set()
         worker.shut_down()
-        if terms > 1:
+        if hurried:
+            signals.hurried.set()
             worker.hurry()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_term)
     loop.add_signal_handler(signal.SIGUSR1, worker.drain)
-    return signalled
+    return signals
+
+
+async def _unless_hurried(step: Coroutine[None, None, object], hurried: asyncio.Event) -> None:
+    """Await a last step, or leave it where it is: the outbox outlives this process."""
+    last, told = asyncio.create_task(step), asyncio.create_task(hurried.wait())
+    try:
+        await asyncio.wait({last, told}, return_when=asyncio.FIRST_COMPLETED)
+        if last.done():
+            await last
+    finally:
+        last.cancel()
+        told.cancel()
+        await asyncio.gather(last, told, return_exceptions=True)
 
 
 def _secrets(settings: Settings) -> Iterator[str]:

@@ -19,7 +19,7 @@ import pytest
 from pydantic import SecretStr
 
 from daemon.webhook import signing_keys, verify
-from tests.daemon_process import alive
+from tests.daemon_process import alive, eventually
 from tests.lifecycle.project import SECRET, Project
 from tests.lifecycle.queue import Queue
 from tests.receiver import Answer, Receiver
@@ -190,3 +190,22 @@ async def test_a_dead_receiver_delays_neither_training_nor_the_next_callback(que
         "SELECT state FROM training_callbacks WHERE job_id = %s AND event = 'job.completed'", unheard
     )
     assert waiting["state"] == "pending"
+
+
+async def test_a_second_term_waits_neither_for_an_upload_nor_for_a_receiver(queue: Queue, tmp_path: Path) -> None:
+    never = asyncio.Event()
+    async with StorageDouble(tmp_path / "double") as storage, Receiver(Answer(hang=True)) as dead:
+        project = Project(queue, storage, dead, tmp_path)
+        with project.daemon(drain_seconds=60) as daemon:
+            held = storage.fail("POST", "object/lora-models", held_until=never)
+            job = project.insert(script=[["steps", 5, 0.0]])
+            await asyncio.to_thread(eventually, lambda: held.times == 0 and bool(dead.received))
+            daemon.signal(signal.SIGTERM)
+            await asyncio.to_thread(daemon.wait_for_log, "signal_received")
+            begun = time.monotonic()
+            daemon.signal(signal.SIGTERM)
+            assert await asyncio.to_thread(daemon.wait, 50) == 0
+            # Of the minute for the upload and the half of one for the receiver.
+            assert time.monotonic() - begun < 20
+    row = queue.row(job)
+    assert (row["status"], row["attempt"]) == ("queued", 0)
