@@ -128,7 +128,9 @@ class Settings(BaseSettings):
         default=None, ge=0, description="host memory for waiting base models; half of the host's when absent"
     )
     warm_default_model: bool = Field(
-        default=False, description="load the default model at the start, before a job asks for it"
+        default=False,
+        description="on a CPU host: load the default model at the start, before a job asks for it, if that memory "
+        "has room for it",
     )
     warm_first_seconds: float = Field(
         default=120.0,
