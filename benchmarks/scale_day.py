@@ -154,11 +154,10 @@ async def fruitless_wakes(dsn: str, count: int) -> dict[str, tuple[float, float]
 
         async def busy() -> None:
             await store.promote_due_jobs()
-            await store.next_due_in()
 
         async def idle() -> None:
             await store.claim_job(uuid4(), Limits(), lease_seconds=60)
-            await busy()
+            await store.next_due_in()
 
         await busy()  # connects
         meter = Meter(operator, [backend_named(operator, "scale_day wakes")])

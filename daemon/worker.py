@@ -98,29 +98,28 @@ class Worker:
                 if claim.job is not None:
                     self.begin(claim.job)
                     continue
-                if not claim.contested:
-                    # After the claim, so that a wake-up does not wait for it.
-                    if await self._store.promote_due_jobs():
-                        continue
-                    break
-                # Candidates were there and somebody else took them, or holds them still: look again, but not for ever.
-                lost_races += 1
-                if lost_races == MAX_LOST_RACES:
-                    return RACE_SECONDS
+                if claim.contested:
+                    # Somebody else took the candidates, or holds them still: look again, but not for ever.
+                    lost_races += 1
+                    if lost_races == MAX_LOST_RACES:
+                        return RACE_SECONDS
+                    continue
+                # After the claim, so that a wake-up does not wait for it.
+                due_in = await self._store.next_due_in()
+                if due_in is None or due_in > 0 or not await self._store.promote_due_jobs():
+                    self._lookahead.drop()
+                    return settings.poll_seconds if due_in is None else max(0.01, min(due_in, settings.poll_seconds))
             if not self._pool.has_room:
                 # A queue that is never empty must not starve the scheduled jobs; a burst need not ask for each job.
                 if time.monotonic() >= self._promote_at:
                     self._promote_at = time.monotonic() + PROMOTE_SECONDS
                     await self._store.promote_due_jobs()
                 await self._look_ahead()
-                return settings.poll_seconds  # the place that becomes free wakes us
-            self._lookahead.drop()
-            due_in = await self._store.next_due_in()
+            return settings.poll_seconds  # the place that becomes free wakes us, and so does the end of a pause
         except DatabaseAway as error:
             log.warning("claim_failed", error=str(error))
             self._answer_lost = True
             return AWAY_SECONDS
-        return settings.poll_seconds if due_in is None else max(0.01, min(due_in, settings.poll_seconds))
 
     async def _look_ahead(self) -> None:
         """With every place taken and one about to become free: let the data of the likely next job be fetched.
