@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 import structlog
 
-from daemon.errors import DatabaseAway, LeaseLost
+from daemon.errors import DatabaseAway, HostUnfit, LeaseLost
 from daemon.job import HELD, Lease, State
 from daemon.stop import Stop, StopReason
 from daemon.waiting import wait_at_most
@@ -75,7 +75,8 @@ class LeaseKeeper:
                 log.warning("lease_lost", lease_epoch=lease.epoch)
                 stop.request(StopReason.LEASE_LOST)
                 return
-            except DatabaseAway as error:
+            # A right that is missing for a while is no death either: whoever ceased to renew would train on unheard.
+            except (DatabaseAway, HostUnfit) as error:
                 silent_seconds = clock() - renewed_at
                 log.warning("lease_not_renewed", silent_seconds=round(silent_seconds, 1), error=str(error))
                 # Nobody reaps while the database is away, and a reaper waits one lease after its own

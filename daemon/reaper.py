@@ -10,7 +10,7 @@ import time
 
 import structlog
 
-from daemon.errors import DatabaseAway
+from daemon.errors import DatabaseAway, HostUnfit
 from daemon.store import Store
 
 log = structlog.get_logger()
@@ -45,5 +45,5 @@ async def reap_for_ever(store: Store, lease_seconds: float) -> None:
                 continue
             for reaped in await store.reap_expired_leases():
                 log.warning("job_reaped", job_id=str(reaped.job_id), state=reaped.state)
-        except DatabaseAway as error:
+        except (DatabaseAway, HostUnfit) as error:
             log.debug("reap_delayed", error=str(error))

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, assert_never
 
+import psycopg
 import structlog
 
 from daemon.cost import Meter
-from daemon.errors import DatabaseAway, LeaseLost, PointsRefused
+from daemon.errors import DatabaseAway, HostUnfit, LeaseLost, PointsRefused
 from daemon.host import GpuLoad
 from daemon.job import Lease
 from daemon.store import MetricPoint, Store
@@ -276,6 +277,11 @@ class Reporter:
                 continue
             except LeaseLost:
                 self._on_refused()
+            except (HostUnfit, psycopg.Error) as error:
+                # A trigger of the app's own, say: training goes on, and so do the attempts to tell of it.
+                log.error("report_refused", error=str(error))
+                self._dirty.set()
+                await asyncio.sleep(AWAY_SECONDS)
             await asyncio.sleep(WRITE_SECONDS)
 
     async def flush(self) -> None:

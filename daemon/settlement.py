@@ -6,20 +6,23 @@ import asyncio
 import random
 from typing import assert_never
 
+import psycopg
 import structlog
 
-from daemon.errors import DatabaseAway, LeaseLost
+from daemon.errors import DatabaseAway, HostUnfit, LeaseLost
 from daemon.job import Cancelled, ClaimedJob, Completed, Failed, Outcome, Released, Superseded
 from daemon.reporter import Reporter
 from daemon.settings import Settings
 from daemon.stop import Stop
 from daemon.store import Ending, Store
+from training.events import ErrorCode
 
 log = structlog.get_logger()
 
 AWAY_SECONDS = 1.0
 MAX_BACKOFF_SECONDS = 3600.0
 LAST_WORDS_TRIES = 3
+REFUSALS = (HostUnfit, psycopg.Error)
 
 
 async def settle(
@@ -51,6 +54,12 @@ async def settle(
                 log.warning("release_left_to_reaper")
                 return None
             await asyncio.sleep(AWAY_SECONDS)
+        except REFUSALS as error:
+            if isinstance(outcome, Failed):
+                raise
+            # A trigger of the app's own, say, that may not write where it wants to: the row says so, not that we died.
+            log.error("ending_impossible", outcome=type(outcome).__name__.lower(), error=str(error))
+            outcome = _refused(error)
         else:
             log.info("job_moved", state=ending.state, moved=ending.moved)
             return ending
@@ -62,6 +71,18 @@ async def _last_words(reporter: Reporter) -> None:
     except LeaseLost:
         # Cancelled meanwhile, or lost: the move itself finds out which, by the lease and not by the row.
         return
+    except REFUSALS as error:
+        log.error("report_refused", error=str(error))
+
+
+def _refused(error: Exception) -> Failed:
+    return Failed(
+        ErrorCode.INTERNAL,
+        "The database refused to record how this job ended.",
+        hint="This is a fault of the service, not of your job. The job is tried again.",
+        stack=str(error),
+        transient=True,
+    )
 
 
 async def _move(

@@ -25,7 +25,7 @@ from daemon.workspace import Workspace
 from tests.postgres import AppDatabase
 from tests.sql.claiming import claimed
 from training import events
-from training.events import ErrorCode
+from training.events import ErrorCode, Stage
 
 REFUSED = Failed(ErrorCode.INVALID_SPEC, "no such field")
 
@@ -177,6 +177,27 @@ async def test_a_locked_table_of_the_charts_keeps_no_ending_waiting(
             ending = await settle(job, REFUSED, reporter, stop=Stop(), store=store, settings=settings)
     assert ending is not None and ending.state is State.FAILED
     assert database.job(job.id)["error_code"] == "invalid_spec"
+
+
+@pytest.mark.parametrize("fault", ["RAISE EXCEPTION 'not today'", "INSERT INTO activity DEFAULT VALUES"])
+async def test_an_ending_that_the_apps_own_trigger_refuses_is_told_as_what_it_is(
+    store: CountingStore, database: AppDatabase, settings: Settings, fault: str
+) -> None:
+    database.run("CREATE TABLE activity (at timestamptz DEFAULT now())")
+    database.run(f"CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN {fault}; RETURN NULL; END$$")
+    database.run(
+        "CREATE TRIGGER refuse AFTER UPDATE ON training_jobs FOR EACH ROW "
+        "WHEN (NEW.status = 'completed' OR NEW.progress > 50) EXECUTE FUNCTION refuse()"
+    )
+    job = await claimed(store)
+    reporter = reporter_of(store, job.lease)
+    reporter.enter(Stage.UPLOADING)
+    done = Completed("lora-models/adapters/x.tar.gz", "0" * 64, 1)
+    ending = await settle(job, done, reporter, stop=Stop(), store=store, settings=settings)
+    assert ending is not None and ending.state is State.QUEUED
+    row = database.job(job.id)
+    assert row["error_code"] == "internal" and "refused" in row["error_message"] and row["error_stack"]
+    assert database.run("SELECT FROM training_leases") == []
 
 
 async def test_a_hurried_host_leaves_its_release_to_the_reaper_while_the_database_is_away(
