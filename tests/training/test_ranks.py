@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
-import subprocess
-import sys
+import textwrap
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +19,7 @@ from tests.training.child import Child, start
 from tests.training.conftest import SpecOf, train
 from training.corpus import gather
 from training.desk import RankDesk
-from training.events import EXIT_STOPPED, ErrorCode, Progress, parse_event
+from training.events import EXIT_STOPPED, ErrorCode, Progress
 from training.failures import TrainingFailed, failed_event
 from training.folder import open_model_folder
 from training.order import StepOrder
@@ -216,30 +215,39 @@ def test_a_batch_that_cannot_be_divided_stays_what_was_asked(spec_of: SpecOf) ->
 
 
 @pytest.mark.system
-def test_a_model_that_no_place_can_hold_is_cut_and_trains_the_same(spec_of: SpecOf, tmp_path: Path) -> None:
+def test_a_model_that_no_place_can_hold_is_cut_and_trains_the_same(
+    spec_of: SpecOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chosen = {"batch_size": 7, "num_epochs": 2, "lora_dropout": 0.0}
     whole = spec_of(name="whole", **chosen)
     expected = train(whole)
     spec = spec_of(name="cut", num_gpus=2, dataset_path=whole.dataset_path, **chosen)
     model_bytes = expected.all("planned")[0].data["estimate"]["model_bytes"]
-    desk = RankDesk.lay(tmp_path / "desk", spec)
-    said = tmp_path / "events"
-    said.touch()
     # Two places of 0.6 models each.
-    host = [_ROOT / "tests" / "training" / "small_host.py", int(model_bytes * 1.2), desk.folder, said]
-    engine = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(_ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*engine, *map(str, host)], env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
+    _in_every_rank(
+        tmp_path,
+        monkeypatch,
+        f"import training.shards\ntraining.shards.device_memory_bytes = lambda device: {int(model_bytes * 1.2)}\n",
     )
-    assert done.returncode == 0, (desk.cause(), done.stderr[-3000:])
-    events = [event for line in said.read_text().splitlines() if (event := parse_event(line)) is not None]
-    assert "model_cut" in [event.code for event in events if event.kind == "notice"]
-    assert _same_run(_steps(events), _steps(expected.heard))
+    with start(spec) as child:
+        assert child.exit_status(SECONDS) == 0
+    assert "model_cut" in [event.code for event in child.events if event.kind == "notice"]
+    assert _same_run(_steps(child.events), _steps(expected.heard))
     ours, theirs = (load_file(each.output_dir / "adapter_model.safetensors") for each in (spec, whole))
     assert ours.keys() == theirs.keys()
     # The last step's gradients differ in their last bits, and Adam divides small ones by small ones.
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-3) for name in theirs)
+
+    # Drained in the middle, and continued by a host that can hold it.
+    begun = spec_of(name="begun", num_gpus=2, dataset_path=whole.dataset_path, **chosen)
+    with start(begun) as child:
+        child.wait_for("progress", step=2, seconds=SECONDS)
+        child.terminate()
+        assert child.exit_status(SECONDS) == EXIT_STOPPED
+    assert child.events[-1].kind == "checkpoint_saved" and child.events[-1].step >= 2
+    rest = train(begun.model_copy(update={"num_gpus": 1}))
+    assert "model_cut" not in [event.code for event in rest.all("notice")]
+    assert _same_run([*_steps(child.events), *_steps(rest.heard)], _steps(expected.heard))
 
 
 def test_only_a_model_that_does_not_fit_is_cut_and_a_mixture_of_experts_never(spec_of: SpecOf) -> None:
@@ -261,26 +269,33 @@ def test_only_a_model_that_does_not_fit_is_cut_and_a_mixture_of_experts_never(sp
 
 def _make_the_second_card_small(folder: Path, monkeypatch: pytest.MonkeyPatch, *, conversations: int) -> None:
     """From now on, what is too much at once for the second rank of a job raises what CUDA raises."""
+    _in_every_rank(
+        folder,
+        monkeypatch,
+        f"""
+import torch
+import training.loss
+
+whole = training.loss.AnswerLoss.__call__
+
+def limited(self, inputs):
+    ends = inputs.get("cu_seq_lens_q")
+    if (len(inputs["input_ids"]) if ends is None else len(ends) - 1) > {conversations}:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+    return whole(self, inputs)
+
+if os.environ["RANK"] == "1":
+    training.loss.AnswerLoss.__call__ = limited
+""",
+    )
+
+
+def _in_every_rank(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """From now on, every rank that is started begins with this."""
     startup = folder / "startup"
     startup.mkdir()
-    (startup / "sitecustomize.py").write_text(
-        f"""
-import os
-
-if os.environ.get("RANK") == "1":
-    import torch
-    import training.loss
-    whole = training.loss.AnswerLoss.__call__
-
-    def limited(self, inputs):
-        ends = inputs.get("cu_seq_lens_q")
-        if (len(inputs["input_ids"]) if ends is None else len(ends) - 1) > {conversations}:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-        return whole(self, inputs)
-
-    training.loss.AnswerLoss.__call__ = limited
-"""
-    )
+    body = textwrap.indent(code.strip(), "    ")
+    (startup / "sitecustomize.py").write_text(f'import os\n\nif "RANK" in os.environ:\n{body}\n')
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(startup), str(_ROOT)]))
 
 
