@@ -104,6 +104,7 @@ class Reporter:
         self._plan_to_write: events.Planned | None = None
         self._estimated = False
         self._resumed_at: int | None = None
+        self._checkpoint_step: int | None = None
         self._first_step: tuple[int, float] | None = None
         self._story: deque[_StoryLine] = deque(maxlen=MAX_STORY)
         self._points: dict[int, MetricPoint] = {}
@@ -128,6 +129,7 @@ class Reporter:
             case events.Evaluated():
                 self._take_evaluation(event)
             case events.CheckpointSaved():
+                self._checkpoint_step = event.step
                 self.tell(
                     "checkpoint_saved",
                     f"Checkpoint at step {event.step}.",
@@ -141,7 +143,7 @@ class Reporter:
                 )
             case events.Notice():
                 if event.code == "resumed" and isinstance(step := event.data.get("step"), int):
-                    self._resumed_at = step
+                    self._resumed_at = self._checkpoint_step = step
                 self.tell(event.code, event.message, event.data)
             case events.AdapterSaved():
                 self.tell("adapter_saved", "The adapter is saved on the host.", event.summary)
@@ -253,6 +255,11 @@ class Reporter:
     @property
     def cost(self) -> float | None:
         return self._meter.cost(self.attempt_seconds)
+
+    @property
+    def saved(self) -> dict[str, int | None]:
+        """What an attempt that ends now leaves: the step it came to, and its newest checkpoint's."""
+        return {"step": self._standing.step, "checkpoint_step": self._checkpoint_step}
 
     @property
     def seconds_left(self) -> float | None:

@@ -43,7 +43,7 @@ async def settle(
                 # A database that is away takes neither. One that only has the charts' table locked takes the ending.
                 if unheard < LAST_WORDS_TRIES:
                     raise
-            ending = await _move(job, outcome, reporter.cost, store, settings)
+            ending = await _move(job, outcome, reporter, store, settings)
         except LeaseLost:
             log.warning("ending_refused", outcome=type(outcome).__name__.lower())
             return None
@@ -88,10 +88,11 @@ def _refused(error: Exception) -> Failed:
 async def _move(
     job: ClaimedJob,
     outcome: Completed | Failed | Released | Cancelled,
-    cost: float | None,
+    reporter: Reporter,
     store: Store,
     settings: Settings,
 ) -> Ending:
+    cost = reporter.cost
     match outcome:
         case Completed():
             return await store.complete_job(job.lease, outcome, cost=cost)
@@ -103,7 +104,7 @@ async def _move(
         case Released():
             return await store.release_job(job.lease, outcome.reason, cost=cost)
         case Cancelled():
-            return await store.end_cancelled_job(job.lease, cost=cost, data={})
+            return await store.end_cancelled_job(job.lease, cost=cost, data=reporter.saved)
         case _:
             assert_never(outcome)
 

@@ -11,7 +11,7 @@ import pytest
 
 from daemon.cost import Meter
 from daemon.database import Database
-from daemon.job import Completed, Failed, Released, State, Superseded
+from daemon.job import Cancelled, Completed, Failed, Released, State, Superseded
 from daemon.pack import object_names
 from daemon.reporter import Reporter
 from daemon.settings import Settings
@@ -198,6 +198,21 @@ async def test_an_ending_that_the_apps_own_trigger_refuses_is_told_as_what_it_is
     row = database.job(job.id)
     assert row["error_code"] == "internal" and "refused" in row["error_message"] and row["error_stack"]
     assert database.run("SELECT FROM training_leases") == []
+
+
+async def test_of_a_cancelled_job_the_story_says_what_was_saved(
+    store: CountingStore, database: AppDatabase, settings: Settings
+) -> None:
+    job = await claimed(store)
+    reporter = reporter_of(store, job.lease)
+    about = {"job_id": str(job.id), "path": "step-40", "bytes": 1}
+    reporter.report(events.CheckpointSaved.model_validate(about | {"step": 40}))
+    progress = {"job_id": str(job.id), "step": 43, "total_steps": 90, "epoch": 0.5, "loss": 2.0, "learning_rate": 1e-4}
+    reporter.report(events.Progress.model_validate(progress | {"grad_norm": 1.0, "tokens_per_second": 50.0}))
+    database.run("UPDATE training_jobs SET status = 'cancelled' WHERE id = %s", (job.id,))
+    await settle(job, Cancelled(), reporter, stop=Stop(), store=store, settings=settings)
+    told = database.one("SELECT data FROM training_events WHERE kind = 'stopped'")
+    assert told["data"] == {"step": 43, "checkpoint_step": 40}
 
 
 async def test_a_hurried_host_leaves_its_release_to_the_reaper_while_the_database_is_away(
