@@ -159,6 +159,22 @@ async def test_a_trainer_that_has_grown_is_given_up_and_one_that_has_not_stays(
     assert [line["reason"] for line in logged if line["event"] == "warm_trainer_given_up"] == ["grown"]
 
 
+@pytest.mark.parametrize("warm", ["model", "off"])
+async def test_no_descriptor_of_a_job_stays_open_in_the_daemon_however_it_ended(tmp_path: Path, warm: str) -> None:
+    def descriptors() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    site = Site(tmp_path, slots=1, warm=warm)
+    async with site.tended():
+        await site.job()
+        before = descriptors()
+        for script in ([], [["exit", 3]], [["kill_self", 9]], [["grandchild"], ["exit", 1]], [["raw", "{"]]) * 2:
+            await site.job(*script)
+        # As before: with one that waits, or with none.
+        await site.job()
+        await until(lambda: descriptors() <= before)
+
+
 async def test_a_trainer_that_dies_before_it_is_ready_is_not_started_again_and_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
