@@ -41,32 +41,6 @@ ALTER TABLE public.training_jobs
 -- Room on each page for the next version of a row: progress writes stay HOT.
 ALTER TABLE public.training_jobs SET (fillfactor = 85);
 
-DO $$
-DECLARE
-    rule record;
-BEGIN
-    FOR rule IN
-        SELECT * FROM (VALUES
-            ('training_jobs_max_attempts_range', 'CHECK (max_attempts BETWEEN 1 AND 100)'),
-            ('training_jobs_due_means_queued', 'CHECK (NOT due OR (status = ''queued'' AND NOT held))'),
-            -- NaN is greater than every number, and no cost ever reaches it.
-            ('training_jobs_max_cost_range', 'CHECK (max_cost > 0 AND max_cost < ''NaN'')'),
-            -- Infinity and the year 20000 are instants that a daemon can neither read nor subtract from.
-            ('training_jobs_run_after_range', 'CHECK (run_after BETWEEN ''0001-01-02Z'' AND ''9999-12-31Z'')'),
-            ('training_jobs_deadline_at_range', 'CHECK (deadline_at BETWEEN ''0001-01-02Z'' AND ''9999-12-31Z'')')
-        ) AS rules (name, definition)
-    LOOP
-        IF NOT EXISTS (
-            SELECT FROM pg_constraint
-            WHERE conrelid = 'public.training_jobs'::regclass AND conname = rule.name
-        ) THEN
-            -- NOT VALID: holds for every write from now on, without a scan of the living table.
-            EXECUTE format('ALTER TABLE public.training_jobs ADD CONSTRAINT %I %s NOT VALID', rule.name, rule.definition);
-        END IF;
-    END LOOP;
-END
-$$;
-
 -- The claim: an index-only scan in claiming order, everything it filters by included. Its predicate is our
 -- own flag: with one on the app's `status`, stale statistics make the planner sort the whole queue.
 CREATE INDEX IF NOT EXISTS training_jobs_due

@@ -31,6 +31,34 @@ BEGIN
 END
 $$;
 
+-- What a caller may ask for. Here and not as CHECKs of the table: Postgres reads those from their text again in every
+-- statement that writes a row, the daemon's claims and progress among them, for limits that only a caller sets.
+CREATE OR REPLACE FUNCTION public.training_check_limits(
+    max_attempts integer,
+    max_cost numeric,
+    run_after timestamptz,
+    deadline_at timestamptz
+) RETURNS void
+LANGUAGE plpgsql IMMUTABLE
+SET search_path = ''
+AS $$
+DECLARE
+    wrong text := CASE
+        WHEN NOT max_attempts BETWEEN 1 AND 100 THEN 'max_attempts must be between 1 and 100'
+        -- NaN is greater than every number, and no cost ever reaches it.
+        WHEN NOT (max_cost > 0 AND max_cost < 'NaN') THEN 'max_cost must be a number above 0'
+        -- Infinity and the year 20000 are instants that a daemon can neither read nor subtract from.
+        WHEN NOT run_after BETWEEN '0001-01-02Z' AND '9999-12-31Z' THEN 'run_after must be an instant before the year 10000'
+        WHEN NOT deadline_at BETWEEN '0001-01-02Z' AND '9999-12-31Z' THEN 'deadline_at must be an instant before the year 10000'
+    END;
+BEGIN
+    IF wrong IS NOT NULL THEN
+        RAISE EXCEPTION USING ERRCODE = '23514', MESSAGE = wrong,
+            HINT = 'leave it out where nothing is to be limited';
+    END IF;
+END
+$$;
+
 CREATE OR REPLACE FUNCTION public.training_jobs_guard_insert() RETURNS trigger
 LANGUAGE plpgsql
 SET search_path = ''
@@ -112,6 +140,7 @@ BEGIN
         );
     END IF;
 
+    PERFORM public.training_check_limits(NEW.max_attempts, NEW.max_cost, NEW.run_after, NEW.deadline_at);
     needs := public.training_read_needs(NEW.gpu_config, NEW.hyperparameters);
     NEW.need_gpus := needs.gpus;
     NEW.need_gpu_memory_gb := needs.gpu_memory_gb;
@@ -131,7 +160,10 @@ DECLARE
     cancelled public.training_jobs;
 BEGIN
     -- The daemon's progress, every second: seen here, and not by a WHEN of the trigger, which is parsed anew each time.
-    IF current_user = 'training_daemon' AND NEW.status = OLD.status AND NEW.lease_epoch = OLD.lease_epoch THEN
+    -- What is due is what the claim takes: nothing but a waiting job may ever be.
+    IF current_user = 'training_daemon' AND NEW.status = OLD.status AND NEW.lease_epoch = OLD.lease_epoch
+        AND NOT (NEW.due AND (NEW.status <> 'queued' OR NEW.held))
+    THEN
         RETURN NEW;
     END IF;
 
@@ -228,6 +260,12 @@ BEGIN
             MESSAGE = format('the job is %s: its spec can be changed only while it is queued', OLD.status);
     END IF;
 
+    IF (NEW.max_attempts, NEW.max_cost, NEW.run_after, NEW.deadline_at)
+        IS DISTINCT FROM (OLD.max_attempts, OLD.max_cost, OLD.run_after, OLD.deadline_at)
+    THEN
+        PERFORM public.training_check_limits(NEW.max_attempts, NEW.max_cost, NEW.run_after, NEW.deadline_at);
+    END IF;
+
     IF OLD.status = 'queued' THEN
         needs := public.training_read_needs(NEW.gpu_config, NEW.hyperparameters);
         NEW.need_gpus := needs.gpus;
@@ -303,6 +341,10 @@ CREATE OR REPLACE TRIGGER training_datasets_guard
 
 REVOKE EXECUTE ON FUNCTION
     public.training_jobs_guard_insert(), public.training_jobs_guard_update(), public.training_datasets_guard(),
-    public.training_read_needs(jsonb, jsonb)
+    public.training_read_needs(jsonb, jsonb),
+    public.training_check_limits(integer, numeric, timestamptz, timestamptz)
 FROM PUBLIC, anon, authenticated, service_role;
-GRANT EXECUTE ON FUNCTION public.training_read_needs(jsonb, jsonb) TO authenticated, service_role, training_daemon;
+GRANT EXECUTE ON FUNCTION
+    public.training_read_needs(jsonb, jsonb),
+    public.training_check_limits(integer, numeric, timestamptz, timestamptz)
+TO authenticated, service_role, training_daemon;

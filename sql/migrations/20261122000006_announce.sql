@@ -44,42 +44,57 @@ SECURITY DEFINER
 SET search_path = ''
 AS $$
 DECLARE
-    old_status text := CASE WHEN TG_OP = 'UPDATE' THEN OLD.status END;
     kind text;
+    words text;
+    old_status text;
     event text;
     place bigint;
 BEGIN
-    IF NEW.status = old_status THEN
-        RETURN NULL;
+    IF TG_OP = 'UPDATE' THEN
+        IF NEW.status = OLD.status THEN
+            RETURN NULL;
+        END IF;
+        old_status := OLD.status;
     END IF;
-    kind := CASE
-        WHEN TG_OP = 'INSERT' THEN 'queued'
-        WHEN NEW.status = 'initializing' THEN 'claimed'
-        WHEN NEW.status = 'running' THEN 'started'
-        WHEN NEW.status <> 'queued' THEN NEW.status
-        WHEN old_status IN ('failed', 'cancelled') THEN 'resubmitted'
-        WHEN NEW.attempt < OLD.attempt THEN 'released'
-        WHEN NEW.error_code = 'worker_lost' THEN 'reaped'
-        ELSE 'retrying'
-    END;
+
+    -- One branch a kind, and the claim's near the top: only what is reached is set up by Postgres.
+    IF TG_OP = 'INSERT' THEN
+        kind := 'queued';
+        words := CASE
+            WHEN NEW.run_after > clock_timestamp()
+            THEN to_char(NEW.run_after AT TIME ZONE 'UTC', '"Scheduled for "YYYY-MM-DD HH24:MI" UTC."')
+            ELSE 'Waits for a host.'
+        END;
+    ELSIF NEW.status = 'initializing' THEN
+        kind := 'claimed';
+        words := format('A host has claimed the job (attempt %s of %s).', NEW.attempt, NEW.max_attempts);
+    ELSIF NEW.status = 'running' THEN
+        kind := 'started';
+        words := 'Training has begun: the first step is done.';
+    ELSIF NEW.status = 'completed' THEN
+        kind := NEW.status;
+        words := 'Completed: the adapter is stored and verified.';
+    ELSIF NEW.status = 'cancelled' THEN
+        kind := NEW.status;
+        words := 'Cancelled by request.';
+    ELSIF NEW.status = 'queued' AND old_status IN ('failed', 'cancelled') THEN
+        kind := 'resubmitted';
+        words := 'Submitted again, with all its attempts.';
+    ELSIF NEW.status = 'queued' AND NEW.attempt < OLD.attempt THEN
+        kind := 'released';
+        words := 'Back in the queue unharmed: this attempt does not count.';
+    ELSE
+        -- What went wrong, in its own words.
+        kind := CASE
+            WHEN NEW.status <> 'queued' THEN NEW.status
+            WHEN NEW.error_code = 'worker_lost' THEN 'reaped'
+            ELSE 'retrying'
+        END;
+        words := coalesce(NEW.error_message, '');
+    END IF;
     INSERT INTO public.training_events (job_id, epoch, kind, message, data)
     VALUES (
-        NEW.id, NEW.lease_epoch, kind,
-        CASE kind
-            WHEN 'queued' THEN CASE
-                WHEN NEW.run_after > clock_timestamp()
-                THEN to_char(NEW.run_after AT TIME ZONE 'UTC', '"Scheduled for "YYYY-MM-DD HH24:MI" UTC."')
-                ELSE 'Waits for a host.'
-            END
-            WHEN 'claimed' THEN format('A host has claimed the job (attempt %s of %s).', NEW.attempt, NEW.max_attempts)
-            WHEN 'started' THEN 'Training has begun: the first step is done.'
-            WHEN 'released' THEN 'Back in the queue unharmed: this attempt does not count.'
-            WHEN 'resubmitted' THEN 'Submitted again, with all its attempts.'
-            WHEN 'completed' THEN 'Completed: the adapter is stored and verified.'
-            WHEN 'cancelled' THEN 'Cancelled by request.'
-            -- failed, retrying, reaped: what went wrong.
-            ELSE coalesce(NEW.error_message, '')
-        END,
+        NEW.id, NEW.lease_epoch, kind, words,
         jsonb_strip_nulls(jsonb_build_object(
             'from', old_status,
             'to', NEW.status,

@@ -116,11 +116,13 @@ def test_every_event_that_the_host_and_the_trainer_tell_is_described() -> None:
 
 
 def test_every_event_that_the_database_writes_is_described() -> None:
-    naming = re.search(r"kind := CASE(.*?)END;", announce(), re.DOTALL)
+    naming = re.search(r"IF TG_OP = 'INSERT'(.*?)INSERT INTO public\.training_events", announce(), re.DOTALL)
     assert naming is not None
-    named = set(re.findall(r"(?:THEN|ELSE) '(\w+)'", naming[1]))
-    # `ELSE NEW.status`: the endings are called as the states are.
-    assert "THEN NEW.status" in naming[1]
+    named = set(re.findall(r"kind := '(\w+)'", naming[1]))
+    for choice in re.findall(r"kind := CASE(.*?)END;", naming[1], re.DOTALL):
+        named |= set(re.findall(r"(?:THEN|ELSE) '(\w+)'", choice))
+    # `NEW.status`: the endings are called as the states are.
+    assert "kind := NEW.status" in naming[1] and "THEN NEW.status" in naming[1]
     named |= {"completed", "failed", "cancelled"}
     everywhere = sql_of(migrations) + sql_of(queries)
     for statement in re.findall(r"INSERT INTO (?:public\.)?training_events.*?(?:;|\n\))", everywhere, re.DOTALL):

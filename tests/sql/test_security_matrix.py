@@ -50,12 +50,12 @@ training_jobs (queued)
                                                current_metrics, queued_at, started_at, completed_at,
                                                estimated_completion_at, current_cost, final_cost,
                                                error_message, error_stack, retry_count, due, held, need_gpus,
-                                               need_gpu_memory_gb, need_gpu_type, base_model, lease_epoch,
-                                               attempt, last_progress_at, error_code, error_hint,
-                                               adapter_path, adapter_sha256, adapter_bytes, result
+                                               need_gpu_memory_gb, need_gpu_type, base_model, attempt,
+                                               last_progress_at, error_code, error_hint, adapter_path,
+                                               adapter_sha256, adapter_bytes, result
   .        .        ri       riu      riu      total_epochs, total_steps, estimated_total_cost, callback_url,
                                                run_after
-  .        .        r(i)     r(i)     r(i)     external_job_id, created_at
+  .        .        r(i)     r(i)     r(i)     external_job_id, created_at, lease_epoch
   .        .        r(i)     r(i)u    r(i)     artifact_id, updated_at
   .        .        r(i)     riu      ri       priority, max_attempts
 
@@ -63,52 +63,49 @@ training_jobs (running)
   .        .        .        d        .        (the row)
   .        .        r        r        r        id, user_id, dataset_id, preset_id, hyperparameters,
                                                gpu_config, external_job_id, created_at, dataset_url,
-                                               client_job_id, priority
+                                               client_job_id, priority, due, lease_epoch
   .        .        ru       ru       ru       status
   .        .        r        r        ru       current_stage, progress, current_epoch, current_step,
                                                current_metrics, queued_at, started_at, completed_at,
                                                estimated_completion_at, current_cost, final_cost,
                                                error_message, error_stack, retry_count, run_after, held,
                                                need_gpus, need_gpu_memory_gb, need_gpu_type, base_model,
-                                               lease_epoch, attempt, last_progress_at, error_code, error_hint,
+                                               attempt, last_progress_at, error_code, error_hint,
                                                adapter_path, adapter_sha256, adapter_bytes, result
   .        .        r        ru       ru       total_epochs, total_steps, estimated_total_cost, callback_url
   .        .        r        ru       r        artifact_id, updated_at, max_attempts, max_cost, deadline_at
-  .        .        r        r        r(u)     due
 
 training_jobs (completed)
   .        .        .        d        .        (the row)
   .        .        r        r        r        id, user_id, dataset_id, preset_id, hyperparameters,
                                                gpu_config, status, external_job_id, created_at, dataset_url,
-                                               client_job_id, priority
+                                               client_job_id, priority, due, lease_epoch
   .        .        r        r        ru       current_stage, progress, current_epoch, current_step,
                                                current_metrics, queued_at, started_at, completed_at,
                                                estimated_completion_at, current_cost, final_cost,
                                                error_message, error_stack, retry_count, run_after, held,
                                                need_gpus, need_gpu_memory_gb, need_gpu_type, base_model,
-                                               lease_epoch, attempt, last_progress_at, error_code, error_hint,
+                                               attempt, last_progress_at, error_code, error_hint,
                                                adapter_path, adapter_sha256, adapter_bytes, result
   .        .        r        ru       ru       total_epochs, total_steps, estimated_total_cost, callback_url
   .        .        r        ru       r        artifact_id, updated_at, max_attempts, max_cost, deadline_at
-  .        .        r        r        r(u)     due
 
 training_jobs (cancelled)
   .        .        .        d        .        (the row)
   .        .        r        r        r        id, user_id, dataset_id, preset_id, hyperparameters,
                                                gpu_config, external_job_id, created_at, dataset_url,
-                                               client_job_id, priority
+                                               client_job_id, priority, due, lease_epoch
   .        .        r(u)     r(u)     r(u)     status
   .        .        r        r(u)     ru       current_stage
   .        .        r        r        ru       progress, current_epoch, current_step, current_metrics,
                                                queued_at, started_at, estimated_completion_at, current_cost,
                                                error_message, error_stack, retry_count, run_after, held,
                                                need_gpus, need_gpu_memory_gb, need_gpu_type, base_model,
-                                               lease_epoch, attempt, last_progress_at, error_code, error_hint,
+                                               attempt, last_progress_at, error_code, error_hint,
                                                adapter_path, adapter_sha256, adapter_bytes, result
   .        .        r        ru       ru       total_epochs, total_steps, estimated_total_cost, callback_url
   .        .        r(u)     r(u)     ru       completed_at, final_cost
   .        .        r        ru       r        artifact_id, updated_at, max_attempts, max_cost, deadline_at
-  .        .        r        r        r(u)     due
 
 metrics_points
   .        .        .        d        d        (the row)
@@ -186,6 +183,7 @@ FUNCTIONS = """
   .        .        .        x        x        prune_training_history
   .        x        x        x        x        training_status_json
   .        x        x        x        x        training_read_needs
+  .        x        x        x        x        training_check_limits
   .        .        .        .        x        training_require_owner
   .        .        .        .        x        training_record_cost
   .        .        .        .        x        training_notify_user
@@ -204,6 +202,7 @@ CALLS = {
     "prune_training_history": "prune_training_history('1 year')",
     "training_status_json": "training_status_json(NULL::training_jobs)",
     "training_read_needs": "training_read_needs('{}', '{}')",
+    "training_check_limits": "training_check_limits(3, 1, now(), NULL)",
     "training_require_owner": "training_require_owner(%(owner)s)",
     "training_record_cost": f"training_record_cost({A_FAILED_JOB}, 1)",
     "training_notify_user": f"training_notify_user({A_FAILED_JOB}, 'failed')",

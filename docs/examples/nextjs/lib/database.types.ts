@@ -1120,6 +1120,10 @@ export type Database = {
       resend_callback: { Args: { callback_id: string }; Returns: undefined }
       retry_training_job: { Args: { job_id: string }; Returns: Json }
       submit_training_job: { Args: { job: Json }; Returns: Json }
+      training_check_limits: {
+        Args: { deadline_at: string; max_attempts: number; max_cost: number; run_after: string }
+        Returns: undefined
+      }
       training_job_status: { Args: { job_id: string }; Returns: Json }
       training_notify_user: {
         Args: {
