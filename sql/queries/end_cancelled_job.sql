@@ -1,5 +1,7 @@
 -- A cancelled job's child is gone: its lease ends, its final cost and what was saved are recorded.
--- Always one row. `ended` = 0: the lease is lost. No state: the job is not cancelled (it was submitted again).
+-- Always one row. `ended` = 0: the lease is lost. No state: the job was submitted again. State queued: nobody had
+-- cancelled it under this lease (a late word of an earlier cancel), and it goes back unharmed instead of staying
+-- "running" for ever, without a lease that could run out.
 -- `noted`: something of the job may lie in Storage.
 WITH ended AS (
     DELETE FROM training_leases AS lease
@@ -9,12 +11,15 @@ WITH ended AS (
 ),
 settled AS (
     UPDATE training_jobs AS job
-    SET current_cost = greatest(job.current_cost, %(cost)s::numeric),
-        final_cost = greatest(job.final_cost, %(cost)s::numeric)
+    SET status = CASE job.status WHEN 'cancelled' THEN 'cancelled' ELSE 'queued' END,
+        current_stage = CASE job.status WHEN 'cancelled' THEN job.current_stage ELSE 'queued' END,
+        attempt = CASE job.status WHEN 'cancelled' THEN job.attempt ELSE greatest(job.attempt - 1, 0) END,
+        current_cost = greatest(job.current_cost, %(cost)s::numeric),
+        final_cost = CASE job.status WHEN 'cancelled' THEN greatest(job.final_cost, %(cost)s::numeric) END
     FROM ended
     WHERE job.id = ended.job_id
       AND job.lease_epoch = ended.epoch
-      AND job.status = 'cancelled'
+      AND job.status IN ('cancelled', 'initializing', 'running')
     RETURNING job.status
 ),
 told AS (

@@ -259,6 +259,20 @@ async def test_a_cancelled_job_keeps_its_lease_until_its_child_is_gone(
     assert float(database.job(job_id)["final_cost"]) == 2
 
 
+async def test_a_job_that_nobody_cancelled_is_given_back_and_never_left_running_without_a_lease(
+    store: Store, database: AppDatabase, user: UUID
+) -> None:
+    job_id = database.insert_job(user)
+    lease = (await claimed(store)).lease
+    await store.start_job(lease)
+    # As after a cancel of the waiting job whose word comes late: it was submitted again and claimed meanwhile.
+    ending = await store.end_cancelled_job(lease, cost=1, data={})
+    row = database.job(job_id)
+    assert (ending.state, row["status"], row["attempt"], row["due"]) == (State.QUEUED, "queued", 0, True)
+    assert row["final_cost"] is None and database.run("SELECT FROM training_leases") == []
+    assert (await claimed(store)).id == job_id
+
+
 async def test_a_retry_waits_and_the_last_one_fails(store: Store, database: AppDatabase, user: UUID) -> None:
     job_id = database.insert_job(user, max_attempts=2)
     lease = (await claimed(store)).lease

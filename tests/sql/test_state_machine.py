@@ -371,7 +371,7 @@ class TwoWorkers(RuleBasedStateMachine):
                 return job, Ending(True, job.state, job.noted)
             return job, None
         gone = replace(job, leased=False)
-        if name == "end_cancelled_job":
+        if name == "end_cancelled_job" and job.state not in HELD:
             return gone, Ending(job.state is State.CANCELLED, job.state, job.noted)
         if job.state not in HELD:
             return gone, Ending(False, job.state, job.noted)
