@@ -22,7 +22,14 @@ import torch
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-from training.experts import EXPERTS_FUNCTION, Nf4Config, Nf4Quantizer, expert_states, has_fused_experts
+from training.experts import (
+    EXPERTS_FUNCTION,
+    Nf4Config,
+    Nf4Quantizer,
+    expert_states,
+    has_fused_experts,
+    unpack_once_for_backward,
+)
 from training.lora import attach_adapter, trainable_parameters
 from training.loss import AnswerLoss
 from training.model import compute_dtype
@@ -52,6 +59,7 @@ def main() -> None:
     adapted.train()
     adapted.gradient_checkpointing_enable({"use_reentrant": False})
     adapted.enable_input_require_grads()
+    unpack_once_for_backward(adapted)
     machine = torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(
         f"{machine}; torch {torch.__version__}; {arguments.layers} layers × {arguments.experts} experts, "

@@ -103,6 +103,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
                 parameter.data = parameter.data.float()
         # Found once: thousands of frozen modules stand between them, and each step asks several times.
         self._trained = tuple(parameter for parameter in self.model.parameters() if parameter.requires_grad)
+        self._operations_a_token = 6 * int(self.model.num_parameters(exclude_embeddings=True))
         if self.args.gradient_checkpointing:
             unpack_once_for_backward(self.model)
         self.remove_callback(PrinterCallback)
@@ -165,9 +166,9 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
     def micro_batch_tokens(self, tokens: int) -> None:
         self.journal.micro_batch_tokens = tokens
 
-    def floating_point_ops(self, _inputs: Any) -> int:
-        """Not counted: nobody reads it, and the library would count the parameters at each step."""
-        return 0
+    def floating_point_ops(self, inputs: Any) -> int:
+        """The library's number, for trackers; it would count the parameters anew at each step."""
+        return tokens_in(inputs) * self._operations_a_token
 
     def _clip_grad_norm(self, _model: Any) -> torch.Tensor:
         norm: torch.Tensor = self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
