@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -156,7 +156,8 @@ class WarmProcess:
             _, status = os.waitpid(self._fork, 0)
             self._fork = None
             end_every_child()
-            return Ending(status, _parse_word(_content(note)))
+            with _reopened(note) as file:
+                return Ending(status, _parse_word(file.read()))
 
     def _on_sigterm(self, _number: int, _frame: object) -> None:
         self._stopping = True
@@ -229,8 +230,11 @@ class WarmProcess:
 
         spec: JobSpec
         prepared: Prepared
-        # Written by our own first fork, into memory that has no name.
-        spec, prepared = pickle.loads(_content(desk))  # noqa: S301
+        with _reopened(desk) as file:
+            # Written by our own first fork, into memory that has no name.
+            spec, prepared = pickle.load(file)  # noqa: S301
+        # It would lie there as long as the job trains.
+        os.ftruncate(desk, 0)
         voice = Voice(self._events_fd, spec.job_id)
 
         def work() -> None:
@@ -388,11 +392,11 @@ def _memory_file() -> Iterator[int]:
         os.close(descriptor)
 
 
-def _content(descriptor: int) -> bytes:
-    """All of a memory file."""
-    with os.fdopen(os.dup(descriptor), "rb") as file:
-        file.seek(0)
-        return file.read()
+def _reopened(descriptor: int) -> BinaryIO:
+    """A memory file from its beginning."""
+    file = os.fdopen(os.dup(descriptor), "rb")
+    file.seek(0)
+    return file
 
 
 def _write_all(descriptor: int, content: bytes) -> None:

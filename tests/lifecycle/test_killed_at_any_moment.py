@@ -65,11 +65,8 @@ class Stream:
         return [row for row in self.queue.select("SELECT * FROM training_jobs") if row["status"] not in FINAL]
 
     def stage(self) -> str | None:
-        """Of the job at hand; `running` once it has made a step."""
-        held = [row for row in self.unfinished() if row["status"] != "queued"]
-        if not held:
-            return None
-        return "running" if held[0]["current_stage"] == "training" else str(held[0]["current_stage"])
+        """Of the job at hand; `training` once it has made a step."""
+        return next((row["current_stage"] for row in self.unfinished() if row["status"] != "queued"), None)
 
     def trainers(self) -> list[int]:
         return [pid for pid in self.daemon.children() if not _commanded(pid, b"training.read_through")]
@@ -157,7 +154,7 @@ async def test_a_stream_of_warm_jobs_survives_a_death_at_any_moment(
             "waiting": stream.trainers,
             "beginning": stream.below_trainers,
             "loading": lambda: stream.stage() == "loading",
-            "training": lambda: stream.stage() == "running",
+            "training": lambda: stream.stage() == "training",
             "the next dataset is here": lambda: early.is_dir() and any(early.iterdir()),
             "saving": lambda: stream.stage() in {"saving", "uploading"},
         }
@@ -222,7 +219,7 @@ def test_a_job_on_several_places_survives_the_death_of_any_of_its_processes_at_a
     moments: dict[str, Callable[[], object]] = {
         "start": both,
         "loading": lambda: both() and stream.stage() == "loading",
-        "first step": lambda: both() and stream.stage() == "running",
+        "first step": lambda: both() and stream.stage() == "training",
         "checkpoint": lambda: both() and found("checkpoints/e*/.staging"),
         "end": lambda: both() and found("attempts/e*/metrics_chart.png"),
     }
