@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import urlsplit
 from uuid import UUID, uuid4
 
 import psycopg
@@ -23,6 +22,7 @@ CHANNEL = "training_jobs"
 # connection is found within fifteen seconds instead of the two hours of TCP's own keepalive.
 PROBE_SECONDS = 10.0
 PROBE_LIMIT_SECONDS = 5.0
+PROOF_LIMIT_SECONDS = 30.0
 KEEPALIVE: dict[str, Any] = {"keepalives": 1, "keepalives_idle": 15, "keepalives_interval": 5, "keepalives_count": 3}
 
 
@@ -53,22 +53,26 @@ class Listener:
                     raise
 
     async def _listen_once(self) -> None:
-        async with await psycopg.AsyncConnection.connect(
+        async with await self._connect() as connection:
+            connection.add_notify_handler(lambda notification: self._handle(notification.payload))
+            async with asyncio.timeout(PROOF_LIMIT_SECONDS):
+                await connection.execute(f"LISTEN {CHANNEL}")
+                await self._prove(connection)
+            # Whatever was announced before this moment went unheard: look once, always.
+            self._wake()
+            while True:
+                await self._hear(connection, PROBE_SECONDS)
+                await self._probe(connection)
+
+    async def _connect(self) -> psycopg.AsyncConnection:
+        return await psycopg.AsyncConnection.connect(
             self._dsn,
             autocommit=True,
             connect_timeout=10,
             prepare_threshold=None,
             application_name="brightrun-trainer listener",
             **KEEPALIVE,
-        ) as connection:
-            connection.add_notify_handler(lambda notification: self._handle(notification.payload))
-            await connection.execute(f"LISTEN {CHANNEL}")
-            await self._prove(connection)
-            # Whatever was announced before this moment went unheard: look once, always.
-            self._wake()
-            while True:
-                await self._hear(connection, PROBE_SECONDS)
-                await self._probe(connection)
+        )
 
     async def _hear(self, connection: psycopg.AsyncConnection, seconds: float) -> None:
         """Handle what arrives in this time, or until our own nonce does, straight from the event loop.
@@ -108,9 +112,7 @@ class Listener:
         """
         self.hears.clear()
         self._nonce = f"nonce {uuid4()}"
-        async with await psycopg.AsyncConnection.connect(
-            self._dsn, autocommit=True, connect_timeout=10, prepare_threshold=None
-        ) as other:
+        async with await self._connect() as other:
             await other.execute("SELECT pg_notify(%s, %s)", (CHANNEL, self._nonce))
         await self._hear(connection, PROBE_LIMIT_SECONDS)
         if self.hears.is_set():
@@ -120,7 +122,7 @@ class Listener:
             self._warned_deaf = True
             log.error(
                 "listener_deaf",
-                port=urlsplit(self._dsn).port,
+                port=connection.info.port,
                 advice="Notifications do not arrive: this looks like a transaction pooler (port 6543 on Supabase). "
                 "Use the session pooler (port 5432) or the direct connection in DATABASE_URL. Until then jobs are "
                 "found by the slow poll only.",

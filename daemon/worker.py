@@ -41,6 +41,7 @@ class Worker:
         self._pool = GpuPool(collaborators.host, collaborators.settings.slots)
         self._wake = asyncio.Event()
         self._closing = asyncio.Event()
+        self._shutting_down = False
         self._attempts: dict[asyncio.Task[Remains], tuple[ClaimedJob, Stop]] = {}
         self._tidying = Tidying(collaborators.store, collaborators.storage, collaborators.settings)
         self._lookahead = Lookahead(collaborators.settings, collaborators.host, collaborators.storage)
@@ -106,9 +107,12 @@ class Worker:
                     continue
                 # After the claim, so that a wake-up does not wait for it.
                 due_in = await self._store.next_due_in()
-                if due_in is None or due_in > 0 or not await self._store.promote_due_jobs():
-                    self._lookahead.drop()
-                    return settings.poll_seconds if due_in is None else max(0.01, min(due_in, settings.poll_seconds))
+                if due_in == 0 and await self._store.promote_due_jobs():
+                    continue
+                self._lookahead.drop()
+                if due_in == 0:
+                    return RACE_SECONDS  # it is due, and somebody holds its row
+                return settings.poll_seconds if due_in is None else min(due_in, settings.poll_seconds)
             if not self._pool.has_room:
                 # A queue that is never empty must not starve the scheduled jobs; a burst need not ask for each job.
                 if time.monotonic() >= self._promote_at:
@@ -160,6 +164,8 @@ class Worker:
         )
         places = self._pool.take(job.need_gpus, self._with.trainers.preferred(self._pool.free, job.base_model))
         stop = Stop()
+        if self._shutting_down:  # told while the claim was under way
+            stop.request(StopReason.SHUTDOWN)
 
         def near_end() -> None:
             if task not in self._near_end:
@@ -217,6 +223,7 @@ class Worker:
 
     def shut_down(self) -> None:
         """Claim nothing more; the jobs at hand leave a checkpoint and go back to the queue."""
+        self._shutting_down = True
         self.drain()
         for _job, stop in self._attempts.values():
             stop.request(StopReason.SHUTDOWN)

@@ -111,6 +111,17 @@ def test_a_queued_job_is_cancelled_at_once_and_never_claimed(queue: Queue, daemo
     assert queue.row(job)["attempt"] == 0
 
 
+def test_json_that_python_cannot_read_fails_its_job_and_ends_no_daemon(queue: Queue, daemon: DaemonProcess) -> None:
+    unreadable = ['{"learning_rate": 1e5000}', '{"a": ' + "[" * 3000 + "]" * 3000 + "}"]
+    jobs = [queue.insert() for _ in unreadable]
+    for job, written in zip(jobs, unreadable, strict=True):
+        queue.select("UPDATE training_jobs SET hyperparameters = %s::jsonb WHERE id = %s", written, job)
+    with daemon:
+        queue.wait_for(queue.insert(), "completed")
+    ended = queue.select("SELECT error_code FROM training_jobs WHERE id = ANY (%s)", jobs)
+    assert [row["error_code"] for row in ended] == ["invalid_spec"] * 2
+
+
 def test_term_releases_the_job_with_a_checkpoint_and_does_not_count_the_attempt(
     queue: Queue, daemon: DaemonProcess, tmp_path: Path
 ) -> None:
@@ -140,6 +151,21 @@ def test_a_second_term_does_not_wait_for_a_checkpoint(queue: Queue, tmp_path: Pa
         daemon.signal(signal.SIGTERM)
         assert daemon.wait() == 0 and time.monotonic() - begun < 10
     assert queue.row(job)["status"] == "queued"
+
+
+def test_a_job_that_is_being_claimed_when_term_comes_is_given_back(queue: Queue, daemon: DaemonProcess) -> None:
+    waiting = "SELECT 1 FROM pg_locks WHERE NOT granted AND relation = 'training_leases'::regclass"
+    with daemon:
+        daemon.wait_for_log("listener_hears")
+        with queue.connect() as app, app.transaction():
+            app.execute("LOCK TABLE training_leases IN SHARE MODE")
+            job = queue.insert(script=LONG)
+            eventually(lambda: queue.select(waiting))
+            daemon.signal(signal.SIGTERM)
+            daemon.wait_for_log("signal_received")
+        assert daemon.wait() == 0
+    row = queue.row(job)
+    assert (row["status"], row["attempt"]) == ("queued", 0)
 
 
 def test_usr1_finishes_the_job_at_hand_and_claims_no_other(queue: Queue, daemon: DaemonProcess) -> None:

@@ -259,8 +259,8 @@ async def test_whatever_ends_a_capped_users_lease_wakes_the_host_that_could_take
         assert (await claim(store, user_cap=1)).job is None
         ear.heard()
         await end(store, lease)
-        # A requeued job's own announcement wakes everybody; a word more would be wasted.
-        requeues = end in (_retry, _release, _return_unanswered, _reap)
+        # A requeued job's own announcement wakes everybody; a word more would be wasted. (Nobody cancelled this one.)
+        requeues = end in (_retry, _release, _end_cancelled, _return_unanswered, _reap)
         assert ear.heard() == [f"queued {lease.job_id}" if requeues else "queued"], end.__name__
         assert (await claim(store, user_cap=1)).job is not None, end.__name__
         database.run("DELETE FROM training_jobs")
