@@ -21,7 +21,6 @@ from daemon.reaper import reap_for_ever
 from daemon.stop import Stop, StopReason
 from daemon.store import Limits
 from daemon.tidying import Remains, Tidying
-from daemon.waiting import wait_at_most
 from daemon.workspace import tidy_for_ever
 
 log = structlog.get_logger()
@@ -64,7 +63,9 @@ class Worker:
                     seconds = await self._claim_all()
                 if self._closing.is_set():
                     break
-                await wait_at_most(self._wake, seconds)
+                alarm = asyncio.get_running_loop().call_later(seconds, self._wake.set)
+                await self._wake.wait()
+                alarm.cancel()
             while self._attempts:
                 await asyncio.wait(self._attempts)
         finally:
