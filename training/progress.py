@@ -51,7 +51,11 @@ class ProgressCallback(TrainerCallback):
         self._step_began = time.monotonic()
         self._trainer.tokens_in_step = 0
         # Dropout's masks: others at each step and rank, and the same whenever the step is made again.
-        torch.manual_seed(mixed_seed(self._spec.hyperparameters.seed, state.global_step, self._trainer.ranks.index))
+        seed = mixed_seed(self._spec.hyperparameters.seed, state.global_step, self._trainer.ranks.index)
+        torch.default_generator.manual_seed(seed)
+        # Not torch.manual_seed: without a card it notes its caller's stack for three kinds of card, at every step anew.
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed(seed)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
         now = time.monotonic()
