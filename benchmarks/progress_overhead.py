@@ -1,16 +1,18 @@
 """What telling costs the training: one run with nobody listening, with the daemon, with its database slow or away.
 
 The seconds are the trainer's own, from its first step to its last (`training_seconds` of its summary): loading, saving
-and uploading are not in them. Turns are interleaved; ratios to the bare trainer are taken within a round. The model is
-tiny and a step takes tens of milliseconds, so that there is far more to tell in a second than any real run has.
+and uploading are not in them. The order is drawn anew for each round; ratios to the bare trainer are taken within a
+round. The model is tiny and a step takes tens of milliseconds, so that there is far more to tell in a second than any
+real run has. The trainer computes with one thread: on a host with a card, too, the daemon has cores to itself.
 
-    python benchmarks/progress_overhead.py [--rounds 3] [--epochs 12]
+    python benchmarks/progress_overhead.py [--rounds 5] [--epochs 12]
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -68,7 +70,9 @@ def train_with_daemon(
     lines = (models / "data.jsonl").read_text().splitlines()
     with TcpProxy(urlsplit(server.dsn()).port or 5432) as proxy:
         settings: dict[str, Any] = {"models_dir": models, "warm": "off", "lease_seconds": 60}
-        with DaemonProcess(proxy.dsn(server.dsn()), folder, command=REAL, **settings) as daemon:
+        daemon = DaemonProcess(proxy.dsn(server.dsn()), folder, command=REAL, **settings)
+        daemon.environment["OMP_NUM_THREADS"] = "1"
+        with daemon:
             job = queue.insert(lines=lines, hyperparameters={"base_model": "tiny", **chosen})
             queue.wait_for(job, "running", seconds=120)
             with trouble(proxy):
@@ -128,10 +132,11 @@ def make_model(models: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=12)
     given = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "2"
+    os.environ["OMP_NUM_THREADS"] = "1"
+    order = random.Random(1)
     chosen = {"num_epochs": given.epochs, "lora_rank": 4, "batch_size": 4, "seed": 1}
     seconds: dict[str, list[float]] = {name: [] for name in (BARE, *TROUBLES)}
     with tempfile.TemporaryDirectory(prefix="progress-overhead-") as temporary, EmbeddedPostgres() as server:
@@ -140,11 +145,14 @@ def main() -> None:
         make_model(models)
         migrate(server.dsn(), local=True)
         for turn in range(given.rounds):
-            seconds[BARE].append(train_bare(Path(temporary) / f"bare-{turn}", models, chosen))
-            for number, (name, trouble) in enumerate(TROUBLES.items()):
-                folder = Path(temporary) / f"daemon-{turn}-{number}"
+            for number, name in enumerate(order.sample(list(seconds), len(seconds))):
+                folder = Path(temporary) / f"{turn}-{number}"
                 folder.mkdir()
-                seconds[name].append(train_with_daemon(folder, models, chosen, server, trouble))
+                if name == BARE:
+                    taken = train_bare(folder, models, chosen)
+                else:
+                    taken = train_with_daemon(folder, models, chosen, server, TROUBLES[name])
+                seconds[name].append(taken)
             print(f"round {turn + 1}: " + ", ".join(f"{taken[-1]:.2f} s" for taken in seconds.values()), flush=True)
     print(f"\n{os.cpu_count()} cores, torch {version('torch')}, load {os.getloadavg()[0]:.1f}\n")
     print("| who listens | training seconds, median | against the bare trainer (median of rounds) |")

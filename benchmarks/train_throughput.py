@@ -1,6 +1,6 @@
 """Training tokens a second: our trainer beside plain TRL, interleaved, on a dense model and on a mixture of experts.
 
-    python benchmarks/train_throughput.py                    both models, every dataset; up to three rounds in 8 minutes
+    python benchmarks/train_throughput.py                    both models, every dataset; up to five rounds, 5 minutes each
     python benchmarks/train_throughput.py --device cuda --dense MODEL_FOLDER --conversations 2000
 
 The dense model is the demo's (SmolLM2-135M-Instruct, converted on first use), the mixture a small Qwen3-MoE with random
@@ -13,7 +13,8 @@ Plain TRL cannot load experts in 4 bits: it is given ours, which it unpacks anew
 job, unpacks frozen weights once where the host has memory to spare (training/unpacked.py): the clock and the peak show
 what that takes.
 
-Only the training is timed, from its first to its last step, one run of everything in each round; rounds begin with the
+Each model has a process of its own, as jobs have: a heap that has held the one slows the other by a fifth. Only the
+training is timed, from its first to its last step, one run of everything in each round; rounds begin with the
 one and the other contestant in turn, so that a busy machine slows both. Speeds are medians; a ratio is the median of
 the rounds' ratios. `held out` is the mean loss
 of the answers' tokens in conversations that none has seen, measured in one way for all. Peak is the process's resident
@@ -32,6 +33,7 @@ import json
 import os
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -174,10 +176,11 @@ class Match:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(_TIMES), help="one of the two; without it both, one after the other")
     parser.add_argument("--dense", type=Path, help="another dense model's folder")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--rounds", type=int, default=3, help="at most; one is always played")
-    parser.add_argument("--minutes", type=float, default=8.0, help="no round is begun that would end later")
+    parser.add_argument("--rounds", type=int, default=5, help="at most; one is always played")
+    parser.add_argument("--minutes", type=float, default=5.0, help="of a model: no round is begun that would end later")
     parser.add_argument(
         "--conversations",
         type=int,
@@ -185,6 +188,10 @@ def main() -> None:
         help="in a dataset (six times as many for the mixture); half of it where all are long",
     )
     arguments = parser.parse_args()
+    if arguments.model is None:
+        runs = [subprocess.run([sys.executable, *sys.argv, "--model", kind], check=False) for kind in _TIMES]
+        sys.exit(max(run.returncode for run in runs))
+    kind = arguments.model
     warnings.simplefilter("ignore", FutureWarning)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -192,22 +199,18 @@ def main() -> None:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        models = {
-            "dense": arguments.dense or demo_model(),
-            "mixture": make_model(root / "Qwen3-MoE, random", "qwen3_moe", **_MIXTURE),
-        }
-        datasets = {
-            kind: write_datasets(root / kind, times * arguments.conversations) for kind, times in _TIMES.items()
-        }
+        if kind == "mixture":
+            model = make_model(root / "Qwen3-MoE, random", "qwen3_moe", **_MIXTURE)
+        else:
+            model = arguments.dense or demo_model()
+        datasets = write_datasets(root / "datasets", _TIMES[kind] * arguments.conversations)
         matches = [
-            Match(f"{kind} ({model.name})", settings, name, _spec(model, datasets[kind][name], arguments.device, root))
-            for kind, model in models.items()
+            Match(f"{kind} ({model.name})", settings, name, _spec(model, datasets[name], arguments.device, root))
             for settings, contest in _CONTESTS.items()
             for name in contest.datasets
         ]
         # Once, untimed: the quantised copies are written, and libraries reach their working size.
-        for kind, model in models.items():
-            run(_ours_by_default, _spec(model, datasets[kind]["warm-up"], arguments.device, root))
+        run(_ours_by_default, _spec(model, datasets["warm-up"], arguments.device, root))
         for number in range(arguments.rounds):
             round_began = time.monotonic()
             for match in matches:
