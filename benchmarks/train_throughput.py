@@ -1,6 +1,6 @@
 """Training tokens a second: our trainer beside plain TRL, interleaved, on a dense model and on a mixture of experts.
 
-    python benchmarks/train_throughput.py                    both models, every dataset; up to five rounds, 5 minutes each
+    python benchmarks/train_throughput.py                  both models, every dataset; up to five rounds, 5 minutes each
     python benchmarks/train_throughput.py --device cuda --dense MODEL_FOLDER --conversations 2000
 
 The dense model is the demo's (SmolLM2-135M-Instruct, converted on first use), the mixture a small Qwen3-MoE with random
