@@ -5,6 +5,9 @@ and uploading are not in them. The order is drawn anew for each round; ratios to
 round. The model is tiny and a step takes tens of milliseconds, so that there is far more to tell in a second than any
 real run has. The trainer computes with one thread: on a host with a card, too, the daemon has cores to itself.
 
+Two equal runs differ by more than telling can cost, so the last column shows it without them: the seconds that the
+trainer itself spent in writing its steps' events, waiting for a reader included, and their share of its training.
+
     python benchmarks/progress_overhead.py [--rounds 5] [--epochs 12]
 """
 
@@ -13,13 +16,16 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import runpy
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,19 +35,54 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from daemon.embedded_postgres import EmbeddedPostgres
 from daemon.migrate import migrate
-from tests.daemon_process import REAL, ROOT, DaemonProcess
+from daemon.service import run_service
+from tests.daemon_process import ROOT, DaemonProcess
 from tests.lifecycle.queue import Queue
 from tests.lifecycle.tcp_proxy import TcpProxy
 from tests.training.child import start
+from training.events import AdapterSaved, Progress
 from training.spec import Hyperparameters, JobSpec
+from training.voice import AnyEvent, Voice
 
 BARE = "no daemon, events read and dropped"
+TRAINER = (sys.executable, __file__, "--trainer")
+DAEMON = (sys.executable, __file__, "--daemon")
 CONVERSATIONS = 64
 SLOW_SECONDS = 0.4
 
 
-def train_bare(folder: Path, models: Path, chosen: dict[str, int]) -> float:
-    """The trainer alone. Returns its training seconds."""
+@dataclass(frozen=True)
+class Took:
+    """Seconds between the first and the last step, and those of them in which the trainer told of its steps."""
+
+    training: float
+    telling: float
+
+    @classmethod
+    def of(cls, summary: dict[str, Any]) -> Took:
+        return cls(float(summary["training_seconds"]), float(summary["telling_seconds"]))
+
+
+def train_and_time_the_telling() -> None:
+    """The trainer as it is, except that its summary says how long it took to write the events of its steps."""
+    say = Voice.say
+    seconds = 0.0
+
+    def timed(self: Voice, event: AnyEvent) -> None:
+        nonlocal seconds
+        if isinstance(event, AdapterSaved):
+            event = event.model_copy(update={"summary": event.summary | {"telling_seconds": seconds}})
+        began = time.perf_counter()
+        say(self, event)
+        if isinstance(event, Progress):
+            seconds += time.perf_counter() - began
+
+    Voice.say = timed  # type: ignore[method-assign]
+    runpy.run_module("training", run_name="__main__")
+
+
+def train_bare(folder: Path, models: Path, chosen: dict[str, int]) -> Took:
+    """The trainer alone."""
     spec = JobSpec(
         job_id="bare",
         base_model="tiny",
@@ -54,8 +95,8 @@ def train_bare(folder: Path, models: Path, chosen: dict[str, int]) -> float:
         hyperparameters=Hyperparameters.model_validate(chosen),
     )
     (folder / "work").mkdir(parents=True)
-    with start(spec) as child:
-        return float(child.wait_for("adapter_saved", seconds=300).summary["training_seconds"])
+    with start(spec, command=TRAINER) as child:
+        return Took.of(child.wait_for("adapter_saved", seconds=300).summary)
 
 
 def train_with_daemon(
@@ -64,13 +105,13 @@ def train_with_daemon(
     chosen: dict[str, int],
     server: EmbeddedPostgres,
     trouble: Callable[[TcpProxy], AbstractContextManager[None]],
-) -> float:
+) -> Took:
     """The whole service, its database behind a proxy that makes trouble from the first step on."""
     queue = Queue(server.dsn(), folder)
     lines = (models / "data.jsonl").read_text().splitlines()
     with TcpProxy(urlsplit(server.dsn()).port or 5432) as proxy:
         settings: dict[str, Any] = {"models_dir": models, "warm": "off", "lease_seconds": 60}
-        daemon = DaemonProcess(proxy.dsn(server.dsn()), folder, command=REAL, **settings)
+        daemon = DaemonProcess(proxy.dsn(server.dsn()), folder, command=DAEMON, **settings)
         daemon.environment["OMP_NUM_THREADS"] = "1"
         with daemon:
             job = queue.insert(lines=lines, hyperparameters={"base_model": "tiny", **chosen})
@@ -79,7 +120,7 @@ def train_with_daemon(
                 daemon.wait_for_log("trainer_ended", seconds=300)
             queue.wait_for(job, "completed", seconds=120)
     rows = queue.select("SELECT training_summary FROM model_artifacts WHERE job_id = %s", job)
-    return float(rows[0]["training_summary"]["training_seconds"])
+    return Took.of(rows[0]["training_summary"])
 
 
 @contextmanager
@@ -138,29 +179,40 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     order = random.Random(1)
     chosen = {"num_epochs": given.epochs, "lora_rank": 4, "batch_size": 4, "seed": 1}
-    seconds: dict[str, list[float]] = {name: [] for name in (BARE, *TROUBLES)}
+    took: dict[str, list[Took]] = {name: [] for name in (BARE, *TROUBLES)}
     with tempfile.TemporaryDirectory(prefix="progress-overhead-") as temporary, EmbeddedPostgres() as server:
         models = Path(temporary) / "models"
         models.mkdir()
         make_model(models)
         migrate(server.dsn(), local=True)
         for turn in range(given.rounds):
-            for number, name in enumerate(order.sample(list(seconds), len(seconds))):
+            for number, name in enumerate(order.sample(list(took), len(took))):
                 folder = Path(temporary) / f"{turn}-{number}"
                 folder.mkdir()
                 if name == BARE:
-                    taken = train_bare(folder, models, chosen)
+                    run = train_bare(folder, models, chosen)
                 else:
-                    taken = train_with_daemon(folder, models, chosen, server, TROUBLES[name])
-                seconds[name].append(taken)
-            print(f"round {turn + 1}: " + ", ".join(f"{taken[-1]:.2f} s" for taken in seconds.values()), flush=True)
+                    run = train_with_daemon(folder, models, chosen, server, TROUBLES[name])
+                took[name].append(run)
+            print(f"round {turn + 1}: " + ", ".join(f"{runs[-1].training:.2f} s" for runs in took.values()), flush=True)
     print(f"\n{os.cpu_count()} cores, torch {version('torch')}, load {os.getloadavg()[0]:.1f}\n")
-    print("| who listens | training seconds, median | against the bare trainer (median of rounds) |")
-    print("|---|---|---|")
-    for name, taken in seconds.items():
-        ratio = statistics.median(mine / bare for mine, bare in zip(taken, seconds[BARE], strict=True))
-        print(f"| {name} | {statistics.median(taken):.2f} | {100 * (ratio - 1):+.1f} % |")
+    print(
+        "| who listens | training seconds, median | against the bare trainer (median of rounds) | telling, ms | share |"
+    )
+    print("|---|---|---|---|---|")
+    for name, runs in took.items():
+        ratio = statistics.median(mine.training / bare.training for mine, bare in zip(runs, took[BARE], strict=True))
+        telling = statistics.median(run.telling for run in runs)
+        share = statistics.median(run.telling / run.training for run in runs)
+        seconds = statistics.median(run.training for run in runs)
+        print(f"| {name} | {seconds:.2f} | {100 * (ratio - 1):+.1f} % | {1000 * telling:.1f} | {100 * share:.2f} % |")
 
 
 if __name__ == "__main__":
-    main()
+    if "--trainer" in sys.argv:
+        sys.argv.remove("--trainer")
+        train_and_time_the_telling()
+    elif "--daemon" in sys.argv:
+        run_service(TRAINER)
+    else:
+        main()

@@ -93,11 +93,13 @@ class Child:
 
 
 @contextmanager
-def start(*specs: JobSpec, arguments: Sequence[str] = ()) -> Iterator[Child]:
+def start(
+    *specs: JobSpec, arguments: Sequence[str] = (), command: Sequence[str] = (sys.executable, "-m", "training")
+) -> Iterator[Child]:
     """A trainer that was given these specs and no more; killed at the end whatever happens."""
     reading, writing = os.pipe()
     with subprocess.Popen(
-        [sys.executable, "-m", "training", "--events-fd", str(writing), *arguments],
+        [*command, "--events-fd", str(writing), *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
