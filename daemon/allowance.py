@@ -12,7 +12,7 @@ from daemon.errors import DatabaseAway
 from daemon.job import ClaimedJob
 from daemon.reporter import Reporter
 from daemon.stop import Stop, StopReason
-from daemon.store import Store, statement
+from daemon.store import Store
 
 LOOK_SECONDS = 1.0
 # One look by primary key; the progress of the same job is written five times as often.
@@ -56,10 +56,10 @@ async def watch_allowance(job: ClaimedJob, reporter: Reporter, store: Store, sto
 async def _read(job: ClaimedJob, store: Store) -> Allowance | None:
     """None where the row cannot be read now: what was known holds."""
     try:
-        rows = await store.database.fetch(statement("read_limits"), {"job_id": job.id})
+        limits = await store.read_limits(job.id)
     except DatabaseAway:
         return None
-    return Allowance.of(rows[0]["max_cost"], rows[0]["seconds_left"]) if rows else None
+    return None if limits is None else Allowance.of(*limits)
 
 
 def _now() -> float:

@@ -214,6 +214,11 @@ class Store:
 
     # While we hold a job.
 
+    async def read_limits(self, job_id: UUID) -> tuple[float | None, float | None] | None:
+        """What the job may cost and the seconds it may still take, as its row says now; None when it was deleted."""
+        rows = await self._run("read_limits", {"job_id": job_id})
+        return (rows[0]["max_cost"], rows[0]["seconds_left"]) if rows else None
+
     async def start_job(self, lease: Lease) -> None:
         """The first optimizer step is done."""
         await self._fenced("start_job", lease, {})

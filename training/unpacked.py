@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import bitsandbytes.functional as bnb
 import torch
@@ -69,10 +70,10 @@ def keep_unpacked(model: torch.nn.Module, most_bytes: int) -> Kept:
 def _packed_weights(model: torch.nn.Module) -> Iterator[_Weight]:
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            yield _Weight(_bytes_of(module.weight.quant_state), lambda module=module: _keep_linear(module))  # type: ignore[misc]
+            yield _Weight(_bytes_of(module.weight.quant_state), partial(_keep_linear, module))
         elif has_fused_experts(module):
             for name, state in expert_states(module).items():
-                yield _Weight(_bytes_of(state), lambda module=module, name=name: _keep_experts(module, name))  # type: ignore[misc]
+                yield _Weight(_bytes_of(state), partial(_keep_experts, module, name))
 
 
 def _bytes_of(state: bnb.QuantState) -> int:
