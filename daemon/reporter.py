@@ -28,6 +28,8 @@ log = structlog.get_logger()
 # One write a second a job is what Realtime's single thread bears (Supabase's Postgres Changes guide).
 WRITE_SECONDS = 1.0
 AWAY_SECONDS = 2.0
+# A database that is there and will not: a right that is missing, a trigger of the app's own that objects.
+REFUSALS = (HostUnfit, psycopg.Error)
 # A day of one step a second fits; beyond it every other waiting point is dropped, the ends of the curve never.
 MAX_WAITING_POINTS = 100_000
 POINTS_A_WRITE = 500
@@ -284,8 +286,8 @@ class Reporter:
                 continue
             except LeaseLost:
                 self._on_refused()
-            except (HostUnfit, psycopg.Error) as error:
-                # A trigger of the app's own, say: training goes on, and so do the attempts to tell of it.
+            except REFUSALS as error:
+                # Training goes on, and so do the attempts to tell of it.
                 log.error("report_refused", error=str(error))
                 self._dirty.set()
                 await asyncio.sleep(AWAY_SECONDS)

@@ -6,12 +6,11 @@ import asyncio
 import random
 from typing import assert_never
 
-import psycopg
 import structlog
 
-from daemon.errors import DatabaseAway, HostUnfit, LeaseLost
+from daemon.errors import DatabaseAway, LeaseLost
 from daemon.job import Cancelled, ClaimedJob, Completed, Failed, Outcome, Released, Superseded
-from daemon.reporter import Reporter
+from daemon.reporter import REFUSALS, Reporter
 from daemon.settings import Settings
 from daemon.stop import Stop
 from daemon.store import Ending, Store
@@ -22,7 +21,6 @@ log = structlog.get_logger()
 AWAY_SECONDS = 1.0
 MAX_BACKOFF_SECONDS = 3600.0
 LAST_WORDS_TRIES = 3
-REFUSALS = (HostUnfit, psycopg.Error)
 
 
 async def settle(

@@ -181,13 +181,17 @@ def test_an_edit_of_a_job_that_does_not_wait_wakes_nobody(database: AppDatabase,
     assert ear.heard() == []
 
 
-async def test_a_promotion_wakes_those_who_looked_a_moment_too_early(
-    store: Store, database: AppDatabase, user: UUID, ear: Ear
-) -> None:
+def insert_job_that_came_due_unannounced(database: AppDatabase, user: UUID, ear: Ear) -> None:
     soon = database.one("SELECT clock_timestamp() + interval '300 ms' AS at")["at"]
     database.insert_job(user, run_after=soon)
     ear.heard()
     database.run("SELECT pg_sleep(0.35)")
+
+
+async def test_a_promotion_wakes_those_who_looked_a_moment_too_early(
+    store: Store, database: AppDatabase, user: UUID, ear: Ear
+) -> None:
+    insert_job_that_came_due_unannounced(database, user, ear)
     assert await store.promote_due_jobs() == 1 and ear.heard() == ["queued"]
     assert await store.promote_due_jobs() == 0 and ear.heard() == []
 
@@ -195,10 +199,7 @@ async def test_a_promotion_wakes_those_who_looked_a_moment_too_early(
 async def test_an_edit_at_the_very_moment_leaves_the_wake_up_to_the_promotion(
     store: Store, database: AppDatabase, user: UUID, ear: Ear
 ) -> None:
-    soon = database.one("SELECT clock_timestamp() + interval '300 ms' AS at")["at"]
-    database.insert_job(user, run_after=soon)
-    ear.heard()
-    database.run("SELECT pg_sleep(0.35)")
+    insert_job_that_came_due_unannounced(database, user, ear)
     with database.acting("service_role") as service:
         service.execute("UPDATE training_jobs SET max_cost = 5")
     # A daemon that looked just before finds the job when it asks what comes next, and not after a whole poll.
