@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,6 +21,7 @@ from psycopg.types.json import set_json_loads
 from psycopg.waiting import wait_async
 
 from daemon.errors import DatabaseAway, HostUnfit
+from daemon.wire import Sent, Wire
 
 ROLE = "training_daemon"
 # Where a transaction pooler (Supabase's Supavisor, PgBouncer) usually listens.
@@ -50,14 +51,14 @@ class _Connection(psycopg.AsyncConnection[dict[str, Any]]):
     """A connection that is given up together with its statement.
 
     Left to itself, psycopg answers a cancellation by asking the server to stop and waiting for its answer, which a dead
-    peer never gives; a task of its own for each statement, which could be cancelled twice, cost a tenth of a claim."""
+    peer never gives."""
 
     async def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:  # noqa: ASYNC109
         return await wait_async(gen, self.pgconn.socket, interval=interval, timeout=timeout)
 
 
 class Database:
-    """One connection under a lock. `fetch` is the whole interface.
+    """One connection under a lock. `fetch` is the interface; `send` and `answer` are its halves, for who is in a hurry.
 
     Raises DatabaseAway for whatever means that Postgres is not there or could not answer now (refused, broken,
     timed out, deadlock, serialization, read-only), HostUnfit where waiting would not help."""
@@ -77,6 +78,7 @@ class Database:
         self._statement_seconds = statement_seconds
         self.transaction_pooler = _is_transaction_pooler(dsn) if transaction_pooler is None else transaction_pooler
         self._connection: _Connection | None = None
+        self._wire: Wire | None = None
         self._lock = asyncio.Lock()
         self._setup: tuple[str, ...] = ()
         self._session_user: str | None = None
@@ -103,37 +105,40 @@ class Database:
     async def fetch(self, statement: str, parameters: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
         """Run one statement in a transaction of its own and return its rows (none for one that returns nothing)."""
         async with self._lock:
-            connecting = self._connect_seconds if self._connection is None else 0.0
-            # Postgres itself ends what is late; the margin is for one that does not answer at all.
-            allowed = self._statement_seconds + connecting + min(5.0, self._statement_seconds)
-            try:
-                async with asyncio.timeout(allowed):
-                    return await self._fetch(statement, parameters or {})
-            except TimeoutError:
-                await self.close()
-                raise DatabaseAway(f"no answer within {allowed:.0f} s") from None
-            except asyncio.CancelledError:
-                # The answer may still be on its way: nobody else must read it.
-                await self.close()
-                raise
+            return await self._in_time(self._fetch(statement, parameters or {}))
+
+    def send(self, statement: str, parameters: Mapping[str, Any]) -> Sent | None:
+        """Send a statement at once, for `answer` to await; None where it would have to wait for its turn."""
+        return None if self._wire is None else self._wire.send(statement, parameters)
+
+    async def answer(self, sent: Sent) -> list[dict[str, Any]]:
+        """The rows of a statement that `send` has sent."""
+        return await self._in_time(sent.rows())
 
     async def close(self) -> None:
         """Close the connection if there is one; the next `fetch` makes a new one."""
         connection, self._connection = self._connection, None
         self.connected_at = None
+        wire, self._wire = self._wire, None
+        if wire is not None:
+            wire.close()
         if connection is not None:
             await connection.close()
 
-    async def _fetch(self, statement: str, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
+    async def _in_time(self, answer: Coroutine[Any, Any, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        connecting = self._connect_seconds if self._connection is None else 0.0
+        # Postgres itself ends what is late; the margin is for one that does not answer at all.
+        allowed = self._statement_seconds + connecting + min(5.0, self._statement_seconds)
         try:
-            connection = self._connection or await self._connect()
-            if self.transaction_pooler:
-                # Behind it a session is anybody's: whatever is set is set for one transaction.
-                async with connection.transaction():
-                    for line in self._setup:
-                        await connection.execute(line.replace("SET ", "SET LOCAL ", 1).encode())
-                    return await _rows(connection, statement, parameters)
-            return await _rows(connection, statement, parameters)
+            async with asyncio.timeout(allowed):
+                return await answer
+        except TimeoutError:
+            await self.close()
+            raise DatabaseAway(f"no answer within {allowed:.0f} s") from None
+        except asyncio.CancelledError:
+            # The answer may still be on its way: nobody else must read it.
+            await self.close()
+            raise
         except _AWAY as error:
             if not _connection_survives(error):
                 await self.close()
@@ -143,14 +148,24 @@ class Database:
                 f"the database is not prepared for this version ({_first_line(error)}): {_MIGRATE}"
             ) from error
 
+    async def _fetch(self, statement: str, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
+        connection = self._connection or await self._connect()
+        if self._wire is not None:
+            return await self._wire.fetch(statement, parameters)
+        # Behind a pooler a session is anybody's: whatever is set is set for one transaction.
+        async with connection.transaction():
+            for line in self._setup:
+                await connection.execute(line.replace("SET ", "SET LOCAL ", 1).encode())
+            return await _rows(connection, statement, parameters)
+
     async def _connect(self) -> _Connection:
         try:
             connection = await _Connection.connect(
                 self._dsn,
                 autocommit=True,
                 row_factory=dict_row,
-                # Prepared at the first use where a session is ours; never where the next client inherits it.
-                prepare_threshold=None if self.transaction_pooler else 1,
+                # Only where a session is ours, by the wire; never where the next client inherits it.
+                prepare_threshold=None,
                 connect_timeout=max(2, round(self._connect_seconds)),
                 application_name=self._application_name,
                 **_KEEPALIVE,
@@ -167,6 +182,8 @@ class Database:
             await connection.close()
             raise
         self._connection = connection
+        # Last: from now on nobody else reads from this connection.
+        self._wire = None if self.transaction_pooler else Wire(connection)
         self.connected_at = time.monotonic()
         return connection
 

@@ -21,6 +21,7 @@ from daemon.database import Database
 from daemon.errors import HostUnfit, LeaseLost, PointsRefused
 from daemon.job import ClaimedJob, Completed, Failed, JobDataset, Lease, State
 from daemon.storage import Location
+from daemon.wire import Sent
 
 # How many of the first due jobs one claim looks at; more only when others were quicker with all of these.
 _WINDOWS = (8, 64, 512)
@@ -180,11 +181,21 @@ class Store:
 
     # Taking work.
 
-    async def claim_job(self, worker_id: UUID, limits: Limits, *, lease_seconds: float) -> Claim:
-        """Take the first due job that this host can serve."""
+    def send_claim(self, worker_id: UUID, limits: Limits, *, lease_seconds: float) -> Sent | None:
+        """Send a claim at once; `claim_job` takes its answer. None where it would have to wait for its turn."""
+        lease = {"worker_id": worker_id, "lease_seconds": lease_seconds}
+        return self._database.send(statement("claim_job"), limits.parameters(_WINDOWS[0]) | lease)
+
+    async def claim_job(
+        self, worker_id: UUID, limits: Limits, *, lease_seconds: float, sent: Sent | None = None
+    ) -> Claim:
+        """Take the first due job that this host can serve. `sent` is what `send_claim` made of the same limits."""
         lease = {"worker_id": worker_id, "lease_seconds": lease_seconds}
         for window in _WINDOWS:
-            rows = await self._run("claim_job", limits.parameters(window) | lease)
+            if sent is not None:
+                rows, sent = await self._database.answer(sent), None
+            else:
+                rows = await self._run("claim_job", limits.parameters(window) | lease)
             if rows:
                 return Claim(ClaimedJob(**rows[0]))
             if await self._peek(limits, _WINDOWS[-1]) is None:

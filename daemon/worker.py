@@ -21,6 +21,7 @@ from daemon.reaper import reap_for_ever
 from daemon.stop import Stop, StopReason
 from daemon.store import Limits
 from daemon.tidying import Remains, Tidying
+from daemon.wire import Sent
 from daemon.workspace import tidy_for_ever
 
 log = structlog.get_logger()
@@ -46,6 +47,9 @@ class Worker:
         self._lookahead = Lookahead(collaborators.settings, collaborators.host, collaborators.storage)
         self._near_end: dict[asyncio.Task[Remains], tuple[int, ...]] = {}
         self._claiming = asyncio.Lock()
+        self._at_rest = False
+        # A claim that `wake` has sent, and the limits it names.
+        self._ahead: tuple[Limits, Sent] | None = None
         self._paused = False
         # The claim may have been made all the same: the job would wait a lease for nobody.
         self._answer_lost = False
@@ -56,7 +60,7 @@ class Worker:
         """Claim and run jobs until told to stop; return when the last attempt is settled."""
         chores = [asyncio.create_task(chore) for chore in self._chores()]
         try:
-            while not self._closing.is_set():
+            while self._ahead is not None or not self._closing.is_set():
                 # Cleared before claiming: a wake-up that comes during the claim is not lost.
                 self._wake.clear()
                 async with self._claiming:
@@ -64,7 +68,9 @@ class Worker:
                 if self._closing.is_set():
                     break
                 alarm = asyncio.get_running_loop().call_later(seconds, self._wake.set)
+                self._at_rest = True
                 await self._wake.wait()
+                self._at_rest = False
                 alarm.cancel()
             while self._attempts:
                 await asyncio.wait(self._attempts)
@@ -94,9 +100,12 @@ class Worker:
                 known = [job.id for job, _stop in self._attempts.values()]
                 await self._store.return_unanswered_claims(self._host.worker_id, known)
                 self._answer_lost = False
-            while self._pool.has_room and not self._paused and not self._closing.is_set():
-                limits = self._limits(self._pool.free_gpus, self._with.trainers.bases())
-                claim = await self._store.claim_job(self._host.worker_id, limits, lease_seconds=settings.lease_seconds)
+            while self._ahead is not None or self._may_claim:
+                limits, sent = self._ahead or (self._limits_now(), None)
+                self._ahead = None
+                claim = await self._store.claim_job(
+                    self._host.worker_id, limits, lease_seconds=settings.lease_seconds, sent=sent
+                )
                 if claim.job is not None:
                     self.begin(claim.job)
                     continue
@@ -125,6 +134,13 @@ class Worker:
             log.warning("claim_failed", error=str(error))
             self._answer_lost = True
             return AWAY_SECONDS
+
+    @property
+    def _may_claim(self) -> bool:
+        return self._pool.has_room and not self._paused and not self._closing.is_set()
+
+    def _limits_now(self) -> Limits:
+        return self._limits(self._pool.free_gpus, self._with.trainers.bases())
 
     async def _look_ahead(self) -> None:
         """With every place taken and one about to become free: let the data of the likely next job be fetched.
@@ -205,6 +221,11 @@ class Worker:
     # -- what moves left: wake-ups and stops --------------------------------------------------------------------
 
     def wake(self) -> None:
+        """Something may be claimable. From rest the claim is on its way before this worker's own task is awake."""
+        if self._at_rest and not self._wake.is_set() and self._may_claim and not self._answer_lost:
+            limits = self._limits_now()
+            sent = self._store.send_claim(self._host.worker_id, limits, lease_seconds=self._settings.lease_seconds)
+            self._ahead = None if sent is None else (limits, sent)
         self._wake.set()
 
     def cancelled(self, job_id: object) -> None:
@@ -243,7 +264,8 @@ class Worker:
         """Claim nothing until `resume`; returns when no claim is under way."""
         self._paused = True
         async with self._claiming:
-            return
+            if self._ahead is not None:
+                await self._claim_all()
 
     def resume(self) -> None:
         self._paused = False

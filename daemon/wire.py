@@ -1,0 +1,159 @@
+"""Prepared statements sent straight through libpq, their answers read by one standing callback of the event loop.
+
+A cursor of psycopg's sets up a dozen objects, a generator and two registrations with the event loop for each statement.
+To a daemon that slept until it was woken all of that is cold: a fifth of the way from an insert to its claim.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+from psycopg.adapt import PyFormat, Transformer
+from psycopg.pq import ExecStatus
+from psycopg.pq.abc import PGresult
+
+_PARAMETER = re.compile(r"%(?:\((\w+)\)s|(%))")
+
+
+class Wire:
+    """One statement at a time over a connection that nobody else uses. Raises psycopg's errors.
+
+    Callers of `fetch` take turns; `send` may come between. One that is cancelled leaves an answer behind: close the
+    wire then, and the connection with it."""
+
+    def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        self._connection = connection
+        self._pgconn = connection.pgconn
+        self._prepared: dict[str, _Prepared] = {}
+        self._results: list[PGresult] = []
+        self._answer: asyncio.Future[PGresult] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._socket = self._pgconn.socket
+        self._loop.add_reader(self._socket, self._read)
+
+    def close(self) -> None:
+        self._loop.remove_reader(self._socket)
+        self._loop.remove_writer(self._socket)
+        self._end(psycopg.OperationalError("the connection was closed before the answer came"))
+
+    async def fetch(self, statement: str, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The rows of one statement with `%(name)s` for its parameters; prepared at its first use, and kept."""
+        prepared = self._prepared.get(statement) or await self._prepare(statement)
+        await self._idle()
+        return await self._execute(prepared, parameters).rows()
+
+    def send(self, statement: str, parameters: Mapping[str, Any]) -> Sent | None:
+        """Send it at once; None where it would have to wait: not prepared yet, another under way, a lost connection."""
+        prepared = self._prepared.get(statement)
+        if prepared is None or self._answer is not None:
+            return None
+        try:
+            return self._execute(prepared, parameters)
+        except psycopg.OperationalError:
+            return None
+
+    def _execute(self, prepared: _Prepared, parameters: Mapping[str, Any]) -> Sent:
+        self._pgconn.send_query_prepared(prepared.name, prepared.dump(parameters))
+        return Sent(prepared, self._sent())
+
+    async def _prepare(self, statement: str) -> _Prepared:
+        await self._idle()
+        prepared = _Prepared(f"s{len(self._prepared)}".encode(), statement, self._connection)
+        # The types of the parameters are the statement's own: one plan, whatever the values are.
+        self._pgconn.send_prepare(prepared.name, prepared.text)
+        await self._sent()
+        self._prepared[statement] = prepared
+        return prepared
+
+    async def _idle(self) -> None:
+        while self._answer is not None:
+            await asyncio.wait((self._answer,))
+
+    def _sent(self) -> asyncio.Future[PGresult]:
+        if self._pgconn.flush():
+            self._loop.add_writer(self._socket, self._flush_rest)
+        self._results = []
+        self._answer = self._loop.create_future()
+        return self._answer
+
+    def _flush_rest(self) -> None:
+        try:
+            if self._pgconn.flush():
+                return
+        except psycopg.Error as error:
+            self._end(error)
+        self._loop.remove_writer(self._socket)
+
+    def _read(self) -> None:
+        try:
+            self._pgconn.consume_input()
+            while not self._pgconn.is_busy():
+                result = self._pgconn.get_result()
+                if result is None:
+                    self._end()
+                    return
+                self._results.append(result)
+        except psycopg.Error as error:
+            # A lost connection stays readable for ever.
+            self._loop.remove_reader(self._socket)
+            self._end(error)
+
+    def _end(self, error: psycopg.Error | None = None) -> None:
+        answer, self._answer = self._answer, None
+        if answer is None or answer.done():
+            return
+        if self._results and self._results[-1].status == ExecStatus.FATAL_ERROR:
+            error = psycopg.errors.error_from_result(self._results[-1])
+        if error is not None:
+            answer.set_exception(error)
+            answer.exception()  # seen, as far as asyncio is concerned: what `send` has sent may have nobody who waits
+        else:
+            answer.set_result(self._results[-1])
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A statement under way."""
+
+    _prepared: _Prepared
+    _answer: asyncio.Future[PGresult]
+
+    async def rows(self) -> list[dict[str, Any]]:
+        """Its rows, once they are here."""
+        return self._prepared.load(await self._answer)
+
+
+class _Prepared:
+    """A statement as the server knows it, with all that turns values to and fro, chosen at its first answer."""
+
+    def __init__(self, name: bytes, statement: str, connection: psycopg.AsyncConnection[Any]) -> None:
+        self.name = name
+        self._parameters: list[str] = []
+        self.text = _PARAMETER.sub(self._number, statement).encode()
+        self._formats = [PyFormat.TEXT] * len(self._parameters)
+        self._transformer = Transformer(connection)
+        self._columns: tuple[str, ...] | None = None
+
+    def _number(self, found: re.Match[str]) -> str:
+        if found[2]:
+            return "%"
+        if found[1] not in self._parameters:
+            self._parameters.append(found[1])
+        return f"${self._parameters.index(found[1]) + 1}"
+
+    def dump(self, values: Mapping[str, Any]) -> Sequence[Any]:
+        return self._transformer.dump_sequence([values[name] for name in self._parameters], self._formats)
+
+    def load(self, result: PGresult) -> list[dict[str, Any]]:
+        self._transformer.set_pgresult(result, set_loaders=self._columns is None)
+        if self._columns is None:
+            self._columns = tuple((result.fname(i) or b"").decode() for i in range(result.nfields))
+        return self._transformer.load_rows(0, result.ntuples, self._row)
+
+    def _row(self, values: Sequence[Any]) -> dict[str, Any]:
+        return dict(zip(self._columns or (), values, strict=True))
