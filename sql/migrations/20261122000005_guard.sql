@@ -186,14 +186,15 @@ BEGIN
     END IF;
 
     IF current_user = 'training_daemon' THEN
-        -- The daemon's moves (daemon.job.MOVES; a test compares the two).
-        IF ((OLD.status, NEW.status) IN (
-            ('queued', 'initializing'),
-            ('initializing', 'running'),
-            ('initializing', 'completed'), ('running', 'completed'),
-            ('initializing', 'failed'), ('running', 'failed'),
-            ('initializing', 'queued'), ('running', 'queued'),
-            ('failed', 'queued'), ('cancelled', 'queued')
+        -- The daemon's moves (daemon.job.MOVES; a test compares the two). Words, not pairs: one list for Postgres to set up
+        -- at each claim, instead of ten comparisons of rows.
+        IF (OLD.status || ' to ' || NEW.status IN (
+            'queued to initializing',
+            'initializing to running',
+            'initializing to completed', 'running to completed',
+            'initializing to failed', 'running to failed',
+            'initializing to queued', 'running to queued',
+            'failed to queued', 'cancelled to queued'
         )) IS NOT TRUE THEN
             RAISE EXCEPTION USING ERRCODE = 'PT409',
                 MESSAGE = format('no such move: %s to %s', OLD.status, NEW.status);
@@ -205,9 +206,10 @@ BEGIN
         END IF;
         IF NEW.status <> 'queued' THEN
             NEW.run_after := NULL;
+            NEW.due := false;
+            RETURN NEW;
         END IF;
-        NEW.due := NEW.status = 'queued' AND NOT NEW.held
-            AND (NEW.run_after IS NULL OR NEW.run_after <= clock_timestamp());
+        NEW.due := NOT NEW.held AND (NEW.run_after IS NULL OR NEW.run_after <= clock_timestamp());
         RETURN NEW;
     END IF;
 
