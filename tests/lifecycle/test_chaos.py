@@ -191,8 +191,9 @@ class Chaos:
         if job is not None:
             try:
                 self.queue.cancel_as_owner(job)
-            except psycopg.errors.RaiseException:
-                return  # it ended in the meantime
+            except psycopg.Error as refusal:
+                if refusal.sqlstate != "PT409":  # it ended in the meantime
+                    raise
 
     def resubmit(self) -> None:
         job = self._any_job("status IN ('failed', 'cancelled')")
