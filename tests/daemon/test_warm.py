@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -107,9 +107,15 @@ async def until(question: Callable[[], Any]) -> Any:
     return answer
 
 
-async def two_waiting() -> set[int]:
-    found: set[int] = await until(lambda: len(pids := trainer_pids()) == 2 and pids)
-    return found
+async def waiting_trainers(logged: Sequence[Mapping[str, Any]], places: int) -> set[int]:
+    """The trainers of all places, each in its place. The process alone is there sooner: a job that came then would be
+    given another one."""
+
+    def started() -> set[int]:
+        return {line["pid"] for line in logged if line["event"] == "trainer_started"}
+
+    await until(lambda: len(started()) == places)
+    return started()
 
 
 @pytest.mark.parametrize(
@@ -125,14 +131,15 @@ async def test_those_that_wait_where_a_job_has_a_process_of_its_own_leave_it_the
         if event.kind == "started":
             present.update(trainer_pids())
 
-    async with site.tended():
-        waiting = await two_waiting()
-        verdict = await site.job(["sleep", 0.3], places=places, hear=hear, own_environment=key)
-        assert isinstance(verdict, Trained)
-        assert len(present & waiting) == stay and len(present - waiting) == 1
-        # Others wait there for the next job.
-        await until(lambda: len(trainer_pids() - present) == len(places))
-        assert len(trainer_pids()) == 2
+    with capture_logs() as logged:
+        async with site.tended():
+            waiting = await waiting_trainers(logged, places=2)
+            verdict = await site.job(["sleep", 0.3], places=places, hear=hear, own_environment=key)
+            assert isinstance(verdict, Trained)
+            assert len(present & waiting) == stay and len(present - waiting) == 1
+            # Others wait there for the next job.
+            await until(lambda: len(trainer_pids() - present) == len(places))
+            assert len(trainer_pids()) == 2
 
 
 async def test_a_trainer_that_has_grown_is_given_up_and_one_that_has_not_stays(
@@ -149,7 +156,7 @@ async def test_a_trainer_that_has_grown_is_given_up_and_one_that_has_not_stays(
 
     with capture_logs() as logged:
         async with site.tended():
-            (first,) = await until(trainer_pids)
+            (first,) = await waiting_trainers(logged, places=1)
             # What its first job leaves is taken for the base model.
             for mib in (100, 30, 100):
                 await site.job(["grow", mib * MIB], hear=hear)

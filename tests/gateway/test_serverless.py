@@ -271,8 +271,9 @@ def test_without_a_database_cancel_and_retry_work_as_well(
         assert len(worker.logged("job_claimed")) == 2
         child = worker.wait_for_log("trainer_waits")["pid"]
         runpod.run("run-2", dataset_url=long)
-        # The one that waited since the retry takes it; the next may have been started by now.
-        worker.wait_for_log("job_claimed", count=3)
+        # The one that waited since the retry takes it; the next may have been started by now. A cancel that came before
+        # it was given the job would leave it waiting.
+        eventually(lambda: any(update["current_step"] for update in runpod.updates("run-2")), seconds=40)
         runpod.cancel("run-2")
         worker.wait_for_log("attempt_settled", outcome="cancelled")
         eventually(lambda: not alive(child))
