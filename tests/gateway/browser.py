@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver import Chrome
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
@@ -54,7 +55,10 @@ class Browser:
         """The first visible element of this kind."""
 
         def visible() -> WebElement | None:
-            return next((found for found in self.all(selector) if found.is_displayed()), None)
+            try:
+                return next((found for found in self.all(selector) if found.is_displayed()), None)
+            except StaleElementReferenceException:
+                return None  # the page drew itself anew between the two questions
 
         return eventually(
             visible, seconds=seconds, why=lambda: f"no {selector} in: {self.text()[:2000]}\n{self.complaints()}"

@@ -178,13 +178,18 @@ def test_hostile_text_in_every_field_stays_text(browser: Browser, gateway: Gatew
     harmless()
     for job in (running, failed):
         browser.driver.get(f"{gateway.url}/dashboard#/jobs/{job}")
-        browser.wait_for(".job h1")
+        browser.wait_for_text(job)
         browser.wait_for(".samples figure")
         harmless()
     # Addresses of the page itself are a caller's text too.
-    for place in ("#/jobs/<img src=x onerror=window.pwned=1>", "#/jobs/00000000-0000-4000-8000-000000000000", "#<svg>"):
+    overview, no_such_job = f".running [data-job='{running}']", "main > .empty"
+    for place, shown in (
+        ("#/jobs/<img src=x onerror=window.pwned=1>", overview),
+        ("#/jobs/00000000-0000-4000-8000-000000000000", no_such_job),
+        ("#<svg>", overview),
+    ):
         browser.driver.get(f"{gateway.url}/dashboard{place}")
-        browser.wait_for("main > *")
+        browser.wait_for(shown)
         assert browser.driver.execute_script("return window.pwned ?? null") is None
     refused = [words for words in browser.complaints() if "Content Security Policy" in words or "Uncaught" in words]
     assert not refused, refused
