@@ -180,6 +180,33 @@ def test_usr1_finishes_the_job_at_hand_and_claims_no_other(queue: Queue, daemon:
     assert queue.row(waiting)["status"] == "queued"
 
 
+def test_term_during_a_drain_gives_the_job_at_hand_back_with_a_checkpoint(
+    queue: Queue, daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    def reached(step: int) -> bool:
+        return (queue.row(job)["current_step"] or 0) >= step
+
+    with daemon:
+        job = queue.insert(script=[["steps", 200, 0.03]])
+        eventually(lambda: reached(3))
+        daemon.signal(signal.SIGUSR1)
+        daemon.wait_for_log("worker_draining")
+        drained_at = queue.row(job)["current_step"]
+        eventually(lambda: reached(drained_at + 1))
+        daemon.signal(signal.SIGTERM)
+        assert daemon.wait() == 0
+    left = queue.row(job)
+    assert (left["status"], left["attempt"], left["due"]) == ("queued", 0, True) and queue.leases() == []
+    assert "released" in queue.story(job)
+    with queue.daemon(tmp_path, name="second"):
+        row = queue.wait_for(job, "completed")
+    assert row["attempt"] == 1 and row["retry_count"] == 0
+    (resumed,) = [event["data"]["step"] for event in queue.events(job) if event["kind"] == "resumed"]
+    # The checkpoint is the one that TERM asked for: no step that the row told of is done again.
+    assert resumed >= left["current_step"] > drained_at
+    assert [point["step"] for point in queue.points(job)] == list(range(1, 201))
+
+
 def test_a_job_whose_host_lost_its_power_is_reaped_and_resumed_elsewhere(queue: Queue, tmp_path: Path) -> None:
     first = queue.daemon(tmp_path, name="first", lease_seconds=1.5)
     second = queue.daemon(tmp_path, name="second", lease_seconds=1.5)
