@@ -13,11 +13,13 @@ import re
 import signal
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
+import psycopg
 import pytest
 
 from daemon.database import Database
@@ -300,6 +302,66 @@ async def test_a_job_is_never_both_finished_and_failed(queue: Queue) -> None:
         assert len(told) == 1 and queue.row(job)["status"] == told[0]
         ends += told
     assert len(set(ends)) > 1, f"one ending always came first, nothing raced: {ends}"
+
+
+# How the child ends, and where its job then stands if nobody cancelled it.
+ENDS: dict[str, list[list[object]]] = {
+    "completed": [],
+    "failed": [["say", "failed", {"code": "internal", "message": "It ends here.", "transient": False}], ["exit", 1]],
+}
+TRAINING_SECONDS = 0.15
+
+
+def test_a_cancel_at_the_moment_of_the_childs_end_leaves_one_ending_and_says_which(
+    queue: Queue, tmp_path: Path
+) -> None:
+    seed = 20261122
+    slots, rounds = 4, 10
+    raced: list[tuple[UUID, bool]] = []
+
+    def race(lane: int) -> None:
+        """Job after job in its own slot, each cancelled about when its child ends."""
+        order = random.Random(seed + lane)
+        for number in range(rounds):
+            began = tmp_path / f"began-{lane}-{number}"
+            last = ENDS[order.choice(list(ENDS))]
+            job = queue.insert(
+                script=[["steps", 3, 0.0], ["environment", str(began)], ["sleep", TRAINING_SECONDS], *last],
+                max_attempts=1,
+            )
+            eventually(began.exists)
+            time.sleep(TRAINING_SECONDS + order.uniform(-0.1, 0.1))
+            raced.append((job, cancel_was_accepted(queue, job)))
+            daemon.wait_for_log("attempt_settled", job_id=str(job))
+
+    with queue.daemon(tmp_path, slots=slots, poll_seconds=SLOW_POLL, cost_per_gpu_hour=3600) as daemon:
+        daemon.wait_for_log("listener_hears")
+        with ThreadPoolExecutor(slots) as lanes:
+            for lane in [lanes.submit(race, lane) for lane in range(slots)]:
+                lane.result()
+        assert queue.leases() == []
+        eventually(lambda: not queue.select("SELECT FROM training_uploads"))
+    print(f"seed {seed}")
+    assert len(raced) == slots * rounds
+    for job, accepted in raced:
+        row, told = queue.row(job), [kind for kind in queue.story(job) if kind in FINAL]
+        # Who cancelled was told the truth, and what he was told holds.
+        assert told == [row["status"]] and (row["status"] == "cancelled") == accepted, (row, queue.story(job))
+        # At a dollar a second: what the child took is paid for, whoever ended it.
+        assert row["final_cost"] is not None and row["final_cost"] > 0 and row["final_cost"] == row["current_cost"]
+        stored = list((tmp_path / "storage" / "lora-models" / "adapters").glob(f"{job}*"))
+        assert (row["adapter_path"] is not None) == bool(stored) == (row["status"] == "completed")
+    ends = {queue.row(job)["status"] for job, _accepted in raced}
+    assert ends == set(FINAL), f"one ending always came first, nothing raced: {ends}"
+
+
+def cancel_was_accepted(queue: Queue, job: UUID) -> bool:
+    try:
+        queue.cancel_as_owner(job)
+    except psycopg.Error as error:
+        assert error.sqlstate == "PT409", error
+        return False
+    return True
 
 
 def cancel_if_unfinished(queue: Queue, job: UUID) -> None:
