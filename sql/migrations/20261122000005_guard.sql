@@ -59,12 +59,26 @@ BEGIN
 END
 $$;
 
+-- What the dataset of a dataset_url is called. The address loses its login and its query, where signatures live.
+CREATE OR REPLACE FUNCTION public.training_name_url(url text, OUT file_name text, OUT description text)
+LANGUAGE plpgsql IMMUTABLE
+SET search_path = ''
+AS $$
+DECLARE
+    address text := split_part(split_part(url, '?', 1), '#', 1);
+BEGIN
+    file_name := left(coalesce(nullif(regexp_replace(address, '^.*/', ''), ''), 'dataset'), 200);
+    description := 'Read from ' || regexp_replace(address, '//[^/@]*@', '//');
+END
+$$;
+
 CREATE OR REPLACE FUNCTION public.training_jobs_guard_insert() RETURNS trigger
 LANGUAGE plpgsql
 SET search_path = ''
 AS $$
 DECLARE
     needs record;
+    named record;
 BEGIN
     IF coalesce(NEW.status, 'queued') <> 'queued' THEN
         RAISE EXCEPTION USING ERRCODE = 'PT409',
@@ -122,22 +136,35 @@ BEGIN
         END IF;
         NEW.id := coalesce(NEW.id, gen_random_uuid());
         NEW.dataset_id := gen_random_uuid();
+        named := public.training_name_url(NEW.dataset_url);
         -- The app's dataset_id stays NOT NULL: a row that says where the file comes from. No bucket of that name
-        -- is ever read, and the address loses its query, where signatures live.
+        -- is ever read.
         INSERT INTO public.datasets
             (id, user_id, name, description, storage_bucket, storage_path, file_name, file_size, status, training_ready)
         VALUES (
-            NEW.dataset_id,
-            NEW.user_id,
-            left(coalesce(nullif(regexp_replace(split_part(split_part(NEW.dataset_url, '?', 1), '#', 1), '^.*/', ''), ''), 'dataset'), 200),
-            'Read from ' || regexp_replace(split_part(split_part(NEW.dataset_url, '?', 1), '#', 1), '//[^/@]*@', '//'),
-            'url',
-            'urls/' || NEW.id,
-            left(coalesce(nullif(regexp_replace(split_part(split_part(NEW.dataset_url, '?', 1), '#', 1), '^.*/', ''), ''), 'dataset'), 200),
-            0,
-            'ready',
-            true
-        );
+            NEW.dataset_id, NEW.user_id, named.file_name, named.description, 'url', 'urls/' || NEW.id, named.file_name,
+            0, 'ready', true
+        )
+        ON CONFLICT DO NOTHING;
+        IF NOT FOUND THEN
+            -- An upsert comes by here before it meets its row, and a deleted job leaves its dataset behind.
+            SELECT dataset.id INTO NEW.dataset_id
+            FROM public.datasets AS dataset
+            WHERE dataset.storage_path = 'urls/' || NEW.id AND dataset.user_id = NEW.user_id;
+            IF NOT FOUND THEN
+                RAISE EXCEPTION USING ERRCODE = 'PT409', MESSAGE = format('the id %s is taken', NEW.id),
+                    HINT = 'leave id out: the database chooses one';
+            END IF;
+            -- Whether an upsert changes the address of a job that there is, its update says. The daemon renames nothing:
+            -- its password lies on rented hosts.
+            IF current_user <> 'training_daemon'
+                AND NOT EXISTS (SELECT FROM public.training_jobs AS job WHERE job.id = NEW.id)
+            THEN
+                UPDATE public.datasets AS dataset
+                SET name = named.file_name, description = named.description, file_name = named.file_name
+                WHERE dataset.id = NEW.dataset_id;
+            END IF;
+        END IF;
     END IF;
 
     PERFORM public.training_check_limits(NEW.max_attempts, NEW.max_cost, NEW.run_after, NEW.deadline_at);
@@ -157,6 +184,7 @@ SET search_path = ''
 AS $$
 DECLARE
     needs record;
+    named record;
     cancelled public.training_jobs;
 BEGIN
     -- The daemon's progress, every second: seen here, and not by a WHEN of the trigger, which is parsed anew each time.
@@ -278,6 +306,12 @@ BEGIN
         IF NEW.run_after IS DISTINCT FROM OLD.run_after THEN
             NEW.due := NOT NEW.held AND (NEW.run_after IS NULL OR NEW.run_after <= clock_timestamp());
         END IF;
+        IF NEW.dataset_url <> OLD.dataset_url THEN
+            named := public.training_name_url(NEW.dataset_url);
+            UPDATE public.datasets AS dataset
+            SET name = named.file_name, description = named.description, file_name = named.file_name
+            WHERE dataset.id = NEW.dataset_id AND dataset.storage_path = 'urls/' || NEW.id;
+        END IF;
     END IF;
     RETURN NEW;
 END
@@ -344,9 +378,11 @@ CREATE OR REPLACE TRIGGER training_datasets_guard
 REVOKE EXECUTE ON FUNCTION
     public.training_jobs_guard_insert(), public.training_jobs_guard_update(), public.training_datasets_guard(),
     public.training_read_needs(jsonb, jsonb),
+    public.training_name_url(text),
     public.training_check_limits(integer, numeric, timestamptz, timestamptz)
 FROM PUBLIC, anon, authenticated, service_role;
 GRANT EXECUTE ON FUNCTION
     public.training_read_needs(jsonb, jsonb),
+    public.training_name_url(text),
     public.training_check_limits(integer, numeric, timestamptz, timestamptz)
 TO authenticated, service_role, training_daemon;

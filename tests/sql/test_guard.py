@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import psycopg
 import pytest
@@ -363,6 +363,51 @@ def test_a_url_alone_is_a_dataset(database: AppDatabase, role: str) -> None:
         dataset["name"] == "chat.jsonl"
         and dataset["description"] == "Read from https://files.example.org/sets/chat.jsonl"
     )
+
+
+UPSERT = (
+    "INSERT INTO training_jobs (id, user_id, dataset_url) VALUES (%(id)s, %(user)s, %(url)s) ON CONFLICT (id) "
+    "DO UPDATE SET user_id = excluded.user_id, dataset_url = excluded.dataset_url, dataset_id = excluded.dataset_id "
+    "RETURNING *"
+)
+
+
+def url_dataset(database: AppDatabase, job_id: UUID) -> tuple[UUID, str, str]:
+    row = database.one("SELECT * FROM datasets WHERE storage_path = %s", (f"urls/{job_id}",))
+    return row["id"], row["name"], row["description"]
+
+
+def test_an_upsert_keeps_the_dataset_of_its_url_and_tells_where_it_is_now(database: AppDatabase) -> None:
+    user, job_id = database.insert_user(), uuid4()
+    first, second, third = ({"id": job_id, "user": user, "url": f"https://x.example/{n}"} for n in "abc")
+    for parameters in (first, first, second):
+        with database.acting("service_role") as service:
+            row = service.execute(UPSERT, parameters).fetchone()
+        assert row is not None and row["dataset_url"] == parameters["url"] and row["due"]
+    assert url_dataset(database, job_id) == (row["dataset_id"], "b", "Read from https://x.example/b")
+
+    # One that changes nothing renames nothing.
+    with database.acting("service_role") as service:
+        service.execute(UPSERT[: UPSERT.index("UPDATE SET")] + "NOTHING", third)
+    assert url_dataset(database, job_id)[1] == "b"
+
+    # The job of a row that is gone, and of one that somebody else has.
+    database.run("DELETE FROM training_jobs")
+    with database.acting("authenticated", user) as owner:
+        owner.execute("INSERT INTO training_jobs (id, user_id, dataset_url) VALUES (%(id)s, %(user)s, %(url)s)", third)
+    assert url_dataset(database, job_id) == (row["dataset_id"], "c", "Read from https://x.example/c")
+    stranger = first | {"user": database.insert_user()}
+    with pytest.raises(psycopg.Error, match="the id .* is taken"), database.acting("service_role") as service:
+        service.execute(UPSERT, stranger)
+
+
+def test_a_queued_jobs_new_url_names_its_dataset_anew(database: AppDatabase) -> None:
+    user = database.insert_user()
+    insert = "INSERT INTO training_jobs (user_id, dataset_url) VALUES (%s, 'https://x.example/a') RETURNING id"
+    job_id = database.one(insert, (user,))["id"]
+    with database.acting("service_role") as service:
+        service.execute("UPDATE training_jobs SET dataset_url = 'https://x.example/b?token=hidden'")
+    assert url_dataset(database, job_id)[1:] == ("b", "Read from https://x.example/b")
 
 
 def test_a_job_without_any_dataset_is_told_what_to_give(database: AppDatabase) -> None:

@@ -182,6 +182,7 @@ FUNCTIONS = """
   .        .        .        x        x        release_held_jobs
   .        .        .        x        x        prune_training_history
   .        x        x        x        x        training_status_json
+  .        x        x        x        x        training_name_url
   .        x        x        x        x        training_read_needs
   .        x        x        x        x        training_check_limits
   .        .        .        .        x        training_require_owner
@@ -201,6 +202,7 @@ CALLS = {
     "release_held_jobs": "release_held_jobs()",
     "prune_training_history": "prune_training_history('1 year')",
     "training_status_json": "training_status_json(NULL::training_jobs)",
+    "training_name_url": "training_name_url('https://a')",
     "training_read_needs": "training_read_needs('{}', '{}')",
     "training_check_limits": "training_check_limits(3, 1, now(), NULL)",
     "training_require_owner": "training_require_owner(%(owner)s)",
