@@ -222,6 +222,30 @@ def test_a_job_whose_host_lost_its_power_is_reaped_and_resumed_elsewhere(queue: 
     assert [kind for kind in queue.story(job) if kind == "completed"] == ["completed"]
 
 
+def test_a_job_that_takes_each_of_its_hosts_down_ends_as_failed_and_says_so(queue: Queue, tmp_path: Path) -> None:
+    attempts = 3
+    job = queue.insert(script=LONG, max_attempts=attempts)
+    for attempt in range(1, attempts + 1):
+        # Each reaps the one before it.
+        with queue.daemon(tmp_path, name=f"victim {attempt}", lease_seconds=1) as victim:
+            if attempt == attempts:
+                # Twice may be bad luck of the host; from then on the job waits, and here its owner will not.
+                eventually(lambda: queue.row(job)["run_after"] is not None)
+                queue.select("UPDATE training_jobs SET run_after = NULL WHERE id = %s", job)
+            victim.wait_for_log("job_claimed", job_id=str(job))
+            victim.kill()
+    with queue.daemon(tmp_path, name="survivor", lease_seconds=1) as survivor:
+        neighbour = queue.wait_for(queue.insert(), "completed")
+        row = queue.wait_for(job, "failed")
+        after = queue.wait_for(queue.insert(), "completed")
+        assert {line["job_id"] for line in survivor.logged("job_claimed")} == {str(neighbour["id"]), str(after["id"])}
+    assert row["error_code"] == "worker_lost" and row["attempt"] == attempts and not row["due"]
+    assert row["error_message"] == "the host that ran this job stopped answering (attempt 3 of 3)"
+    assert "reduce batch_size" in row["error_hint"] and row["final_cost"] is not None and row["completed_at"]
+    story = queue.story(job)
+    assert story.count("claimed") == attempts and story[-1] == "failed" and queue.leases() == []
+
+
 def test_a_host_that_slept_past_its_lease_ends_its_child_and_writes_nothing(queue: Queue, tmp_path: Path) -> None:
     sleeper = queue.daemon(tmp_path, name="sleeper", lease_seconds=1.5)
     heir = queue.daemon(tmp_path, name="heir", lease_seconds=1.5)
