@@ -1,4 +1,5 @@
-"""From the claim to the first optimizer step, and jobs an hour: trainers that start cold, and trainers that wait.
+"""From the claim to the spec in the trainer's hands and to the first optimizer step, and jobs an hour: trainers that
+start cold, and trainers that wait.
 
 The real daemon, a real Postgres, a stream of small jobs on one base model, one after another on one place:
 `off` starts a process for each job, `libraries` has them imported, `model` has the base model in memory as well.
@@ -19,6 +20,7 @@ import tarfile
 import tempfile
 import time
 from dataclasses import dataclass
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from uuid import UUID
@@ -28,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from daemon.demo.model import MODEL_NAME, find_gguf
 from daemon.embedded_postgres import EmbeddedPostgres
 from daemon.migrate import migrate
-from tests.daemon_process import REAL, ROOT, eventually
+from tests.daemon_process import REAL, ROOT, DaemonProcess, eventually
 from tests.lifecycle.queue import FINAL, Queue
 
 MODES = ("off", "libraries", "model")
@@ -39,11 +41,12 @@ CONVERSATIONS = 16
 
 @dataclass(frozen=True)
 class Stream:
-    """One mode's stream of jobs, in seconds; `first_step` is from the claim to it, one value a job."""
+    """One mode's stream of jobs, in seconds; `told` and `first_step` are from the claim to it, one value a job."""
 
     mode: str
     jobs: int
     seconds: float
+    told: tuple[float, ...]
     first_step: tuple[float, ...]
     adapters: frozenset[str]
 
@@ -68,6 +71,7 @@ def run_stream(mode: str, dsn: str, models: Path, base_model: str, jobs: int, de
                 _wait(queue, [queue.insert(lines=lines, hyperparameters=chosen)], deadline)
             ids = [queue.insert(lines=lines, hyperparameters=chosen) for _ in range(jobs)]
             _wait(queue, ids, deadline)
+            claimed, told = (_moments(daemon, event) for event in ("job_claimed", "trainer_told"))
         events = {job: {event["kind"]: event["at"] for event in queue.events(job)} for job in ids}
         begun = min(times["claimed"] for times in events.values())
         ended = max(times["completed"] for times in events.values())
@@ -75,9 +79,14 @@ def run_stream(mode: str, dsn: str, models: Path, base_model: str, jobs: int, de
             mode,
             jobs,
             (ended - begun).total_seconds(),
+            tuple(told[str(job)] - claimed[str(job)] for job in ids),
             tuple((times["started"] - times["claimed"]).total_seconds() for times in events.values()),
             frozenset(_adapter(folder / "storage", queue, job) for job in ids),
         )
+
+
+def _moments(daemon: DaemonProcess, event: str) -> dict[str, float]:
+    return {line["job_id"]: datetime.fromisoformat(line["timestamp"]).timestamp() for line in daemon.logged(event)}
 
 
 def _wait(queue: Queue, ids: list[UUID], deadline: float) -> None:
@@ -118,11 +127,12 @@ def make_model(models: Path, which: str) -> str:
 
 def show(streams: list[Stream], base_model: str) -> None:
     print(f"base model {base_model}, {os.cpu_count()} cores, torch {version('torch')}, load {os.getloadavg()[0]:.1f}\n")
-    print("| trainer | jobs | claim to first step, median | slowest | stream | jobs an hour | against off |")
-    print("|---|---|---|---|---|---|---|")
+    print("| trainer | jobs | claim to told, median | to first step | slowest | stream | jobs an hour | against off |")
+    print("|---|---|---|---|---|---|---|---|")
     for stream in streams:
         print(
-            f"| {stream.mode} | {stream.jobs} | {statistics.median(stream.first_step):.2f} s "
+            f"| {stream.mode} | {stream.jobs} | {statistics.median(stream.told) * 1000:.0f} ms "
+            f"| {statistics.median(stream.first_step):.2f} s "
             f"| {max(stream.first_step):.2f} s | {stream.seconds:.1f} s | {stream.an_hour:.0f} "
             f"| {stream.an_hour / streams[0].an_hour:.1f}× |"
         )

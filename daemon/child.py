@@ -192,6 +192,7 @@ class Child:
         done = False
         try:
             self.give(spec)
+            log.info("trainer_told", pid=self.pid)
             stalled = await self._watch(stop, patience)
             done = self.is_done
             if done:
