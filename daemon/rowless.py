@@ -128,6 +128,10 @@ class RowlessStore(Store):
         if job.state in (State.QUEUED, State.INITIALIZING, State.RUNNING):
             self._move(job, State.CANCELLED, error_message="cancelled by request", error_hint=None)
 
+    async def read_limits(self, job_id: UUID) -> tuple[float | None, float | None] | None:  # noqa: ARG002
+        """None are set: a request carries neither max_cost nor deadline_at."""
+        return None, None
+
     # -- what the worker writes ------------------------------------------------------------------------------------
 
     async def _run(self, name: str, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from daemon.errors import JobError
+from daemon.errors import DatabaseAway, JobError
 from daemon.job import ClaimedJob, State
 from daemon.pack import withdraw_adapter
 from daemon.settings import Settings
@@ -68,13 +68,14 @@ class Tidying:
     async def _tidy(self, remains: Remains) -> None:
         job, ending = remains.job, remains.ending
         workspace = Workspace(self._settings.work_dir / str(job.id), job.lease_epoch)
-        if ending is not None and ending.state is State.COMPLETED:
+        deleted = ending is None and await self._is_deleted(job)
+        if deleted or (ending is not None and ending.state is State.COMPLETED):
             await asyncio.to_thread(workspace.remove)
         else:
             # Whoever retries goes on from the checkpoints; what nobody retries is removed by its age.
             await asyncio.to_thread(workspace.forget_attempt)
-        if ending is not None and ending.noted:
-            # The row says now which objects count.
+        if deleted or (ending is not None and ending.noted):
+            # The row says now which objects count; without a row none does.
             await sweep_job(self._store, self._storage, job.id, self._settings.keep_days)
         if ending is None and remains.stored:
             # Our successor may have swept already, before our last bytes came: these names are ours alone.
@@ -82,3 +83,10 @@ class Tidying:
                 await withdraw_adapter(self._storage, job.id, job.lease_epoch)
             except JobError as error:
                 log.warning("leftovers_kept", error=str(error))
+
+    async def _is_deleted(self, job: ClaimedJob) -> bool:
+        """Its row is gone: nobody comes back for anything of it. False where that cannot be asked now."""
+        try:
+            return await self._store.read_limits(job.id) is None
+        except DatabaseAway:
+            return False

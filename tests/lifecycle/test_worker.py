@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -101,6 +102,31 @@ def test_a_running_job_cancelled_by_the_apps_update_frees_the_host_within_second
         assert row["status"] == "cancelled" and row["final_cost"] is not None
         queue.wait_for(queue.insert(), "completed")
     assert queue.row(job)["status"] == "cancelled"
+
+
+@pytest.mark.parametrize("deleted", ["job", "owner"])
+def test_a_running_jobs_row_that_is_deleted_frees_the_host_within_seconds_and_leaves_nothing(
+    queue: Queue, daemon: DaemonProcess, tmp_path: Path, deleted: str
+) -> None:
+    owner = uuid4()
+    queue.select("INSERT INTO auth.users (id, email) VALUES (%s, %s)", owner, f"{owner}@example.test")
+    with daemon:
+        job = queue.insert(script=LONG, user_id=owner)
+        queue.wait_for(job, "running")
+        waiting = queue.insert()
+        child = daemon.wait_for_log("trainer_started")["pid"]
+        folder = tmp_path / "jobs" / str(job)
+        assert alive(child) and any((folder / "checkpoints").rglob("step"))
+        if deleted == "job":
+            queue.select("DELETE FROM training_jobs WHERE id = %s", job)
+        else:
+            queue.select("DELETE FROM auth.users WHERE id = %s", owner)
+        eventually(lambda: not alive(child), seconds=8)
+        queue.wait_for(waiting, "completed")
+        eventually(lambda: not folder.exists(), why=lambda: str(list(folder.rglob("*"))))
+        assert queue.leases() == []
+        left = queue.select("SELECT job_id FROM training_events UNION SELECT job_id FROM metrics_points")
+        assert [row["job_id"] for row in left] == [waiting]
 
 
 def test_a_queued_job_is_cancelled_at_once_and_never_claimed(queue: Queue, daemon: DaemonProcess) -> None:
