@@ -34,10 +34,12 @@ SELECT step, training_loss::float8 AS loss FROM metrics_points WHERE job_id = %(
 SELECT_STORY = """\
 SELECT id, at, kind, message, data FROM training_events WHERE job_id = %(job_id)s ORDER BY id"""
 
-# What the finished row is shown as, in this order.
+# What the finished row is shown as, in this order; lines that fit a terminal of 80 columns.
 SELECT_ROW = """\
-SELECT id, status, current_stage, progress, current_epoch, current_step, total_steps, attempt, queued_at,
-    started_at, completed_at, current_metrics, error_code, error_message, adapter_path, adapter_bytes, adapter_sha256
+SELECT id, status, current_stage, progress, current_epoch, current_step,
+    total_steps, attempt, queued_at, started_at, completed_at,
+    current_metrics, error_code, error_message,
+    adapter_path, adapter_bytes, adapter_sha256
 FROM training_jobs WHERE id = '{job_id}'"""
 
 

@@ -61,9 +61,15 @@ class Screen:
         """One row, a column a line, as psql's expanded display has it; empty columns are left out."""
         width = max(len(name) for name in row)
         for name, value in row.items():
-            if value is not None:
-                shown = _shown(value)
-                self._line(Text.assemble((f"  {name:<{width}} ", "dim"), "| ", shown))
+            if shown := _shown(value):
+                label = Text(f"  {name:<{width}} ", style="dim")
+                if not self._console.is_terminal:
+                    self._line(Text.assemble(label, "| ", shown))
+                    continue
+                # A grid, so that a long value goes on below its own beginning.
+                line = Table.grid()
+                line.add_row(label, "| ", Text(shown, overflow="fold"))
+                self._console.print(line)
 
     def answers(self, question: str, before: str, after: str) -> None:
         table = Table.grid(padding=(0, 1))
@@ -136,10 +142,10 @@ def draw_picture(view: JobView, width: int) -> RenderableType:
     standing = view.standing
     style = _STATE_STYLE.get(standing.status, "white")
     head = Table.grid(expand=True)
-    head.add_row(
-        Text.assemble(("● ", style), (standing.status, style), ("  ", ""), (standing.current_stage, "bold")),
-        Text(_pace(view), justify="right"),
-    )
+    state = Text.assemble(("● ", style), (standing.status, style))
+    if standing.current_stage != standing.status:
+        state.append(f"  {standing.current_stage}", "bold")
+    head.add_row(state, Text(_pace(view), justify="right"))
     inside = max(min(width, 100) - 6, 30)
     parts: list[RenderableType] = [head, ProgressBar(total=100.0, completed=standing.progress, width=inside)]
     parts += _curves(view, inside)
@@ -194,6 +200,9 @@ def _in_words(line: StoryLine) -> str:
 
 
 def _shown(value: object) -> str:
+    """A column's value in words; nothing for NULL and for an object without numbers."""
+    if value is None:
+        return ""
     if isinstance(value, datetime):
         return f"{value.astimezone():%Y-%m-%d %H:%M:%S%z}"
     if isinstance(value, dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -15,10 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from daemon.demo.curve import draw_curve
+from daemon.demo.job import SELECT_ROW
 from daemon.demo.model import MODEL_NAME
 from daemon.demo.run import VOICE
+from daemon.demo.screen import Screen
 from tests.daemon_process import ROOT, alive, children_of, eventually
 from tests.docs.blocks import blocks
 from tests.gateway.watching import sign_in
@@ -137,6 +141,25 @@ def test_half_a_run_draws_half_a_curve() -> None:
     (line,) = draw_curve([1.0] * 10, width=10, height=1, low=0.0, high=1.0, of=20)
     assert line[:4].count("\u2800") == 0
     assert set(line[6:]) == {"\u2800"}
+
+
+def test_a_row_leaves_out_what_is_empty_and_lets_a_long_value_go_on_below_itself() -> None:
+    page = io.StringIO()
+    screen = Screen(Console(file=page, force_terminal=True, color_system=None, width=60))
+    screen.row({"status": "failed", "completed_at": None, "result": {}, "error_message": "no such model, " * 6})
+    status, message, *rest = page.getvalue().splitlines()
+    assert status.split() == ["status", "|", "failed"]
+    assert message.startswith("  error_message | no such model,")
+    assert rest and all(line.startswith(" " * len("  error_message | ")) for line in rest), page.getvalue()
+
+
+def test_the_statement_that_reads_the_row_fits_a_narrow_terminal() -> None:
+    page = io.StringIO()
+    statement = SELECT_ROW.format(job_id="fe6e20b4-e329-49d9-ba21-c8b18ac66e36")
+    Screen(Console(file=page, force_terminal=True, color_system=None, width=80)).sql(statement)
+    assert [line.strip() for line in page.getvalue().strip().splitlines()] == [
+        line.strip() for line in statement.splitlines()
+    ]
 
 
 def test_a_file_that_does_not_exist_is_said_before_anything_is_started(tmp_path: Path) -> None:
