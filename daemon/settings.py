@@ -146,7 +146,8 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(default=60.0, gt=0, description="grace for a checkpoint on shutdown")
     kill_seconds: float = Field(default=10.0, gt=0, description="from TERM to KILL when a job is cancelled")
     on_partition: Literal["continue", "stop"] = Field(
-        default="continue", description="stop ends the job when the lease cannot be renewed for its whole length"
+        default="continue",
+        description="what a host cut off from Postgres does: train on, or stop the attempt after a lease's length",
     )
     retry_backoff_seconds: float = Field(
         default=30.0, ge=0, description="delay of the first retry; doubles, with jitter"
