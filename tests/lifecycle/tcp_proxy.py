@@ -43,6 +43,8 @@ class TcpProxy:
         self._pumps: set[asyncio.Task[None]] = set()
         self._partitioned = False
         self.port = 0
+        # Connections that were asked for so far, those that nobody answered included.
+        self.asked = 0
 
     def __enter__(self) -> TcpProxy:
         self._thread.start()
@@ -106,6 +108,7 @@ class TcpProxy:
         return len(chosen)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.asked += 1
         try:
             from_server, to_server = await asyncio.open_connection("127.0.0.1", self._target_port)
         except OSError:

@@ -9,8 +9,12 @@ import os
 import pwd
 import signal
 import subprocess
+import tarfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
+from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from uuid import UUID
 
@@ -261,6 +265,89 @@ def test_a_partitioned_daemon_that_shall_stop_ends_its_child_and_another_goes_on
         cut_off.wait_for_log("listener_hears", count=2, seconds=40)
         own_queue.wait_for(own_queue.insert(), "completed")
     assert row["attempt"] == 2 and own_queue.story(job).count("completed") == 1
+
+
+@pytest.mark.parametrize(
+    "with_heir",
+    [False, pytest.param(True, marks=pytest.mark.system)],  # which waits for two whole trainings
+    ids=["alone", "with_an_heir"],
+)
+def test_of_two_hosts_cut_off_one_stops_as_told_the_other_goes_on_and_each_job_is_completed_once(
+    own_queue: Queue, proxy: TcpProxy, tmp_path: Path, with_heir: bool
+) -> None:
+    through_proxy = proxy.dsn(own_queue.dsn)
+    with (
+        DaemonProcess(through_proxy, tmp_path, name="stops", on_partition="stop") as stops,
+        DaemonProcess(through_proxy, tmp_path, name="goes_on") as goes_on,
+        ExitStack() as elsewhere,
+    ):
+        stops.wait_for_log("listener_hears")
+        goes_on.wait_for_log("listener_hears")
+        jobs = [own_queue.insert(script=[["steps", 400, 0.03]]) for _ in range(2)]
+        for job in jobs:
+            own_queue.wait_for(job, "running")
+        stopped, gone_on = sorted(jobs, key=lambda job: len(goes_on.logged("job_claimed", job_id=str(job))))
+        (stopping,), (going_on,) = stops.children(), goes_on.children()
+        proxy.partition()
+        if with_heir:
+            # It shares no volume with them.
+            heir = own_queue.daemon(tmp_path, name="heir", slots=2, work_dir=tmp_path / "heirs jobs")
+            elsewhere.enter_context(heir)
+        stops.wait_for_log("attempt_superseded", job_id=str(stopped), seconds=40)
+        # Longer than a lease without a word, and only one of them gave up.
+        assert not alive(stopping) and alive(going_on)
+        now = trained_steps(tmp_path, gone_on)
+        eventually(lambda: trained_steps(tmp_path, gone_on) > now + 5)
+        if with_heir:
+            # It comes back with all its work done, when the job is somebody else's.
+            goes_on.wait_for_log("trainer_waits", job_id=str(gone_on), seconds=40)
+        proxy.heal()
+        rows = {job: own_queue.wait_for(job, "completed", seconds=90) for job in jobs}
+        eventually(lambda: not own_queue.leases() and not own_queue.select("SELECT FROM training_uploads"))
+    assert rows[stopped]["attempt"] == 2 and rows[gone_on]["attempt"] == (2 if with_heir else 1)
+    for job, row in rows.items():
+        assert own_queue.story(job).count("completed") == 1
+        (stored,) = (tmp_path / "storage" / "lora-models" / "adapters").glob(f"{job}*.tar.gz")
+        assert row["adapter_path"] == f"lora-models/adapters/{stored.name}"
+        with tarfile.open(stored) as archive:
+            weights = archive.extractfile("adapter_model.safetensors")
+            assert weights is not None and weights.read().startswith(f"epoch {row['lease_epoch']}".encode())
+
+
+# -- how often it knocks -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seconds", [5, pytest.param(60, marks=[pytest.mark.system, pytest.mark.timeout(240)])])
+def test_a_database_that_is_away_is_asked_for_again_and_again_but_not_hammered(
+    server: EmbeddedPostgres, own_queue: Queue, proxy: TcpProxy, tmp_path: Path, seconds: int
+) -> None:
+    def gaps(event: str) -> list[float]:
+        at = [datetime.fromisoformat(line["timestamp"]) for line in daemon.logged(event)]
+        return [(later - earlier).total_seconds() for earlier, later in pairwise(at)]
+
+    late = 2.0  # on a busy machine
+    with DaemonProcess(proxy.dsn(own_queue.dsn), tmp_path, poll_seconds=1) as daemon:
+        daemon.wait_for_log("listener_hears")
+        before = proxy.asked
+        server.stop()
+        try:
+            daemon.wait_for_log("listener_lost")
+            time.sleep(seconds)  # the outage itself
+            asked = proxy.asked - before
+            listening, working = gaps("listener_lost"), gaps("claim_failed")
+        finally:
+            server.start()
+        daemon.wait_for_log("listener_hears", count=2, seconds=40)
+        own_queue.wait_for(own_queue.insert(), "completed")
+    # The listener: each wait is drawn from twice as wide a range as the one before, up to fifteen seconds.
+    ranges = [min(0.2 * 2**number, 15.0) for number in range(len(listening))]
+    assert all(gap <= widest + late for gap, widest in zip(listening, ranges, strict=True)), listening
+    assert any(gap < 0.9 * widest for gap, widest in zip(listening, ranges, strict=True)), "no jitter"
+    assert 3 <= len(listening) <= 10 + seconds / 2
+    # The work connection: once a second for as long as it takes.
+    assert all(0.9 <= gap <= 1.0 + late for gap in working) and len(working) >= seconds / 3, working
+    # All three together, the reaper's and the heartbeats' attempts included.
+    assert asked <= 5 * (seconds + late)
 
 
 # -- a transaction pooler ------------------------------------------------------------------------------------------
