@@ -1,11 +1,13 @@
 """What a job may cost and how long it may take, kept in view while it runs.
 
-Both are the owner's and may be changed at any time: the claim's answer is where they begin, the row is the truth.
+Both are the owner's and may be changed at any time, as the job itself may be deleted: the claim's answer is where they
+begin, the row is the truth.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass
 
 from daemon.errors import DatabaseAway
@@ -39,7 +41,7 @@ class Allowance:
 
 
 async def watch_allowance(job: ClaimedJob, reporter: Reporter, store: Store, stop: Stop) -> None:
-    """Ask for an end when the job passes what its owner set: money or time.
+    """Ask for an end when the job passes what its owner set, money or time, or when its row is gone.
 
     Read anew every few seconds, and always before the end: what was raised a moment ago counts."""
     allowance = Allowance.of(job.max_cost, job.seconds_to_deadline(reporter.attempt_seconds))
@@ -47,19 +49,18 @@ async def watch_allowance(job: ClaimedJob, reporter: Reporter, store: Store, sto
     while True:
         await asyncio.sleep(LOOK_SECONDS)
         if allowance.used_up(reporter.cost) is not None or _now() >= read_at + READ_SECONDS:
-            allowance, read_at = await _read(job, store) or allowance, _now()
+            # While the database is away, what was known holds.
+            with contextlib.suppress(DatabaseAway):
+                limits = await store.read_limits(job.id)
+                if limits is None:
+                    # Its lease was deleted with it; the heartbeat of a silent trainer would say so much later.
+                    stop.request(StopReason.LEASE_LOST)
+                    return
+                allowance = Allowance.of(*limits)
+            read_at = _now()
         if (reason := allowance.used_up(reporter.cost)) is not None:
             stop.request(reason)
             return
-
-
-async def _read(job: ClaimedJob, store: Store) -> Allowance | None:
-    """None where the row cannot be read now: what was known holds."""
-    try:
-        limits = await store.read_limits(job.id)
-    except DatabaseAway:
-        return None
-    return None if limits is None else Allowance.of(*limits)
 
 
 def _now() -> float:

@@ -76,6 +76,15 @@ async def test_a_limit_that_is_changed_while_the_job_runs_counts(
                 assert await stop.wait() is reason
 
 
+async def test_a_job_whose_row_is_deleted_is_stopped_as_one_whose_lease_is_lost(database: AppDatabase) -> None:
+    async with Database(database.dsn, application_name="test") as connection:
+        store = Store(connection)
+        job = await claimed(store, database, "max_cost", "NULL")
+        async with watched(job, store) as stop, asyncio.timeout(30):
+            database.run("DELETE FROM training_jobs")
+            assert await stop.wait() is StopReason.LEASE_LOST
+
+
 async def test_while_the_database_is_away_the_limit_that_is_known_holds(database: AppDatabase) -> None:
     async with Database(database.dsn, application_name="test") as connection:
         job = await claimed(Store(connection), database, "max_cost", "0.1")

@@ -104,14 +104,19 @@ def test_a_running_job_cancelled_by_the_apps_update_frees_the_host_within_second
     assert queue.row(job)["status"] == "cancelled"
 
 
-@pytest.mark.parametrize("deleted", ["job", "owner"])
+@pytest.mark.parametrize(
+    ("deleted", "script"),
+    # One that writes its progress finds no row to write to; one that is silent must not wait for its next heartbeat.
+    [("job", LONG), ("owner", [["steps", 10, 0.0], ["sleep", 600]])],
+    ids=["job", "silent_job_with_its_owner"],
+)
 def test_a_running_jobs_row_that_is_deleted_frees_the_host_within_seconds_and_leaves_nothing(
-    queue: Queue, daemon: DaemonProcess, tmp_path: Path, deleted: str
+    queue: Queue, tmp_path: Path, deleted: str, script: list[list[object]]
 ) -> None:
     owner = uuid4()
     queue.select("INSERT INTO auth.users (id, email) VALUES (%s, %s)", owner, f"{owner}@example.test")
-    with daemon:
-        job = queue.insert(script=LONG, user_id=owner)
+    with queue.daemon(tmp_path, lease_seconds=60) as daemon:
+        job = queue.insert(script=script, user_id=owner)
         queue.wait_for(job, "running")
         waiting = queue.insert()
         child = daemon.wait_for_log("trainer_started")["pid"]
@@ -121,7 +126,7 @@ def test_a_running_jobs_row_that_is_deleted_frees_the_host_within_seconds_and_le
             queue.select("DELETE FROM training_jobs WHERE id = %s", job)
         else:
             queue.select("DELETE FROM auth.users WHERE id = %s", owner)
-        eventually(lambda: not alive(child), seconds=8)
+        eventually(lambda: not alive(child), seconds=12)
         queue.wait_for(waiting, "completed")
         eventually(lambda: not folder.exists(), why=lambda: str(list(folder.rglob("*"))))
         assert queue.leases() == []
