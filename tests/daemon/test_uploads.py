@@ -9,14 +9,18 @@ from pathlib import Path
 from uuid import UUID
 
 import pytest
+from pydantic import SecretStr
 
 from daemon.database import Database
 from daemon.errors import JobDelayed, LeaseLost
 from daemon.job import ClaimedJob, Completed, Failed
 from daemon.pack import object_names
+from daemon.settings import Settings
 from daemon.storage import FolderStorage
 from daemon.store import Store
+from daemon.tidying import Remains, Tidying
 from daemon.uploads import note_adapter, sweep_for_ever, sweep_job
+from daemon.workspace import Workspace
 from tests.postgres import AppDatabase
 from tests.sql.claiming import claimed
 from training.events import ErrorCode
@@ -120,6 +124,25 @@ async def test_the_objects_of_a_deleted_job_are_found(place: Place) -> None:
     place.app.run("DELETE FROM training_jobs WHERE id = %s", (job.id,))
     await place.sweep()
     assert place.objects() == set() and place.notes() == 0
+
+
+@pytest.mark.parametrize("deleted", [True, False], ids=["deleted", "taken_over"])
+async def test_an_attempt_that_has_lost_its_job_keeps_the_checkpoints_only_while_there_is_a_row(
+    place: Place, tmp_path: Path, deleted: bool
+) -> None:
+    job = await place.uploaded()
+    await place.kept_checkpoint(job, 10)
+    settings = Settings(_env_file=None, database_url=SecretStr(place.app.dsn), work_dir=tmp_path / "jobs")
+    workspace = Workspace.open(settings.work_dir, job.id, job.lease_epoch)
+    (workspace.checkpoint_dir / "step").write_text("10")
+    if deleted:
+        place.app.run("DELETE FROM training_jobs")
+    tidying = Tidying(place.store, place.storage, settings)
+    tidying.begin(Remains(job, ending=None, stored=True))
+    await tidying.finish()
+    assert (workspace.checkpoint_dir / "step").exists() == workspace.job_dir.exists() == (not deleted)
+    assert {name.partition("/")[0] for name in place.objects()} == (set() if deleted else {"checkpoints"})
+    assert place.notes() == (0 if deleted else 2) and not workspace.attempt_dir.exists()
 
 
 async def test_a_host_that_dies_after_the_completion_leaves_no_note_for_ever(
