@@ -23,6 +23,7 @@ Role = Literal["system", "user", "assistant"]
 # Longer than any conversation a model can read (a million tokens is about 4 MB), short enough to parse in a second.
 MAX_LINE_BYTES = 32 * 1024**2
 _SHOWN_FAULTS = 10
+_ONE_A_LINE = 'give one JSON object a line: {"messages": [...]}'
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _decode(path: Path) -> str:
             "save the file as UTF-8 and submit again",
         ) from None
     if not text.strip():
-        raise invalid("the dataset is empty", 'give one JSON object a line: {"messages": [...]}')
+        raise invalid("the dataset is empty", _ONE_A_LINE)
     if "\x00" in text:
         line = text.count("\n", 0, text.index("\x00")) + 1
         raise invalid(f"line {line}: contains a zero byte; this is not a text file", "save the file as UTF-8 JSONL")
@@ -188,6 +189,10 @@ class _Unreadable:
     reason: str
 
 
+class _NotJson(_Unreadable):
+    """Stands in for a line that is not JSON."""
+
+
 def _rows_of_lines(text: str) -> Iterator[tuple[str, Any]]:
     # Split at newlines only: str.splitlines would also split at U+2028, which is legal inside a JSON string.
     for number, line in enumerate(text.split("\n"), start=1):
@@ -199,7 +204,7 @@ def _rows_of_lines(text: str) -> Iterator[tuple[str, Any]]:
         try:
             yield f"line {number}", _parse(line)
         except _BadRow as error:
-            yield f"line {number}", _Unreadable(str(error))
+            yield f"line {number}", _NotJson(str(error))
 
 
 def _parse(text: str) -> Any:
@@ -233,7 +238,9 @@ def _read_rows(rows: Iterator[tuple[str, Any]]) -> Reading:
     faults: list[tuple[str, str]] = []
     skipped: Counter[str] = Counter()
     file_format: str | None = None
+    any_json = False
     for place, row in rows:
+        any_json = any_json or not isinstance(row, _NotJson)
         try:
             name, reader = _reader_of(row)
             if file_format is None:
@@ -249,7 +256,8 @@ def _read_rows(rows: Iterator[tuple[str, Any]]) -> Reading:
         count = "1 line" if len(faults) == 1 else f"{len(faults)} lines"
         raise invalid(
             f"{count} of the dataset cannot be used: {list_faults(faults)}",
-            "correct or remove the named lines and submit again",
+            # A table or a text: nobody wants to correct each of its lines.
+            "correct or remove the named lines and submit again" if any_json else f"this is not JSONL: {_ONE_A_LINE}",
         )
     if not conversations:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in skipped.items()) or "no rows"

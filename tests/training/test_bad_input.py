@@ -28,6 +28,23 @@ def test_a_bad_dataset_is_refused_with_place_and_reason(name: str, tmp_path: Pat
     assert not verdict.ok and verdict.errors[0]["message"] == refused.value.message
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("csv", "this is not JSONL: give one JSON object a line"),
+        ("one broken line", "correct or remove the named lines"),
+    ],
+)
+def test_a_file_without_any_json_is_told_what_to_be_and_not_to_mend_each_line(
+    name: str, hint: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(DATASETS[name][0])
+    with pytest.raises(TrainingFailed) as refused:
+        read_conversations(path)
+    assert (refused.value.hint or "").startswith(hint)
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_a_bad_row_names_every_wrong_field(name: str) -> None:
     row = ROWS[name]
