@@ -174,7 +174,7 @@ def _jobs_under_supervisord(
             began = time.monotonic()
             init.send_signal(signal.SIGTERM)
             assert init.wait(DRAIN_SECONDS) == 0, f"supervisord ended with {init.returncode}\n{_tail(log)}"
-            _show("TERM", f"drained and ended with 0 after {time.monotonic() - began:.1f} s")
+            _show("TERM", f"shut down and ended with 0 after {time.monotonic() - began:.1f} s")
         finally:
             if init.poll() is None:
                 init.terminate()
