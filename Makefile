@@ -68,7 +68,7 @@ clean: ## remove the environment and every build output (the demo's model stays 
 install: $(STAMP) ## only make the environment
 
 $(STAMP): pyproject.toml constraints.txt
-	@python=$$(.ci/find-python) && echo "installing into $(VENV) with $$($$python --version) (once; minutes)" && \
+	@python=$$(.ci/find-python) && echo "installing into $(VENV) with $$($$python --version) (once: two gigabytes, a few minutes)" && \
 	  { [ -x $(PY) ] || $$python -m venv $(VENV); }
 	@$(PY) -m pip install -qq "$$(grep '^torch==' constraints.txt)" -c constraints.txt
 	@$(PY) -m pip install -qq --editable ".[demo,dev]" -c constraints.txt
