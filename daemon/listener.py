@@ -34,6 +34,7 @@ class Listener:
         self._wake = wake
         self._on_cancel = on_cancel
         self._warned_deaf = False
+        self._probed = False
         self._nonce: str | None = None
         self._ended: asyncio.Future[None] | None = None
         self.hears = asyncio.Event()
@@ -45,10 +46,14 @@ class Listener:
             wait=wait_random_exponential(multiplier=0.2, max=15.0),
         ):
             with attempt:
+                self._probed = False
                 try:
                     await self._listen_once()
                 except (psycopg.Error, OSError, TimeoutError) as error:
                     self.hears.clear()
+                    if self._probed:
+                        # A good connection ends the count: a cut after months of short outages is mended at once.
+                        attempt.retry_state.attempt_number = 1
                     log.warning("listener_lost", error=str(error).strip(), attempt=attempt.retry_state.attempt_number)
                     raise
 
@@ -63,6 +68,7 @@ class Listener:
             while True:
                 await self._hear(connection, PROBE_SECONDS)
                 await self._probe(connection)
+                self._probed = True
 
     async def _connect(self) -> psycopg.AsyncConnection:
         return await psycopg.AsyncConnection.connect(

@@ -5,6 +5,7 @@ Each test that stops Postgres has a server of its own; cuts and half-open connec
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pwd
 import signal
@@ -20,8 +21,11 @@ from uuid import UUID
 
 import psycopg
 import pytest
+from structlog.testing import capture_logs
 
+import daemon.listener
 from daemon.embedded_postgres import EmbeddedPostgres
+from daemon.listener import Listener
 from daemon.migrate import migrate
 from tests.daemon_process import DaemonProcess, alive, eventually
 from tests.lifecycle.queue import Queue
@@ -348,6 +352,34 @@ def test_a_database_that_is_away_is_asked_for_again_and_again_but_not_hammered(
     assert all(0.9 <= gap <= 1.0 + late for gap in working) and len(working) >= seconds / 3, working
     # All three together, the reaper's and the heartbeats' attempts included.
     assert asked <= 5 * (seconds + late)
+
+
+async def test_the_listeners_backoff_begins_anew_after_a_connection_that_was_good(
+    own_queue: Queue, proxy: TcpProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    woken = asyncio.Event()
+    listener = Listener(proxy.dsn(own_queue.dsn), wake=woken.set, on_cancel=lambda _job: None)
+
+    async def cut_again() -> int:
+        await woken.wait()
+        woken.clear()
+        proxy.cut(LISTENER)
+        await woken.wait()
+        return int([line for line in logged if line["event"] == "listener_lost"][-1]["attempt"])
+
+    with capture_logs() as logged:
+        listening = asyncio.create_task(listener.run())
+        try:
+            # Cut before the first probe, as an outage that comes and goes.
+            assert [await cut_again() for _ in range(4)] == [1, 2, 3, 4]
+            monkeypatch.setattr(daemon.listener, "PROBE_SECONDS", 0.05)
+            proxy.cut(LISTENER)
+            await woken.wait()
+            await asyncio.sleep(1.0)  # many probes
+            assert await cut_again() == 1
+        finally:
+            listening.cancel()
+            await asyncio.gather(listening, return_exceptions=True)
 
 
 # -- a transaction pooler ------------------------------------------------------------------------------------------
