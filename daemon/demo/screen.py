@@ -44,7 +44,8 @@ class Screen:
         self._console = console
 
     def say(self, words: str) -> None:
-        self._line(words)
+        """Words that may hold a command: the terminal folds a long line, so that it is copied as one."""
+        self._console.print(words, highlight=False, markup=False, soft_wrap=True)
 
     def step(self, words: str) -> None:
         self._line(Text.assemble(("• ", "cyan"), words))

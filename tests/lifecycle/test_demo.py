@@ -153,6 +153,13 @@ def test_a_row_leaves_out_what_is_empty_and_lets_a_long_value_go_on_below_itself
     assert rest and all(line.startswith(" " * len("  error_message | ")) for line in rest), page.getvalue()
 
 
+def test_a_command_that_is_shown_can_be_copied_from_a_narrow_terminal() -> None:
+    page = io.StringIO()
+    command = "  brightrun-trainer submit daemon/demo/lighthouse.jsonl --epochs 1 --lr 0.002 --watch"
+    Screen(Console(file=page, force_terminal=True, color_system=None, width=60)).say(command)
+    assert page.getvalue().splitlines() == [command]
+
+
 def test_the_statement_that_reads_the_row_fits_a_narrow_terminal() -> None:
     page = io.StringIO()
     statement = SELECT_ROW.format(job_id="fe6e20b4-e329-49d9-ba21-c8b18ac66e36")
