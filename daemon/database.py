@@ -37,6 +37,8 @@ _KEEPALIVE: Mapping[str, Any] = {
 _MIGRATE = "run `brightrun-trainer migrate` against this database"
 # What says "not now" rather than "never", beside psycopg's OperationalError: a standby after a failover.
 _AWAY = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.ReadOnlySqlTransaction, OSError)
+# Our prepared statements are not there, or another's are: a transaction pooler on a port of its own choice.
+_NOT_OUR_SESSION = (psycopg.errors.InvalidSqlStatementName, psycopg.errors.DuplicatePreparedStatement)
 _NOT_MIGRATED = (
     psycopg.errors.UndefinedTable,
     psycopg.errors.UndefinedColumn,
@@ -44,6 +46,8 @@ _NOT_MIGRATED = (
     psycopg.errors.UndefinedObject,
     psycopg.errors.InsufficientPrivilege,
 )
+# How long an app's transaction on one job's row may hold up what we write about all the others.
+_LOCK_MILLISECONDS = 1000
 _REFUSED_FOR_GOOD = ("password authentication failed", "does not exist", "no pg_hba.conf entry")
 
 
@@ -139,23 +143,30 @@ class Database:
             # The answer may still be on its way: nobody else must read it.
             await self.close()
             raise
-        except _AWAY as error:
-            if not _connection_survives(error):
-                await self.close()
-            raise DatabaseAway(_first_line(error)) from error
-        except _NOT_MIGRATED as error:
-            raise HostUnfit(
-                f"the database is not prepared for this version ({_first_line(error)}): {_MIGRATE}"
-            ) from error
+        except (psycopg.Error, OSError) as error:
+            # Whatever a pooler said as it hung up (XX000, 3D000, nothing that is Postgres's): hung up is away.
+            lost = self._connection is not None and self._connection.closed
+            if shared := isinstance(error, _NOT_OUR_SESSION):
+                self.transaction_pooler = True
+            if lost or shared or isinstance(error, _AWAY) or _is_altered(error):
+                if not _connection_survives(error):
+                    await self.close()
+                raise DatabaseAway(_first_line(error)) from error
+            if isinstance(error, _NOT_MIGRATED):
+                raise HostUnfit(
+                    f"the database is not prepared for this version ({_first_line(error)}): {_MIGRATE}"
+                ) from error
+            raise
 
     async def _fetch(self, statement: str, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
+        if self._connection is not None and self._connection.closed:
+            await self.close()  # it ended while nobody asked
         connection = self._connection or await self._connect()
         if self._wire is not None:
             return await self._wire.fetch(statement, parameters)
         # Behind a pooler a session is anybody's: whatever is set is set for one transaction.
         async with connection.transaction():
-            for line in self._setup:
-                await connection.execute(line.replace("SET ", "SET LOCAL ", 1).encode())
+            await connection.execute("; ".join(line.replace("SET ", "SET LOCAL ", 1) for line in self._setup).encode())
             return await _rows(connection, statement, parameters)
 
     async def _connect(self) -> _Connection:
@@ -168,6 +179,8 @@ class Database:
                 prepare_threshold=None,
                 connect_timeout=max(2, round(self._connect_seconds)),
                 application_name=self._application_name,
+                # Ours, whatever the role or the database is set to; poolers know this one.
+                client_encoding="UTF8",
                 **_KEEPALIVE,
             )
         except psycopg.OperationalError as error:
@@ -176,6 +189,7 @@ class Database:
                 raise HostUnfit(f"DATABASE_URL is refused: {_first_line(error)}") from error
             raise
         set_json_loads(_read_json, connection)
+        await connection.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
         try:
             await self._prepare(connection)
         except BaseException:
@@ -204,7 +218,7 @@ class Database:
         self._setup = (
             *((f"SET ROLE {ROLE}",) if login != ROLE else ()),
             f"SET statement_timeout = {milliseconds}",
-            f"SET lock_timeout = {milliseconds // 2}",
+            f"SET lock_timeout = {min(_LOCK_MILLISECONDS, milliseconds // 2)}",
             f"SET idle_in_transaction_session_timeout = {milliseconds}",
             # Our statements are few and their plans do not depend on the values: halves the claim.
             "SET plan_cache_mode = force_generic_plan",
@@ -214,6 +228,13 @@ class Database:
             "SET enable_sort = off",
             "SET jit = off",
             "SET search_path = public",
+            # What the role or the database may be set to otherwise: instants that psycopg cannot read, numbers cut
+            # short, statements that fail because another one ran beside them, sessions that end in their sleep.
+            "SET datestyle = 'ISO'",
+            "SET timezone = 'UTC'",
+            "SET extra_float_digits = 1",
+            "SET default_transaction_isolation = 'read committed'",
+            "SET idle_session_timeout = 0",
         )
         if not self.transaction_pooler:
             # After connecting, not as startup parameters: PgBouncer refuses those.
@@ -238,6 +259,13 @@ def _read_json(text: str | bytes) -> Any:
 def _connection_survives(error: BaseException) -> bool:
     # The statement was given up, the session lives: timeout, lock timeout, deadlock, serialization.
     return isinstance(error, psycopg.Error) and error.sqlstate in {"57014", "55P03", "40P01", "40001"}
+
+
+def _is_altered(error: BaseException) -> bool:
+    # A column of a prepared statement has another type now, by a migration of the app's: a new session prepares anew.
+    return (
+        isinstance(error, psycopg.errors.FeatureNotSupported) and error.diag.source_function == "RevalidateCachedQuery"
+    )
 
 
 def _first_line(error: BaseException) -> str:

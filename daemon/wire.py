@@ -7,6 +7,7 @@ To a daemon that slept until it was woken all of that is cold: a fifth of the wa
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class Wire:
 
     async def _prepare(self, statement: str) -> _Prepared:
         await self._idle()
-        prepared = _Prepared(f"s{len(self._prepared)}".encode(), statement, self._connection)
+        prepared = _Prepared(statement, self._connection)
         # The types of the parameters are the statement's own: one plan, whatever the values are.
         self._pgconn.send_prepare(prepared.name, prepared.text)
         await self._sent()
@@ -131,8 +132,9 @@ class Sent:
 class _Prepared:
     """A statement as the server knows it, with all that turns values to and fro, chosen at its first answer."""
 
-    def __init__(self, name: bytes, statement: str, connection: psycopg.AsyncConnection[Any]) -> None:
-        self.name = name
+    def __init__(self, statement: str, connection: psycopg.AsyncConnection[Any]) -> None:
+        # Where a pooler gives this session to others unnoticed, a name must mean the same statement to all of them.
+        self.name = hashlib.blake2s(statement.encode(), digest_size=16).hexdigest().encode()
         self._parameters: list[str] = []
         self.text = _PARAMETER.sub(self._number, statement).encode()
         self._formats = [PyFormat.TEXT] * len(self._parameters)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
 from collections.abc import Iterator
+from datetime import UTC, datetime
+from uuid import uuid4
 
 import psycopg
 import pytest
@@ -13,6 +16,7 @@ from daemon.database import Database
 from daemon.embedded_postgres import EmbeddedPostgres
 from daemon.errors import DatabaseAway, HostUnfit
 from daemon.migrate import migrate
+from daemon.store import Limits, Store
 from tests.postgres import AppDatabase, Server
 
 
@@ -72,6 +76,99 @@ async def test_a_terminated_session_is_away_once(database: AppDatabase) -> None:
         assert await db.fetch("SELECT 1 AS one") == [{"one": 1}]
 
 
+async def test_a_session_that_ended_in_its_sleep_costs_no_try(database: AppDatabase) -> None:
+    async with database_on(database.dsn) as db:
+        pid = (await db.fetch("SELECT pg_backend_pid() AS pid"))[0]["pid"]
+        database.run("SELECT pg_terminate_backend(%s, 5000)", (pid,))
+        async with asyncio.timeout(10):
+            while db._connection is not None and not db._connection.closed:
+                await asyncio.sleep(0.01)
+        assert await db.fetch("SELECT 1 AS one") == [{"one": 1}]
+
+
+@pytest.mark.parametrize("sqlstate", ["57P01", "XX000", "3D000", "42501", None])
+async def test_whatever_is_said_by_who_hangs_up_is_away(database: AppDatabase, sqlstate: str | None) -> None:
+    """Poolers end sessions in words of their own: Supavisor's are XX000."""
+    fields = f"SFATAL\0VFATAL\0C{sqlstate}\0Mit was nice\0\0".encode()
+    proxy = await SilenceableProxy.start(database.dsn)
+    async with proxy, database_on(proxy.dsn) as db:
+        await db.fetch("SELECT 1 AS one")
+        proxy.last_words = b"nonsense" if sqlstate is None else b"E" + struct.pack("!I", len(fields) + 4) + fields
+        with pytest.raises(DatabaseAway):
+            await db.fetch("SELECT 1 AS one")
+        assert await db.fetch("SELECT 1 AS one") == [{"one": 1}]
+
+
+@pytest.mark.parametrize("change", ["ALTER TABLE asked ALTER answer TYPE text", None], ids=["altered", "discarded"])
+async def test_a_prepared_statement_that_is_none_any_more_costs_one_try(
+    database: AppDatabase, change: str | None
+) -> None:
+    database.run("CREATE TABLE asked (answer varchar(5)); GRANT SELECT ON asked TO training_daemon")
+    async with database_on(database.dsn) as db:
+        assert await db.fetch("SELECT answer FROM asked") == []
+        if change is not None:
+            database.run(change)
+        else:
+            await db.fetch("DISCARD ALL")  # as a pooler does before it gives a session to somebody else
+        with pytest.raises(DatabaseAway):
+            await db.fetch("SELECT answer FROM asked")
+        assert await db.fetch("SELECT answer FROM asked") == []
+        assert db.transaction_pooler == (change is None)
+
+
+async def test_a_database_with_settings_of_its_own_is_written_and_read_as_any_other(database: AppDatabase) -> None:
+    user = database.insert_user()
+    wanted = {"max_cost": "12.34", "deadline_at": "2030-01-02 03:04:05+00", "hyperparameters": {"base_model": "ł/😀"}}
+    job_id = database.insert_job(user, **wanted)
+    name = psycopg.conninfo.conninfo_to_dict(database.dsn)["dbname"]
+    for setting in (
+        "datestyle = 'German'",
+        "timezone = 'America/St_Johns'",
+        "intervalstyle = 'sql_standard'",
+        "client_encoding = 'LATIN1'",
+        "extra_float_digits = -15",
+        "default_transaction_isolation = 'serializable'",
+        "statement_timeout = '200ms'",
+        "idle_session_timeout = '1s'",
+    ):
+        database.run(f"ALTER DATABASE {name} SET {setting}")
+    for pooler in (False, True):
+        async with database_on(database.dsn, transaction_pooler=pooler) as db:
+            rows = await db.fetch(
+                "SELECT base_model, max_cost::float8, deadline_at, %(text)s::text AS text, "
+                "current_setting('transaction_isolation') AS isolation, "
+                "current_setting('idle_session_timeout') AS idle FROM training_jobs",
+                {"text": "ł😀"},
+            )
+            assert rows == [
+                {
+                    "base_model": "ł/😀",
+                    "max_cost": 12.34,
+                    "deadline_at": datetime(2030, 1, 2, 3, 4, 5, tzinfo=UTC),
+                    "isolation": "read committed",
+                    "idle": "0",
+                    "text": "ł😀",
+                }
+            ]
+    async with database_on(database.dsn) as db:
+        claim = await Store(db).claim_job(uuid4(), Limits(models=["ł/😀"]), lease_seconds=30)
+    assert claim.job is not None and claim.job.id == job_id and claim.job.max_cost == 12.34
+
+
+async def test_a_locked_row_holds_up_the_others_for_a_moment_only(database: AppDatabase) -> None:
+    """An app's open transaction on one job's row: what is written about all the other jobs waits behind it."""
+    job_id = database.insert_job(database.insert_user())
+    async with database_on(database.dsn, statement_seconds=60) as db:
+        with database.connect() as app, app.transaction():
+            app.execute("SELECT FROM training_jobs WHERE id = %s FOR UPDATE", (job_id,))
+            locked = asyncio.ensure_future(db.fetch("UPDATE training_jobs SET progress = 1"))
+            await asyncio.sleep(0)
+            async with asyncio.timeout(15):
+                assert await db.fetch("SELECT 1 AS one") == [{"one": 1}]
+            with pytest.raises(DatabaseAway, match="lock timeout"):
+                await locked
+
+
 async def test_nobody_listening_is_away() -> None:
     async with database_on("postgresql://postgres@127.0.0.1:9/postgres") as db:
         with pytest.raises(DatabaseAway):
@@ -110,6 +207,7 @@ class SilenceableProxy:
         self._target = psycopg.conninfo.conninfo_to_dict(dsn)
         self._tasks: set[asyncio.Task[None]] = set()
         self.silent = asyncio.Event()
+        self.last_words: bytes | None = None
 
     @classmethod
     async def start(cls, dsn: str) -> SilenceableProxy:
@@ -132,11 +230,15 @@ class SilenceableProxy:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there = await asyncio.open_connection(str(self._target["host"]), int(str(self._target["port"])))
         for source, sink in ((reader, there[1]), (there[0], writer)):
-            task = asyncio.ensure_future(self._forward(source, sink))
+            task = asyncio.ensure_future(self._forward(source, sink, to_client=sink is writer))
             self._tasks.add(task)
 
-    async def _forward(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    async def _forward(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, to_client: bool) -> None:
         while data := await source.read(65536):
+            if to_client and self.last_words is not None:
+                sink.write(self.last_words)
+                self.last_words = None
+                break
             if not self.silent.is_set():
                 sink.write(data)
                 await sink.drain()
