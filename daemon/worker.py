@@ -72,8 +72,10 @@ class Worker:
                 await self._wake.wait()
                 self._at_rest = False
                 alarm.cancel()
+            await self._leave_no_claim()
             while self._attempts:
                 await asyncio.wait(self._attempts)
+            await self._leave_no_claim()
         finally:
             for chore in chores:
                 chore.cancel()
@@ -96,10 +98,7 @@ class Worker:
         settings = self._settings
         lost_races = 0
         try:
-            if self._answer_lost:
-                known = [job.id for job, _stop in self._attempts.values()]
-                await self._store.return_unanswered_claims(self._host.worker_id, known)
-                self._answer_lost = False
+            await self._return_unanswered()
             while self._ahead is not None or self._may_claim:
                 limits, sent = self._ahead or (self._limits_now(), None)
                 self._ahead = None
@@ -134,6 +133,19 @@ class Worker:
             log.warning("claim_failed", error=str(error))
             self._answer_lost = True
             return AWAY_SECONDS
+
+    async def _return_unanswered(self) -> None:
+        if self._answer_lost:
+            known = [job.id for job, _stop in self._attempts.values()]
+            await self._store.return_unanswered_claims(self._host.worker_id, known)
+            self._answer_lost = False
+
+    async def _leave_no_claim(self) -> None:
+        """What was claimed on the way out, and not heard, goes back too: a reaper would count it as an attempt."""
+        try:
+            await self._return_unanswered()
+        except DatabaseAway as error:
+            log.warning("claim_failed", error=str(error))
 
     @property
     def _may_claim(self) -> bool:
