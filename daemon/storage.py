@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import shutil
+import threading
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -131,7 +132,7 @@ class FolderStorage:
         del resume_dir  # A copy inside one machine is quicker than remembering where it stopped.
         size = (await asyncio.to_thread(local.stat)).st_size
         if not await self.verify(object_path, size, sha256):
-            await asyncio.to_thread(_copy_atomically, local, self._locate(self._bucket, object_path))
+            await _copy(local, self._locate(self._bucket, object_path))
             if not await self.verify(object_path, size, sha256):
                 raise upload_mismatch(f"{self._bucket}/{object_path}", size, sha256)
         return StoredObject(object_path, size, sha256)
@@ -149,7 +150,7 @@ class FolderStorage:
         file = self._locate(self._bucket, object_path)
         if not file.is_file():
             raise JobFailed(ErrorCode.UPLOAD_FAILED, f"{self._bucket}/{object_path} is not in storage ({self._root})")
-        size = await asyncio.to_thread(_copy_atomically, file, to)
+        size = await _copy(file, to)
         return StoredObject(object_path, size, await asyncio.to_thread(sha256_of, to))
 
     async def delete(self, object_path: str) -> None:
@@ -225,17 +226,35 @@ def upload_mismatch(name: str, size: int, sha256: str) -> JobDelayed:
     )
 
 
-def _copy_atomically(source: Path, target: Path) -> int:
-    """Copy, return the size. Hidden at first, durable, then renamed: a reader sees the old file, none, or the whole."""
+async def _copy(source: Path, target: Path) -> int:
+    """Copy, return the size. Cancelled, it leaves nothing, and nothing appears later behind whoever cleans up."""
+    given_up = threading.Event()
+    copying = asyncio.ensure_future(asyncio.to_thread(_copy_atomically, source, target, given_up))
+    try:
+        return await asyncio.shield(copying)
+    except asyncio.CancelledError:
+        # No cancellation ends a thread.
+        given_up.set()
+        await asyncio.gather(copying, return_exceptions=True)
+        raise
+
+
+def _copy_atomically(source: Path, target: Path, given_up: threading.Event) -> int:
+    """Hidden at first, durable, then renamed: a reader sees the old file, none, or the whole."""
     hidden = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with source.open("rb") as reading, hidden.open("wb") as writing:
-            shutil.copyfileobj(reading, writing, READ_BYTES)
-            writing.flush()
-            os.fsync(writing.fileno())
+            while (piece := reading.read(READ_BYTES)) and not given_up.is_set():
+                writing.write(piece)
+            if not given_up.is_set():
+                writing.flush()
+                os.fsync(writing.fileno())
             size = writing.tell()
-        hidden.replace(target)
+        if given_up.is_set():
+            hidden.unlink()
+        else:
+            hidden.replace(target)
         return size
     except OSError as error:
         hidden.unlink(missing_ok=True)

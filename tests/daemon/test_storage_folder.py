@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,22 @@ async def test_a_leftover_is_replaced_whole_and_no_part_remains(tmp_path: Path, 
     await storage.upload(file, "a.tar.gz", sha256=SHA256, resume_dir=tmp_path)
     assert [path.name for path in target.parent.iterdir()] == ["a.tar.gz"]
     assert target.read_bytes() == CONTENT
+
+
+async def test_an_upload_that_is_cancelled_leaves_nothing_now_or_later(tmp_path: Path, file: Path) -> None:
+    """Whoever sweeps after a cancelled job must not be followed by a thread that still copies."""
+    os.truncate(file, 1 << 30)
+    folder = tmp_path / "root" / "lora-models"
+    upload = asyncio.create_task(
+        FolderStorage(tmp_path / "root").upload(file, "a.tar.gz", sha256="0" * 64, resume_dir=tmp_path)
+    )
+    async with asyncio.timeout(30):
+        while not any(folder.glob(".*.part")):
+            await asyncio.sleep(0.001)
+    upload.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await upload
+    assert list(folder.iterdir()) == []
 
 
 def test_a_folder_is_known_by_what_it_keeps_and_not_by_its_path(tmp_path: Path) -> None:
