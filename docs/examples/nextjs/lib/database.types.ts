@@ -1125,6 +1125,7 @@ export type Database = {
         Returns: undefined
       }
       training_job_status: { Args: { job_id: string }; Returns: Json }
+      training_name_url: { Args: { url: string }; Returns: Record<string, unknown> }
       training_notify_user: {
         Args: {
           job: Omit<
