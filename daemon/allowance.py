@@ -7,14 +7,17 @@ begin, the row is the truth.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from dataclasses import dataclass
+
+import structlog
 
 from daemon.errors import DatabaseAway
 from daemon.job import ClaimedJob
-from daemon.reporter import Reporter
+from daemon.reporter import REFUSALS, Reporter
 from daemon.stop import Stop, StopReason
 from daemon.store import Store
+
+log = structlog.get_logger()
 
 LOOK_SECONDS = 1.0
 # One look by primary key; the progress of the same job is written five times as often.
@@ -49,9 +52,11 @@ async def watch_allowance(job: ClaimedJob, reporter: Reporter, store: Store, sto
     while True:
         await asyncio.sleep(LOOK_SECONDS)
         if allowance.used_up(reporter.cost) is not None or _now() >= read_at + READ_SECONDS:
-            # While the database is away, what was known holds.
-            with contextlib.suppress(DatabaseAway):
+            try:
                 limits = await store.read_limits(job.id)
+            except (DatabaseAway, *REFUSALS) as error:
+                log.warning("limits_not_read", error=str(error))  # what was known holds
+            else:
                 if limits is None:
                     # Its lease was deleted with it; the heartbeat of a silent trainer would say so much later.
                     stop.request(StopReason.LEASE_LOST)

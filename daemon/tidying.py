@@ -14,6 +14,7 @@ import structlog
 from daemon.errors import DatabaseAway, JobError
 from daemon.job import ClaimedJob, State
 from daemon.pack import withdraw_adapter
+from daemon.reporter import REFUSALS
 from daemon.settings import Settings
 from daemon.storage import Storage
 from daemon.store import Ending, Store
@@ -88,5 +89,5 @@ class Tidying:
         """Its row is gone: nobody comes back for anything of it. False where that cannot be asked now."""
         try:
             return await self._store.read_limits(job.id) is None
-        except DatabaseAway:
+        except (DatabaseAway, *REFUSALS):
             return False

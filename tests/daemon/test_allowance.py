@@ -12,8 +12,11 @@ import pytest
 from daemon.allowance import watch_allowance
 from daemon.cost import Meter
 from daemon.database import Database
+from daemon.gateway_words import Submission
+from daemon.host import Host
 from daemon.job import ClaimedJob
 from daemon.reporter import Reporter
+from daemon.rowless import RowlessStore
 from daemon.stop import Stop, StopReason
 from daemon.store import Limits, Store
 from tests.postgres import AppDatabase
@@ -24,6 +27,7 @@ FAR = "clock_timestamp() + interval '1 hour'"
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same watch at another pace: a look every few seconds would make each of these tests take several."""
     monkeypatch.setattr("daemon.allowance.LOOK_SECONDS", 0.02)
     monkeypatch.setattr("daemon.allowance.READ_SECONDS", 0.1)
 
@@ -94,3 +98,21 @@ async def test_while_the_database_is_away_the_limit_that_is_known_holds(database
         asyncio.timeout(30),
     ):
         assert await stop.wait() is StopReason.BUDGET
+
+
+async def test_while_the_database_refuses_the_limit_that_is_known_holds(database: AppDatabase) -> None:
+    async with Database(database.dsn, application_name="test") as connection:
+        store = Store(connection)
+        job = await claimed(store, database, "max_cost", "0.5")
+        database.run("REVOKE SELECT ON training_jobs FROM training_daemon")
+        async with watched(job, store) as stop, asyncio.timeout(30):
+            assert await stop.wait() is StopReason.BUDGET
+
+
+async def test_a_request_without_a_row_has_no_limits_and_is_not_taken_for_a_deleted_one() -> None:
+    store = RowlessStore(Host(device="cpu"), ())
+    submission = Submission(
+        dataset_url="https://files.example.com/d.jsonl", hyperparameters={"base_model": "a/b"}, gpu_config={}
+    )
+    job = await store.claim(await store.submit(submission))
+    assert job is not None and await store.read_limits(job.id) == (None, None)
