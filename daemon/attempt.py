@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, assert_never
 
@@ -38,6 +38,7 @@ from daemon.storage import Storage
 from daemon.store import Store
 from daemon.tidying import Remains
 from daemon.trackers import Tracking, choose_trackers
+from daemon.troubles import Troubles
 from daemon.uploads import note_adapter
 from daemon.warm import Trainers
 from daemon.workspace import Workspace
@@ -63,6 +64,7 @@ class Collaborators:
     courier: CallbackCourier
     trainers: Trainers
     platform_price: Callable[[], float | None] = lambda: None
+    troubles: Troubles = field(default_factory=Troubles)
 
 
 class Interrupted(Exception):

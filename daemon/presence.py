@@ -12,6 +12,7 @@ from daemon.errors import DatabaseAway
 from daemon.host import Host, installed_versions
 from daemon.settings import Settings
 from daemon.store import Store, WorkerRow, WorkerState
+from daemon.troubles import Troubles
 
 log = structlog.get_logger()
 
@@ -27,7 +28,13 @@ class Load:
 
 
 async def stay_present(
-    store: Store, host: Host, settings: Settings, *, load: Callable[[], Load], on_drain: Callable[[], None]
+    store: Store,
+    host: Host,
+    settings: Settings,
+    troubles: Troubles,
+    *,
+    load: Callable[[], Load],
+    on_drain: Callable[[], None],
 ) -> None:
     """Register, then touch the row until cancelled. `on_drain` is called when an operator asked for it there."""
     row = _worker_row(host, settings)
@@ -37,7 +44,9 @@ async def stay_present(
         try:
             if not registered:
                 await store.register_worker(row)
-            wish = await store.touch_worker(host.worker_id, state=now.state, busy=now.busy, data={})
+            wish = await store.touch_worker(
+                host.worker_id, state=now.state, busy=now.busy, data={"troubles": troubles.as_json()}
+            )
             registered = wish is not None
             if wish == "drain" and now.state != "draining":
                 on_drain()

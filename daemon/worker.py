@@ -87,7 +87,9 @@ class Worker:
     def _chores(self) -> list[Coroutine[None, None, None]]:
         """What goes on beside the claiming, drain included."""
         return [
-            stay_present(self._store, self._host, self._settings, load=self._load, on_drain=self.drain),
+            stay_present(
+                self._store, self._host, self._settings, self._with.troubles, load=self._load, on_drain=self.drain
+            ),
             reap_for_ever(self._store, self._settings.lease_seconds),
             tidy_for_ever(self._settings.work_dir, self._settings.keep_days, self._host, running=self._running),
             self._with.trainers.tend(),

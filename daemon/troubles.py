@@ -1,0 +1,67 @@
+"""What is wrong with this host at the moment, for its operator: in the log at once, in its row of training_workers
+(`data.troubles`) at the next heartbeat, and from there in doctor, the dashboard and `hosts`.
+
+A trouble is a state, not an event: it has a name, begins, and ends when the same thing has worked again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import structlog
+
+log = structlog.get_logger()
+
+# A message may hold what a database or a library said; a row read every few seconds is no place for all of it.
+MESSAGE_CHARACTERS = 500
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """`name` says what does not work ("reaper", "work folder"), `message` what was seen and what the operator can do.
+    `times`: how often it was seen since it began."""
+
+    name: str
+    message: str
+    since: datetime
+    times: int = 1
+
+
+class Troubles:
+    """The troubles of one process. Written by whoever sees them, read by whoever tells the operator."""
+
+    def __init__(self) -> None:
+        self._now: dict[str, Trouble] = {}
+
+    def begin(self, name: str, message: str) -> None:
+        """`name` does not work; said again, it is the same trouble with newer words."""
+        known = self._now.get(name)
+        message = message.strip()[:MESSAGE_CHARACTERS]
+        if known is None:
+            log.error("trouble_began", trouble=name, message=message)
+            self._now[name] = Trouble(name, message, datetime.now(UTC))
+        else:
+            self._now[name] = Trouble(name, message, known.since, known.times + 1)
+
+    def end(self, name: str) -> None:
+        """`name` has worked just now."""
+        known = self._now.pop(name, None)
+        if known is not None:
+            seconds = (datetime.now(UTC) - known.since).total_seconds()
+            log.info("trouble_ended", trouble=name, times=known.times, lasted_seconds=round(seconds, 1))
+
+    def __iter__(self) -> Iterator[Trouble]:
+        return iter(list(self._now.values()))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._now
+
+    def as_json(self) -> list[dict[str, Any]]:
+        """As training_workers.data has them."""
+        return [
+            {"name": each.name, "message": each.message, "since": each.since.isoformat(), "times": each.times}
+            for each in self
+        ]
