@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Coroutine, Mapping
 from types import TracebackType
@@ -20,7 +21,7 @@ from psycopg.rows import dict_row
 from psycopg.types.json import set_json_loads
 from psycopg.waiting import wait_async
 
-from daemon.errors import DatabaseAway, HostUnfit
+from daemon.errors import DatabaseAway, DatabaseUnprepared, HostUnfit, RowsHidden, TrainerError
 from daemon.wire import Sent, Wire
 
 ROLE = "training_daemon"
@@ -44,8 +45,16 @@ _NOT_MIGRATED = (
     psycopg.errors.UndefinedColumn,
     psycopg.errors.UndefinedFunction,
     psycopg.errors.UndefinedObject,
+    psycopg.errors.InvalidSchemaName,
     psycopg.errors.InsufficientPrivilege,
 )
+_FUNCTION = re.compile(r"^(?:PL/pgSQL|SQL) function (?:public\.)?(\w+)", re.MULTILINE)
+_OUR_FUNCTIONS = (
+    *("training_", "reap_expired_leases", "release_held_jobs", "retry_training_job", "cancel_training_job"),
+    *("submit_training_job", "resend_callback", "prune_training_history"),
+)
+# Raised by our own triggers where a statement would leave a job half moved: row security hides the other half.
+_ROWS_HIDDEN = "PT503"
 # How long an app's transaction on one job's row may hold up what we write about all the others.
 _LOCK_MILLISECONDS = 1000
 _REFUSED_FOR_GOOD = ("password authentication failed", "does not exist", "no pg_hba.conf entry")
@@ -65,7 +74,8 @@ class Database:
     """One connection under a lock. `fetch` is the interface; `send` and `answer` are its halves, for who is in a hurry.
 
     Raises DatabaseAway for whatever means that Postgres is not there or could not answer now (refused, broken,
-    timed out, deadlock, serialization, read-only), HostUnfit where waiting would not help."""
+    timed out, deadlock, serialization, read-only), HostUnfit where waiting would not help. Once `proven`, what is
+    missing is missing for a while (DatabaseUnprepared, a DatabaseAway): it ends no daemon that was healthy."""
 
     def __init__(
         self,
@@ -87,6 +97,9 @@ class Database:
         self._setup: tuple[str, ...] = ()
         self._session_user: str | None = None
         self.connected_at: float | None = None
+        # Set by whoever has had real work done here.
+        self.proven = False
+        self._unprepared_in_a_row = 0
 
     async def __aenter__(self) -> Database:
         return self
@@ -135,7 +148,9 @@ class Database:
         allowed = self._statement_seconds + connecting + min(5.0, self._statement_seconds)
         try:
             async with asyncio.timeout(allowed):
-                return await answer
+                rows = await answer
+            self._unprepared_in_a_row = 0
+            return rows
         except TimeoutError:
             await self.close()
             raise DatabaseAway(f"no answer within {allowed:.0f} s") from None
@@ -152,11 +167,24 @@ class Database:
                 if not _connection_survives(error):
                     await self.close()
                 raise DatabaseAway(_first_line(error)) from error
-            if isinstance(error, _NOT_MIGRATED):
-                raise HostUnfit(
+            if isinstance(error, psycopg.Error) and error.sqlstate == _ROWS_HIDDEN:
+                raise RowsHidden(_first_line(error)) from error
+            if isinstance(error, _NOT_MIGRATED) and not _is_the_apps(error):
+                await self._renew_session()
+                raise self._missing(
                     f"the database is not prepared for this version ({_first_line(error)}): {_MIGRATE}"
                 ) from error
             raise
+
+    def _missing(self, message: str) -> TrainerError:
+        return DatabaseUnprepared(message) if self.proven else HostUnfit(message)
+
+    async def _renew_session(self) -> None:
+        """Twice in a row without an answer in between: whatever was made anew (role, schema, tables), a new session
+        finds it. Not at once: one table of the app's may refuse for months what everything else takes."""
+        self._unprepared_in_a_row += 1
+        if self.proven and self._unprepared_in_a_row > 1:
+            await self.close()
 
     async def _fetch(self, statement: str, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
         if self._connection is not None and self._connection.closed:
@@ -211,9 +239,9 @@ class Database:
         )
         login, exists, member = rows[0]["login"], rows[0]["role_exists"], rows[0]["member"]
         if not exists:
-            raise HostUnfit(f"the role {ROLE} does not exist: {_MIGRATE}")
+            raise self._missing(f"the role {ROLE} does not exist: {_MIGRATE}")
         if not member:
-            raise HostUnfit(f"{login} may not work as {ROLE}: log in as {ROLE}, or GRANT {ROLE} TO {login}")
+            raise self._missing(f"{login} may not work as {ROLE}: log in as {ROLE}, or GRANT {ROLE} TO {login}")
         milliseconds = round(self._statement_seconds * 1000)
         self._setup = (
             *((f"SET ROLE {ROLE}",) if login != ROLE else ()),
@@ -266,6 +294,12 @@ def _is_altered(error: BaseException) -> bool:
     return (
         isinstance(error, psycopg.errors.FeatureNotSupported) and error.diag.source_function == "RevalidateCachedQuery"
     )
+
+
+def _is_the_apps(error: psycopg.Error) -> bool:
+    """Raised inside a function of the app's own, a trigger on our table say: nothing of ours is missing."""
+    innermost = _FUNCTION.search(error.diag.context or "")
+    return innermost is not None and not innermost[1].startswith(_OUR_FUNCTIONS)
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,6 +6,8 @@
     │   └── JobDelayed     transient: another attempt may succeed
     ├── LeaseLost          somebody else owns the job now: stop, write nothing
     ├── DatabaseAway       Postgres does not answer: training goes on, try again
+    │   ├── DatabaseUnprepared   a table or a right that was there is missing for now: as good as away
+    │   └── RowsHidden           the row is there and this role does not see it: as good as away
     ├── PointsRefused      the app's metrics_points takes no points: training goes on without them
     └── HostUnfit          this host cannot work as configured: exit 78, do not restart
 
@@ -49,6 +51,16 @@ class LeaseLost(TrainerError):
 
 class DatabaseAway(TrainerError):
     """Postgres cannot be reached, or the connection broke in the middle of a statement."""
+
+
+class DatabaseUnprepared(DatabaseAway):
+    """A table, a column, a function or a right is missing in a database that had served us: a reset, say, or a REVOKE.
+
+    Before it ever served us the same is HostUnfit: then nobody would mend it by waiting."""
+
+
+class RowsHidden(DatabaseAway):
+    """A row that is there, or may be there, and that row security keeps from the daemon's role. No row was deleted."""
 
 
 class PointsRefused(TrainerError):

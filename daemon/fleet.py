@@ -117,6 +117,7 @@ class Fleet:
         )
         self._wake = asyncio.Event()
         self._leaving = False
+        self._away_at = 0.0
         # What was said once and still holds: a decision a change, not a decision a look.
         self._said: set[tuple[str, str]] = set()
 
@@ -145,6 +146,8 @@ class Fleet:
             return await self.look()
         except DatabaseAway as error:
             log.warning("fleet_database_away", error=str(error))
+            # A table or a right that was missing to us was missing to the daemons: their rows are as old as that.
+            self._away_at = time.monotonic()
             return AWAY_SECONDS
         except RunPodError as error:
             # Without a sight of the pods nothing is decided: neither that one is missing nor that one is needed.
@@ -158,7 +161,9 @@ class Fleet:
             log.debug("fleet_standby", reason="another fleet loop has the turn")
             return self._settings.fleet_poll_seconds
         try:
-            return await self._decide(self._clock() if self._clock else now)
+            seconds = await self._decide(self._clock() if self._clock else now)
+            self._fleet.database.proven = self._store.database.proven = True
+            return seconds
         finally:
             await self._end_turn()
 
@@ -195,7 +200,8 @@ class Fleet:
         pod_ids = [row.pod for row in pods if row.pod is not None and row.ended_at is None]
         workers = await self._fleet.workers(now - timedelta(seconds=ALIVE_AFTER_OUTAGE_SECONDS), pod_ids)
         connected_at = self._fleet.database.connected_at
-        settled = connected_at is not None and time.monotonic() - connected_at >= self._settle_seconds
+        since = None if connected_at is None else max(connected_at, self._away_at)
+        settled = since is not None and time.monotonic() - since >= self._settle_seconds
         jobs = await self._fleet.waiting_jobs(self._limits.user_cap)
         return View(now, jobs, workers, pods, listed, settled)
 

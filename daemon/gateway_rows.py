@@ -81,7 +81,9 @@ class GatewayRows:
         except TimeoutError:
             raise DatabaseAway(f"no free connection within {TURN_SECONDS:.0f} s") from None
         try:
-            return await database.fetch(statement(name, folder), parameters)
+            rows = await database.fetch(statement(name, folder), parameters)
+            database.proven = True
+            return rows
         finally:
             self._free.put_nowait(database)
 

@@ -42,11 +42,14 @@ async def stay_present(
     while True:
         now = load()
         try:
-            if not registered:
+            data = {"troubles": troubles.as_json()}
+            wish = None
+            if registered:
+                wish = await store.touch_worker(host.worker_id, state=now.state, busy=now.busy, data=data)
+            if wish is None:
+                # The first time, or the table was made anew: jobs that wait say at once again that there is a host.
                 await store.register_worker(row)
-            wish = await store.touch_worker(
-                host.worker_id, state=now.state, busy=now.busy, data={"troubles": troubles.as_json()}
-            )
+                wish = await store.touch_worker(host.worker_id, state=now.state, busy=now.busy, data=data)
             registered = wish is not None
             if wish == "drain" and now.state != "draining":
                 on_drain()

@@ -47,3 +47,5 @@ async def reap_for_ever(store: Store, lease_seconds: float) -> None:
                 log.warning("job_reaped", job_id=str(reaped.job_id), state=reaped.state)
         except (DatabaseAway, HostUnfit) as error:
             log.debug("reap_delayed", error=str(error))
+            # A table or a right that was missing here was missing to the holders as well.
+            late_at = time.monotonic()

@@ -14,7 +14,7 @@ import pytest
 
 from daemon.database import Database
 from daemon.embedded_postgres import EmbeddedPostgres
-from daemon.errors import DatabaseAway, HostUnfit
+from daemon.errors import DatabaseAway, DatabaseUnprepared, HostUnfit
 from daemon.migrate import migrate
 from daemon.store import Limits, Store
 from tests.postgres import AppDatabase, Server
@@ -324,3 +324,81 @@ async def test_behind_a_transaction_pooler_nothing_is_left_on_the_session(databa
         assert await cursor.fetchone() == {"who": "postgres", "prepared": 0}
     assert database_on("postgresql://u@h.example:6543/postgres").transaction_pooler
     assert not database_on("postgresql://u@h.example:5432/postgres").transaction_pooler
+
+
+# -- what was there and is missing for a while -------------------------------------------------------------------
+
+SIGHT = "SELECT FROM training_leases LIMIT 0"
+
+
+@pytest.mark.parametrize(
+    ("taken", "given_back"),
+    [
+        ("REVOKE SELECT ON training_leases FROM training_daemon", "GRANT SELECT ON training_leases TO training_daemon"),
+        ("REVOKE USAGE ON SCHEMA public FROM training_daemon, PUBLIC", "GRANT USAGE ON SCHEMA public TO PUBLIC"),
+        ("ALTER TABLE training_leases RENAME TO gone", "ALTER TABLE gone RENAME TO training_leases"),
+        ("ALTER SCHEMA public RENAME TO gone", "ALTER SCHEMA gone RENAME TO public"),
+    ],
+    ids=["right", "right on the schema", "table", "schema"],
+)
+async def test_what_has_served_us_and_is_missing_is_an_outage(
+    database: AppDatabase, taken: str, given_back: str
+) -> None:
+    async with database_on(database.dsn) as db:
+        await db.fetch(SIGHT)
+        database.run(taken)
+        with pytest.raises(HostUnfit, match="brightrun-trainer migrate"):
+            await db.fetch(SIGHT)
+        db.proven = True
+        for _ in range(3):
+            with pytest.raises(DatabaseUnprepared, match="brightrun-trainer migrate"):
+                await db.fetch(SIGHT)
+        database.run(given_back)
+        assert await db.fetch(SIGHT) == []
+
+
+async def test_a_login_that_was_the_daemon_and_may_not_be_for_a_while_is_an_outage(server: EmbeddedPostgres) -> None:
+    with psycopg.connect(server.dsn(), autocommit=True) as admin:
+        admin.execute(f"CREATE ROLE somebody_else LOGIN PASSWORD '{server.password}'")
+        admin.execute("GRANT training_daemon TO somebody_else")
+        async with database_on(server.dsn(user="somebody_else")) as db:
+            await db.fetch(SIGHT)
+            db.proven = True
+            admin.execute("REVOKE training_daemon FROM somebody_else")
+            await db.close()
+            with pytest.raises(DatabaseUnprepared, match="GRANT training_daemon TO somebody_else"):
+                await db.fetch(SIGHT)
+            admin.execute("GRANT training_daemon TO somebody_else")
+            assert await db.fetch(SIGHT) == []
+
+
+async def test_one_table_that_refuses_for_months_costs_no_connection(database: AppDatabase) -> None:
+    database.run("REVOKE ALL ON metrics_points FROM training_daemon")
+    async with database_on(database.dsn) as db:
+        await db.fetch(SIGHT)
+        db.proven, connected_at = True, db.connected_at
+        for _ in range(3):
+            with pytest.raises(DatabaseUnprepared):
+                await db.fetch("SELECT FROM metrics_points LIMIT 0")
+            await db.fetch(SIGHT)
+        assert db.connected_at == connected_at
+
+
+async def test_tables_that_were_made_anew_are_found_by_statements_that_were_prepared_before(postgres: Server) -> None:
+    with postgres.database() as name:
+        migrate(postgres.dsn(name), local=True)
+        app = AppDatabase(postgres.dsn(name))
+        async with database_on(app.dsn) as db:
+            store, user_id = Store(db), app.insert_user()
+            app.insert_job(user_id)
+            assert (await store.claim_job(uuid4(), Limits(), lease_seconds=60)).job is not None
+            app.run("DROP SCHEMA public CASCADE")
+            app.run("DROP SCHEMA supabase_migrations CASCADE")
+            with pytest.raises(DatabaseUnprepared):
+                await store.claim_job(uuid4(), Limits(), lease_seconds=60)
+            app.run("CREATE SCHEMA public")
+            migrate(app.dsn, local=True)
+            anew = app.insert_job(app.insert_user())
+            job = (await store.claim_job(uuid4(), Limits(), lease_seconds=60)).job
+            assert job is not None and job.id == anew
+        app.close()
