@@ -21,15 +21,47 @@ log = structlog.get_logger()
 AWAY_SECONDS = 1.0
 MAX_BACKOFF_SECONDS = 3600.0
 LAST_WORDS_TRIES = 3
+# The heartbeat of an attempt whose ending has just been written finds no lease: time for the answer to be read.
+ANSWER_SECONDS = 2.0
 
 
 async def settle(
     job: ClaimedJob, outcome: Outcome, reporter: Reporter, *, stop: Stop, store: Store, settings: Settings
 ) -> Ending | None:
-    """Write the ending. None when the job is not ours any more: whoever lost the lease writes nothing."""
+    """Write the ending. None when the job is not ours any more: whoever lost the lease writes nothing.
+
+    A host that is to stop in a partition stops waiting as well once it has counted its lease out: by then another
+    one may be at work, in the same folder if they share a volume, and what ended here may have ended by that."""
     if isinstance(outcome, Superseded):
         log.warning("attempt_superseded")
         return None
+    writing = asyncio.create_task(_write(job, outcome, reporter, stop=stop, store=store, settings=settings))
+    if isinstance(outcome, Completed):
+        return await writing  # verified and stored: if nobody took the job meanwhile, it counts
+    lost = asyncio.create_task(stop.wait_for_lost_lease())
+    try:
+        await asyncio.wait({writing, lost}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({writing}, timeout=ANSWER_SECONDS)
+        if writing.done():
+            return writing.result()
+        log.warning("attempt_superseded", outcome=type(outcome).__name__.lower())
+        return None
+    finally:
+        lost.cancel()
+        writing.cancel()
+        await asyncio.gather(writing, lost, return_exceptions=True)
+
+
+async def _write(
+    job: ClaimedJob,
+    outcome: Completed | Failed | Released | Cancelled,
+    reporter: Reporter,
+    *,
+    stop: Stop,
+    store: Store,
+    settings: Settings,
+) -> Ending | None:
+    """Until it is written or refused, however long the database is away."""
     give_up_at = asyncio.get_running_loop().time() + settings.drain_seconds
     unheard = 0
     while True:

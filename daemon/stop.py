@@ -25,6 +25,7 @@ class Stop:
 
     def __init__(self) -> None:
         self._requested = asyncio.Event()
+        self._lease_lost = asyncio.Event()
         self._reason: StopReason | None = None
         self.hurried = False
 
@@ -35,12 +36,18 @@ class Stop:
     def request(self, reason: StopReason) -> None:
         if self._reason is None or reason is StopReason.LEASE_LOST:
             self._reason = reason
+        if reason is StopReason.LEASE_LOST:
+            self._lease_lost.set()
         self._requested.set()
 
     async def wait(self) -> StopReason:
         await self._requested.wait()
         assert self._reason is not None
         return self._reason
+
+    async def wait_for_lost_lease(self) -> None:
+        """Until the lease is lost, or counts as lost in a partition, whatever else was asked for before."""
+        await self._lease_lost.wait()
 
     @property
     def reason(self) -> StopReason | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from io import FileIO
 from pathlib import Path
 
 import structlog
@@ -19,17 +20,21 @@ class TrainerLog:
     """Appends to `path`; when it is full, it becomes `<name>.1.log` and a new one begins."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._lines: deque[str] = deque(maxlen=TAIL_LINES)
-        self._file = path.open("ab", buffering=0)
-        self._bytes = self._file.tell()
-        self._writable = True
+        self._file: FileIO | None = None
+        self._bytes = 0
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab", buffering=0)
+            self._bytes = self._file.tell()
+        except OSError as error:
+            self._give_up(error)
 
     def write(self, chunk: bytes) -> None:
         lines = chunk.decode(errors="replace").splitlines()
         self._lines.extend(line[-MAX_LINE_CHARACTERS:] for line in lines if line.strip())
-        if not self._writable:
+        if self._file is None:
             return
         try:
             if self._bytes > MAX_BYTES:
@@ -38,12 +43,18 @@ class TrainerLog:
                 self._file, self._bytes = self._path.open("wb", buffering=0), 0
             self._bytes += self._file.write(chunk)
         except OSError as error:
-            # A full disk must not stop the training that will name it.
-            self._writable = False
-            log.warning("trainer_log_lost", error=str(error))
+            self._give_up(error)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+
+    def _give_up(self, error: OSError) -> None:
+        # A full disk, or an heir that has removed the folder, must not stop the training that will name it: the
+        # last lines are kept in memory all the same.
+        self.close()
+        self._file = None
+        log.warning("trainer_log_lost", error=str(error))
 
     @property
     def tail(self) -> str:

@@ -81,15 +81,20 @@ class Workspace:
 
     def _adopt_checkpoints(self) -> None:
         # A rename moves them out of a stale host's reach: what it still writes goes to the old name.
+        if self.checkpoint_dir.exists():
+            return
         earlier = {
             int(match[1]): folder
             for folder in self.checkpoint_dir.parent.iterdir()
-            if (match := re.fullmatch(r"e(\d+)", folder.name)) and int(match[1]) < self.epoch and any(folder.iterdir())
+            if (match := re.fullmatch(r"e(\d+)", folder.name)) and int(match[1]) < self.epoch
         }
-        if earlier and not self.checkpoint_dir.exists():
-            newest = earlier[max(earlier)]
-            newest.rename(self.checkpoint_dir)
-            log.info("checkpoints_adopted", from_epoch=max(earlier))
+        for epoch in sorted(earlier, reverse=True):
+            # Its host may still be at work in it, or tidying up: what is gone meanwhile is no fault of this attempt.
+            with contextlib.suppress(FileNotFoundError):
+                if any(earlier[epoch].iterdir()):
+                    earlier[epoch].rename(self.checkpoint_dir)
+                    log.info("checkpoints_adopted", from_epoch=epoch)
+                    return
 
     def forget_attempt(self) -> None:
         """Remove what only this attempt needed and keep the checkpoints for the next one."""

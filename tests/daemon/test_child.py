@@ -228,3 +228,12 @@ async def test_a_flood_of_output_keeps_its_last_lines_and_a_bounded_log(tmp_path
     verdict = await Run(tmp_path, script).verdict()
     assert isinstance(verdict, Failed) and verdict.stack is not None and verdict.stack.endswith("the very last line")
     assert sum(path.stat().st_size for path in tmp_path.glob("trainer*.log")) < 40_000_000
+
+
+async def test_a_log_that_cannot_be_opened_stops_no_training_and_leaves_no_process(tmp_path: Path) -> None:
+    run = Run(tmp_path, [["print", "the last line"], ["steps", 2, 0.0], ["exit", 3]])
+    (tmp_path / "in the way").write_text("a file")
+    run.log_path = tmp_path / "in the way" / "trainer.log"
+    verdict = await run.verdict()
+    assert isinstance(verdict, Failed) and "exit code 3" in verdict.message
+    assert verdict.stack is not None and "the last line" in verdict.stack

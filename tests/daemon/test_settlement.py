@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -229,3 +231,63 @@ async def test_a_hurried_host_leaves_its_release_to_the_reaper_while_the_databas
                 job, Released("x"), reporter_of(away, job.lease), stop=stop, store=away, settings=settings
             )
     assert ending is None
+
+
+@pytest.mark.parametrize("outcome", [Failed(ErrorCode.INTERNAL, "exit code 1", transient=True), REFUSED, Released("x")])
+async def test_who_counted_his_lease_out_does_not_wait_to_tell_of_a_failure(
+    store: CountingStore, settings: Settings, outcome: Failed | Released
+) -> None:
+    """It may be the heir's doing: a folder on a shared volume, taken from under the trainer."""
+    job = await claimed(store)
+    stop = Stop()
+    async with Database("postgresql://nobody@127.0.0.1:1/nowhere", application_name="test") as nobody:
+        away = Store(nobody)
+        settling = asyncio.create_task(
+            settle(job, outcome, reporter_of(away, job.lease), stop=stop, store=away, settings=settings)
+        )
+        done, _ = await asyncio.wait({settling}, timeout=0.5)
+        assert not done
+        stop.request(StopReason.LEASE_LOST)
+        async with asyncio.timeout(settings.drain_seconds / 2):
+            assert await settling is None
+
+
+async def test_an_adapter_that_is_stored_is_worth_any_wait(store: CountingStore, settings: Settings) -> None:
+    job = await claimed(store)
+    stop = Stop()
+    stop.request(StopReason.LEASE_LOST)
+    done = Completed("lora-models/adapters/x.tar.gz", "0" * 64, 1)
+    ending = await settle(job, done, reporter_of(store, job.lease), stop=stop, store=store, settings=settings)
+    assert ending is not None and ending.state is State.COMPLETED
+
+
+async def test_an_ending_that_was_written_is_known_although_the_heartbeat_misses_its_lease(
+    store: CountingStore, settings: Settings
+) -> None:
+    job = await claimed(store)
+    stop = Stop()
+    stop.request(StopReason.LEASE_LOST)
+    ending = await settle(job, REFUSED, reporter_of(store, job.lease), stop=stop, store=store, settings=settings)
+    assert ending is not None and ending.state is State.FAILED
+
+
+def test_a_folder_that_vanishes_while_its_checkpoints_are_adopted_costs_the_heir_no_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last owner, on the same volume, removes or renames it at that very moment."""
+    job_id = uuid4()
+    for epoch in (1, 2):
+        (Workspace.open(tmp_path, job_id, epoch).checkpoint_dir / "step").write_text(str(epoch))
+        # The second one took over from the first: put something back, as a host that was cut off does.
+        Workspace(tmp_path / str(job_id), 1).checkpoint_dir.mkdir(exist_ok=True)
+        (Workspace(tmp_path / str(job_id), 1).checkpoint_dir / "step").write_text("1")
+    rename = Path.rename
+
+    def too_late(self: Path, target: Path) -> Path:
+        if self.name == "e2":
+            shutil.rmtree(self)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", too_late)
+    heir = Workspace.open(tmp_path, job_id, 3)
+    assert (heir.checkpoint_dir / "step").read_text() == "1"

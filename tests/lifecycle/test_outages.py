@@ -271,6 +271,26 @@ def test_a_partitioned_daemon_that_shall_stop_ends_its_child_and_another_goes_on
     assert row["attempt"] == 2 and own_queue.story(job).count("completed") == 1
 
 
+def test_a_partitioned_daemon_whose_heir_takes_the_folder_from_under_its_trainer_calls_it_superseded(
+    own_queue: Queue, proxy: TcpProxy, tmp_path: Path
+) -> None:
+    """A reaper may be quicker than the host that counts its own lease out, and shares its volume."""
+    with DaemonProcess(
+        proxy.dsn(own_queue.dsn), tmp_path, name="cut_off", lease_seconds=12, on_partition="stop"
+    ) as cut_off:
+        job = own_queue.insert(script=[["steps", 150, 0.05]])
+        own_queue.wait_for(job, "running")
+        proxy.partition()
+        own_queue.select("UPDATE training_leases SET expires_at = clock_timestamp() - interval '1 s'")
+        with own_queue.daemon(tmp_path, name="heir", lease_seconds=1) as heir:
+            heir.wait_for_log("checkpoints_adopted", seconds=30)
+            # Its trainer found no folder for the next checkpoint; that is no failure of the job.
+            cut_off.wait_for_log("trainer_ended", returncode=1)
+            cut_off.wait_for_log("attempt_superseded", outcome="failed", seconds=40)
+            row = own_queue.wait_for(job, "completed", seconds=40)
+    assert row["attempt"] == 2 and own_queue.story(job).count("completed") == 1
+
+
 @pytest.mark.parametrize(
     "with_heir",
     [False, pytest.param(True, marks=pytest.mark.system)],  # which waits for two whole trainings
