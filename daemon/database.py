@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import time
 from collections.abc import Coroutine, Mapping
 from types import TracebackType
@@ -22,6 +21,7 @@ from psycopg.types.json import set_json_loads
 from psycopg.waiting import wait_async
 
 from daemon.errors import DatabaseAway, DatabaseUnprepared, HostUnfit, RowsHidden, TrainerError
+from daemon.refusal import is_of_the_app, refusal_of
 from daemon.wire import Sent, Wire
 
 ROLE = "training_daemon"
@@ -48,11 +48,6 @@ _NOT_MIGRATED = (
     psycopg.errors.InvalidSchemaName,
     psycopg.errors.InsufficientPrivilege,
 )
-_FUNCTION = re.compile(r"^(?:PL/pgSQL|SQL) function (?:public\.)?(\w+)", re.MULTILINE)
-_OUR_FUNCTIONS = (
-    *("training_", "reap_expired_leases", "release_held_jobs", "retry_training_job", "cancel_training_job"),
-    *("submit_training_job", "resend_callback", "prune_training_history"),
-)
 # Raised by our own triggers where a statement would leave a job half moved: row security hides the other half.
 _ROWS_HIDDEN = "PT503"
 # How long an app's transaction on one job's row may hold up what we write about all the others.
@@ -74,8 +69,9 @@ class Database:
     """One connection under a lock. `fetch` is the interface; `send` and `answer` are its halves, for who is in a hurry.
 
     Raises DatabaseAway for whatever means that Postgres is not there or could not answer now (refused, broken,
-    timed out, deadlock, serialization, read-only), HostUnfit where waiting would not help. Once `proven`, what is
-    missing is missing for a while (DatabaseUnprepared, a DatabaseAway): it ends no daemon that was healthy."""
+    timed out, deadlock, serialization, read-only), HostUnfit where waiting would not help, StatementRefused where
+    Postgres objects to what the statement does. Once `proven`, what is missing is missing for a while
+    (DatabaseUnprepared, a DatabaseAway): it ends no daemon that was healthy."""
 
     def __init__(
         self,
@@ -169,11 +165,13 @@ class Database:
                 raise DatabaseAway(_first_line(error)) from error
             if isinstance(error, psycopg.Error) and error.sqlstate == _ROWS_HIDDEN:
                 raise RowsHidden(_first_line(error)) from error
-            if isinstance(error, _NOT_MIGRATED) and not _is_the_apps(error):
+            if isinstance(error, _NOT_MIGRATED) and not is_of_the_app(error):
                 await self._renew_session()
                 raise self._missing(
                     f"the database is not prepared for this version ({_first_line(error)}): {_MIGRATE}"
                 ) from error
+            if isinstance(error, psycopg.Error):
+                raise refusal_of(error) from error
             raise
 
     def _missing(self, message: str) -> TrainerError:
@@ -294,12 +292,6 @@ def _is_altered(error: BaseException) -> bool:
     return (
         isinstance(error, psycopg.errors.FeatureNotSupported) and error.diag.source_function == "RevalidateCachedQuery"
     )
-
-
-def _is_the_apps(error: psycopg.Error) -> bool:
-    """Raised inside a function of the app's own, a trigger on our table say: nothing of ours is missing."""
-    innermost = _FUNCTION.search(error.diag.context or "")
-    return innermost is not None and not innermost[1].startswith(_OUR_FUNCTIONS)
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,6 +8,7 @@
     ├── DatabaseAway       Postgres does not answer: training goes on, try again
     │   ├── DatabaseUnprepared   a table or a right that was there is missing for now: as good as away
     │   └── RowsHidden           the row is there and this role does not see it: as good as away
+    ├── StatementRefused   Postgres answers and will not: a constraint, an app's trigger: leave the row, go on
     ├── PointsRefused      the app's metrics_points takes no points: training goes on without them
     └── HostUnfit          this host cannot work as configured: exit 78, do not restart
 
@@ -61,6 +62,17 @@ class DatabaseUnprepared(DatabaseAway):
 
 class RowsHidden(DatabaseAway):
     """A row that is there, or may be there, and that row security keeps from the daemon's role. No row was deleted."""
+
+
+class StatementRefused(TrainerError):
+    """Postgres took our statement and refused what it does: a constraint, a trigger, a policy of the app's own.
+
+    `who` names the one that objected, as far as Postgres says. Waiting does not help and another row may pass."""
+
+    def __init__(self, message: str, *, who: str | None = None, sqlstate: str | None = None) -> None:
+        super().__init__(f"{message} ({who})" if who else message)
+        self.who = who
+        self.sqlstate = sqlstate
 
 
 class PointsRefused(TrainerError):

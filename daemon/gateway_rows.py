@@ -18,7 +18,7 @@ import psycopg
 from psycopg.types.json import Jsonb
 
 from daemon.database import Database
-from daemon.errors import DatabaseAway
+from daemon.errors import DatabaseAway, StatementRefused
 from daemon.gateway_words import Submission
 from daemon.settings import Settings
 from daemon.store import statement
@@ -151,20 +151,21 @@ class GatewayRows:
         """As fetch; what the database's functions refuse becomes the caller's answer."""
         try:
             return await self.fetch(name, parameters)
-        except psycopg.errors.ForeignKeyViolation as error:
-            raise Refused(
-                503,
-                "The user that is to own this job does not exist.",
-                "The operator must set TRAINER_SERVICE_USER_ID to a user of the project.",
-            ) from error
-        except psycopg.DataError as error:
-            raise Refused(422, f"A value does not fit into its column: {error.diag.message_primary}.") from error
-        except psycopg.DatabaseError as error:
+        except StatementRefused as refused:
+            error = refused.__cause__
+            if isinstance(error, psycopg.errors.ForeignKeyViolation):
+                raise Refused(
+                    503,
+                    "The user that is to own this job does not exist.",
+                    "The operator must set TRAINER_SERVICE_USER_ID to a user of the project.",
+                ) from refused
+            if isinstance(error, psycopg.DataError):
+                raise Refused(422, f"A value does not fit into its column: {error.diag.message_primary}.") from refused
             # The functions raise PT400, PT404 and PT409: the last three digits are HTTP's (PostgREST's custom).
-            state = error.sqlstate or ""
-            if not state.startswith("PT"):
+            state = refused.sqlstate or ""
+            if not isinstance(error, psycopg.Error) or not state.startswith("PT"):
                 raise
-            raise Refused(int(state[2:]), f"{error.diag.message_primary}.", error.diag.message_hint) from error
+            raise Refused(int(state[2:]), f"{error.diag.message_primary}.", error.diag.message_hint) from refused
 
 
 def unknown_job() -> Refused:

@@ -12,11 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, assert_never
 
-import psycopg
 import structlog
 
 from daemon.cost import Meter
-from daemon.errors import DatabaseAway, HostUnfit, LeaseLost, PointsRefused
+from daemon.errors import DatabaseAway, HostUnfit, LeaseLost, PointsRefused, StatementRefused
 from daemon.host import GpuLoad
 from daemon.job import Lease
 from daemon.store import MetricPoint, Store
@@ -29,7 +28,7 @@ log = structlog.get_logger()
 WRITE_SECONDS = 1.0
 AWAY_SECONDS = 2.0
 # A database that is there and will not: a right that is missing, a trigger of the app's own that objects.
-REFUSALS = (HostUnfit, psycopg.Error)
+REFUSALS = (HostUnfit, StatementRefused)
 # A day of one step a second fits; beyond it every other waiting point is dropped, the ends of the curve never.
 MAX_WAITING_POINTS = 100_000
 POINTS_A_WRITE = 500

@@ -13,12 +13,11 @@ from importlib import resources
 from typing import Any, Literal
 from uuid import UUID
 
-import psycopg
 from psycopg.types.json import Jsonb
 
 from daemon.columns import clamp_numeric, clean_json, clean_text, fit_integer, fit_numeric
 from daemon.database import Database
-from daemon.errors import DatabaseUnprepared, HostUnfit, LeaseLost, PointsRefused
+from daemon.errors import DatabaseUnprepared, HostUnfit, LeaseLost, PointsRefused, StatementRefused
 from daemon.job import ClaimedJob, Completed, Failed, JobDataset, Lease, State
 from daemon.storage import Location
 from daemon.wire import Sent
@@ -458,7 +457,7 @@ class Store:
             # That table alone, or everything for a while? Then the points wait.
             await self._database.fetch("SELECT FROM training_leases LIMIT 0")
             raise _points_refused(error) from error
-        except (psycopg.Error, HostUnfit) as error:
+        except (StatementRefused, HostUnfit) as error:
             raise _points_refused(error) from error
         _require_held(answer[0]["held"], lease)
 

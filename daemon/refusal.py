@@ -1,0 +1,53 @@
+"""Who refused a statement of ours, as Postgres tells it: the functions on its way, and the constraint that it broke."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from importlib import resources
+
+import psycopg
+
+from daemon.errors import StatementRefused
+
+# Of an error's context: `PL/pgSQL function app.audit() line 3 at RAISE`, `SQL function "audit" statement 1`.
+_FUNCTION = re.compile(r"^(?:PL/\w+|SQL) function \"?([\w.$]+)\"?", re.MULTILINE)
+_CREATED = re.compile(r"^CREATE OR REPLACE FUNCTION public\.(\w+)", re.MULTILINE)
+
+
+def refusal_of(error: psycopg.Error) -> StatementRefused:
+    """What the database said, and who said it."""
+    return StatementRefused(_said(error), who=_who(error), sqlstate=error.sqlstate)
+
+
+def is_of_the_app(error: BaseException) -> bool:
+    """It was raised inside a function that is not ours: a trigger of the app's own, say, that lacks a right itself."""
+    return isinstance(error, psycopg.Error) and any(name not in _own_functions() for name in _functions(error))
+
+
+def _who(error: psycopg.Error) -> str | None:
+    diag = error.diag
+    foreign = [name for name in _functions(error) if name not in _own_functions()]
+    parts = [
+        f"function {foreign[0]}" if foreign else None,
+        f"constraint {diag.constraint_name}" if diag.constraint_name else None,
+        f"column {diag.column_name}" if diag.column_name else None,
+        f"table {diag.table_name}" if diag.table_name else None,
+    ]
+    return ", ".join(part for part in parts if part) or None
+
+
+def _said(error: psycopg.Error) -> str:
+    return (error.diag.message_primary or str(error).strip()).split("\n", 1)[0] or type(error).__name__
+
+
+def _functions(error: psycopg.Error) -> list[str]:
+    """The innermost first; without the schema that all of ours are in."""
+    return [name.removeprefix("public.") for name in _FUNCTION.findall(error.diag.context or "")]
+
+
+@cache
+def _own_functions() -> frozenset[str]:
+    files = sorted(file.name for file in resources.files("sql.migrations").iterdir() if file.name.endswith(".sql"))
+    texts = ((resources.files("sql.migrations") / name).read_text(encoding="utf-8") for name in files)
+    return frozenset(name for text in texts for name in _CREATED.findall(text)) | {"inline_code_block"}
