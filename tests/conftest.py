@@ -1,9 +1,15 @@
-"""Fixtures of every test: one Postgres a run, one freshly migrated database a test."""
+"""Fixtures of every test: one Postgres a run, one freshly migrated database a test. And their order.
+
+Files with long waits come first, so that no worker is left alone with one at the end. `--shuffle` runs the files, and
+the tests of each file, in a random order; the seed is printed, and `--shuffle SEED` repeats that order.
+"""
 
 from __future__ import annotations
 
+import random
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +18,19 @@ import structlog
 from tests.postgres import AppDatabase, Server, migrated, open_server
 
 _POSTGRES = pytest.StashKey[str]()
+# Whose tests wait longest, by --durations; all other files in their usual order.
+_FIRST = ("test_outages.py", "test_supervisord.py", "test_serverless.py", "test_child.py", "test_demo.py")
 
 
-def pytest_configure() -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shuffle", nargs="?", const="any", metavar="SEED", help="run the tests in a random order")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        config.option.shuffle = config.workerinput["shuffle"]
+    elif config.option.shuffle == "any":
+        config.option.shuffle = str(random.SystemRandom().randrange(1_000_000))
     # A shell ignores SIGINT for what it starts in the background, and programs inherit that: Control-C in a test would
     # be heard by nobody.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -53,6 +69,29 @@ def database(postgres: Server, migrated_template: str) -> Iterator[AppDatabase]:
         app.close()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """All workers of a parallel run collect in one order."""
+    node.workerinput["shuffle"] = node.config.option.shuffle
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    return f"order: --shuffle {config.option.shuffle}" if config.option.shuffle is not None else None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.shuffle is None:
+        items.sort(key=lambda item: _FIRST.index(item.path.name) if item.path.name in _FIRST else len(_FIRST))
+        return
+    order = random.Random(config.option.shuffle)
+    rank: dict[Path, float] = {}
+    for item in items:
+        rank.setdefault(item.path, order.random())
+    order.shuffle(items)
+    items.sort(key=lambda item: rank[item.path])
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """In a parallel run the controller prints the summary, and only its workers know the server."""
     if hasattr(session.config, "workeroutput"):
@@ -70,3 +109,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     used = config.stash.get(_POSTGRES, None)
     if used is not None:
         terminalreporter.write_line(f"postgres: {used}")
+    if config.option.shuffle is not None:
+        terminalreporter.write_line(f"order: --shuffle {config.option.shuffle}")

@@ -6,6 +6,7 @@ knows only what an audit trigger recorded; that it can say no is tested here as 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -14,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -33,7 +35,7 @@ from daemon.errors import DatabaseAway, LeaseLost
 from daemon.migrate import migrate
 from daemon.storage import Location
 from daemon.store import MetricPoint, Store
-from tests.daemon_process import REAL, ROOT, SCRIPTED, DaemonProcess, eventually
+from tests.daemon_process import REAL, ROOT, SCRIPTED, DaemonProcess, children_of, eventually
 from tests.lifecycle.queue import Queue
 from tests.lifecycle.tcp_proxy import TcpProxy
 from tests.lifecycle.test_peer_failures import STALE_WRITES, claim, reaped_lease
@@ -65,6 +67,49 @@ def server() -> Iterator[EmbeddedPostgres]:
 # -- the chaos -------------------------------------------------------------------------------------------------
 
 
+class Ambush:
+    """Stops the trainer of a host at a checkpoint of each of its jobs, once, until somebody has ended it.
+
+    By progress and not by the clock: on a quick machine a training is over before the next fault's turn comes."""
+
+    def __init__(self, host: Host, jobs_folder: Path) -> None:
+        self._host = host
+        self._checkpoints = jobs_folder
+        self._seen: set[UUID] = set()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._lie_in_wait, name="ambush", daemon=True)
+        # The job and the trainer's process, stopped; None: nothing is held.
+        self.held: tuple[UUID, int] | None = None
+        self._thread.start()
+
+    def end(self) -> None:
+        self._over.set()
+        self._thread.join(10)
+
+    def _lie_in_wait(self) -> None:
+        while not self._over.wait(0.02):
+            # Folders come and go while we look.
+            with contextlib.suppress(OSError):
+                if self.held is None:
+                    self._look()
+
+    def _look(self) -> None:
+        for checkpoint in self._checkpoints.glob("*/checkpoints/e*/checkpoint-*"):
+            job = UUID(checkpoint.parents[2].name)
+            if job not in self._seen and (trainer := self._trainer()) is not None:
+                self._seen.add(job)
+                self.held = (job, trainer)
+                return
+
+    def _trainer(self) -> int | None:
+        """One place, one trainer: stopped with the process of the job that it has forked."""
+        daemon = self._host.daemon
+        for pid in children_of(daemon.pid) if daemon is not None else ():
+            os.killpg(pid, signal.SIGSTOP)
+            return pid
+        return None
+
+
 @dataclass
 class Host:
     """One place in the fleet: whoever is booted there has a name of his own."""
@@ -76,6 +121,7 @@ class Host:
     boots: int = 0
     daemon: DaemonProcess | None = None
     continues_at: float | None = None
+    ambush: Ambush | None = None
 
 
 class Chaos:
@@ -96,6 +142,8 @@ class Chaos:
         self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
         for host in self.hosts:
+            if host.ambush is not None:
+                host.ambush.end()
             if host.daemon is not None:
                 host.daemon.kill()
 
@@ -105,6 +153,9 @@ class Chaos:
         host = Host(place, through, {"lease_seconds": LEASE_SECONDS, "poll_seconds": 1, **settings}, command)
         self.hosts.append(host)
         self.boot(host)
+        if command == REAL:
+            # A work folder of its own: the scripted trainings next door lie in no ambush.
+            host.ambush = Ambush(host, Path(settings["work_dir"]))
 
     def boot(self, host: Host) -> None:
         host.boots += 1
@@ -133,27 +184,22 @@ class Chaos:
                 return
 
     def kill_real_trainings(self) -> None:
-        """Each real training once, when it has trained a step or more: its next attempt goes on from a checkpoint."""
+        """Each real training once, where the ambush holds it: its next attempt goes on from its checkpoint."""
         for host in self.hosts:
-            if host.command != REAL or host.daemon is None or host.continues_at is not None:
+            if host.ambush is None or host.daemon is None:
                 continue
-            for pid in host.daemon.children():
-                # One place, one trainer, and it waits between its jobs: at work it is on the last one claimed.
-                claimed = host.daemon.logged("job_claimed")
-                job = UUID(claimed[-1]["job_id"]) if claimed else None
-                if job is None or job in self.killed_in_training:
-                    continue
-                row = self.queue.row(job)
-                if row["status"] != "running" or not row["current_step"]:
-                    continue
-                self.killed_in_training.add(job)
-                # Now the child alone, now its host with it: the one is retried, the other reaped.
-                if len(self.killed_in_training) % 2:
-                    os.kill(pid, signal.SIGKILL)
-                else:
-                    host.daemon.kill()
-                    self.boot(host)
-                    break
+            held = host.ambush.held
+            if held is None:
+                continue
+            job, trainer = held
+            self.killed_in_training.add(job)
+            # Now the child alone, now its host with it: the one is retried, the other reaped.
+            if len(self.killed_in_training) % 2:
+                os.kill(trainer, signal.SIGKILL)
+            else:
+                host.daemon.kill()
+                self.boot(host)
+            host.ambush.held = None
 
     def stop_past_the_lease(self) -> None:
         host = self._any_awake()
@@ -310,7 +356,7 @@ def insert_real_jobs(chaos: Chaos, count: int) -> None:
     for number in range(count):
         chaos.queue.insert(
             lines=[json.dumps(conversation(100 * number + line)) for line in range(32)],
-            hyperparameters={"base_model": REAL_MODEL, "batch_size": 4, "num_epochs": 15, "lora_rank": 4},
+            hyperparameters={"base_model": REAL_MODEL, "batch_size": 4, "num_epochs": 40, "lora_rank": 4},
             max_attempts=50,
         )
 
@@ -356,10 +402,18 @@ def run_chaos(
             chaos.add_host(f"host{number}", through=through, slots=2, allowed_models="tiny")
         if trainings:
             insert_real_jobs(chaos, trainings)
-            chaos.add_host("trainer", command=REAL, allowed_models=REAL_MODEL, checkpoint_seconds=1)
+            chaos.add_host(
+                "trainer",
+                command=REAL,
+                allowed_models=REAL_MODEL,
+                checkpoint_seconds=0.1,
+                work_dir=folder / "trainings",
+            )
         chaos.rage(FAULTS, rage_seconds)
         chaos.calm(calm_seconds)
         assert len(chaos.killed_in_training) == trainings, "not every real training was killed in mid-run"
+        for job in chaos.killed_in_training:
+            assert "resumed" in chaos.queue.story(job), f"seed {seed}: {job} did not go on from its checkpoint"
         verdict = chaos.judge()
         with capsys.disabled():
             report(chaos, seed, verdict, time.monotonic() - begun)
