@@ -2,6 +2,9 @@
 
 The ranks are started and watched by torchrun's own engine, torch.distributed's elastic agent: when one ends badly it
 ends the others. It is given no restarts: whether a job is tried again is for the daemon to decide.
+
+It is asked for nothing that torch 2.9 does not know. Which signals it handles, and that each rank sees one card, can be
+chosen only in later versions; so it runs in a thread, where it handles none, and a rank finds its card itself.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import contextlib
 import os
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -59,18 +63,22 @@ def _run(spec: JobSpec, desk: RankDesk, events_fd: int) -> ProcessFailure | None
 
     if "OMP_NUM_THREADS" not in os.environ and spec.device == "cpu":
         os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // spec.num_gpus))
+    engine = elastic_launch(launch_config(spec), sys.executable)
+    arguments = (
+        "-m",
+        "training.rank",
+        "--launcher",
+        os.getpid(),
+        "--desk",
+        desk.folder,
+        "--events",
+        # The engine starts processes with no descriptors of ours; the kernel lets them open this one by name.
+        f"/proc/{os.getpid()}/fd/{events_fd}",
+    )
     try:
-        elastic_launch(_launch_config(spec), sys.executable)(
-            "-m",
-            "training.rank",
-            "--launcher",
-            os.getpid(),
-            "--desk",
-            desk.folder,
-            "--events",
-            # The engine starts processes with no descriptors of ours; the kernel lets them open this one by name.
-            f"/proc/{os.getpid()}/fd/{events_fd}",
-        )
+        # In the main thread it would take SIGTERM from us and end the ranks without a checkpoint.
+        with ThreadPoolExecutor(1, "engine") as thread:
+            thread.submit(engine, *arguments).result()
     except ChildFailedError as error:
         failures: list[ProcessFailure] = list(error.failures.values())
         return min(failures, key=lambda failure: (not _was_killed(failure), failure.timestamp))
@@ -82,8 +90,8 @@ def _was_killed(failure: ProcessFailure) -> bool:
     return failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
 
 
-def _launch_config(spec: JobSpec) -> LaunchConfig:
-    """What `torchrun --standalone` would use, on the loopback interface."""
+def launch_config(spec: JobSpec) -> LaunchConfig:
+    """What `torchrun --standalone` would use, on the loopback interface; in words that torch 2.9 knows."""
     from torch.distributed.launcher.api import LaunchConfig
 
     return LaunchConfig(
@@ -95,10 +103,6 @@ def _launch_config(spec: JobSpec) -> LaunchConfig:
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=0,
-        # A SIGTERM is a wish that the ranks agree about, and not the engine's business.
-        signals_to_handle="SIGINT",
-        # Each rank sees its own card, and calls it 0.
-        virtual_local_rank=spec.device == "cuda",
     )
 
 

@@ -40,6 +40,8 @@ def main() -> int:
     spec = desk.spec()
     voice = Voice(os.open(chosen.events, os.O_WRONLY), spec.job_id) if index == 0 else Silence(spec.job_id)
     try:
+        if spec.device == "cuda":
+            see_one_card()
         _work(spec, voice, stop)
     except StopRequested:
         return 0
@@ -51,6 +53,19 @@ def main() -> int:
     if index == 0:
         desk.note_finished()
     return 0
+
+
+def see_one_card() -> None:
+    """Of the cards of this job leave this rank its own, which it calls 0. To be done before torch is imported.
+
+    (The engine of later versions of torch can do it, by `virtual_local_rank`; that of 2.9 cannot.)
+    """
+    index = int(os.environ["LOCAL_RANK"])
+    cards = [card.strip() for card in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if card.strip()]
+    if cards and index >= len(cards):
+        raise IndexError(f"rank {index} has no card: CUDA_VISIBLE_DEVICES={','.join(cards)}")
+    os.environ["CUDA_VISIBLE_DEVICES"] = cards[index] if cards else str(index)
+    os.environ["LOCAL_RANK"] = "0"
 
 
 def _work(spec: JobSpec, voice: Voice, stop: StopSwitch) -> None:

@@ -115,7 +115,7 @@ def join(device: str) -> Ranks:
     """Meet the other ranks at the place that the engine wrote into the environment."""
     dist.init_process_group(_BACKENDS[device], timeout=timedelta(seconds=EXCHANGE_SECONDS))
     if device == "cuda":
-        # The engine shows each rank one card only.
+        # Each rank sees one card only (training.rank).
         torch.cuda.set_device(0)
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 
