@@ -202,6 +202,7 @@ class Attempt:
             hyperparameters=row.hyperparameters,
             num_gpus=len(self._places),
             device=self._with.host.device,
+            compute_type=settings.asked_compute_type,
             checkpoint_seconds=settings.checkpoint_seconds,
             trackers=tracking.trackers,
         )

@@ -402,5 +402,6 @@ class Reporter:
 def _plan_in_words(plan: events.Planned) -> str:
     return (
         f"{plan.train_examples} conversations to train on, {plan.validation_examples} held out, "
-        f"{plan.train_tokens} tokens an epoch, {plan.total_steps} steps in {plan.total_epochs} epochs."
+        f"{plan.train_tokens} tokens an epoch, {plan.total_steps} steps in {plan.total_epochs} epochs"
+        + (f", computed in {plan.compute_type}." if plan.compute_type else ".")
     )

@@ -15,6 +15,7 @@ from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_vali
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from daemon.errors import HostUnfit
+from training.compute import ComputeType
 from training.spec import Tracker
 
 _CommaList = Annotated[tuple[str, ...], NoDecode]
@@ -80,6 +81,9 @@ class Settings(BaseSettings):
     )
     device: Literal["auto", "cuda", "cpu"] = Field(
         default="auto", description="auto needs a GPU; cpu takes every job, for small models"
+    )
+    compute_type: Literal["auto", "bfloat16", "float32"] = Field(
+        default="auto", description="of a trainer's products; auto is bfloat16 where the hardware multiplies it"
     )
     slots: int | None = Field(default=None, ge=1, le=64, description="jobs side by side; one a GPU when absent")
     user_cap: int | None = Field(default=None, ge=1, description="running jobs a user, over all hosts")
@@ -287,6 +291,11 @@ class Settings(BaseSettings):
             if self.wandb_api_key is None:
                 raise ValueError("TRAINER_TRACKERS=wandb needs WANDB_API_KEY")
         return self
+
+    @property
+    def asked_compute_type(self) -> ComputeType | None:
+        """None where the trainer finds it from the hardware."""
+        return None if self.compute_type == "auto" else self.compute_type
 
     @property
     def effective_storage(self) -> Literal["supabase", "folder"]:

@@ -223,6 +223,7 @@ class Trainers:
             model_revision=model.revision,
             quantized_dir=quantized_dir(self._settings),
             device=self._device,
+            compute_type=self._settings.asked_compute_type,
         )
         for waiting in self._waiting.values():
             waiting.child.give(order)

@@ -45,6 +45,8 @@ class DaemonProcess:
             "TRAINER_DRAIN_SECONDS": "10",
             "TRAINER_KILL_SECONDS": "1",
             "TRAINER_RETRY_BACKOFF_SECONDS": "0.2",
+            # A whole run of the tests may force it.
+            "TRAINER_COMPUTE_TYPE": os.environ.get("TRAINER_COMPUTE_TYPE", "auto"),
         } | {f"TRAINER_{name.upper()}": str(value) for name, value in settings.items()}
         self.process: subprocess.Popen[bytes] | None = None
 

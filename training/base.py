@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from training.compute import ComputeType, compute_type
 from training.folder import ModelFolder, open_model_folder
 from training.spec import HoldOrder, JobSpec
 from training.voice import AnyEvent, Voice
@@ -26,6 +27,7 @@ class Base(BaseModel):
     quantize: bool
     quantized_dir: Path | None
     device: Literal["cpu", "cuda"]
+    compute_type: ComputeType
     files: tuple[tuple[str, int, int, int], ...]
 
     @classmethod
@@ -38,6 +40,7 @@ class Base(BaseModel):
             quantize=wanted.quantize,
             quantized_dir=wanted.quantized_dir,
             device=wanted.device,
+            compute_type=compute_type(wanted.device, wanted.compute_type),
             files=tuple((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats),
         )
 

@@ -17,6 +17,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from training.compute import ComputeType
 from training.corpus import Corpus
 from training.folder import ModelFolder
 from training.plan import Plan
@@ -36,8 +37,8 @@ SLICE_TOKENS = 1024
 _OVERHEAD_BYTES = {"cuda": 2 * 2**30, "cpu": 2**29}
 # Sustained multiplications and additions a second (above).
 _FLOPS = {"cuda": 62e12, "cpu": 50e9}
-# What stays unquantised: bf16, and float32 on a CPU, few of which multiply bf16.
-_KEPT_BYTES = {"cuda": 2, "cpu": 4}
+# What stays unquantised has the type that is computed in.
+_KEPT_BYTES: dict[ComputeType, int] = {"bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
@@ -58,17 +59,17 @@ class Estimate:
         return asdict(self)
 
 
-def model_bytes(folder: ModelFolder, *, quantize: bool, device: str) -> int:
+def model_bytes(folder: ModelFolder, *, quantize: bool, compute_type: ComputeType) -> int:
     """What a base model's weights take once they are loaded."""
-    return int(sum(_bytes_of(name, shape, quantize, device) for name, shape in folder.tensors()))
+    return int(sum(_bytes_of(name, shape, quantize, compute_type) for name, shape in folder.tensors()))
 
 
-def _bytes_of(name: str, shape: tuple[int, ...], quantize: bool, device: str) -> float:
+def _bytes_of(name: str, shape: tuple[int, ...], quantize: bool, compute_type: ComputeType) -> float:
     parts = name.split(".")
     module = parts[-2] if len(parts) > 1 else ""
     in_block = any(part in _BLOCK_NAMES for part in parts)
     quantised = quantize and len(shape) >= 2 and in_block and module not in (*UNQUANTISED_MODULES, *ROUTERS)
-    return math.prod(shape) * (NF4_BYTES if quantised else _KEPT_BYTES[device])
+    return math.prod(shape) * (NF4_BYTES if quantised else _KEPT_BYTES[compute_type])
 
 
 def estimate_run(spec: JobSpec, folder: ModelFolder, corpus: Corpus, plan: Plan) -> Estimate:
@@ -83,7 +84,7 @@ def estimate_run(spec: JobSpec, folder: ModelFolder, corpus: Corpus, plan: Plan)
         parts = name.split(".")
         module = parts[-2] if len(parts) > 1 else ""
         in_block = any(part in _BLOCK_NAMES for part in parts)
-        stored += _bytes_of(name, shape, spec.quantize, spec.device)
+        stored += _bytes_of(name, shape, spec.quantize, plan.compute_type)
         is_expert = "experts" in parts
         expert_parameters += count if is_expert else 0
         largest = max(largest, count if not is_expert else 0)

@@ -81,6 +81,7 @@ class Planned(_Event):
     train_tokens: int
     trained_tokens: int = Field(description="tokens that carry loss, one epoch")
     max_length: int
+    compute_type: str | None = Field(default=None, description="what the products are computed in")
     data: dict[str, Any] = Field(default_factory=dict)
 
 

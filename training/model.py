@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.auto_factory import _get_model_class
 
+from training.compute import ComputeType, compute_type
 from training.events import ErrorCode
 from training.experts import EXPERTS_FUNCTION, Nf4Config
 from training.failures import TrainingFailed
@@ -51,6 +52,9 @@ class Wanted(Protocol):
     def device(self) -> Literal["cpu", "cuda"]: ...
 
     @property
+    def compute_type(self) -> ComputeType | None: ...
+
+    @property
     def quantize(self) -> bool: ...
 
     @property
@@ -66,7 +70,7 @@ def load_base_model(
     Raises TrainingFailed: model_incomplete for missing tensors or damaged files, model_unsupported for an
     architecture that transformers does not know or that would not become 4-bit.
     """
-    dtype = compute_dtype(spec.device)
+    dtype = compute_dtype(spec.device, spec.compute_type)
     device = _device(spec) if device is None else device
     model = _load_kept_copy(spec, folder, dtype, device) if folder.kept_copy is not None else None
     copy = None
@@ -91,7 +95,7 @@ def load_base_model(
 
 def _load_copy(copy: QuantizedCopy, spec: Wanted, voice: Voice | None, device: torch.device) -> PreTrainedModel | None:
     try:
-        return copy.load(compute_dtype(spec.device), device)
+        return copy.load(compute_dtype(spec.device, spec.compute_type), device)
     except CopyUnusable as error:
         if voice is not None:
             voice.notice(
@@ -179,11 +183,9 @@ def _device(spec: Wanted) -> torch.device:
     return torch.device("cuda", 0) if spec.device == "cuda" else torch.device("cpu")
 
 
-def compute_dtype(device: str) -> torch.dtype:
-    """bf16 where the hardware multiplies it; float32 on a CPU without bf16 units. float16 overflows on these models."""
-    if device == "cuda" or _cpu_multiplies_bf16():
-        return torch.bfloat16
-    return torch.float32
+def compute_dtype(device: str, asked: ComputeType | None = None) -> torch.dtype:
+    """The type of `training.compute` as torch calls it."""
+    return torch.bfloat16 if compute_type(device, asked) == "bfloat16" else torch.float32
 
 
 def warn_of_missing_kernels(spec: Wanted, model: PreTrainedModel, voice: Voice) -> None:
@@ -258,7 +260,3 @@ def _large_unquantised(model: torch.nn.Module) -> Iterator[tuple[str, int]]:
             if id(parameter) in kept or any(part in UNQUANTISED_MODULES for part in name.split(".")):
                 continue
             yield name, parameter.numel()
-
-
-def _cpu_multiplies_bf16() -> bool:
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

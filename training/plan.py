@@ -1,10 +1,11 @@
-"""The run's numbers, decided before the model is loaded: tokens a micro-batch, steps, warm-up."""
+"""The run's numbers, decided before the model is loaded: tokens a micro-batch, steps, warm-up, the compute type."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+from training.compute import ComputeType, compute_type
 from training.corpus import Corpus
 from training.spec import JobSpec
 
@@ -30,6 +31,7 @@ class Plan:
     steps_per_epoch: int
     epochs: int
     warmup_steps: int
+    compute_type: ComputeType
 
     @property
     def total_steps(self) -> int:
@@ -62,4 +64,5 @@ def make_plan(spec: JobSpec, corpus: Corpus) -> Plan:
         steps_per_epoch=steps_per_epoch,
         epochs=chosen.num_epochs,
         warmup_steps=min(warmup, total),
+        compute_type=compute_type(spec.device, spec.compute_type),
     )

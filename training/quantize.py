@@ -1,6 +1,6 @@
 """Make the 4-bit copy of a base model before any job needs it: hours of a GPU are not the time to do it.
 
-    python -m training.quantize MODEL_DIR NAME QUANTIZED_DIR cpu|cuda
+    python -m training.quantize MODEL_DIR NAME QUANTIZED_DIR cpu|cuda [auto|bfloat16|float32]
 
 Prints one JSON line: the copy's folder and bytes, or code, message and hint of what is wrong.
 """
@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from training.compute import ComputeType
 from training.failures import TrainingFailed
 from training.folder import open_model_folder
+
+_COMPUTE_TYPES: dict[str, ComputeType | None] = {"auto": None, "bfloat16": "bfloat16", "float32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Request:
     base_model: str
     device: Literal["cpu", "cuda"]
     quantized_dir: Path | None
+    compute_type: ComputeType | None = None
     quantize: bool = True
 
 
@@ -37,7 +41,8 @@ def quantize(model_dir: Path, request: Request) -> dict[str, object]:
     if folder.kept_copy is not None:
         load_base_model(request, folder)
         return _answer(folder.kept_copy, made_before=True)
-    copy = QuantizedCopy.of(request.quantized_dir, folder, request.base_model, compute_dtype(request.device))
+    dtype = compute_dtype(request.device, request.compute_type)
+    copy = QuantizedCopy.of(request.quantized_dir, folder, request.base_model, dtype)
     made_before = copy.exists
     load_base_model(request, folder)
     if not copy.exists:
@@ -56,9 +61,11 @@ def _answer(copy: Path, *, made_before: bool) -> dict[str, object]:
 
 
 def main() -> int:
-    model_dir, name, quantized_dir, device = sys.argv[1:]
+    model_dir, name, quantized_dir, device, *rest = sys.argv[1:]
+    asked = _COMPUTE_TYPES[rest[0] if rest else "auto"]
+    request = Request(name, "cuda" if device == "cuda" else "cpu", Path(quantized_dir), asked)
     try:
-        answer = quantize(Path(model_dir), Request(name, "cuda" if device == "cuda" else "cpu", Path(quantized_dir)))
+        answer = quantize(Path(model_dir), request)
     except TrainingFailed as failed:
         answer = {"ok": False, "code": failed.code, "message": failed.message, "hint": failed.hint}
     sys.stdout.write(json.dumps(answer) + "\n")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from training.adapter import save_adapter
-from training.batches import packs_without_leaks
+from training.batches import why_not_packed
 from training.chart import draw_chart
 from training.checkpoint import Checkpoint, CheckpointShelf
 from training.corpus import Corpus, gather
@@ -119,6 +119,7 @@ def prepare(spec: JobSpec, voice: Voice, tokenizer: PreTrainedTokenizerBase | No
             train_tokens=corpus.train_tokens,
             trained_tokens=corpus.trained_tokens,
             max_length=corpus.max_length,
+            compute_type=plan.compute_type,
             data={**corpus.statistics(), "estimate": estimate.as_dict()},
         )
     )
@@ -187,15 +188,10 @@ def may_pack(spec: JobSpec, base: PreTrainedModel, voice: Voice) -> bool:
     """Whether conversations of a micro-batch are laid end to end instead of padded: where it changes nothing."""
     if spec.hyperparameters.packing is False:
         return False
-    if packs_without_leaks(base):
-        return True
-    if spec.hyperparameters.packing:
-        voice.notice(
-            "packing_refused",
-            "packing is off: this architecture would carry one conversation into the next without "
-            "flash-linear-attention and causal-conv1d",
-        )
-    return False
+    reason = why_not_packed(base)
+    if reason is not None:
+        voice.notice("packing_refused", f"packing is off, conversations are padded instead: {reason}", reason=reason)
+    return reason is None
 
 
 def _keep_what_fits(base: PreTrainedModel, prepared: Prepared, spec: JobSpec, voice: Voice) -> None:
@@ -232,4 +228,6 @@ def _fingerprint(spec: JobSpec, plan: Plan, corpus: Corpus) -> dict[str, object]
         "total_steps": plan.total_steps,
         "torch": version("torch"),
         "transformers": version("transformers"),
+        # Named where it is not what a card computes in, so that the checkpoints of earlier versions are continued.
+        **({} if plan.compute_type == "bfloat16" else {"compute_type": plan.compute_type}),
     }

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from training.compute import ComputeType
+
 # One segment or two, as the hub names models; a path, `..` or a drive letter never matches.
 MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$"
 
@@ -190,6 +192,7 @@ class JobSpec(BaseModel):
     hyperparameters: Hyperparameters
     num_gpus: int = Field(default=1, ge=1, le=64, description="cards, or places of a CPU host: a process on each")
     device: Literal["cpu", "cuda"] = "cpu"
+    compute_type: ComputeType | None = Field(default=None, description="found from the hardware when absent")
     quantize: bool = Field(default=True, description="NF4 with double quantisation; bf16 when false")
     checkpoint_seconds: float = Field(default=300.0, gt=0)
     trackers: tuple[Tracker, ...] = ("tensorboard",)
@@ -207,4 +210,5 @@ class HoldOrder(BaseModel):
     model_revision: str | None = None
     quantized_dir: Path | None = None
     device: Literal["cpu", "cuda"] = "cpu"
+    compute_type: ComputeType | None = None
     quantize: bool = True

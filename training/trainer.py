@@ -24,7 +24,6 @@ from training.experts import unpack_once_for_backward
 from training.failures import TrainingFailed, is_out_of_memory, memory_advice
 from training.journal import EvaluationRecord, Journal
 from training.loss import AnswerLoss
-from training.model import compute_dtype
 from training.order import StepOrder
 from training.plan import Plan
 from training.probe import MemoryGauge, tokens_that_fit
@@ -413,7 +412,7 @@ def _arguments(spec: JobSpec, plan: Plan, *, packed: bool) -> SFTConfig:
         # One pass over each parameter instead of a dozen. Eight-bit moments would not be felt: those of 17 to 40 M
         # trained numbers are 0.13 to 0.3 GiB beside a base model of gigabytes, and three quarters of that is saved.
         optim="adamw_torch_fused",
-        bf16=compute_dtype(spec.device) is torch.bfloat16,
+        bf16=plan.compute_type == "bfloat16",
         use_cpu=not on_gpu,
         # Recomputing activations buys memory with time; only a card is short of memory.
         gradient_checkpointing=on_gpu,

@@ -218,7 +218,7 @@ class WarmProcess:
     def _consider(self, order: HoldOrder, say: Callable[[Word], None]) -> int:
         """Have a base model loaded that no job has asked for yet, where it may stay."""
         base = Base.of(order)
-        needed = model_bytes(base.open(), quantize=order.quantize, device=order.device)
+        needed = model_bytes(base.open(), quantize=order.quantize, compute_type=base.compute_type)
         if needed <= self._keep_bytes:
             say(Word(kind="hold", base=base))
         return 0

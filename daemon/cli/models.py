@@ -189,6 +189,7 @@ def _make_copy(model: str, folder: Path, settings: Settings) -> dict[str, Any]:
 
     device = "cuda" if settings.device != "cpu" and find_gpus() else "cpu"
     command = [sys.executable, "-m", "training.quantize", str(folder), model, str(quantized_dir(settings)), device]
+    command.append(settings.compute_type)
     with console(stderr=True).status(f"quantising {model} …"):
         ended = subprocess.run(command, env=trainer_environment(), capture_output=True, text=True, check=False)
     lines = ended.stdout.strip().splitlines()

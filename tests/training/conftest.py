@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from tests.tiny_models import make_model, write_conversations
+from training.compute import ComputeType
 from training.spec import Hyperparameters, JobSpec
 from training.stop import StopSwitch
 from training.voice import AnyEvent, Voice
@@ -45,6 +46,15 @@ def train(spec: JobSpec) -> HeardVoice:
     return voice
 
 
+# For tests that compare numbers: the types differ in how they round and in which kernels multiply, and every card
+# computes in the one that few CPUs have units for. Whatever the machine, both are tried.
+IN_BOTH_TYPES = pytest.mark.parametrize("compute_type", get_args(ComputeType))
+
+# How far apart two numbers may lie that are equal but for rounding. A product of bfloat16 keeps 8 bits: each rounding
+# errs by up to 2^-9, some twenty of them in a row through two layers and back add up like a random walk.
+ROUNDING: dict[ComputeType, float] = {"float32": 1e-4, "bfloat16": 20**0.5 * 2**-9}
+
+
 ModelOf = Callable[[str], Path]
 SpecOf = Callable[..., JobSpec]
 
@@ -62,7 +72,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelOf:
 
 
 @pytest.fixture
-def spec_of(tiny: ModelOf, tmp_path: Path) -> SpecOf:
+def compute_type() -> ComputeType | None:
+    """What the hardware gives, where a test does not say otherwise (IN_BOTH_TYPES) and nobody forces it."""
+    forced = os.environ.get("TRAINER_COMPUTE_TYPE", "auto")
+    return next((known for known in get_args(ComputeType) if known == forced), None)
+
+
+@pytest.fixture
+def spec_of(tiny: ModelOf, tmp_path: Path, compute_type: ComputeType | None) -> SpecOf:
     """A spec over a tiny model with 24 conversations; keywords beyond JobSpec's own become hyperparameters."""
 
     def make(architecture: str = "qwen3", **changes: object) -> JobSpec:
@@ -81,6 +98,7 @@ def spec_of(tiny: ModelOf, tmp_path: Path) -> SpecOf:
                 "work_dir": root / "work",
                 "checkpoint_dir": root / "checkpoints",
                 "output_dir": root / "adapter",
+                "compute_type": compute_type,
                 "hyperparameters": Hyperparameters.model_validate(chosen),
                 **top,
             }

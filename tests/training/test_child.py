@@ -14,6 +14,7 @@ import pytest
 from tests.tiny_models import write_conversations
 from tests.training.child import start
 from tests.training.conftest import SpecOf, train
+from training.compute import ComputeType
 from training.events import EXIT_STOPPED
 from training.spec import JobSpec
 
@@ -66,8 +67,13 @@ def test_sigterm_while_training_leaves_a_checkpoint_and_the_next_attempt_ends_th
     assert _adapter(cut) == _adapter(whole)
 
 
-@pytest.mark.parametrize(("architecture", "step"), [("qwen3", 4), ("qwen3_next", 7)])
-def test_kill_9_at_any_step_changes_nothing_in_the_final_adapter(architecture: str, step: int, spec_of: SpecOf) -> None:
+# A process takes seconds to start: each type once, with one kind of model.
+@pytest.mark.parametrize(
+    ("architecture", "step", "compute_type"), [("qwen3", 4, "float32"), ("qwen3_next", 7, "bfloat16")]
+)
+def test_kill_9_at_any_step_changes_nothing_in_the_final_adapter(
+    architecture: str, step: int, compute_type: ComputeType, spec_of: SpecOf
+) -> None:
     chosen = {"num_epochs": 2, "lora_dropout": 0.1}
     whole = spec_of(architecture, name="whole", **chosen)
     expected = train(whole)

@@ -8,15 +8,16 @@ import pytest
 
 import training.loss
 from tests.tiny_models import ARCHITECTURES
-from tests.training.conftest import SpecOf
+from tests.training.conftest import IN_BOTH_TYPES, SpecOf
 from training.estimate import SLICE_TOKENS
 from training.folder import open_model_folder
 from training.lora import attach_adapter, trainable_parameters
-from training.model import compute_dtype, count_weights, load_base_model
+from training.model import count_weights, load_base_model
 from training.preflight import check_spec
 from training.quantized import _tensors
 
 
+@IN_BOTH_TYPES
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("quantize", [True, False], ids=["4 bits", "16 bits"])
 def test_weights_and_adapter_are_estimated_as_they_are(architecture: str, quantize: bool, spec_of: SpecOf) -> None:
@@ -26,12 +27,9 @@ def test_weights_and_adapter_are_estimated_as_they_are(architecture: str, quanti
     model: Any = load_base_model(spec, open_model_folder(spec.model_path, spec.base_model))
     assert estimate["parameters"] == count_weights(model).parameters
     loaded = sum(tensor.numel() * tensor.element_size() for _, tensor in _tensors(model))
-    if compute_dtype("cpu").itemsize == 4:
-        # Weights this small carry their states' fixed tables: 16 and 256 numbers each.
-        tables = sum(tensor.numel() * tensor.element_size() for name, tensor in _tensors(model) if _is_fixed(name))
-        assert estimate["model_bytes"] == pytest.approx(loaded - tables, rel=0.05)
-    else:
-        assert estimate["model_bytes"] >= 0.95 * loaded
+    # Weights this small carry their states' fixed tables: 16 and 256 numbers each.
+    tables = sum(tensor.numel() * tensor.element_size() for name, tensor in _tensors(model) if _is_fixed(name))
+    assert estimate["model_bytes"] == pytest.approx(loaded - tables, rel=0.05)
     adapted = attach_adapter(model, spec.hyperparameters)
     assert estimate["adapter_parameters"] == trainable_parameters(adapted)
     assert estimate["adapter_bytes"] == 4 * trainable_parameters(adapted)

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import training.loss
 from tests.tiny_models import conversation, write_conversations, write_dataset
-from tests.training.conftest import ModelOf, SpecOf, train
+from tests.training.conftest import IN_BOTH_TYPES, ROUNDING, ModelOf, SpecOf, train
 from training.checkpoint import CheckpointShelf
+from training.compute import ComputeType
 from training.events import ErrorCode
 from training.failures import TrainingFailed, diagnose, is_out_of_memory
 from training.preflight import check_spec
@@ -93,9 +94,10 @@ def test_other_errors_of_the_card_are_not_taken_for_memory() -> None:
     assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
+@IN_BOTH_TYPES
 @pytest.mark.parametrize("packing", [True, False])
 def test_out_of_memory_halves_the_micro_batch_and_loses_no_step(
-    packing: bool, spec_of: SpecOf, monkeypatch: pytest.MonkeyPatch
+    packing: bool, compute_type: ComputeType, spec_of: SpecOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calm = train(spec_of(name="calm", packing=packing, validation_fraction=0.0, num_epochs=1, lora_dropout=0.0))
     _limit_memory(monkeypatch, conversations=1)
@@ -106,7 +108,9 @@ def test_out_of_memory_halves_the_micro_batch_and_loses_no_step(
     assert "the batch size stays 4" in notices[0].message
     losses, expected = tight.all("progress"), calm.all("progress")
     assert len(losses) == len(expected)
-    assert all(math.isclose(a.loss, b.loss, rel_tol=2e-3) for a, b in zip(losses, expected, strict=True))
+    assert all(
+        math.isclose(a.loss, b.loss, rel_tol=ROUNDING[compute_type]) for a, b in zip(losses, expected, strict=True)
+    )
 
 
 def test_out_of_memory_with_one_conversation_fails_with_the_advice(

@@ -14,8 +14,9 @@ from daemon.errors import JobFailed
 from daemon.model_files import Marker, faults_of_model, model_bytes, read_marker, verify_hashes, weight_shapes
 from daemon.replace_weights import replace_weights
 from daemon.storage import sha256_of
-from tests.training.conftest import ModelOf, SpecOf, train
+from tests.training.conftest import IN_BOTH_TYPES, ModelOf, SpecOf, train
 from training import folder as training_folder
+from training.compute import ComputeType
 from training.failures import TrainingFailed
 from training.folder import open_model_folder
 from training.model import load_base_model
@@ -24,8 +25,8 @@ from training.quantize import Request, quantize
 from training.spec import JobSpec
 
 
-def _copy_of(model: Path, copies: Path) -> Path:
-    return Path(str(quantize(model, Request("tiny/model", "cpu", copies))["path"]))
+def _copy_of(model: Path, copies: Path, compute_type: ComputeType | None) -> Path:
+    return Path(str(quantize(model, Request("tiny/model", "cpu", copies, compute_type))["path"]))
 
 
 @pytest.fixture
@@ -48,14 +49,15 @@ def _flip_a_byte(file: Path) -> None:
     file.write_bytes(content)
 
 
+@IN_BOTH_TYPES
 def test_the_copy_alone_is_a_whole_model_and_trains_the_same_adapter(
-    model: Path, spec_of: SpecOf, tmp_path: Path
+    model: Path, compute_type: ComputeType, spec_of: SpecOf, tmp_path: Path
 ) -> None:
     before = _spec(spec_of, model, name="before", num_epochs=1)
     train(before)
     planned = check_spec(before).estimate
     shapes, size = dict(weight_shapes(model)), model_bytes(model)
-    freed = replace_weights(model, _copy_of(model, tmp_path / "copies"))
+    freed = replace_weights(model, _copy_of(model, tmp_path / "copies", compute_type))
     assert freed == size and not list(model.glob("*.safetensors")) and not list((tmp_path / "copies").iterdir())
     assert faults_of_model(model) == [] and verify_hashes(model) == []
     assert 0 < model_bytes(model) < size and dict(weight_shapes(model)) == shapes
@@ -69,9 +71,9 @@ def test_the_copy_alone_is_a_whole_model_and_trains_the_same_adapter(
 
 
 def test_a_damaged_copy_is_found_and_refused_where_nothing_else_is_left(
-    model: Path, spec_of: SpecOf, tmp_path: Path
+    model: Path, compute_type: ComputeType, spec_of: SpecOf, tmp_path: Path
 ) -> None:
-    replace_weights(model, _copy_of(model, tmp_path / "copies"))
+    replace_weights(model, _copy_of(model, tmp_path / "copies", compute_type))
     file = next((model / training_folder.KEPT_COPY).glob("*.safetensors"))
     _flip_a_byte(file)
     assert faults_of_model(model) == [] and file.name in verify_hashes(model)[0]
@@ -88,9 +90,9 @@ def test_a_damaged_copy_is_found_and_refused_where_nothing_else_is_left(
 
 
 def test_a_copy_kept_through_an_update_of_the_libraries_says_so_before_a_job_does(
-    model: Path, spec_of: SpecOf, tmp_path: Path
+    model: Path, compute_type: ComputeType, spec_of: SpecOf, tmp_path: Path
 ) -> None:
-    replace_weights(model, _copy_of(model, tmp_path / "copies"))
+    replace_weights(model, _copy_of(model, tmp_path / "copies", compute_type))
     manifest = model / training_folder.KEPT_COPY / training_folder.COPY_MANIFEST
     content = json.loads(manifest.read_text())
     content["fingerprint"]["versions"]["transformers"] = "5.0.0"
@@ -102,22 +104,24 @@ def test_a_copy_kept_through_an_update_of_the_libraries_says_so_before_a_job_doe
     assert "cannot be read" in faults_of_model(model)[0]
 
 
-def test_sixteen_bits_from_a_folder_that_keeps_four_are_refused(model: Path, spec_of: SpecOf, tmp_path: Path) -> None:
-    replace_weights(model, _copy_of(model, tmp_path / "copies"))
+def test_sixteen_bits_from_a_folder_that_keeps_four_are_refused(
+    model: Path, compute_type: ComputeType, spec_of: SpecOf, tmp_path: Path
+) -> None:
+    replace_weights(model, _copy_of(model, tmp_path / "copies", compute_type))
     with pytest.raises(TrainingFailed, match="16 bits were asked for"):
         train(_spec(spec_of, model, quantize=False))
 
 
-def test_nothing_is_deleted_for_a_copy_that_is_damaged(model: Path, tmp_path: Path) -> None:
-    copy = _copy_of(model, tmp_path / "copies")
+def test_nothing_is_deleted_for_a_copy_that_is_damaged(model: Path, compute_type: ComputeType, tmp_path: Path) -> None:
+    copy = _copy_of(model, tmp_path / "copies", compute_type)
     _flip_a_byte(next(copy.glob("*.safetensors")))
     with pytest.raises(JobFailed, match="nothing was deleted"):
         replace_weights(model, copy)
     assert faults_of_model(model) == [] and (model / "model.safetensors").is_file()
 
 
-def test_nothing_is_deleted_from_the_hubs_cache(model: Path, tmp_path: Path) -> None:
-    copy = _copy_of(model, tmp_path / "copies")
+def test_nothing_is_deleted_from_the_hubs_cache(model: Path, compute_type: ComputeType, tmp_path: Path) -> None:
+    copy = _copy_of(model, tmp_path / "copies", compute_type)
     blob = tmp_path / "blob"
     (model / "model.safetensors").rename(blob)
     (model / "model.safetensors").symlink_to(blob)
@@ -127,29 +131,31 @@ def test_nothing_is_deleted_from_the_hubs_cache(model: Path, tmp_path: Path) -> 
 
 
 def test_a_replacement_that_was_cut_is_whole_at_every_moment_and_is_finished_by_the_next(
-    model: Path, tmp_path: Path
+    model: Path, compute_type: ComputeType, tmp_path: Path
 ) -> None:
     """As after a kill between two deletions: the index is gone, a shard is still there."""
     weights = (model / "model.safetensors").read_bytes()
-    replace_weights(model, _copy_of(model, tmp_path / "copies"))
+    replace_weights(model, _copy_of(model, tmp_path / "copies", compute_type))
     (model / "model-00002-of-00002.safetensors").write_bytes(weights[:-7])
     assert faults_of_model(model) == []
     folder = open_model_folder(model, "tiny/model")
     assert folder.kept_copy is not None and not folder.shards
-    answer = quantize(model, Request("tiny/model", "cpu", tmp_path / "copies"))
+    answer = quantize(model, Request("tiny/model", "cpu", tmp_path / "copies", compute_type))
     assert answer["made_before"] and Path(str(answer["path"])) == folder.kept_copy
     assert replace_weights(model, folder.kept_copy) == len(weights) - 7
     assert not list(model.glob("*.safetensors"))
 
 
-def test_weights_that_were_pulled_again_count_before_the_copy(model: Path, tmp_path: Path) -> None:
+def test_weights_that_were_pulled_again_count_before_the_copy(
+    model: Path, compute_type: ComputeType, tmp_path: Path
+) -> None:
     weights = (model / "model.safetensors").read_bytes()
-    replace_weights(model, _copy_of(model, tmp_path / "copies"))
+    replace_weights(model, _copy_of(model, tmp_path / "copies", compute_type))
     _flip_a_byte(next((model / training_folder.KEPT_COPY).glob("*.safetensors")))
     (model / "model.safetensors").write_bytes(weights)
     folder = open_model_folder(model, "tiny/model")
     assert folder.kept_copy is None and folder.shards and verify_hashes(model) == []
     with torch.no_grad():
-        assert load_base_model(Request("tiny/model", "cpu", None), folder)(
+        assert load_base_model(Request("tiny/model", "cpu", None, compute_type), folder)(
             input_ids=torch.arange(3, 9)[None]
         ).logits.any()

@@ -1,4 +1,4 @@
-"""The engine that starts ranks is torch's, of any version that pyproject.toml allows: what it is asked for, it knows."""
+"""The engine that starts ranks is of any torch that pyproject.toml allows, and knows what it is asked for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from training.launch import launch_config
 from training.rank import see_one_card
 
 # torch/distributed/launcher/api.py of 2.9.1, the oldest that the images bring: name, type and default of each field.
-# Later versions have added to it (duplicate_stdout_filters, signals_to_handle, virtual_local_rank), and dropped nothing.
+# Later versions have added to it (signals_to_handle and virtual_local_rank among others), and dropped nothing.
 _LAUNCH_CONFIG_OF_2_9_1: list[tuple[str, Any] | tuple[str, Any, Any]] = [
     ("min_nodes", int),
     ("max_nodes", int),

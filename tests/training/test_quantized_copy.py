@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.conftest import HeardVoice, SpecOf, train
+from tests.training.conftest import IN_BOTH_TYPES, HeardVoice, SpecOf, train
 from training.folder import open_model_folder
 from training.model import load_base_model
 from training.spec import JobSpec
@@ -26,6 +26,7 @@ def _copy_in(root: Path) -> Path:
     return found
 
 
+@IN_BOTH_TYPES
 @pytest.mark.parametrize("architecture", ["qwen3", "qwen3_next", "mixtral"])
 def test_the_copy_gives_bit_for_bit_the_same_logits(architecture: str, spec_of: SpecOf, tmp_path: Path) -> None:
     spec = spec_of(architecture, quantized_dir=tmp_path / "copies")
@@ -38,6 +39,7 @@ def test_the_copy_gives_bit_for_bit_the_same_logits(architecture: str, spec_of: 
         assert torch.equal(first(input_ids=ids_BT).logits, second(input_ids=ids_BT).logits)
 
 
+@IN_BOTH_TYPES
 def test_a_run_from_the_copy_ends_with_the_same_adapter(spec_of: SpecOf, tmp_path: Path) -> None:
     first = spec_of("qwen3_moe", name="first", quantized_dir=tmp_path / "copies")
     second = spec_of("qwen3_moe", name="second", quantized_dir=tmp_path / "copies", dataset_path=first.dataset_path)

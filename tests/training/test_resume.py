@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiny_models import write_conversations
-from tests.training.conftest import HeardVoice, SpecOf, train
+from tests.training.conftest import IN_BOTH_TYPES, HeardVoice, SpecOf, train
 from training.recipe import train_adapter
 from training.spec import JobSpec
 from training.stop import StopSwitch
@@ -56,6 +56,7 @@ def _damage(checkpoint: Path) -> None:
 
 
 @pytest.mark.system
+@IN_BOTH_TYPES
 @pytest.mark.parametrize("architecture", ["qwen3", "qwen3_next"])
 def test_killed_after_every_step_it_ends_with_the_same_bits(architecture: str, spec_of: SpecOf, tmp_path: Path) -> None:
     data = write_conversations(tmp_path / "few.jsonl", 15)
@@ -78,6 +79,7 @@ def test_killed_after_every_step_it_ends_with_the_same_bits(architecture: str, s
     assert last.all("progress")[-1].tokens_seen == expected.all("progress")[-1].tokens_seen
 
 
+@IN_BOTH_TYPES
 def test_a_damaged_checkpoint_costs_its_steps_and_changes_nothing(spec_of: SpecOf, tmp_path: Path) -> None:
     data = write_conversations(tmp_path / "few.jsonl", 15)
     whole = spec_of(name="whole", dataset_path=data, **_CHOSEN)

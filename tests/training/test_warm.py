@@ -10,15 +10,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 
 from tests.daemon_process import alive, children_of, eventually
 from tests.tiny_models import conversation, make_model, write_conversations, write_dataset
 from tests.training.child import WARM, Child, start
-from tests.training.conftest import ModelOf, SpecOf, train
+from tests.training.conftest import IN_BOTH_TYPES, ModelOf, SpecOf, train
+from training.compute import ComputeType
 from training.estimate import model_bytes
 from training.events import EXIT_STOPPED
 from training.folder import open_model_folder
+from training.model import compute_dtype
 from training.spec import HoldOrder, JobSpec
 
 SECRET = "marked-e3b0c44298fc1c149afbf4c8996fb924"
@@ -33,9 +36,10 @@ def _do(child: Child, spec: JobSpec, served: int) -> None:
     child.wait_until_ready(served=served)
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "qwen3_next"])
+# A process takes seconds to start: each type once, with one kind of model.
+@pytest.mark.parametrize(("architecture", "compute_type"), [("qwen3", "bfloat16"), ("qwen3_next", "float32")])
 def test_a_warm_trainer_makes_the_adapter_of_a_process_of_its_own_bit_for_bit(
-    architecture: str, spec_of: SpecOf
+    architecture: str, compute_type: ComputeType, spec_of: SpecOf
 ) -> None:
     chosen = {"num_epochs": 1, "lora_dropout": 0.1}
     cold = spec_of(architecture, name="cold", **chosen)
@@ -96,7 +100,8 @@ def test_a_base_model_whose_files_have_changed_is_loaded_anew(tiny: ModelOf, spe
     after = spec_of(name="after", model_path=folder, num_epochs=1)
     with start(arguments=WARM) as child:
         # Held before a job asks for it.
-        child.send(HoldOrder(base_model=before.base_model, model_path=folder).model_dump_json())
+        order = HoldOrder(base_model=before.base_model, model_path=folder, compute_type=before.compute_type)
+        child.send(order.model_dump_json())
         assert child.wait_until_ready(served=1).base_model == before.base_model
         _do(child, before, 2)
         shutil.rmtree(folder)
@@ -107,19 +112,21 @@ def test_a_base_model_whose_files_have_changed_is_loaded_anew(tiny: ModelOf, spe
     assert _adapter(after) == _adapter(cold) != _adapter(before)
 
 
+@IN_BOTH_TYPES
 def test_a_model_too_large_to_keep_has_the_memory_of_the_one_before_and_a_failed_job_ends_the_trainer(
-    spec_of: SpecOf, tmp_path: Path
+    compute_type: ComputeType, spec_of: SpecOf, tmp_path: Path
 ) -> None:
     bad = spec_of(name="bad", dataset_path=write_dataset(tmp_path / "bad.jsonl", ["no conversation"]))
     small, large = spec_of("llama", name="small", num_epochs=1), spec_of("qwen3", num_epochs=3)
-    room = model_bytes(open_model_folder(small.model_path, "small"), quantize=True, device="cpu")
+    room = model_bytes(open_model_folder(small.model_path, "small"), quantize=True, compute_type=compute_type)
     with start(arguments=("--warm", "--keep-bytes", str(room))) as child:
-        child.send(HoldOrder(base_model=large.base_model, model_path=large.model_path).model_dump_json())
+        order = HoldOrder(base_model=large.base_model, model_path=large.model_path, compute_type=compute_type)
+        child.send(order.model_dump_json())
         assert child.wait_until_ready(served=1).base_model is None
         _do(child, small, 2)
         assert child.readies[-1].base_model == small.base_model
         with safe_open(small.model_path / "model.safetensors", "pt") as file:
-            weights = file.get_tensor("model.embed_tokens.weight").float().numpy().tobytes()[-256:]
+            weights = _bytes_of(file.get_tensor("model.embed_tokens.weight").to(compute_dtype("cpu", compute_type)))
         assert _finds(child.process.pid, weights)
         child.send(large.model_dump_json())
         # More than the small one's.
@@ -190,6 +197,12 @@ def test_kill_9_of_either_ends_both(victim: str, spec_of: SpecOf, tmp_path: Path
         os.kill(fork if victim == "fork" else child.process.pid, signal.SIGKILL)
         assert child.exit_status() == -signal.SIGKILL
         eventually(lambda: not alive(fork))
+
+
+def _bytes_of(tensor: torch.Tensor) -> bytes:
+    """Some from its middle, enough to be found by: only whole pages of what was freed go back to the kernel."""
+    flat = tensor.flatten()
+    return flat[len(flat) // 2 :][:64].view(torch.uint8).numpy().tobytes()
 
 
 def _status_of(pid: int) -> dict[str, str]:
