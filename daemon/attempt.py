@@ -23,9 +23,9 @@ from daemon.checkpoint_store import CheckpointStore
 from daemon.child import Patience, Stopped, Verdict
 from daemon.cost import Meter, price_per_gpu_hour
 from daemon.download import FetchedDataset, fetch_dataset
-from daemon.errors import JobDelayed, JobError, JobFailed, LeaseLost
+from daemon.errors import DatabaseAway, JobDelayed, JobError, JobFailed, LeaseLost
 from daemon.host import Host, installed_versions, read_load
-from daemon.job import Cancelled, ClaimedJob, Completed, Failed, Outcome, Released, Superseded
+from daemon.job import Cancelled, ClaimedJob, Completed, Failed, JobDataset, Outcome, Released, Superseded
 from daemon.lease import HeldLease, LeaseKeeper
 from daemon.lookahead import NEAR_END_SECONDS, EarlyDataset
 from daemon.models import resolve_model
@@ -50,6 +50,8 @@ T = TypeVar("T")
 
 # How soon a second TERM, or a lost lease, cuts a grace short.
 LOOK_SECONDS = 0.25
+# How soon a dataset's row that was hidden is looked for again.
+HIDDEN_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -221,12 +223,28 @@ class Attempt:
         return replace(published, summary=verdict.summary)
 
     async def _fetch_dataset(self, to: Path) -> FetchedDataset:
+        dataset = await self._seen_dataset()
         known = await self._early.take(to) if self._early is not None else None
         try:
-            return await fetch_dataset(self._job.dataset, self._with.settings, self._with.storage, to, known=known)
+            return await fetch_dataset(dataset, self._with.settings, self._with.storage, to, known=known)
         finally:
             if known is not None:
                 known.path.unlink(missing_ok=True)
+
+    async def _seen_dataset(self) -> JobDataset:
+        """The job's dataset. Its row may be hidden from us: that is no fault of the job's, and passes."""
+        dataset = self._job.dataset
+        while dataset.dataset_url is None and dataset.dataset_user_id is None:
+            try:
+                seen = await self._with.store.read_dataset(dataset)
+            except DatabaseAway as error:
+                log.warning("dataset_not_read", error=str(error))
+            else:
+                if seen is not None:
+                    return seen
+                log.error("dataset_hidden", dataset_id=str(dataset.dataset_id))
+            await asyncio.sleep(HIDDEN_SECONDS)
+        return dataset
 
     async def _train(
         self,

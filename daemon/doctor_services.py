@@ -13,7 +13,7 @@ from uuid import uuid4
 from psycopg.conninfo import conninfo_to_dict
 
 from daemon.database import Database
-from daemon.errors import DatabaseAway, HostUnfit, JobError
+from daemon.errors import DatabaseAway, DatabaseUnprepared, HostUnfit, JobError
 from daemon.finding import Finding, green, red, yellow
 from daemon.listener import Listener
 from daemon.migrate import pending
@@ -21,7 +21,9 @@ from daemon.pod_end import keys_of
 from daemon.pod_life import pod_environment
 from daemon.runpod_api import RunPod, RunPodError
 from daemon.settings import Settings
+from daemon.sight import cure, in_words
 from daemon.storage import open_storage
+from daemon.store import Store
 from daemon.webhook import signing_keys
 
 HEARS_SECONDS = 15.0
@@ -71,6 +73,7 @@ async def check_database(settings: Settings) -> AsyncIterator[Finding]:
         async with Database(dsn, application_name="brightrun-trainer doctor") as database:
             yield await _check_role(database)
             yield await _check_rights(database)
+            yield await _check_sight(Store(database))
             yield await _check_clock(database)
             yield await _check_older_dispatcher(database)
     except (HostUnfit, DatabaseAway) as error:
@@ -110,6 +113,19 @@ async def _check_rights(database: Database) -> Finding:
     return green("rights", f"all that the daemon needs on {len(RIGHTS)} tables")
 
 
+async def _check_sight(store: Store) -> Finding:
+    """A policy of the app's that binds the daemon's role hides rows without a word: jobs would wait for ever."""
+    name = "row security"
+    sight, policies = await store.read_sight(), await store.read_hiding_policies()
+    cures = "; ".join(cure(policy) for policy in policies)
+    if hidden := in_words(sight, policies):
+        return red(name, hidden, cures or "see pg_policies for what hides them")
+    if policies:
+        named = ", ".join(f"{policy.policy or 'no policy'} on {policy.relation}" for policy in policies)
+        return yellow(name, f"hides nothing now, and could: {named}", cures)
+    return green(name, "hides nothing from the daemon")
+
+
 async def _check_clock(database: Database) -> Finding:
     rows = await database.fetch("SELECT clock_timestamp() AS now")
     skew = abs((rows[0]["now"] - datetime.now(UTC)).total_seconds())
@@ -134,7 +150,7 @@ async def _check_older_dispatcher(database: Database) -> Finding:
         jobs = await database.fetch(
             "SELECT jobname FROM cron.job WHERE active AND concat_ws(' ', command, jobname) ~* 'training'"
         )
-    except HostUnfit:
+    except (HostUnfit, DatabaseUnprepared):
         return yellow(name, "pg_cron is here and this role may not look", "see cron.job for the old dispatcher's job")
     if jobs:
         names = ", ".join(str(job["jobname"]) for job in jobs)

@@ -38,6 +38,7 @@ from daemon.logs import configure_logs
 from daemon.reaper import reap_for_ever
 from daemon.runpod_api import Fault, Key, Pod, RunPod, RunPodError
 from daemon.settings import Settings
+from daemon.sight import is_blind
 from daemon.store import Store
 
 log = structlog.get_logger()
@@ -199,11 +200,18 @@ class Fleet:
         pods = await self._fleet.pods(list(listed))
         pod_ids = [row.pod for row in pods if row.pod is not None and row.ended_at is None]
         workers = await self._fleet.workers(now - timedelta(seconds=ALIVE_AFTER_OUTAGE_SECONDS), pod_ids)
+        blind = await is_blind(self._store)
+        if blind:
+            # A pod whose daemon's row is hidden looks like one that never reported in; and so it does a while longer.
+            self._away_at = time.monotonic()
+            log.error(
+                "fleet_blind", advice="row security hides rows from training_daemon: see brightrun-trainer doctor"
+            )
         connected_at = self._fleet.database.connected_at
         since = None if connected_at is None else max(connected_at, self._away_at)
         settled = since is not None and time.monotonic() - since >= self._settle_seconds
         jobs = await self._fleet.waiting_jobs(self._limits.user_cap)
-        return View(now, jobs, workers, pods, listed, settled)
+        return View(now, jobs, workers, pods, listed, settled, blind)
 
     # -- pods that there are ------------------------------------------------------------------------------------
 
@@ -218,6 +226,8 @@ class Fleet:
         if is_gone(row, view):
             word = "never_came" if row.pod is None else row.doom or "gone"
             await self._end_row(row, view, word, "RunPod does not list it" if row.pod is None else "it is gone")
+            return
+        if view.is_blind:
             return
         worker = view.worker_of(row)
         if worker is not None and row.reported_at is None:

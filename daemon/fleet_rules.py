@@ -100,6 +100,8 @@ class View:
     listed: dict[UUID, Pod]
     # False for a while after our own reconnect: then a silent host may only not have had its turn yet.
     may_judge_silence: bool = True
+    # Row security hides rows from us: neither a silent host nor an idle one is judged.
+    is_blind: bool = False
 
     @property
     def alive_seconds(self) -> float:

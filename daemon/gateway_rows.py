@@ -18,7 +18,7 @@ import psycopg
 from psycopg.types.json import Jsonb
 
 from daemon.database import Database
-from daemon.errors import DatabaseAway, StatementRefused
+from daemon.errors import DatabaseAway, RowsHidden, StatementRefused
 from daemon.gateway_words import Submission
 from daemon.settings import Settings
 from daemon.store import statement
@@ -118,7 +118,7 @@ class GatewayRows:
     async def standing(self, job_id: UUID) -> Standing:
         rows = await self.fetch("read_job_standing", {"job_id": job_id})
         if not rows:
-            raise unknown_job()
+            raise await self._why_unknown(job_id)
         return Standing(job_id, **rows[0])
 
     async def cancel(self, job_id: UUID) -> None:
@@ -132,6 +132,8 @@ class GatewayRows:
     async def _adopt(self, job_id: UUID, callback_url: str | None) -> UUID | None:
         rows = await self.fetch("adopt_submission", {"job_id": job_id, "callback_url": callback_url})
         if not rows:
+            if isinstance(hidden := await self._why_unknown(job_id), RowsHidden):
+                raise hidden
             return None
         if rows[0]["foreign_run"]:
             raise Refused(
@@ -146,6 +148,13 @@ class GatewayRows:
                 "The operator lets such jobs in by release_held_jobs().",
             )
         return job_id
+
+    async def _why_unknown(self, job_id: UUID) -> Refused | RowsHidden:
+        """A caller who is told that his job does not exist gives it up: only where that is certain."""
+        found = (await self.fetch("find_job", {"job_id": job_id}))[0]
+        if found["can_tell"] and not found["job_exists"]:
+            return unknown_job()
+        return RowsHidden(f"the row of job {job_id} is hidden from training_daemon by row security")
 
     async def _call(self, name: str, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
         """As fetch; what the database's functions refuse becomes the caller's answer."""
@@ -165,6 +174,8 @@ class GatewayRows:
             state = refused.sqlstate or ""
             if not isinstance(error, psycopg.Error) or not state.startswith("PT"):
                 raise
+            if state == "PT404" and "job_id" in parameters:
+                raise await self._why_unknown(parameters["job_id"]) from refused
             raise Refused(int(state[2:]), f"{error.diag.message_primary}.", error.diag.message_hint) from refused
 
 

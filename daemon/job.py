@@ -100,6 +100,8 @@ class ClaimedJob:
     max_cost: float | None = None
     deadline_at: datetime | None = None
     base_model: str | None = None
+    # Tells the table that the job was claimed in from one that was made anew since; None without a database.
+    tables: str | None = None
 
     @property
     def lease(self) -> Lease:

@@ -144,6 +144,8 @@ async def _check_database(database: Database) -> None:
     """Fail at once where waiting cannot help (no migration, no right); wait where it can."""
     try:
         await database.fetch("SELECT FROM training_leases LIMIT 0")
+        # The newest of what a lost lease is told by: not there, the migrations are older than this daemon.
+        await database.fetch("SELECT FROM training_find_job(NULL)")
     except DatabaseAway as error:
         log.warning("database_away_at_start", error=str(error))
         return

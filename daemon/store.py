@@ -6,7 +6,7 @@ Every write to a claimed job names its lease; a write that finds no row raises L
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cache
 from importlib import resources
@@ -17,15 +17,26 @@ from psycopg.types.json import Jsonb
 
 from daemon.columns import clamp_numeric, clean_json, clean_text, fit_integer, fit_numeric
 from daemon.database import Database
-from daemon.errors import DatabaseUnprepared, HostUnfit, LeaseLost, PointsRefused, StatementRefused
-from daemon.job import ClaimedJob, Completed, Failed, JobDataset, Lease, State
+from daemon.errors import (
+    DatabaseAway,
+    DatabaseUnprepared,
+    HostUnfit,
+    LeaseLost,
+    PointsRefused,
+    RowsHidden,
+    StatementRefused,
+)
+from daemon.job import FINAL, HELD, ClaimedJob, Completed, Failed, JobDataset, Lease, State
 from daemon.storage import Location
 from daemon.wire import Sent
 
 # How many of the first due jobs one claim looks at; more only when others were quicker with all of these.
 _WINDOWS = (8, 64, 512)
+# Writes that also find no row once the job is final; all others find theirs as long as the lease is there.
+_OF_A_RUNNING_JOB = {"start_job", "record_plan", "record_progress"}
 _MESSAGE_CHARACTERS = 8_000
 _STACK_CHARACTERS = 60_000
+_HIDDEN = "rows are hidden from the daemon by row security"
 
 
 @dataclass(frozen=True)
@@ -97,6 +108,51 @@ class Reaped:
 
     job_id: UUID
     state: State
+
+
+@dataclass(frozen=True)
+class FoundJob:
+    """What there is of a job, as a statement says that row security cannot filter. `holder`: its lease.
+
+    `can_tell` False: nothing else in it means anything. `tables`: see ClaimedJob."""
+
+    can_tell: bool
+    job_exists: bool
+    epoch: int | None
+    state: str | None
+    dataset_exists: bool
+    holder: Mapping[str, Any] | None
+    checkpoints: int
+    tables: str
+
+    @property
+    def is_deleted(self) -> bool:
+        return self.can_tell and not self.job_exists
+
+    def is_held_by(self, lease: Lease) -> bool:
+        holder = self.holder
+        return holder is not None and all(
+            str(holder[name]) == str(value) for name, value in _named(lease).items() if name in holder
+        )
+
+
+@dataclass(frozen=True)
+class Sight:
+    """How many of a few rows of each table are there and hidden from us. `can_tell` False: nobody could say."""
+
+    can_tell: bool
+    tables: str
+    hidden: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class HidingPolicy:
+    """A policy that can keep rows of a table from the daemon; None: no policy lets it see the table."""
+
+    relation: str
+    policy: str | None
+    verb: str
+    condition: str | None
 
 
 WorkerState = Literal["idle", "busy", "draining"]
@@ -227,9 +283,45 @@ class Store:
     # While we hold a job.
 
     async def read_limits(self, job_id: UUID) -> tuple[float | None, float | None] | None:
-        """What the job may cost and the seconds it may still take, as its row says now; None when it was deleted."""
+        """What the job may cost and the seconds it may still take, as its row says now; None when it was deleted.
+
+        Raises RowsHidden where its row is only not seen."""
         rows = await self._run("read_limits", {"job_id": job_id})
-        return (rows[0]["max_cost"], rows[0]["seconds_left"]) if rows else None
+        if rows:
+            return rows[0]["max_cost"], rows[0]["seconds_left"]
+        if not (await self.find_job(job_id)).is_deleted:
+            raise RowsHidden(f"the row of job {job_id} is hidden from the daemon by row security")
+        return None
+
+    async def read_dataset(self, dataset: JobDataset) -> JobDataset | None:
+        """The same with what its dataset's row says now. None where that row is hidden from us."""
+        rows = await self._run("read_dataset", {"dataset_id": dataset.dataset_id})
+        if rows:
+            return replace(dataset, **rows[0])
+        found = await self.find_job(dataset.job_id)
+        return dataset if found.can_tell and not found.dataset_exists else None
+
+    # Whether what we do not see is there.
+
+    async def find_job(self, job_id: UUID) -> FoundJob:
+        """What there is of a job, whatever we see of it."""
+        return FoundJob(**(await self._run("find_job", {"job_id": job_id}))[0])
+
+    async def may_come_back(self, job_id: UUID) -> bool:
+        """Whether somebody may still want what lies on a volume of this job. True where that cannot be told now."""
+        try:
+            found = await self.find_job(job_id)
+        except (DatabaseAway, HostUnfit, StatementRefused):
+            return True
+        return not found.can_tell or (found.job_exists and found.state not in FINAL)
+
+    async def read_sight(self) -> Sight:
+        """Whether rows are hidden from us."""
+        return Sight(**(await self._run("read_sight", {}))[0])
+
+    async def read_hiding_policies(self) -> list[HidingPolicy]:
+        """Whose fault that may be."""
+        return [HidingPolicy(**row) for row in await self._run("read_hiding_policies", {})]
 
     async def start_job(self, lease: Lease) -> None:
         """The first optimizer step is done."""
@@ -313,7 +405,9 @@ class Store:
     async def renew_lease(self, lease: Lease, lease_seconds: float) -> State:
         """We are alive. Returns the job's state: anything but initializing and running means stop the child."""
         rows = await self._fenced("renew_lease", lease, {"lease_seconds": lease_seconds})
-        return State(rows[0]["state"])
+        # The lease is there and its job is not seen; where nobody can tell how it stands, nobody has told us to stop.
+        state = rows[0]["state"] or (await self.find_job(lease.job_id)).state
+        return State(state or State.RUNNING)
 
     # Endings. Each ends the lease; asked again after a lost answer, each says what it had done.
 
@@ -365,18 +459,34 @@ class Store:
         await self._fenced("finish_checkpoint_upload", lease, values)
 
     async def stored_checkpoints(self, job_id: UUID, location: Location) -> list[NotedUpload]:
-        """The latest attempt's newest first; those without a `manifest_sha256` are not whole."""
+        """The latest attempt's newest first; those without a `manifest_sha256` are not whole.
+
+        Raises RowsHidden where there are some that we do not see: hours of training would begin anew."""
         rows = await self._run("read_stored_checkpoints", {"job_id": job_id} | _at(location))
+        if not rows and (found := await self.find_job(job_id)).can_tell and found.checkpoints:
+            seen = await self._run("count_seen_checkpoints", {"job_id": job_id})
+            if seen[0]["seen"] < found.checkpoints:
+                raise RowsHidden(f"the stored checkpoints of job {job_id} are hidden from the daemon by row security")
         return [NotedUpload(**row) for row in rows]
 
     async def leftovers(
-        self, location: Location, *, job_id: UUID | None, idle_seconds: float, keep_seconds: float, limit: int
+        self,
+        location: Location,
+        *,
+        job_id: UUID | None,
+        idle_seconds: float,
+        keep_seconds: float,
+        orphans: bool,
+        limit: int,
     ) -> list[NotedUpload]:
-        """What nobody needs any more, of one job or of all. `keep_seconds`: how long a checkpoint outlives its job."""
+        """What nobody needs any more, of one job or of all. `keep_seconds`: how long a checkpoint outlives its job.
+
+        `orphans`: of jobs that are not there any more as well."""
         values = {
             "job_id": job_id,
             "idle_seconds": idle_seconds,
             "keep_seconds": keep_seconds,
+            "orphans": orphans,
             "limit": limit,
         } | _at(location)
         return [NotedUpload(**row) for row in await self._run("read_leftovers", values)]
@@ -459,12 +569,23 @@ class Store:
             raise _points_refused(error) from error
         except (StatementRefused, HostUnfit) as error:
             raise _points_refused(error) from error
-        _require_held(answer[0]["held"], lease)
+        if not answer[0]["held"]:
+            raise await self._why_no_row(name, lease)
 
     async def _fenced(self, name: str, lease: Lease, values: Mapping[str, Any]) -> list[dict[str, Any]]:
         rows = await self._run(name, {**_named(lease), **values})
-        _require_held(len(rows), lease)
+        if not rows:
+            raise await self._why_no_row(name, lease)
         return rows
+
+    async def _why_no_row(self, name: str, lease: Lease) -> LeaseLost | RowsHidden:
+        """A fenced write found no row: the lease is lost, unless it is only not seen."""
+        found = await self.find_job(lease.job_id)
+        if not found.can_tell:
+            return RowsHidden(f"whether the lease of job {lease.job_id} is still there cannot be told: {_HIDDEN}")
+        if found.is_held_by(lease) and (name not in _OF_A_RUNNING_JOB or found.state in HELD):
+            return RowsHidden(f"the lease of job {lease.job_id} is ours, and {_HIDDEN}")
+        return LeaseLost(f"the lease {lease.epoch} of job {lease.job_id} is not ours any more, or the job is final")
 
     async def _end(
         self, name: str, lease: Lease, values: Mapping[str, Any], cost: float | None, wanted: set[State]
@@ -479,13 +600,18 @@ class Store:
             if settled:
                 return Ending(False, State.CANCELLED, noted)
         found = await self._run("read_job_state", _named(lease))
-        state = State(found[0]["state"]) if found else None
+        state = State(found[0]["state"]) if found else await self._hidden_state(lease)
         if row["ended"]:
             return Ending(False, state, noted)
         # No lease, yet our epoch and the state that we asked for: the answer was lost, not the ending.
         if state in wanted:
             return Ending(True, state, noted)
-        raise LeaseLost(f"the lease {lease.epoch} of job {lease.job_id} is not ours any more")
+        raise await self._why_no_row(name, lease)
+
+    async def _hidden_state(self, lease: Lease) -> State | None:
+        """The state of a job whose row is not seen; None where it is not under our epoch any more, or not known."""
+        found = await self.find_job(lease.job_id)
+        return State(found.state) if found.can_tell and found.epoch == lease.epoch and found.state else None
 
 
 def _points_refused(error: Exception) -> PointsRefused:
@@ -498,11 +624,6 @@ def _named(lease: Lease) -> dict[str, Any]:
 
 def _at(location: Location) -> dict[str, str]:
     return {"storage": location.storage, "bucket": location.bucket}
-
-
-def _require_held(rows: int, lease: Lease) -> None:
-    if not rows:
-        raise LeaseLost(f"the lease {lease.epoch} of job {lease.job_id} is not ours any more, or the job is final")
 
 
 def _failure(failed: Failed) -> dict[str, Any]:

@@ -86,8 +86,11 @@ class Tidying:
                 log.warning("leftovers_kept", error=str(error))
 
     async def _is_deleted(self, job: ClaimedJob) -> bool:
-        """Its row is gone: nobody comes back for anything of it. False where that cannot be asked now."""
+        """Its row was deleted: nobody comes back for anything of it. False where that is not certain.
+
+        Not seen is not deleted; nor is what is missing from a table that was made anew: its rows may be yet to come."""
         try:
-            return await self._store.read_limits(job.id) is None
+            found = await self._store.find_job(job.id)
         except (DatabaseAway, *REFUSALS):
             return False
+        return found.is_deleted and found.tables == job.tables

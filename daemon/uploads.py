@@ -11,7 +11,7 @@ from uuid import UUID
 
 import structlog
 
-from daemon.errors import DatabaseAway, JobError
+from daemon.errors import DatabaseAway, HostUnfit, JobError
 from daemon.job import ClaimedJob
 from daemon.pack import object_names
 from daemon.storage import Location, Storage
@@ -39,23 +39,41 @@ async def note_adapter(store: Store, job: ClaimedJob, location: Location) -> Non
 
 async def sweep_job(store: Store, storage: Storage, job_id: UUID, keep_days: float) -> None:
     """Delete what a settled job does not need. What cannot be deleted now stays noted for the next sweep."""
-    await _sweep(store, storage, job_id=job_id, idle_seconds=0.0, keep_days=keep_days)
+    await _sweep(store, storage, job_id=job_id, idle_seconds=0.0, keep_days=keep_days, orphans=True)
 
 
 async def sweep_for_ever(store: Store, storage: Storage, keep_days: float) -> None:
-    """Delete what dead hosts left and what has been kept long enough, until cancelled."""
+    """Delete what dead hosts left and what has been kept long enough, until cancelled.
+
+    A job without a row counts as deleted only in a table that was the same at the sweep before: into one that was made
+    anew the rows may still be on their way, from a backup say."""
+    tables: str | None = None
     while True:
+        before, tables = tables, await _tables(store)
+        if before is not None:
+            same = tables == before
+            await _sweep(store, storage, job_id=None, idle_seconds=IDLE_SECONDS, keep_days=keep_days, orphans=same)
         await asyncio.sleep(SWEEP_SECONDS)
-        await _sweep(store, storage, job_id=None, idle_seconds=IDLE_SECONDS, keep_days=keep_days)
 
 
-async def _sweep(store: Store, storage: Storage, *, job_id: UUID | None, idle_seconds: float, keep_days: float) -> None:
+async def _tables(store: Store) -> str | None:
+    try:
+        return (await store.read_sight()).tables
+    except (DatabaseAway, HostUnfit) as error:
+        log.warning("leftovers_kept", error=str(error))
+        return None
+
+
+async def _sweep(
+    store: Store, storage: Storage, *, job_id: UUID | None, idle_seconds: float, keep_days: float, orphans: bool
+) -> None:
     try:
         leftovers = await store.leftovers(
             storage.location,
             job_id=job_id,
             idle_seconds=idle_seconds,
             keep_seconds=keep_days * 86_400.0,
+            orphans=orphans,
             limit=NOTES_A_SWEEP,
         )
         for upload in leftovers:

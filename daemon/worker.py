@@ -18,6 +18,7 @@ from daemon.job import ClaimedJob
 from daemon.lookahead import Lookahead
 from daemon.presence import Load, say_goodbye, stay_present
 from daemon.reaper import reap_for_ever
+from daemon.sight import watch_sight
 from daemon.stop import Stop, StopReason
 from daemon.store import Limits
 from daemon.tidying import Remains, Tidying
@@ -90,8 +91,15 @@ class Worker:
             stay_present(
                 self._store, self._host, self._settings, self._with.troubles, load=self._load, on_drain=self.drain
             ),
+            watch_sight(self._store, self._with.troubles),
             reap_for_ever(self._store, self._settings.lease_seconds),
-            tidy_for_ever(self._settings.work_dir, self._settings.keep_days, self._host, running=self._running),
+            tidy_for_ever(
+                self._settings.work_dir,
+                self._settings.keep_days,
+                self._host,
+                running=self._running,
+                may_come_back=self._store.may_come_back,
+            ),
             self._with.trainers.tend(),
         ]
 

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
@@ -105,20 +105,32 @@ class Workspace:
         shutil.rmtree(self.job_dir, ignore_errors=True)
 
 
-async def tidy_for_ever(work_dir: Path, keep_days: float, host: Host, *, running: Callable[[], set[str]]) -> None:
+async def tidy_for_ever(
+    work_dir: Path,
+    keep_days: float,
+    host: Host,
+    *,
+    running: Callable[[], set[str]],
+    may_come_back: Callable[[UUID], Awaitable[bool]],
+) -> None:
     """Remove what was left on the volume that nobody comes back for, until cancelled."""
     while True:
-        await asyncio.to_thread(remove_old_jobs, work_dir, keep_days, running())
+        for folder in await asyncio.to_thread(old_jobs, work_dir, keep_days, running()):
+            # One that waits longer than that, for its time or for a database that is away, keeps its checkpoints.
+            if not await may_come_back(UUID(folder.name)):
+                await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+                log.info("job_folder_removed", job_id=folder.name)
         await asyncio.to_thread(remove_early_datasets, work_dir, host)
         await asyncio.sleep(TIDY_SECONDS)
 
 
-def remove_old_jobs(work_dir: Path, keep_days: float, running: set[str]) -> None:
-    """Remove the folders of jobs that nothing has written to for `keep_days` and that do not run here.
+def old_jobs(work_dir: Path, keep_days: float, running: set[str]) -> list[Path]:
+    """The folders of jobs that nothing has written to for `keep_days` and that do not run here.
 
     Another host on the same volume touches its job's folder at least at every checkpoint.
     """
     oldest = time.time() - keep_days * 86400.0
+    found = []
     for folder in work_dir.iterdir() if work_dir.is_dir() else ():
         if not _JOB_FOLDER.fullmatch(folder.name) or folder.name in running:
             continue
@@ -127,8 +139,8 @@ def remove_old_jobs(work_dir: Path, keep_days: float, running: set[str]) -> None
         except OSError:
             continue  # another host is removing it
         if touched_at < oldest:
-            shutil.rmtree(folder, ignore_errors=True)
-            log.info("job_folder_removed", job_id=folder.name, idle_days=round((time.time() - touched_at) / 86400, 1))
+            found.append(folder)
+    return found
 
 
 def open_early_folder(work_dir: Path) -> Path:

@@ -79,7 +79,9 @@ claimed AS (
         job.deadline_at,
         dataset.storage_bucket,
         dataset.storage_path,
-        dataset.user_id AS dataset_user_id
+        dataset.user_id AS dataset_user_id,
+        -- Which table the job was in: training_real_job says the same.
+        job.tableoid || '/' || pg_relation_filenode(job.tableoid) AS tables
 )
 SELECT picked.lacking, claimed.*
 FROM picked

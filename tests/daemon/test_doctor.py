@@ -179,7 +179,8 @@ def as_url(dsn: str, user: str, password: str) -> str:
 async def test_a_database_as_the_guide_sets_it_up_is_green(daemons_url: str, tmp_path: Path) -> None:
     found = await by_name(check_database(settings(tmp_path, database_url=daemons_url)))
     assert [name for name, finding in found.items() if finding.light is not Light.GREEN] == []
-    expected = ["database", "migrations", "database role", "rights", "clock", "older dispatcher", "LISTEN"]
+    names = ("database", "migrations", "database role", "rights", "row security", "clock", "older dispatcher", "LISTEN")
+    expected = list(names)
     assert list(found) == expected
     assert "directly at 127.0.0.1" in found["database"].detail
 

@@ -24,7 +24,7 @@ CALLERS = ("anon", "other", "own", "service", "daemon")
 _ROLES = {"own": "authenticated", "other": "authenticated", "service": "service_role", "daemon": "training_daemon"}
 
 # Refused by a missing grant or a policy, or by the guard: what a caller is told is asserted elsewhere.
-_REFUSALS = ("42501", "PT409", "PT404")
+_REFUSALS = ("42501", "PT409", "PT404", "PT503")
 _NEVER = ("428C9",)  # an identity column that takes no value from anybody
 
 

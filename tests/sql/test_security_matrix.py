@@ -133,7 +133,7 @@ notifications
   .        .        ru       riu      ri       read
 
 training_leases
-  .        .        .        .        d        (the row)
+  .        .        .        .        .        (the row)
   .        .        r        r        riu      job_id, user_id, claimed_at, heartbeat_at, expires_at
   .        .        .        r        riu      epoch, worker_id, user_slot
 
@@ -186,6 +186,10 @@ FUNCTIONS = """
   .        x        x        x        x        training_read_needs
   .        x        x        x        x        training_check_limits
   .        .        .        .        x        training_require_owner
+  .        .        .        .        x        training_hiding_policies
+  .        .        .        .        x        training_find_job
+  .        .        .        .        x        training_real_job
+  .        .        .        .        x        training_sample_rows
   .        .        .        .        x        training_record_cost
   .        .        .        .        x        training_notify_user
 """
@@ -206,6 +210,10 @@ CALLS = {
     "training_read_needs": "training_read_needs('{}', '{}')",
     "training_check_limits": "training_check_limits(3, 1, now(), NULL)",
     "training_require_owner": "training_require_owner(%(owner)s)",
+    "training_hiding_policies": "training_hiding_policies()",
+    "training_find_job": "training_find_job(%(running)s)",
+    "training_real_job": "training_real_job(%(running)s)",
+    "training_sample_rows": "training_sample_rows()",
     "training_record_cost": f"training_record_cost({A_FAILED_JOB}, 1)",
     "training_notify_user": f"training_notify_user({A_FAILED_JOB}, 'failed')",
 }

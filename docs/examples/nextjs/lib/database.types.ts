@@ -1124,6 +1124,28 @@ export type Database = {
         Args: { deadline_at: string; max_attempts: number; max_cost: number; run_after: string }
         Returns: undefined
       }
+      training_find_job: {
+        Args: { wanted: string }
+        Returns: {
+          can_tell: boolean
+          checkpoints: number
+          dataset_exists: boolean
+          epoch: number
+          holder: Json
+          job_exists: boolean
+          state: string
+          tables: string
+        }[]
+      }
+      training_hiding_policies: {
+        Args: Record<PropertyKey, never>
+        Returns: {
+          condition: string
+          policy: string
+          relation: string
+          verb: string
+        }[]
+      }
       training_job_status: { Args: { job_id: string }; Returns: Json }
       training_name_url: { Args: { url: string }; Returns: Record<string, unknown> }
       training_notify_user: {
@@ -1137,6 +1159,19 @@ export type Database = {
         Returns: undefined
       }
       training_read_needs: { Args: { gpu_config: Json; hyperparameters: Json }; Returns: Record<string, unknown> }
+      training_real_job: {
+        Args: { wanted: string }
+        Returns: {
+          can_tell: boolean
+          checkpoints: number
+          dataset_exists: boolean
+          epoch: number
+          holder: Json
+          job_exists: boolean
+          state: string
+          tables: string
+        }[]
+      }
       training_record_cost: {
         Args: {
           amount: number
@@ -1148,6 +1183,13 @@ export type Database = {
         Returns: undefined
       }
       training_require_owner: { Args: { owner_id: string }; Returns: undefined }
+      training_sample_rows: {
+        Args: { most?: number }
+        Returns: {
+          id: string
+          relation: string
+        }[]
+      }
       training_status_json: {
         Args: {
           job: Omit<
