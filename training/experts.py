@@ -55,6 +55,16 @@ class Nf4Quantizer(Bnb4BitHfQuantizer):
         module, name = get_module_from_name(model, param_name)
         return is_expert_weight(module, name) or bool(super().param_needs_quantization(model, param_name, **kwargs))
 
+    def _process_model_before_weight_loading(self, model: Any, *arguments: Any, **options: Any) -> None:
+        """Refuse what would not become 4-bit while it is a skeleton, and not after hundreds of gigabytes were read."""
+        super()._process_model_before_weight_loading(model, *arguments, **options)
+        # It asks this module what experts are.
+        from training.packed import refuse_what_is_left
+
+        refuse_what_is_left(
+            model, type(model).__name__, lambda _module, _name, path: self.param_needs_quantization(model, path)
+        )
+
     def get_quantize_ops(self) -> Nf4Quantize:
         return Nf4Quantize(self)  # type: ignore[no-untyped-call]
 

@@ -21,6 +21,7 @@ from training.events import ErrorCode
 from training.experts import EXPERTS_FUNCTION, Nf4Config
 from training.failures import TrainingFailed
 from training.folder import ModelFolder
+from training.packed import is_in_bytes, refuse_what_is_left
 from training.quantized import CopyUnusable, QuantizedCopy
 from training.targets import UNQUANTISED_MODULES
 from training.voice import Voice
@@ -28,8 +29,6 @@ from training.voice import Voice
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Above this many elements a weight matrix that stayed in 16 bits means that the plan "4-bit" failed.
-_LARGE_WEIGHT = 1 << 20
 _LINEAR_ATTENTION_KERNELS = (("flash-linear-attention", "fla"), ("causal-conv1d", "causal_conv1d"))
 
 
@@ -82,7 +81,7 @@ def load_base_model(
         if copy is not None and not copy.save(model) and voice is not None:
             voice.notice("quantized_copy_skipped", "the volume has no room for a 4-bit copy of the base model")
     if spec.quantize:
-        _refuse_unquantised(model, spec.base_model)
+        refuse_what_is_left(model, spec.base_model, is_in_bytes)
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # On a CPU with AVX512 the first evaluation would repack the weights, and not without loss: the run would
@@ -234,29 +233,3 @@ def _refuse_missing(report: dict[str, Any], name: str) -> None:
             f"the weights of {name} lack {len(missing)} tensors and {len(mismatched)} have another shape: {named}",
             "download the model again (`brightrun-trainer models verify` names every damaged file)",
         )
-
-
-def _refuse_unquantised(model: torch.nn.Module, name: str) -> None:
-    large = list(_large_unquantised(model))
-    if large:
-        total = sum(numel for _, numel in large)
-        raise TrainingFailed(
-            ErrorCode.MODEL_UNSUPPORTED,
-            f"{len(large)} large weights of {name} did not become 4-bit ({total / 1e9:.2f} billion parameters, "
-            f"first {large[0][0]}); it would need {total * 2 / 2**30:.1f} GiB more than planned",
-            "choose another base model, or report this architecture to the operator",
-        )
-
-
-def _large_unquantised(model: torch.nn.Module) -> Iterator[tuple[str, int]]:
-    kept = {
-        id(parameter)
-        for layer in (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
-        if layer is not None
-        for parameter in layer.parameters()
-    }
-    for name, parameter in model.named_parameters():
-        if parameter.dtype is not torch.uint8 and parameter.dim() >= 2 and parameter.numel() >= _LARGE_WEIGHT:
-            if id(parameter) in kept or any(part in UNQUANTISED_MODULES for part in name.split(".")):
-                continue
-            yield name, parameter.numel()

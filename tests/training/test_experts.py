@@ -13,13 +13,14 @@ from transformers import AutoModelForCausalLM
 
 import training.experts
 from tests.tiny_models import MIXTURES
-from tests.training.conftest import IN_BOTH_TYPES, ROUNDING, HeardVoice, ModelOf, SpecOf
+from tests.training.conftest import IN_BOTH_TYPES, ROUNDING, HeardVoice, SpecOf
 from training.compute import ComputeType
 from training.experts import expert_states, has_fused_experts
 from training.failures import TrainingFailed
 from training.folder import open_model_folder
-from training.model import _refuse_unquantised, count_weights, load_base_model
+from training.model import count_weights, load_base_model
 from training.nf4 import pack
+from training.packed import is_in_bytes, refuse_what_is_left
 
 
 def _load(spec: Any) -> Any:
@@ -111,15 +112,6 @@ def test_backward_keeps_no_unpacked_weight(spec_of: SpecOf) -> None:
     assert held and max(held) < full_size
 
 
-def test_a_large_weight_that_stayed_unquantised_is_refused(tiny: ModelOf) -> None:
-    plain = AutoModelForCausalLM.from_pretrained(tiny("qwen3"), dtype=torch.bfloat16)
-    plain.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(2048, 1024, dtype=torch.bfloat16))
-    with pytest.raises(TrainingFailed) as refused:
-        _refuse_unquantised(plain, "tiny/qwen3")
-    assert refused.value.code == "model_unsupported"
-    assert "did not become 4-bit" in refused.value.message and "up_proj" in refused.value.message
-
-
 def test_every_linear_layer_but_the_named_few_is_packed(spec_of: SpecOf) -> None:
     model = _load(spec_of("qwen3_next"))
     plain = {
@@ -149,3 +141,15 @@ def test_experts_in_the_hubs_layout_are_packed_one_by_one(spec_of: SpecOf, monke
     monkeypatch.setattr(training.experts, "quantise_experts", lambda *arguments: stacked.append(arguments))
     _load(spec)
     assert not stacked
+
+
+def test_a_loaded_model_with_one_plain_layer_is_refused(spec_of: SpecOf) -> None:
+    """However small it is: the demo's model has no linear layer of a million numbers."""
+    model = _load(spec_of("qwen3"))
+    refuse_what_is_left(model, "tiny/qwen3", is_in_bytes)
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight = torch.nn.Parameter(torch.zeros(128, 64, dtype=torch.bfloat16), requires_grad=False)
+    with pytest.raises(TrainingFailed) as refused:
+        refuse_what_is_left(model, "tiny/qwen3", is_in_bytes)
+    assert refused.value.code == "model_unsupported"
+    assert "did not become 4-bit" in refused.value.message and "up_proj" in refused.value.message

@@ -1,0 +1,51 @@
+"""What must become 4-bit is told from what is kept, on the shapes of real models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.real_shapes import REAL_SHAPES, skeleton
+from training.experts import EXPERTS_FUNCTION, Nf4Config, Nf4Quantizer
+from training.failures import TrainingFailed
+from training.packed import left_in_16_bits
+from training.targets import UNQUANTISED_MODULES
+
+MIXTURES = [name for name, values in REAL_SHAPES.items() if "num_experts_per_tok" in values]
+
+
+def _prepare(name: str, *left_out: str, quantizer: type[Nf4Quantizer] = Nf4Quantizer) -> Any:
+    """What loading does to the skeleton before it reads a weight; it asks the quantizer about every one of them."""
+    model = skeleton(name, experts_implementation=EXPERTS_FUNCTION)
+    settings = Nf4Config(torch.bfloat16, [*UNQUANTISED_MODULES, *left_out])
+    quantizer(settings, pre_quantized=False).preprocess_model(model, device_map={"": "cpu"})
+    return model
+
+
+@pytest.mark.parametrize("name", REAL_SHAPES)
+def test_real_models_are_accepted_with_their_routers_in_16_bits(name: str) -> None:
+    model = _prepare(name)
+    # Nothing of it is packed yet: all linear layers and experts are left, and neither routers nor embeddings are.
+    left = dict(left_in_16_bits(model, lambda *_: False))
+    assert not [path for path in left if path.endswith((".gate.weight", ".router.weight", "embed_tokens.weight"))]
+    assert sum(left.values()) > 0.9 * sum(p.numel() for p in model.model.layers.parameters())
+
+
+@pytest.mark.parametrize("name", REAL_SHAPES)
+def test_a_linear_layer_that_was_left_out_is_refused_by_name(name: str) -> None:
+    layer = "kv_b_proj" if "DeepSeek" in name else "k_proj"
+    with pytest.raises(TrainingFailed, match=rf"did not become 4-bit .* first model.layers.\d.self_attn.{layer}"):
+        _prepare(name, layer)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_that_were_left_out_are_refused_by_name(name: str) -> None:
+    class Forgetful(Nf4Quantizer):
+        def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+            return "experts.down_proj" not in param_name and super().param_needs_quantization(model, param_name)
+
+    with pytest.raises(TrainingFailed, match=r"did not become 4-bit .*experts.down_proj") as refused:
+        _prepare(name, quantizer=Forgetful)
+    assert refused.value.code == "model_unsupported"
