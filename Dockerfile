@@ -16,11 +16,12 @@ ARG IMAGE_PACKAGES="supervisor flash-linear-attention setuptools"
 # The fused convolution that goes with them: a wheel for this very torch, CUDA and Python, by its URL (see the guide).
 ARG CAUSAL_CONV1D=""
 
-# For a base whose torch is older than pyproject.toml asks for: another, of the base's CUDA. 2.13.0+cu128, say.
-ARG TORCH=""
+# Another torch than the base's, of the base's CUDA. That of the default base, 2.9.1, brings Triton 3.5.1, with which
+# flash-linear-attention refuses to train on Hopper (training/kernels.py); empty keeps it, on other cards.
+ARG TORCH="2.13.0+cu128"
 
-# The base image's torch was built for its CUDA and stays: the environment sees the image's packages, and pip is
-# held to the very torch that it finds there. Everything else is pinned by constraints.txt.
+# Where no other is named the base's torch stays: the environment sees the image's packages, and pip is held to the
+# very torch that it finds there. Everything else is pinned by constraints.txt.
 COPY constraints.txt pyproject.toml ./
 RUN python3 -m venv --system-site-packages /opt/venv \
     && grep -v '^torch==' constraints.txt > image-constraints.txt \

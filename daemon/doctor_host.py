@@ -93,7 +93,9 @@ def read_selfcheck(device: str, exit_code: int, output: str, errors: str) -> Ite
         ("flash-linear-attention", "many times slower", "pip install flash-linear-attention"),
         ("causal-conv1d", "slower", "install a wheel for this torch, CUDA and Python: the operator's guide says where"),
     ):
-        if found[package.replace("-", "_")]:
+        if package == "flash-linear-attention" and (fault := found.get("kernel_fault")):
+            yield red(package, fault, "build the image with another TORCH: Qwen3-Next trains many times slower now")
+        elif found[package.replace("-", "_")]:
             yield green(package, "installed")
         else:
             yield yellow(package, f"missing: Qwen3-Next trains {slower}", advice)

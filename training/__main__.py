@@ -14,6 +14,7 @@ import sys
 
 from training.hidden import hide_unwanted_packages
 from training.job import begin_job, read_spec, status_of
+from training.kernels import hide_wrong_kernels
 from training.parent import die_with_parent
 from training.read_ahead import read_ahead
 from training.stop import StopSwitch
@@ -47,6 +48,7 @@ def main() -> int:
     die_with_parent()
     os.environ.update(_QUIET_AND_OFFLINE)
     hide_unwanted_packages()
+    hide_wrong_kernels()
     if chosen.warm:
         from training.warm import WarmProcess
 

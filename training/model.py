@@ -21,6 +21,7 @@ from training.events import ErrorCode
 from training.experts import EXPERTS_FUNCTION, Nf4Config
 from training.failures import TrainingFailed
 from training.folder import ModelFolder
+from training.kernels import Capability, capability_by_nvml, fault_of_kernels
 from training.packed import is_in_bytes, refuse_what_is_left
 from training.quantized import CopyUnusable, QuantizedCopy
 from training.targets import UNQUANTISED_MODULES
@@ -188,18 +189,31 @@ def compute_dtype(device: str, asked: ComputeType | None = None) -> torch.dtype:
 
 
 def warn_of_missing_kernels(spec: Wanted, model: PreTrainedModel, voice: Voice) -> None:
-    """Linear attention on a GPU without its kernels runs many times slower, and transformers says so in one line."""
+    """Linear attention on a GPU without its kernels runs many times slower, and transformers says so in one line.
+
+    Raises TrainingFailed where kernels were found that would fail, or be wrong, in the first backward.
+    """
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
     if spec.device != "cuda" or "linear_attention" not in kinds:
         return
+    fault = fault_of_kernels(_capability())
+    if fault is not None and find_spec("fla") is not None:
+        # NVML could not tell the card in time to hide them (training.kernels).
+        raise TrainingFailed(
+            ErrorCode.MODEL_UNSUPPORTED, fault, "build the image with another TORCH, then submit again"
+        )
     missing = [package for package, module in _LINEAR_ATTENTION_KERNELS if find_spec(module) is None]
     if missing:
         voice.notice(
             "kernels_missing",
-            f"{' and '.join(missing)} not installed on this GPU host: linear attention falls back to plain PyTorch, "
-            "many times slower, and conversations cannot be packed. Install them in the image",
+            (fault or f"{' and '.join(missing)} not installed on this GPU host: install them in the image")
+            + ". Linear attention falls back to plain PyTorch: right, many times slower, and without packing",
             missing=missing,
         )
+
+
+def _capability() -> Capability | None:
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else capability_by_nvml()
 
 
 def device_memory_bytes(device: str) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 from training.desk import RankDesk
 from training.failures import StopRequested, failed_event
 from training.hidden import hide_unwanted_packages
+from training.kernels import hide_wrong_kernels
 from training.parent import die_with_parent
 from training.spec import JobSpec
 from training.stop import STOP_A_RANK, StopSwitch
@@ -30,6 +31,7 @@ def main() -> int:
     chosen = parser.parse_args()
     die_with_parent(chosen.launcher)
     hide_unwanted_packages()
+    hide_wrong_kernels()
     stop = StopSwitch()
     stop.listen(STOP_A_RANK)
     desk = RankDesk(chosen.desk)

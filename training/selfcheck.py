@@ -12,6 +12,8 @@ import sys
 from importlib.util import find_spec
 from typing import Any
 
+from training.kernels import fault_of_kernels
+
 
 def examine(device: str) -> dict[str, Any]:
     """Versions, the card's abilities, and one real pass through a 4-bit layer on `device` ("cpu" or "cuda")."""
@@ -31,6 +33,7 @@ def examine(device: str) -> dict[str, Any]:
         "flash_linear_attention": find_spec("fla") is not None,
         "causal_conv1d": find_spec("causal_conv1d") is not None,
     }
+    found["kernel_fault"] = fault_of_kernels(torch.cuda.get_device_capability() if torch.cuda.is_available() else None)
     found["nf4_error"] = _four_bit_error(device)
     return found
 

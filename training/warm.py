@@ -38,6 +38,7 @@ from training.base import Base, HeldBase, load_base
 from training.estimate import model_bytes
 from training.events import EXIT_STOPPED, Ready, Stage
 from training.job import begin_job, read_spec, status_of
+from training.kernels import capability_by_nvml
 from training.parent import adopt_orphans, die_with_parent, end_every_child
 from training.read_ahead import read_ahead
 from training.spec import HoldOrder, JobSpec
@@ -277,23 +278,11 @@ def _card_unopened() -> Iterator[None]:
 
     cuda: Any = torch.cuda
     original = cuda.get_device_capability
-    cuda.get_device_capability = lambda device=None: _capability_by_nvml() or original(device)
+    cuda.get_device_capability = lambda device=None: capability_by_nvml() or original(device)
     try:
         yield
     finally:
         cuda.get_device_capability = original
-
-
-def _capability_by_nvml() -> tuple[int, int] | None:
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        chosen = int(os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0])
-        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(pynvml.nvmlDeviceGetHandleByIndex(chosen))
-    except (pynvml.NVMLError, ValueError):
-        return None
-    return int(major), int(minor)
 
 
 def _card_opens(spec: JobSpec) -> bool:

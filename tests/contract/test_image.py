@@ -69,3 +69,12 @@ def test_the_base_image_is_named_once_and_repeated_faithfully() -> None:
 def _constraints() -> list[str]:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     return [line for line in lines if line and not line.startswith("#")]
+
+
+def test_the_image_has_a_triton_that_its_kernels_go_with() -> None:
+    """The default torch is the one that is pinned and tested, and brings Triton 3.7.1."""
+    (torch,) = re.findall(r'^ARG TORCH="(.*)"$', DOCKERFILE, re.MULTILINE)
+    (base,) = re.findall(r"^ARG BASE=(.*)$", DOCKERFILE, re.MULTILINE)
+    assert f"torch=={torch.partition('+')[0]}" in _constraints()
+    cuda = torch.partition("+cu")[2]
+    assert cuda and f"-cu{cuda}" in base, "a torch of the base's own CUDA"

@@ -77,6 +77,12 @@ def test_a_card_with_everything_is_green_line_by_line() -> None:
         ({"cuda_available": False}, "CUDA", Light.RED, ["2.13.0 sees no card", "CUDA driver"]),
         ({"bf16": False}, "bf16", Light.RED, ["Ampere"]),
         ({"flash_linear_attention": False}, "flash-linear-attention", Light.YELLOW, ["pip install"]),
+        (
+            {"kernel_fault": "flash-linear-attention 0.6.0 cannot be used with Triton 3.5.1 on this card"},
+            "flash-linear-attention",
+            Light.RED,
+            ["Triton 3.5.1", "another TORCH"],
+        ),
         ({"causal_conv1d": False}, "causal-conv1d", Light.YELLOW, ["a wheel for this torch"]),
     ],
 )

@@ -1,0 +1,69 @@
+"""Whether the kernels of linear attention can be used on this card, by the versions that are installed.
+
+flash-linear-attention refuses a gated model's backward on Hopper with Triton from 3.4.0 to before 3.7.1, whose results
+would be wrong (fla-core 0.6.0, ops/common/chunk_o.py); and it does so in the first step, when the model is loaded and
+paid for. Standard library and NVML only: asked before the libraries are imported, which choose their kernels then.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+from packaging.version import Version
+
+_HOPPER = 9
+_WRONG_FROM, _WRONG_BEFORE = Version("3.4.0"), Version("3.7.1")
+
+Capability = tuple[int, int]
+
+
+def fault_of_kernels(capability: Capability | None) -> str | None:
+    """Why flash-linear-attention must not be used on a card of this compute capability; None where it may, or is not.
+
+    With tilelang it multiplies by other kernels than Triton's.
+    """
+    fla, triton = _version("fla-core"), _version("triton")
+    if capability is None or capability[0] != _HOPPER or fla is None or triton is None or find_spec("tilelang"):
+        return None
+    # 3.5.1+git… is 3.5.1, and 3.7.1rc1 is not yet 3.7.1.
+    if not _WRONG_FROM <= Version(Version(triton).public) < _WRONG_BEFORE:
+        return None
+    return (
+        f"flash-linear-attention {fla} cannot be used with Triton {triton} on this card (compute capability "
+        f"{capability[0]}.{capability[1]}): its backward would be wrong. Take a torch that brings Triton "
+        f"{_WRONG_BEFORE} or newer, 2.13.0 say"
+    )
+
+
+def hide_wrong_kernels() -> None:
+    """Let `import fla` fail where its kernels must not be used: transformers then computes in plain PyTorch."""
+    if fault_of_kernels(capability_by_nvml()) is not None:
+        sys.modules["fla"] = None  # type: ignore[assignment]
+
+
+def capability_by_nvml() -> Capability | None:
+    """Compute capability of this process's first card, without a look at the CUDA driver; None where there is none."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        shown = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+        card = (
+            pynvml.nvmlDeviceGetHandleByIndex(int(shown))
+            if shown.isdigit()
+            else pynvml.nvmlDeviceGetHandleByUUID(shown)
+        )
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(card)
+    except (pynvml.NVMLError, ValueError):
+        return None
+    return int(major), int(minor)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
