@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -124,6 +125,49 @@ async def test_the_objects_of_a_deleted_job_are_found(place: Place) -> None:
     place.app.run("DELETE FROM training_jobs WHERE id = %s", (job.id,))
     await place.sweep()
     assert place.objects() == set() and place.notes() == 0
+
+
+HIDE = "CREATE POLICY tenants ON {} AS RESTRICTIVE USING (false)"
+
+
+@pytest.mark.parametrize("table", ["training_jobs", "training_leases"])
+async def test_nothing_is_deleted_of_a_job_that_is_only_hidden(place: Place, tmp_path: Path, table: str) -> None:
+    job = await place.uploaded()
+    await place.kept_checkpoint(job, 10)
+    settings = Settings(_env_file=None, database_url=SecretStr(place.app.dsn), work_dir=tmp_path / "jobs")
+    workspace = Workspace.open(settings.work_dir, job.id, job.lease_epoch)
+    (workspace.checkpoint_dir / "step").write_text("10")
+    before = place.objects()
+    place.app.run(HIDE.format(table))
+    await place.sweep(keep_days=0.0)
+    tidying = Tidying(place.store, place.storage, settings)
+    tidying.begin(Remains(job, ending=None, stored=False))
+    await tidying.finish()
+    assert place.objects() == before and place.notes() == 2
+    assert (workspace.checkpoint_dir / "step").exists()
+
+
+async def test_orphans_of_a_table_that_was_made_anew_count_only_when_they_are_asked_for(place: Place) -> None:
+    job = await place.uploaded()
+    place.app.run("TRUNCATE training_jobs CASCADE")
+    asked: dict[str, Any] = {"job_id": None, "idle_seconds": 0.0, "keep_seconds": 0.0, "limit": 10}
+    location = place.storage.location
+    assert await place.store.leftovers(location, orphans=False, **asked) == []
+    assert [each.job_id for each in await place.store.leftovers(location, orphans=True, **asked)] == [job.id]
+    found = await place.store.find_job(job.id)
+    assert found.is_deleted and found.tables != job.tables
+
+
+async def test_a_folder_whose_job_went_with_the_whole_table_is_kept(place: Place, tmp_path: Path) -> None:
+    job = await place.uploaded()
+    settings = Settings(_env_file=None, database_url=SecretStr(place.app.dsn), work_dir=tmp_path / "jobs")
+    workspace = Workspace.open(settings.work_dir, job.id, job.lease_epoch)
+    (workspace.checkpoint_dir / "step").write_text("10")
+    place.app.run("TRUNCATE training_jobs CASCADE")
+    tidying = Tidying(place.store, place.storage, settings)
+    tidying.begin(Remains(job, ending=None, stored=False))
+    await tidying.finish()
+    assert (workspace.checkpoint_dir / "step").exists(), "its row may come from a backup yet"
 
 
 @pytest.mark.parametrize("deleted", [True, False], ids=["deleted", "taken_over"])

@@ -273,6 +273,22 @@ async def test_a_silent_host_is_ended_but_not_while_it_may_have_been_our_own_sil
     assert yard.runpod.pods["pod1"].status == "TERMINATED" and yard.rows()[0]["ending"] == "silent"
 
 
+@pytest.mark.parametrize("table", ["training_workers", "training_jobs"])
+async def test_a_fleet_from_which_rows_are_hidden_ends_no_pod(yard: Yard, table: str) -> None:
+    yard.job()
+    async with yard.fleet() as fleet:
+        await fleet.look()
+        (pod,) = yard.pods
+        yard.boot(pod, busy=1)
+        yard.database.run(f"CREATE POLICY tenants ON {table} AS RESTRICTIVE USING (false)")
+        yard.after(minutes=45)
+        await fleet.look()
+        assert pod in yard.pods and "terminate" not in yard.decisions()
+        yard.database.run(f"DROP POLICY tenants ON {table}")
+        await fleet.look()
+        assert pod not in yard.pods, "seen again, it is judged again"
+
+
 async def test_pods_of_others_are_never_touched(yard: Yard) -> None:
     yard.runpod.add("somebodys", name="brightrun-notebook", status="EXITED")
     yard.runpod.add("another-fleets", name=f"brightrun-{UUID(int=7)}", status="EXITED")

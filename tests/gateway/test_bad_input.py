@@ -141,6 +141,18 @@ def test_an_unknown_or_malicious_id_is_not_found(shared_client: httpx.Client, at
         assert answer.status_code == 404 and answer.json()["error"], (path, answer.text)
 
 
+def test_a_job_that_row_security_hides_is_not_said_to_be_unknown(client: httpx.Client, queue: Queue) -> None:
+    job = str(queue.insert())
+    queue.select("CREATE POLICY tenants ON training_jobs AS RESTRICTIVE USING (false)")
+    for path in (f"/training/status/{job}", f"/status/{job}"):
+        answer = client.get(path)
+        assert answer.status_code == 503 and answer.headers["Retry-After"], (path, answer.text)
+    assert client.post("/training/submit", json=GOOD | {"job_id": job}).status_code == 503
+    assert client.get(f"/status/{UNKNOWN}").status_code == 404, "what is not there is not hidden"
+    queue.select("DROP POLICY tenants ON training_jobs")
+    assert client.get(f"/status/{job}").status_code == 200
+
+
 def test_sql_in_a_submission_is_only_text(client: httpx.Client, queue: Queue) -> None:
     evil = "x'); DELETE FROM training_jobs; --"
     body = GOOD | {"job_id": evil, "hyperparameters": {evil: evil, "sample_prompts": [evil]}}
