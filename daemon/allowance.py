@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from daemon.chores import worked
 from daemon.errors import DatabaseAway
 from daemon.job import ClaimedJob
 from daemon.reporter import REFUSALS, Reporter
@@ -51,6 +52,7 @@ async def watch_allowance(job: ClaimedJob, reporter: Reporter, store: Store, sto
     read_at = _now()
     while True:
         await asyncio.sleep(LOOK_SECONDS)
+        worked()
         if allowance.used_up(reporter.cost) is not None or _now() >= read_at + READ_SECONDS:
             try:
                 limits = await store.read_limits(job.id)

@@ -21,6 +21,7 @@ from daemon.allowance import watch_allowance
 from daemon.callback import CallbackCourier
 from daemon.checkpoint_store import CheckpointStore
 from daemon.child import Patience, Stopped, Verdict
+from daemon.chores import Chores
 from daemon.cost import Meter, price_per_gpu_hour
 from daemon.download import FetchedDataset, fetch_dataset
 from daemon.errors import DatabaseAway, JobDelayed, JobError, JobFailed, LeaseLost
@@ -110,14 +111,15 @@ class Attempt:
         self._tell()  # the claim is news
         async with self._with.leases.hold(job.lease, self._stop) as held:
             reporter = self._reporter(held)
-            writing = asyncio.create_task(reporter.run())
-            limits = asyncio.create_task(watch_allowance(job, reporter, self._with.store, self._stop))
             try:
-                outcome = await self._outcome(reporter)
+                async with Chores(self._with.troubles) as chores:
+                    chores.start(f"reports of job {job.id}", reporter.run)
+                    chores.start(
+                        f"limits of job {job.id}",
+                        lambda: watch_allowance(job, reporter, self._with.store, self._stop),
+                    )
+                    outcome = await self._outcome(reporter)
             finally:
-                limits.cancel()
-                writing.cancel()
-                await asyncio.gather(limits, writing, return_exceptions=True)
                 if self._early is not None:
                     self._early.discard()
             self._with.courier.forget(job.id)

@@ -31,7 +31,8 @@ from daemon.addresses import (
     rules_from,
 )
 from daemon.backoff import retry_after_seconds
-from daemon.errors import DatabaseAway
+from daemon.chores import worked
+from daemon.errors import DatabaseAway, StatementRefused
 from daemon.job import ClaimedJob
 from daemon.settings import Settings
 from daemon.store import Callback
@@ -139,6 +140,7 @@ class CallbackCourier:
             while True:
                 self._wake.clear()
                 claimed = await self._claim(outbox)
+                worked()
                 for callback in claimed or ():
                     self._start(outbox, callback)
                 if claimed:
@@ -147,9 +149,12 @@ class CallbackCourier:
                 if claimed == [] and not self._in_flight and not self._wake.is_set():
                     self._idle.set()
                 await self._wait()
+        except asyncio.CancelledError:
+            # For good. After anything else it is begun again: what is on its way goes on meanwhile.
+            await self._end_all()
+            raise
         finally:
             self._running = False
-            await self._end_all()
 
     async def flush(self, deadline_seconds: float) -> bool:
         """Wait until nothing is due and nothing on its way, at most so long. True when that was reached.
@@ -186,6 +191,7 @@ class CallbackCourier:
         if job.id not in self._progress_tasks:
             task = asyncio.create_task(self._post_progress(job.id), name=f"progress {job.id}")
             self._progress_tasks[job.id] = task
+            task.add_done_callback(_log_a_crash)
 
     def forget(self, job_id: UUID) -> None:
         """The attempt is over: no more progress of this job, its ending comes from the outbox."""
@@ -225,7 +231,7 @@ class CallbackCourier:
         delay = self._delay_after(callback.attempts, verdict)
         try:
             await self._settle(outbox, callback, verdict, delay)
-        except DatabaseAway as error:
+        except (DatabaseAway, StatementRefused) as error:
             # The row's lock runs out and it is sent again, under the same id.
             log.warning("callback_unsettled", callback_id=str(callback.id), error=str(error))
 
@@ -330,3 +336,8 @@ class CallbackCourier:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._client.aclose()
+
+
+def _log_a_crash(done: asyncio.Task[None]) -> None:
+    if not done.cancelled() and (error := done.exception()) is not None:
+        log.error("progress_crashed", task=done.get_name(), exc_info=error)

@@ -13,9 +13,11 @@ from typing import Literal, Protocol
 
 import structlog
 
-from daemon.errors import DatabaseAway, HostUnfit, LeaseLost
+from daemon.chores import Chores, worked
+from daemon.errors import DatabaseAway, HostUnfit, LeaseLost, StatementRefused
 from daemon.job import HELD, Lease, State
 from daemon.stop import Stop, StopReason
+from daemon.troubles import Troubles
 from daemon.waiting import wait_at_most
 
 log = structlog.get_logger()
@@ -33,6 +35,7 @@ class HeldLease:
 
     def __init__(self) -> None:
         self._doubted = asyncio.Event()
+        self.renewed_at = asyncio.get_running_loop().time()
 
     def doubt(self) -> None:
         self._doubted.set()
@@ -46,7 +49,15 @@ class HeldLease:
 class LeaseKeeper:
     """Renews leases and turns what it learns into stop requests."""
 
-    def __init__(self, store: Renewing, *, lease_seconds: float, on_partition: Literal["continue", "stop"]) -> None:
+    def __init__(
+        self,
+        store: Renewing,
+        *,
+        lease_seconds: float,
+        on_partition: Literal["continue", "stop"],
+        troubles: Troubles | None = None,
+    ) -> None:
+        self._troubles = troubles or Troubles()
         self._store = store
         self._lease_seconds = lease_seconds
         self._on_partition = on_partition
@@ -55,18 +66,15 @@ class LeaseKeeper:
     async def hold(self, lease: Lease, stop: Stop) -> AsyncIterator[HeldLease]:
         """Keep this lease until the block ends. Lost or cancelled, it asks the attempt to stop."""
         held = HeldLease()
-        heartbeat = asyncio.create_task(self._renew_for_ever(lease, held, stop))
-        try:
+        async with Chores(self._troubles) as chores:
+            chores.start(_chore_of(lease), lambda: self._renew_for_ever(lease, held, stop))
             yield held
-        finally:
-            heartbeat.cancel()
-            await asyncio.gather(heartbeat, return_exceptions=True)
 
     async def _renew_for_ever(self, lease: Lease, held: HeldLease, stop: Stop) -> None:
         clock = asyncio.get_running_loop().time
         period = self._lease_seconds / RENEWALS_A_LEASE
-        renewed_at = clock()
-        wait_seconds = period
+        # Begun again after a failure: the last renewal is as old as it is.
+        wait_seconds = max(min(period, held.renewed_at + period - clock()), 0.0)
         while True:
             await held.wait(wait_seconds)
             try:
@@ -76,17 +84,20 @@ class LeaseKeeper:
                 stop.request(StopReason.LEASE_LOST)
                 return
             # A right that is missing for a while is no death either: whoever ceased to renew would train on unheard.
-            except (DatabaseAway, HostUnfit) as error:
-                silent_seconds = clock() - renewed_at
+            except (DatabaseAway, HostUnfit, StatementRefused) as error:
+                silent_seconds = clock() - held.renewed_at
                 log.warning("lease_not_renewed", silent_seconds=round(silent_seconds, 1), error=str(error))
                 # Nobody reaps while the database is away, and a reaper waits one lease after its own
                 # reconnect: going on is safe. Who prefers to save the GPU in a partition says so.
                 if self._on_partition == "stop" and silent_seconds > self._lease_seconds:
                     stop.request(StopReason.LEASE_LOST)
                     return
+                if isinstance(error, StatementRefused):
+                    self._troubles.begin(_chore_of(lease), f"the database refuses to renew the lease: {error}")
                 wait_seconds = min(period, 1.0)
                 continue
-            renewed_at, wait_seconds = clock(), period
+            held.renewed_at, wait_seconds = clock(), period
+            worked()
             if state is State.CANCELLED:
                 # Keep renewing: a cancelled job holds its lease until its child is gone.
                 stop.request(StopReason.CANCELLED)
@@ -94,3 +105,7 @@ class LeaseKeeper:
                 log.error("lease_without_job", state=state, lease_epoch=lease.epoch)
                 stop.request(StopReason.LEASE_LOST)
                 return
+
+
+def _chore_of(lease: Lease) -> str:
+    return f"heartbeat of job {lease.job_id}"

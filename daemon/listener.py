@@ -15,6 +15,8 @@ import psycopg
 import structlog
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
+from daemon.chores import worked
+
 log = structlog.get_logger()
 
 CHANNEL = "training_jobs"
@@ -69,6 +71,7 @@ class Listener:
                 await self._hear(connection, PROBE_SECONDS)
                 await self._probe(connection)
                 self._probed = True
+                worked()
 
     async def _connect(self) -> psycopg.AsyncConnection:
         return await psycopg.AsyncConnection.connect(

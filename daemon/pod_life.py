@@ -14,7 +14,8 @@ from typing import Protocol
 
 import structlog
 
-from daemon.errors import DatabaseAway
+from daemon.chores import worked
+from daemon.errors import DatabaseAway, StatementRefused
 from daemon.runpod_api import API, Key, RunPod, RunPodError
 from daemon.settings import Settings
 
@@ -82,6 +83,7 @@ class PodLife:
                 self._ended = True
                 self._worker.drain()
                 return
+            worked()
             await asyncio.sleep(self._seconds_to_look if ended is None else self._retry_seconds)
 
     async def end_drained(self) -> None:
@@ -139,7 +141,7 @@ class PodLife:
     async def _waiting(self) -> bool:
         try:
             return await self._endings_wait()
-        except DatabaseAway as error:
+        except (DatabaseAway, StatementRefused) as error:
             log.debug("endings_unknown", error=str(error))
             return True
 
@@ -159,6 +161,7 @@ class PodPrice:
         while self._pod_id is not None:
             await asyncio.sleep(PRICE_RETRY_SECONDS if self.per_gpu_hour is None else PRICE_SECONDS)
             await self.read()
+            worked()
 
     async def read(self) -> None:
         """Ask once; what was known stays where no answer comes."""

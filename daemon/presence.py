@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import structlog
 
-from daemon.errors import DatabaseAway
+from daemon.chores import worked
+from daemon.errors import DatabaseAway, StatementRefused
 from daemon.host import Host, installed_versions
 from daemon.settings import Settings
 from daemon.store import Store, WorkerRow, WorkerState
@@ -53,6 +54,7 @@ async def stay_present(
             registered = wish is not None
             if wish == "drain" and now.state != "draining":
                 on_drain()
+            worked()
         except DatabaseAway as error:
             log.debug("worker_row_delayed", error=str(error))
         await asyncio.sleep(TOUCH_SECONDS)
@@ -62,7 +64,7 @@ async def say_goodbye(store: Store, host: Host) -> None:
     """The host left in good order; if the database is away, its row grows old by itself."""
     try:
         await store.end_worker(host.worker_id)
-    except DatabaseAway as error:
+    except (DatabaseAway, StatementRefused) as error:
         log.warning("worker_row_left", error=str(error))
 
 

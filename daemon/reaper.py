@@ -10,9 +10,11 @@ import time
 
 import structlog
 
-from daemon.errors import DatabaseAway, HostUnfit
+from daemon.chores import worked
+from daemon.errors import DatabaseAway
+from daemon.job import HELD
 from daemon.sight import is_blind
-from daemon.store import Store
+from daemon.store import Reaped, Store
 
 log = structlog.get_logger()
 
@@ -30,7 +32,8 @@ async def reap_for_ever(store: Store, lease_seconds: float) -> None:
     a pooler holds its clients' connections and statements while its server is gone, and nobody sees an error.
     (A restart of the server is known to the database itself, which reaps nobody for the time of it.)"""
     prompt = max(lease_seconds * PROMPT_PART, PROMPT_SECONDS)
-    late_at = 0.0
+    # Begun, or begun again after whatever ended it: of the time before nothing is known.
+    late_at = time.monotonic()
     while True:
         await asyncio.sleep(lease_seconds / 2)
         asked_at = time.monotonic()
@@ -48,9 +51,29 @@ async def reap_for_ever(store: Store, lease_seconds: float) -> None:
                 late_at = time.monotonic()
             if connected_at is None or answered_at - max(connected_at, late_at) < lease_seconds:
                 continue
-            for reaped in await store.reap_expired_leases():
-                log.warning("job_reaped", job_id=str(reaped.job_id), state=reaped.state)
-        except (DatabaseAway, HostUnfit) as error:
+            reaped = await store.reap_expired_leases()
+            if time.monotonic() - answered_at > prompt:
+                late_at = time.monotonic()  # it waited behind a lock, and so did the heartbeats of others
+            _tell(store, reaped)
+            worked()
+        except DatabaseAway as error:
             log.debug("reap_delayed", error=str(error))
             # A table or a right that was missing here was missing to the holders as well.
             late_at = time.monotonic()
+
+
+def _tell(store: Store, leases: list[Reaped]) -> None:
+    refused = [each for each in leases if each.state in HELD]
+    for each in leases:
+        if each.state in HELD:
+            log.error("job_not_reaped", job_id=str(each.job_id), hint="its story says what refuses it")
+        else:
+            log.warning("job_reaped", job_id=str(each.job_id), state=each.state)
+    if refused:
+        store.troubles.begin(
+            "reaping",
+            f"the database refuses to take back {len(refused)} jobs of lost hosts, the first of them "
+            f"{refused[0].job_id}: its story (training_events) says who objects",
+        )
+    else:
+        store.troubles.end("reaping")

@@ -14,6 +14,7 @@ from typing import Any, assert_never
 
 import structlog
 
+from daemon.chores import worked
 from daemon.cost import Meter
 from daemon.errors import DatabaseAway, HostUnfit, LeaseLost, PointsRefused, StatementRefused
 from daemon.host import GpuLoad
@@ -279,6 +280,7 @@ class Reporter:
             await self._dirty.wait()
             try:
                 await self.flush()
+                worked()
             except DatabaseAway as error:
                 log.warning("report_delayed", waiting_points=len(self._points), error=str(error))
                 await asyncio.sleep(AWAY_SECONDS)
@@ -299,12 +301,22 @@ class Reporter:
         """
         self._dirty.clear()
         try:
-            await self._write_plan()
-            await self._write_story()
-            await self._write_points()
-            await self._write_story()  # what the points' table had to say
-            await self._write_standing()
-        except DatabaseAway:
+            refused = None
+            # The second story: what the points' table had to say.
+            for write in (
+                *(self._write_plan, self._write_story, self._write_points),
+                *(self._write_story, self._write_standing),
+            ):
+                try:
+                    await write()
+                except StatementRefused as error:
+                    # One row that the database refuses keeps no other.
+                    refused = error
+            if refused is not None:
+                raise refused
+        except LeaseLost:
+            raise
+        except Exception:
             self._dirty.set()
             raise
 
@@ -329,7 +341,11 @@ class Reporter:
     async def _write_story(self) -> None:
         while self._story:
             line = self._story[0]
-            await self._store.record_event(self._lease, line.kind, line.message, line.data)
+            try:
+                await self._store.record_event(self._lease, line.kind, line.message, line.data)
+            except StatementRefused as error:
+                # The lines after it are told all the same.
+                log.error("story_line_refused", kind=line.kind, error=str(error))
             if self._story and self._story[0] is line:  # a full story may have dropped it meanwhile
                 self._story.popleft()
 

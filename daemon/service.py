@@ -15,6 +15,7 @@ import structlog
 
 from daemon.attempt import Collaborators
 from daemon.callback import CallbackCourier
+from daemon.chores import Chores
 from daemon.database import Database
 from daemon.errors import DatabaseAway, HostUnfit
 from daemon.host import inspect_host
@@ -26,6 +27,7 @@ from daemon.pod_life import PodLife, PodPrice, pod_environment
 from daemon.settings import Settings, load_settings
 from daemon.storage import open_storage
 from daemon.store import Store
+from daemon.troubles import Troubles
 from daemon.uploads import sweep_for_ever
 from daemon.warm import Trainers
 from daemon.worker import Worker
@@ -84,7 +86,8 @@ async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_C
         )
         storage = open_storage(settings)
         stack.push_async_callback(storage.close)
-        store = Store(database)
+        troubles = Troubles()
+        store = Store(database, troubles)
         courier = CallbackCourier(settings)
         environment = pod_environment(settings)
         price = PodPrice(settings.pod_id, keys_of(environment), settings.runpod_api)
@@ -94,12 +97,16 @@ async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_C
                 host=host,
                 store=store,
                 leases=LeaseKeeper(
-                    Store(heartbeat), lease_seconds=settings.lease_seconds, on_partition=settings.on_partition
+                    Store(heartbeat),
+                    lease_seconds=settings.lease_seconds,
+                    on_partition=settings.on_partition,
+                    troubles=troubles,
                 ),
                 storage=storage,
                 courier=courier,
                 trainers=Trainers(settings, host, trainer_command),
                 platform_price=lambda: price.per_gpu_hour,
+                troubles=troubles,
             )
         )
         await _check_database(database)
@@ -107,13 +114,6 @@ async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_C
         log.info("daemon_started", worker_id=str(host.worker_id), device=host.device, gpus=len(host.gpus))
         await price.read()
         listener = Listener(dsn, wake=worker.wake, on_cancel=worker.cancelled)
-        chores = (
-            listener.run(),
-            courier.run(store),
-            price.run(),
-            sweep_for_ever(store, storage, settings.keep_days),
-        )
-        background = [asyncio.create_task(chore) for chore in chores]
         life = None
         if settings.pod_id is not None:
             life = PodLife(
@@ -122,16 +122,17 @@ async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_C
                 endings_wait=lambda: _has_callbacks(store),
                 end_pod=lambda: end_own_pod(str(settings.pod_id), chosen_end(environment), environment),
             )
-            background.append(asyncio.create_task(life.run()))
-        try:
+        async with Chores(troubles) as chores:
+            chores.start("listener", listener.run)
+            chores.start("callbacks", lambda: courier.run(store))
+            chores.start("price of the pod", price.run)
+            chores.start("clean-up of Storage", lambda: sweep_for_ever(store, storage, settings.keep_days))
+            if life is not None:
+                chores.start("life of the pod", life.run)
             await worker.run()
             await _unless_hurried(courier.flush(LAST_CALLBACKS_SECONDS), signals.hurried)
             if life is not None and not signals.told.is_set():
                 await life.end_drained()
-        finally:
-            for task in background:
-                task.cancel()
-            await asyncio.gather(*background, return_exceptions=True)
         log.info("daemon_ended")
         return signals.told.is_set()
 

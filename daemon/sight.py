@@ -10,6 +10,7 @@ import asyncio
 
 import structlog
 
+from daemon.chores import worked
 from daemon.errors import DatabaseAway, DatabaseUnprepared, HostUnfit, StatementRefused
 from daemon.store import HidingPolicy, Sight, Store
 from daemon.troubles import Troubles
@@ -32,6 +33,7 @@ async def watch_sight(store: Store, troubles: Troubles) -> None:
         except DatabaseAway as error:
             log.debug("sight_not_checked", error=str(error))
         else:
+            worked()
             troubles.end(UNPREPARED)
             if hidden is None:
                 troubles.end(HIDDEN)

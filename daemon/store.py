@@ -13,6 +13,7 @@ from importlib import resources
 from typing import Any, Literal
 from uuid import UUID
 
+import structlog
 from psycopg.types.json import Jsonb
 
 from daemon.columns import clamp_numeric, clean_json, clean_text, fit_integer, fit_numeric
@@ -27,8 +28,12 @@ from daemon.errors import (
     StatementRefused,
 )
 from daemon.job import FINAL, HELD, ClaimedJob, Completed, Failed, JobDataset, Lease, State
+from daemon.refused_rows import RefusedRows
 from daemon.storage import Location
+from daemon.troubles import Troubles
 from daemon.wire import Sent
+
+log = structlog.get_logger()
 
 # How many of the first due jobs one claim looks at; more only when others were quicker with all of these.
 _WINDOWS = (8, 64, 512)
@@ -53,6 +58,8 @@ class Limits:
     user_cap: int | None = None
     warm_models: Sequence[str] = ()
     warm_first_seconds: float = 0.0
+    # Jobs that a claim passes over: the database would not let this daemon have them.
+    skip: Sequence[UUID] = ()
 
     def parameters(self, window: int) -> dict[str, Any]:
         return {
@@ -63,6 +70,7 @@ class Limits:
             "user_cap": self.user_cap,
             "warm_models": list(self.warm_models),
             "warm_first_seconds": self.warm_first_seconds,
+            "skip": list(self.skip),
             "window": window,
         }
 
@@ -104,7 +112,7 @@ class MetricPoint:
 
 @dataclass(frozen=True)
 class Reaped:
-    """An expired lease that was ended, and where its job is now."""
+    """An expired lease that was ended, and where its job is now. Still held: the database would not move it."""
 
     job_id: UUID
     state: State
@@ -225,8 +233,13 @@ def statement(name: str, folder: str = "queries") -> str:
 class Store:
     """The statements over one Database. Raises what Database raises, and LeaseLost."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, troubles: Troubles | None = None) -> None:
         self._database = database
+        self.troubles = troubles or Troubles()
+        # What the database refuses of one row must not hold up the others.
+        self.refused_claims = RefusedRows("claim", self.troubles)
+        self._refused_promotions = RefusedRows("promotion", self.troubles)
+        self._refused_callbacks = RefusedRows("callback", self.troubles)
         # One notice a column and attempt: a run whose norm overflows does so at every step.
         self._noticed: set[tuple[UUID, int, str]] = set()
 
@@ -267,17 +280,60 @@ class Store:
         rows = await self._run("peek_next_job", limits.parameters(window))
         return JobDataset(**rows[0]) if rows else None
 
+    async def claim_job_by_id(
+        self, worker_id: UUID, job_id: UUID, limits: Limits, *, lease_seconds: float
+    ) -> ClaimedJob | None:
+        """Take this one job if it waits, nobody holds it and this host can serve it; None otherwise."""
+        named = {"worker_id": worker_id, "job_id": job_id, "lease_seconds": lease_seconds}
+        rows = await self._run("claim_job_by_id", limits.parameters(1) | named)
+        if not rows or rows[0]["id"] is None:
+            return None
+        return ClaimedJob(**{name: value for name, value in rows[0].items() if name != "lacking"})
+
+    async def set_aside_job(self, job_id: UUID, error: StatementRefused) -> None:
+        """The database refuses the claim of this job: held until the operator releases it, with the reason."""
+        reason = clean_text(f"the database refuses the claim: {error}", _MESSAGE_CHARACTERS)
+        try:
+            await self._run("set_aside_job", {"job_id": job_id, "reason": reason})
+        except StatementRefused as again:
+            # Whoever objects to the claim objects to the holding as well: this daemon remembers it, and says so.
+            self.refused_claims.note(job_id, again)
+            await self._run("tell_refused_claim", {"job_id": job_id, "reason": reason})
+
     async def return_unanswered_claims(self, worker_id: UUID, known: Sequence[UUID]) -> int:
         """After a claim's answer was lost: what this worker holds beside `known` goes back; returns how many jobs."""
-        return len(await self._run("return_unanswered_claims", {"worker_id": worker_id, "known": list(known)}))
+        try:
+            return len(await self._run("return_unanswered_claims", {"worker_id": worker_id, "known": list(known)}))
+        except StatementRefused:
+            own = [row["job_id"] for row in await self._run("read_own_leases", {"worker_id": worker_id})]
+        returned = 0
+        for job_id in [each for each in own if each not in known]:
+            others = [*known, *(each for each in own if each != job_id)]
+            try:
+                returned += len(await self._run("return_unanswered_claims", {"worker_id": worker_id, "known": others}))
+            except StatementRefused as error:
+                # Its lease runs out, and a reaper tries the same.
+                log.error("claim_not_returned", job_id=str(job_id), error=str(error))
+        return returned
 
     async def promote_due_jobs(self) -> int:
         """Scheduled jobs whose time has come can be claimed now; returns how many (at most 100 a call)."""
-        return len(await self._run("promote_due_jobs", {}))
+        refused = self._refused_promotions
+        try:
+            return len(await self._run("promote_due_jobs", {"skip": refused.skip, "only": None}))
+        except StatementRefused:
+            ripe = await self._run("read_ripe_jobs", {"skip": refused.skip})
+        promoted = 0
+        for row in ripe:
+            try:
+                promoted += len(await self._run("promote_due_jobs", {"skip": [], "only": row["id"]}))
+            except StatementRefused as error:
+                refused.note(row["id"], error)
+        return promoted
 
     async def next_due_in(self) -> float | None:
         """Seconds until the next scheduled job is due, 0 when it is late; None when nothing is scheduled."""
-        rows = await self._run("next_due_job", {})
+        rows = await self._run("next_due_job", {"skip": self._refused_promotions.skip})
         return max(0.0, rows[0]["seconds"]) if rows else None
 
     # While we hold a job.
@@ -442,7 +498,8 @@ class Store:
 
     async def reap_expired_leases(self) -> list[Reaped]:
         """End the leases of hosts that fell silent."""
-        return [Reaped(row["job_id"], State(row["state"])) for row in await self._run("reap_expired_leases", {})]
+        rows = await self._run("reap_expired_leases", {})
+        return [Reaped(row["job_id"], State(row["state"])) for row in rows]
 
     # What lies in Storage.
 
@@ -534,8 +591,23 @@ class Store:
 
     async def claim_callbacks(self, limit: int, lock_seconds: float) -> list[Callback]:
         """Take due callbacks, at most one of each host."""
-        rows = await self._run("claim_callbacks", {"limit": limit, "lock_seconds": lock_seconds})
-        return [Callback(**row) for row in rows]
+        refused = self._refused_callbacks
+        values = {"limit": limit, "lock_seconds": lock_seconds, "skip": refused.skip, "only": None}
+        try:
+            return [Callback(**row) for row in await self._run("claim_callbacks", values)]
+        except StatementRefused:
+            due = await self._run("read_due_callbacks", {"skip": refused.skip})
+        taken: list[Callback] = []
+        for row in due:
+            try:
+                rows = await self._run("claim_callbacks", values | {"limit": 1, "only": row["id"]})
+            except StatementRefused as error:
+                refused.note(row["id"], error)
+            else:
+                taken += [Callback(**each) for each in rows]
+            if len(taken) == limit:
+                break
+        return taken
 
     async def deliver_callback(self, callback_id: UUID, token: UUID, status: int | None) -> bool:
         """The receiver took it."""

@@ -11,7 +11,8 @@ from uuid import UUID
 
 import structlog
 
-from daemon.errors import DatabaseAway, HostUnfit, JobError
+from daemon.chores import worked
+from daemon.errors import DatabaseAway, HostUnfit, JobError, StatementRefused
 from daemon.job import ClaimedJob
 from daemon.pack import object_names
 from daemon.storage import Location, Storage
@@ -53,6 +54,7 @@ async def sweep_for_ever(store: Store, storage: Storage, keep_days: float) -> No
         if before is not None:
             same = tables == before
             await _sweep(store, storage, job_id=None, idle_seconds=IDLE_SECONDS, keep_days=keep_days, orphans=same)
+        worked()
         await asyncio.sleep(SWEEP_SECONDS)
 
 
@@ -76,10 +78,18 @@ async def _sweep(
             orphans=orphans,
             limit=NOTES_A_SWEEP,
         )
-        for upload in leftovers:
-            await withdraw(store, storage, upload)
-    except (DatabaseAway, JobError) as error:
+    except DatabaseAway as error:
         log.warning("leftovers_kept", error=str(error))
+        return
+    for upload in leftovers:
+        try:
+            await withdraw(store, storage, upload)
+        except DatabaseAway as error:
+            log.warning("leftovers_kept", error=str(error))
+            return
+        except (JobError, StatementRefused) as error:
+            # One that cannot be deleted keeps no other.
+            log.warning("leftovers_kept", job_id=str(upload.job_id), error=str(error))
 
 
 async def withdraw(store: Store, storage: Storage, upload: NotedUpload) -> None:

@@ -20,6 +20,7 @@ from types import MappingProxyType
 import structlog
 
 from daemon.child import Child, Patience, Trained, Verdict
+from daemon.chores import worked
 from daemon.errors import JobError
 from daemon.host import Host
 from daemon.job import Failed
@@ -130,9 +131,11 @@ class Trainers:
                 self._changed.clear()
                 await self._give_up_stale()
                 await self._fill()
+                worked()
                 await wait_at_most(self._changed, LOOK_SECONDS)
-        finally:
+        except asyncio.CancelledError:
             await self.close()
+            raise
 
     def drain(self) -> None:
         """No job will come any more: let go of the trainers that wait."""

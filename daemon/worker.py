@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 
 import structlog
 
 from daemon.attempt import Attempt, Collaborators
-from daemon.errors import DatabaseAway
+from daemon.chores import Chores
+from daemon.errors import DatabaseAway, HostUnfit, StatementRefused
 from daemon.host import GpuPool
 from daemon.job import ClaimedJob
 from daemon.lookahead import Lookahead
@@ -20,7 +21,7 @@ from daemon.presence import Load, say_goodbye, stay_present
 from daemon.reaper import reap_for_ever
 from daemon.sight import watch_sight
 from daemon.stop import Stop, StopReason
-from daemon.store import Limits
+from daemon.store import Claim, Limits
 from daemon.tidying import Remains, Tidying
 from daemon.wire import Sent
 from daemon.workspace import tidy_for_ever
@@ -31,6 +32,9 @@ AWAY_SECONDS = 1.0
 MAX_LOST_RACES = 8
 RACE_SECONDS = 0.25
 PROMOTE_SECONDS = 1.0
+# So many jobs in a row are set aside; then one is tried now and then: what refuses them all is mended sooner or later.
+MAX_REFUSALS = 8
+REFUSED_SECONDS = 30.0
 
 
 class Worker:
@@ -55,94 +59,154 @@ class Worker:
         # The claim may have been made all the same: the job would wait a lease for nobody.
         self._answer_lost = False
         self._promote_at = 0.0
+        # Claims that the database refused, one after the other, and until when none is tried because of them.
+        self._refusals = 0
+        self._rest_until = 0.0
         self._idle_since = time.monotonic()
 
     async def run(self) -> None:
         """Claim and run jobs until told to stop; return when the last attempt is settled."""
-        chores = [asyncio.create_task(chore) for chore in self._chores()]
-        try:
-            while self._ahead is not None or not self._closing.is_set():
-                # Cleared before claiming: a wake-up that comes during the claim is not lost.
-                self._wake.clear()
-                async with self._claiming:
-                    seconds = await self._claim_all()
-                if self._closing.is_set():
-                    break
-                alarm = asyncio.get_running_loop().call_later(seconds, self._wake.set)
-                self._at_rest = True
-                await self._wake.wait()
-                self._at_rest = False
-                alarm.cancel()
-            await self._leave_no_claim()
-            while self._attempts:
-                await asyncio.wait(self._attempts)
-            await self._leave_no_claim()
-        finally:
-            for chore in chores:
-                chore.cancel()
-            self._lookahead.stop()
-            await asyncio.gather(*chores, self._lookahead.ended(), return_exceptions=True)
+        async with Chores(self._with.troubles) as chores:
+            self._begin_chores(chores)
+            try:
+                await self._serve()
+            finally:
+                self._lookahead.stop()
+                await self._lookahead.ended()
         await say_goodbye(self._store, self._host)
         await self._tidying.finish()
 
-    def _chores(self) -> list[Coroutine[None, None, None]]:
+    async def _serve(self) -> None:
+        while self._ahead is not None or not self._closing.is_set():
+            # Cleared before claiming: a wake-up that comes during the claim is not lost.
+            self._wake.clear()
+            async with self._claiming:
+                seconds = await self._claim_all()
+            if self._closing.is_set():
+                break
+            alarm = asyncio.get_running_loop().call_later(seconds, self._wake.set)
+            self._at_rest = True
+            await self._wake.wait()
+            self._at_rest = False
+            alarm.cancel()
+        await self._leave_no_claim()
+        while self._attempts:
+            await asyncio.wait(self._attempts)
+        await self._leave_no_claim()
+
+    def _begin_chores(self, chores: Chores) -> None:
         """What goes on beside the claiming, drain included."""
-        return [
-            stay_present(
-                self._store, self._host, self._settings, self._with.troubles, load=self._load, on_drain=self.drain
-            ),
-            watch_sight(self._store, self._with.troubles),
-            reap_for_ever(self._store, self._settings.lease_seconds),
-            tidy_for_ever(
-                self._settings.work_dir,
-                self._settings.keep_days,
-                self._host,
+        settings, host = self._settings, self._host
+        troubles, load = self._with.troubles, self._load
+        chores.start(
+            "worker row",
+            lambda: stay_present(self._store, host, settings, troubles, load=load, on_drain=self.drain),
+        )
+        chores.start("sight of rows", lambda: watch_sight(self._store, troubles))
+        chores.start("reaper", lambda: reap_for_ever(self._store, settings.lease_seconds))
+        chores.start(
+            "clean-up of work folders",
+            lambda: tidy_for_ever(
+                settings.work_dir,
+                settings.keep_days,
+                host,
                 running=self._running,
                 may_come_back=self._store.may_come_back,
             ),
-            self._with.trainers.tend(),
-        ]
+        )
+        chores.start("waiting trainers", self._with.trainers.tend)
 
     async def _claim_all(self) -> float:
         """Claim until nothing is due or no place is free. Returns the seconds to sleep unless woken."""
-        settings = self._settings
-        lost_races = 0
+        if self._ahead is None and (seconds := self._rest_until - time.monotonic()) > 0:
+            return seconds
         try:
-            await self._return_unanswered()
-            while self._ahead is not None or self._may_claim:
-                limits, sent = self._ahead or (self._limits_now(), None)
-                self._ahead = None
-                claim = await self._store.claim_job(
-                    self._host.worker_id, limits, lease_seconds=settings.lease_seconds, sent=sent
-                )
-                if claim.job is not None:
-                    self.begin(claim.job)
-                    continue
-                if claim.contested:
-                    # Somebody else took the candidates, or holds them still: look again, but not for ever.
-                    lost_races += 1
-                    if lost_races == MAX_LOST_RACES:
-                        return RACE_SECONDS
-                    continue
-                # After the claim, so that a wake-up does not wait for it.
-                due_in = await self._store.next_due_in()
-                if due_in == 0 and await self._store.promote_due_jobs():
-                    continue
-                self._lookahead.drop()
-                if due_in == 0:
-                    return RACE_SECONDS  # it is due, and somebody holds its row
-                return settings.poll_seconds if due_in is None else min(due_in, settings.poll_seconds)
-            if not self._pool.has_room:
-                # A queue that is never empty must not starve the scheduled jobs; a burst need not ask for each job.
-                if time.monotonic() >= self._promote_at:
-                    self._promote_at = time.monotonic() + PROMOTE_SECONDS
-                    await self._store.promote_due_jobs()
-                await self._look_ahead()
-            return settings.poll_seconds  # the place that becomes free wakes us, and so does the end of a pause
+            seconds = await self._claim_what_is_due()
         except DatabaseAway as error:
             log.warning("claim_failed", error=str(error))
             self._answer_lost = True
             return AWAY_SECONDS
+        except HostUnfit:
+            raise
+        except Exception as error:  # the outermost loop of the claiming: what runs here runs on
+            log.exception("claim_broke")
+            self._answer_lost = True
+            self._with.troubles.begin("claims", f"no job can be claimed: {type(error).__name__}: {error}")
+            return self._rest()
+        if not self._refusals:
+            self._with.troubles.end("claims")
+        return seconds
+
+    async def _claim_what_is_due(self) -> float:
+        settings = self._settings
+        lost_races = 0
+        await self._return_unanswered()
+        while self._ahead is not None or self._may_claim:
+            limits, sent = self._ahead or (self._limits_now(), None)
+            self._ahead = None
+            claim = await self._claim(limits, sent)
+            if claim.job is not None:
+                self._refusals = 0
+                self.begin(claim.job)
+                continue
+            if self._refusals >= MAX_REFUSALS:
+                # Not this job or that one: whatever is claimed is refused. The rest of the queue is left as it is.
+                return self._rest()
+            if claim.contested:
+                # Somebody else took the candidates, or holds them still: look again, but not for ever.
+                lost_races += 1
+                if lost_races == MAX_LOST_RACES:
+                    return RACE_SECONDS
+                continue
+            # After the claim, so that a wake-up does not wait for it.
+            due_in = await self._store.next_due_in()
+            if due_in == 0 and await self._store.promote_due_jobs():
+                continue
+            self._lookahead.drop()
+            if due_in == 0:
+                return RACE_SECONDS  # it is due, and somebody holds its row
+            return settings.poll_seconds if due_in is None else min(due_in, settings.poll_seconds)
+        if not self._pool.has_room:
+            # A queue that is never empty must not starve the scheduled jobs; a burst need not ask for each job.
+            if time.monotonic() >= self._promote_at:
+                self._promote_at = time.monotonic() + PROMOTE_SECONDS
+                await self._store.promote_due_jobs()
+            await self._look_ahead()
+        return settings.poll_seconds  # the place that becomes free wakes us, and so does the end of a pause
+
+    def _rest(self) -> float:
+        """Claim nothing for a while, whoever wakes us. Returns for how long."""
+        self._rest_until = time.monotonic() + REFUSED_SECONDS
+        return REFUSED_SECONDS
+
+    async def _claim(self, limits: Limits, sent: Sent | None) -> Claim:
+        seconds = self._settings.lease_seconds
+        try:
+            return await self._store.claim_job(self._host.worker_id, limits, lease_seconds=seconds, sent=sent)
+        except StatementRefused:
+            return await self._claim_past_a_refusal(limits)
+
+    async def _claim_past_a_refusal(self, limits: Limits) -> Claim:
+        """The database refused a claim and said of no job which one: the first in the line is claimed by its id.
+
+        Refused again, it is set aside, and the next one may be claimed."""
+        first = await self._store.peek_next_job(limits)
+        if first is None:
+            return Claim(None)
+        worker_id, seconds = self._host.worker_id, self._settings.lease_seconds
+        try:
+            job = await self._store.claim_job_by_id(worker_id, first.job_id, limits, lease_seconds=seconds)
+        except StatementRefused as error:
+            self._refusals += 1
+            log.error("claim_refused", job_id=str(first.job_id), error=str(error))
+            self._with.troubles.begin(
+                "claims",
+                f"the database refuses the claim of job {first.job_id}, which is set aside: {error}. "
+                "Mend what refuses it, then SELECT release_held_jobs().",
+            )
+            await self._store.set_aside_job(first.job_id, error)
+            return Claim(None, contested=self._refusals < MAX_REFUSALS)
+        return Claim(job, contested=job is None)
 
     async def _return_unanswered(self) -> None:
         if self._answer_lost:
@@ -154,7 +218,7 @@ class Worker:
         """What was claimed on the way out, and not heard, goes back too: a reaper would count it as an attempt."""
         try:
             await self._return_unanswered()
-        except DatabaseAway as error:
+        except (DatabaseAway, StatementRefused) as error:
             log.warning("claim_failed", error=str(error))
 
     @property
@@ -190,6 +254,7 @@ class Worker:
             user_cap=settings.user_cap,
             warm_models=warm_models,
             warm_first_seconds=settings.warm_first_seconds,
+            skip=self._store.refused_claims.skip,
         )
 
     def begin(self, job: ClaimedJob) -> asyncio.Task[Remains]:
@@ -244,7 +309,8 @@ class Worker:
 
     def wake(self) -> None:
         """Something may be claimable. From rest the claim is on its way before this worker's own task is awake."""
-        if self._at_rest and not self._wake.is_set() and self._may_claim and not self._answer_lost:
+        resting = time.monotonic() < self._rest_until
+        if self._at_rest and not self._wake.is_set() and self._may_claim and not self._answer_lost and not resting:
             limits = self._limits_now()
             sent = self._store.send_claim(self._host.worker_id, limits, lease_seconds=self._settings.lease_seconds)
             self._ahead = None if sent is None else (limits, sent)

@@ -21,6 +21,7 @@ from uuid import UUID
 
 import structlog
 
+from daemon.chores import worked
 from daemon.errors import JobDelayed
 from daemon.host import Host
 from training.events import ErrorCode
@@ -121,6 +122,7 @@ async def tidy_for_ever(
                 await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
                 log.info("job_folder_removed", job_id=folder.name)
         await asyncio.to_thread(remove_early_datasets, work_dir, host)
+        worked()
         await asyncio.sleep(TIDY_SECONDS)
 
 

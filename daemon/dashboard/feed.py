@@ -18,20 +18,21 @@ import asyncio
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID, uuid4
 
 import structlog
 
+from daemon.chores import Chores, worked
 from daemon.dashboard.board import ENDED, MOST_ENDED, Board
 from daemon.dashboard.stream import Client, message
 from daemon.database import Database
-from daemon.errors import DatabaseAway, HostUnfit
+from daemon.errors import DatabaseAway, HostUnfit, StatementRefused
 from daemon.listener import Listener
 from daemon.store import statement
+from daemon.troubles import Troubles
 from daemon.waiting import wait_at_most
 
 log = structlog.get_logger()
@@ -64,8 +65,9 @@ class TooManyWatchers(Exception):
 class Feed:
     """Run `run` as a task; each browser joins and leaves."""
 
-    def __init__(self, dsn: str) -> None:
+    def __init__(self, dsn: str, troubles: Troubles | None = None) -> None:
         self._dsn = dsn
+        self._troubles = troubles or Troubles()
         self._clients: set[Client] = set()
         self._watched = asyncio.Event()
         self._wake = asyncio.Event()
@@ -143,25 +145,24 @@ class Feed:
         try:
             while True:
                 await self._watched.wait()
-                with self._listening():
-                    async with Database(
-                        self._dsn, application_name="brightrun-trainer dashboard", statement_seconds=STATEMENT_SECONDS
-                    ) as database:
-                        log.debug("dashboard_watched")
-                        await self._read_while_watched(_Reader(database, self._board))
-                self._forget()
+                async with Chores(self._troubles) as chores:
+                    listener = Listener(self._dsn, wake=self._wake.set, on_cancel=self._hear_cancel)
+                    chores.start("dashboard listener", listener.run)
+                    try:
+                        async with Database(
+                            self._dsn,
+                            application_name="brightrun-trainer dashboard",
+                            statement_seconds=STATEMENT_SECONDS,
+                        ) as database:
+                            log.debug("dashboard_watched")
+                            await self._read_while_watched(_Reader(database, self._board))
+                    finally:
+                        # Also where the reader broke: it begins anew, and so does what the browsers are told.
+                        self._forget()
                 log.debug("dashboard_unwatched")
-        finally:
+        except asyncio.CancelledError:
             self.close()
-
-    @contextmanager
-    def _listening(self) -> Iterator[None]:
-        listener = Listener(self._dsn, wake=self._wake.set, on_cancel=self._hear_cancel)
-        task = asyncio.create_task(listener.run())
-        try:
-            yield
-        finally:
-            task.cancel()
+            raise
 
     def _hear_cancel(self, _job_id: UUID) -> None:
         self._wake.set()
@@ -180,7 +181,7 @@ class Feed:
             pause = LOOK_SECONDS
             try:
                 await reader.look()
-            except (DatabaseAway, HostUnfit) as error:
+            except (DatabaseAway, HostUnfit, StatementRefused) as error:
                 pause = AWAY_SECONDS
                 reader.begin_anew()
                 if self._away is None:
@@ -189,6 +190,7 @@ class Feed:
                     self._away = datetime.now(UTC).isoformat()
                     self._tell(self._beat())
             else:
+                worked()
                 self._tell_changes()
                 if self._away is not None:
                     self._away = None

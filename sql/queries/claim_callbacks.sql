@@ -30,6 +30,8 @@ picked AS MATERIALIZED (
         WHERE callback.state = 'pending'
           AND callback.host = hosts.host
           AND callback.next_at <= statement_timestamp()
+          AND callback.id <> ALL (%(skip)s::uuid[])
+          AND (%(only)s::uuid IS NULL OR callback.id = %(only)s::uuid)
         ORDER BY callback.next_at, callback.sequence
         LIMIT 1
         FOR UPDATE SKIP LOCKED

@@ -5,5 +5,6 @@ FROM training_jobs AS waiting
 WHERE waiting.run_after IS NOT NULL
   AND NOT waiting.due
   AND NOT waiting.held
+  AND waiting.id <> ALL (%(skip)s::uuid[])
 ORDER BY waiting.run_after
 LIMIT 1

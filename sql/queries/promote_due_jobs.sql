@@ -9,6 +9,8 @@ FROM (
       AND NOT waiting.due
       AND NOT waiting.held
       AND waiting.run_after <= clock_timestamp()
+      AND waiting.id <> ALL (%(skip)s::uuid[])
+      AND (%(only)s::uuid IS NULL OR waiting.id = %(only)s::uuid)
     ORDER BY waiting.run_after
     LIMIT 100
     FOR NO KEY UPDATE SKIP LOCKED

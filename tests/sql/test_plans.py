@@ -29,6 +29,7 @@ CLAIM = {
     "lease_seconds": 60.0,
     "warm_models": ["some/model"],
     "warm_first_seconds": 120.0,
+    "skip": [],
     "window": 8,
 }
 
@@ -148,17 +149,17 @@ async def test_the_outbox_is_walked_host_by_host_along_its_index(
     fill(database, user, finished=2 * QUEUED, queued=0, callbacks=QUEUED)
     if analyzed:
         database.run("ANALYZE training_callbacks")
-    plan = await plan_of(database, "claim_callbacks", {"limit": 50, "lock_seconds": 30.0})
+    plan = await plan_of(database, "claim_callbacks", {"limit": 50, "lock_seconds": 30.0, "skip": [], "only": None})
     used = scans(plan, "training_callbacks")
     assert any(re.fullmatch(r"Index (Only )?Scan training_callbacks_pending", scan) for scan in used), plan
     assert not any("Seq Scan" in scan for scan in used), plan
     assert pages(plan, "training_callbacks") < 600, plan
 
 
-@pytest.mark.parametrize("name", ["promote_due_jobs", "next_due_job"])
+@pytest.mark.parametrize("name", ["promote_due_jobs", "next_due_job", "read_ripe_jobs"])
 async def test_scheduled_jobs_are_found_by_their_own_index(database: AppDatabase, user: UUID, name: str) -> None:
     fill(database, user, finished=QUEUED, queued=QUEUED)
-    plan = await plan_of(database, name, {})
+    plan = await plan_of(database, name, {"skip": [], "only": None})
     assert not any("Seq Scan" in scan for scan in scans(plan, "training_jobs")), plan
     assert pages(plan, "training_jobs") < 20, plan
 

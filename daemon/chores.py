@@ -1,0 +1,128 @@
+"""Background work that never ends unheard: each chore has a name, and is begun again after whatever ends it.
+
+A chore is a loop. While it fails it is a trouble of this process (daemon.troubles), from its first failure until it
+says that a round was good, by `worked()`, or returns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from contextvars import ContextVar
+from types import TracebackType
+from typing import Any
+
+import structlog
+from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential_jitter
+
+from daemon.troubles import Troubles
+
+log = structlog.get_logger()
+
+FIRST_BACKOFF_SECONDS = 1.0
+MAX_BACKOFF_SECONDS = 30.0
+# The same failure again: said with its stack once, and then so rarely.
+LOG_SECONDS = 300.0
+
+_working: ContextVar[Callable[[], None] | None] = ContextVar("working chore", default=None)
+
+
+def worked() -> None:
+    """Said by a chore after a good round: whatever had failed before is over."""
+    if (say := _working.get()) is not None:
+        say()
+
+
+class Chores:
+    """The background work of one process, or of one attempt. Leaving the block ends it all and waits for it."""
+
+    def __init__(self, troubles: Troubles, *, on_failure: Callable[[str], None] = lambda _name: None) -> None:
+        self._troubles = troubles
+        self._on_failure = on_failure
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self.failures: Counter[str] = Counter()
+
+    def start(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Do this work until it returns or the block is left, again after every exception."""
+        self._tasks[name] = asyncio.create_task(_Chore(name, work, self).run(), name=name)
+
+    async def __aenter__(self) -> Chores:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for task in self._tasks.values():
+            task.cancel()
+        endings = await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        for name, ending in zip(self._tasks, endings, strict=True):
+            # What it was to leave in order it has left as it was: nobody would hear of it otherwise.
+            if isinstance(ending, Exception):
+                log.error("chore_ended_badly", chore=name, exc_info=ending)
+            self._troubles.end(name)
+
+    def failed(self, name: str, error: Exception) -> None:
+        self.failures[name] += 1
+        self._on_failure(name)
+        self._troubles.begin(name, f"{name} fails and is begun again: {type(error).__name__}: {error}")
+
+    def works(self, name: str) -> None:
+        self._troubles.end(name)
+
+
+class _Chore:
+    def __init__(self, name: str, work: Callable[[], Coroutine[Any, Any, None]], chores: Chores) -> None:
+        self._name = name
+        self._work = work
+        self._chores = chores
+        self._failing = False
+        self._worked_since = False
+        self._said: str | None = None
+        self._said_at = 0.0
+
+    async def run(self) -> None:
+        _working.set(self._works)
+        async for attempt in AsyncRetrying(
+            retry=retry_if_exception_type(Exception),
+            wait=wait_exponential_jitter(initial=FIRST_BACKOFF_SECONDS, max=MAX_BACKOFF_SECONDS),
+        ):
+            with attempt:
+                self._worked_since = False
+                try:
+                    await self._once()
+                except Exception as error:
+                    if self._worked_since:
+                        # It had worked since: a failure once a day does not add up to a long pause.
+                        attempt.retry_state.attempt_number = 1
+                    self._failed(error)
+                    raise
+        self._works()
+
+    async def _once(self) -> None:
+        try:
+            await self._work()
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # Somebody else's cancellation came out of what it awaited: a failure like any other.
+            raise RuntimeError("cancelled from within") from None
+
+    def _works(self) -> None:
+        self._worked_since = True
+        if self._failing:
+            self._failing = False
+            self._said = None
+            log.info("chore_works_again", chore=self._name)
+        self._chores.works(self._name)
+
+    def _failed(self, error: Exception) -> None:
+        self._failing = True
+        self._chores.failed(self._name, error)
+        said = f"{type(error).__name__}: {error}"
+        if said != self._said or time.monotonic() - self._said_at >= LOG_SECONDS:
+            again = said == self._said
+            self._said, self._said_at = said, time.monotonic()
+            log.error("chore_failed", chore=self._name, error=said, exc_info=None if again else error)

@@ -1,0 +1,11 @@
+-- Reads which scheduled jobs have come due, the first that promote_due_jobs would take.
+-- No row means that none has.
+SELECT waiting.id
+FROM training_jobs AS waiting
+WHERE waiting.run_after IS NOT NULL
+  AND NOT waiting.due
+  AND NOT waiting.held
+  AND waiting.run_after <= clock_timestamp()
+  AND waiting.id <> ALL (%(skip)s::uuid[])
+ORDER BY waiting.run_after
+LIMIT 100

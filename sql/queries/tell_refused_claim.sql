@@ -1,0 +1,7 @@
+-- The database refuses the claim of this job, and to hold it as well: its story says so. Always one row while there is
+-- such a job.
+INSERT INTO training_events (job_id, epoch, kind, message)
+SELECT job.id, job.lease_epoch, 'set_aside', %(reason)s
+FROM training_jobs AS job
+WHERE job.id = %(job_id)s
+RETURNING training_events.job_id
