@@ -175,7 +175,7 @@ class Attempt:
         if row.unknown_keys:
             reporter.tell("unknown_keys", f"Unknown and unused: {', '.join(row.unknown_keys)}.")
         tracking = choose_trackers(row.hyperparameters, settings)
-        workspace = Workspace.open(settings.work_dir, job.id, job.lease_epoch)
+        workspace = Workspace.open(settings.work_dir, job.lease)
 
         # The data first: they are what is wrong most often, and cost seconds where a model may cost hours.
         reporter.enter(Stage.DOWNLOADING)

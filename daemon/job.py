@@ -56,10 +56,14 @@ MOVES: tuple[Move, ...] = (
 
 @dataclass(frozen=True)
 class Lease:
-    """A daemon's dated claim on a job: every write names both. The epoch is the fencing token; it never repeats."""
+    """A daemon's dated claim on a job: every write names all three.
+
+    The epoch rises with each claim. The token is drawn at random for it: rows that a backup has taken back in time give
+    an epoch a second time, and never a token."""
 
     job_id: UUID
     epoch: int
+    token: UUID
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ class ClaimedJob:
 
     id: UUID
     lease_epoch: int
+    lease_token: UUID
     attempt: int
     max_attempts: int
     user_id: UUID
@@ -105,7 +110,7 @@ class ClaimedJob:
 
     @property
     def lease(self) -> Lease:
-        return Lease(self.id, self.lease_epoch)
+        return Lease(self.id, self.lease_epoch, self.lease_token)
 
     @property
     def dataset(self) -> JobDataset:

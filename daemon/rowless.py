@@ -98,6 +98,7 @@ class RowlessStore(Store):
         return ClaimedJob(
             id=job.id,
             lease_epoch=job.attempt,
+            lease_token=uuid4(),
             attempt=job.attempt,
             max_attempts=MAX_ATTEMPTS,
             user_id=NOBODY,
@@ -179,7 +180,7 @@ class RowlessStore(Store):
                 return [{"id": job.id, "sequence": self._next_sequence() if job.submission.callback_url else None}]
             case "record_plan" | "record_event" | "finish_checkpoint_upload":
                 return [{"id": job.id}]
-            case "note_upload" | "forget_upload" | "read_leftovers" | "read_stored_checkpoints":
+            case "note_upload" | "forget_upload" | "read_leftovers" | "read_stored_checkpoints" | "read_last_claim":
                 return self._account(name, job, parameters)
             case "record_metrics" | "forget_metrics":
                 return [{"held": 1}]
@@ -200,7 +201,7 @@ class RowlessStore(Store):
             case "read_leftovers":
                 return job.leftovers(parameters["bucket"])
             case _:
-                # Checkpoints: whoever could resume from them has them on its own disk.
+                # Checkpoints: whoever could resume from them has them on its own disk. Claims: nobody else makes any.
                 return []
 
     def _end_attempt(self, name: str, job: _Job, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -515,6 +515,15 @@ class Store:
         values = {"step": step, "manifest_sha256": manifest_sha256, "bytes": size}
         await self._fenced("finish_checkpoint_upload", lease, values)
 
+    async def names_are_ours(self, lease: Lease) -> bool:
+        """Whether objects named after this lease's epoch are this lease's alone.
+
+        Where a backup has taken the rows back in time, another host has that epoch, or will have it."""
+        rows = await self._run("read_last_claim", {"job_id": lease.job_id})
+        if not rows:
+            return (await self.find_job(lease.job_id)).is_deleted
+        return bool(rows[0]["lease_epoch"] > lease.epoch or rows[0]["lease_token"] == lease.token)
+
     async def stored_checkpoints(self, job_id: UUID, location: Location) -> list[NotedUpload]:
         """The latest attempt's newest first; those without a `manifest_sha256` are not whole.
 
@@ -682,6 +691,8 @@ class Store:
 
     async def _hidden_state(self, lease: Lease) -> State | None:
         """The state of a job whose row is not seen; None where it is not under our epoch any more, or not known."""
+        if await self._run("read_last_claim", {"job_id": lease.job_id}):
+            return None  # seen, and another's: by its epoch, or by its token
         found = await self.find_job(lease.job_id)
         return State(found.state) if found.can_tell and found.epoch == lease.epoch and found.state else None
 
@@ -691,7 +702,7 @@ def _points_refused(error: Exception) -> PointsRefused:
 
 
 def _named(lease: Lease) -> dict[str, Any]:
-    return {"job_id": lease.job_id, "epoch": lease.epoch}
+    return {"job_id": lease.job_id, "epoch": lease.epoch, "token": lease.token}
 
 
 def _at(location: Location) -> dict[str, str]:

@@ -68,7 +68,7 @@ class Tidying:
 
     async def _tidy(self, remains: Remains) -> None:
         job, ending = remains.job, remains.ending
-        workspace = Workspace(self._settings.work_dir / str(job.id), job.lease_epoch)
+        workspace = Workspace(self._settings.work_dir, job.lease)
         deleted = ending is None and await self._is_deleted(job)
         if deleted or (ending is not None and ending.state is State.COMPLETED):
             await asyncio.to_thread(workspace.remove)
@@ -78,12 +78,19 @@ class Tidying:
         if deleted or (ending is not None and ending.noted):
             # The row says now which objects count; without a row none does.
             await sweep_job(self._store, self._storage, job.id, self._settings.keep_days)
-        if ending is None and remains.stored:
-            # Our successor may have swept already, before our last bytes came: these names are ours alone.
+        if ending is None and remains.stored and await self._names_are_ours(job):
+            # Our successor may have swept already, before our last bytes came.
             try:
                 await withdraw_adapter(self._storage, job.id, job.lease_epoch)
             except JobError as error:
                 log.warning("leftovers_kept", error=str(error))
+
+    async def _names_are_ours(self, job: ClaimedJob) -> bool:
+        """Nobody else's objects can lie under this attempt's names. False where that cannot be asked now."""
+        try:
+            return await self._store.names_are_ours(job.lease)
+        except (DatabaseAway, *REFUSALS):
+            return False
 
     async def _is_deleted(self, job: ClaimedJob) -> bool:
         """Its row was deleted: nobody comes back for anything of it. False where that is not certain.

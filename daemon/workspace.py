@@ -1,8 +1,8 @@
 """One job's folder on the volume: what each attempt writes, what the next one finds.
 
-<work_dir>/<job_id>/checkpoints/e<epoch>/   resumed from by any host that sees the volume
-                    attempts/e<epoch>/      dataset, logs, adapter, upload state
-<work_dir>/.early/                          datasets of jobs that are expected here, for minutes
+<work_dir>/<job_id>/checkpoints/e<epoch>-<token>/   resumed from by any host that sees the volume
+                    attempts/e<epoch>-<token>/      dataset, logs, adapter, upload state
+<work_dir>/.early/                                  datasets of jobs that are expected here, for minutes
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import structlog
 from daemon.chores import worked
 from daemon.errors import JobDelayed
 from daemon.host import Host
+from daemon.job import Lease
 from training.events import ErrorCode
 
 log = structlog.get_logger()
@@ -31,20 +32,22 @@ log = structlog.get_logger()
 TIDY_SECONDS = 3600.0
 
 _EARLY = ".early"
+# Without a token: of a version that drew none.
+_LEASE_FOLDER = re.compile(r"e(\d+)(-[0-9a-f]{8})?")
 _JOB_FOLDER = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """Paths of one attempt. Each carries the lease's epoch, so that a stale host overwrites nothing."""
+    """Paths of one attempt. Each carries the lease's epoch and token, so that a stale host overwrites nothing."""
 
-    job_dir: Path
-    epoch: int
+    work_dir: Path
+    lease: Lease
 
     @classmethod
-    def open(cls, work_dir: Path, job_id: UUID, epoch: int) -> Workspace:
+    def open(cls, work_dir: Path, lease: Lease) -> Workspace:
         """Make this attempt's folders and take over the newest checkpoints of an earlier one."""
-        workspace = cls(work_dir / str(job_id), epoch)
+        workspace = cls(work_dir, lease)
         try:
             for folder in (workspace.attempt_dir, workspace.checkpoint_dir.parent):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -57,12 +60,16 @@ class Workspace:
         return workspace
 
     @property
+    def job_dir(self) -> Path:
+        return self.work_dir / str(self.lease.job_id)
+
+    @property
     def attempt_dir(self) -> Path:
-        return self.job_dir / "attempts" / f"e{self.epoch}"
+        return self.job_dir / "attempts" / lease_folder(self.lease)
 
     @property
     def checkpoint_dir(self) -> Path:
-        return self.job_dir / "checkpoints" / f"e{self.epoch}"
+        return self.job_dir / "checkpoints" / lease_folder(self.lease)
 
     @property
     def dataset_path(self) -> Path:
@@ -84,16 +91,17 @@ class Workspace:
         # A rename moves them out of a stale host's reach: what it still writes goes to the old name.
         if self.checkpoint_dir.exists():
             return
-        earlier = {
-            int(match[1]): folder
+        # Of our own epoch as well: a backup may have taken the rows back in time. A later one is our heir's.
+        earlier = [
+            (int(match[1]), folder)
             for folder in self.checkpoint_dir.parent.iterdir()
-            if (match := re.fullmatch(r"e(\d+)", folder.name)) and int(match[1]) < self.epoch
-        }
-        for epoch in sorted(earlier, reverse=True):
+            if (match := _LEASE_FOLDER.fullmatch(folder.name)) and int(match[1]) <= self.lease.epoch
+        ]
+        for epoch, folder in sorted(earlier, reverse=True):
             # Its host may still be at work in it, or tidying up: what is gone meanwhile is no fault of this attempt.
             with contextlib.suppress(FileNotFoundError):
-                if any(earlier[epoch].iterdir()):
-                    earlier[epoch].rename(self.checkpoint_dir)
+                if any(folder.iterdir()):
+                    folder.rename(self.checkpoint_dir)
                     log.info("checkpoints_adopted", from_epoch=epoch)
                     return
 
@@ -104,6 +112,11 @@ class Workspace:
     def remove(self) -> None:
         """Remove the whole job: it is final."""
         shutil.rmtree(self.job_dir, ignore_errors=True)
+
+
+def lease_folder(lease: Lease) -> str:
+    """The name of a lease's own folder on the volume."""
+    return f"e{lease.epoch}-{lease.token.hex[:8]}"
 
 
 async def tidy_for_ever(

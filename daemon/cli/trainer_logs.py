@@ -55,7 +55,7 @@ def _find_log(wanted: str) -> Path:
         raise Misused(f"{wanted} begins several jobs' ids", "give more characters")
     if not logs:
         raise _elsewhere(wanted, work_dir)
-    return max(logs, key=lambda log: int(log.parent.name.removeprefix("e")))
+    return max(logs, key=lambda log: log.stat().st_mtime)
 
 
 def _elsewhere(wanted: str, work_dir: Path) -> CommandFailed:
@@ -73,7 +73,7 @@ def _elsewhere(wanted: str, work_dir: Path) -> CommandFailed:
         return CommandFailed(f"job {job_id} is queued: it has no log yet", f"it waits: {row.waiting_reason}")
     if details.worker_id is not None and details.worker_id in hosts:
         host = hosts[details.worker_id]
-        place = f"{work_dir}/{job_id}/attempts/e{details.lease_epoch}/trainer.log"
+        place = f"{work_dir}/{job_id}/attempts/e{details.lease_epoch}-*/trainer.log"
         pod = f" (pod {host.pod})" if host.pod else ""
         return CommandFailed(
             f"job {job_id} runs on host {host.host}{pod}, not here (looked under {work_dir})",

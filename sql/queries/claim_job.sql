@@ -72,13 +72,14 @@ lease AS (
     ) AS free ON true
     WHERE %(user_cap)s::int IS NULL OR free.slot IS NOT NULL
     ON CONFLICT DO NOTHING
-    RETURNING job_id, epoch, claimed_at
+    RETURNING job_id, epoch, token, claimed_at
 )
 -- `due` and `run_after` are the guard's: named here, they would call the trigger that wakes other daemons.
 UPDATE training_jobs AS job
 SET status = 'initializing',
     current_stage = 'setup',
     lease_epoch = lease.epoch,
+    lease_token = lease.token,
     attempt = job.attempt + 1,
     retry_count = job.attempt,
     progress = 0,
@@ -98,6 +99,7 @@ WHERE job.id = lease.job_id
 RETURNING
     job.id,
     job.lease_epoch,
+    job.lease_token,
     job.attempt,
     job.max_attempts,
     job.user_id,

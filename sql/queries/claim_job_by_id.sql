@@ -34,7 +34,7 @@ lease AS (
     FROM picked
     WHERE picked.lacking = '{}'
     ON CONFLICT DO NOTHING
-    RETURNING job_id, epoch, claimed_at
+    RETURNING job_id, epoch, token, claimed_at
 ),
 claimed AS (
     -- `due` and `run_after` are the guard's: named here, they would call the trigger that wakes other daemons.
@@ -42,6 +42,7 @@ claimed AS (
     SET status = 'initializing',
         current_stage = 'setup',
         lease_epoch = lease.epoch,
+        lease_token = lease.token,
         attempt = job.attempt + 1,
         retry_count = job.attempt,
         progress = 0,
@@ -61,6 +62,7 @@ claimed AS (
     RETURNING
         job.id,
         job.lease_epoch,
+        job.lease_token,
         job.attempt,
         job.max_attempts,
         job.user_id,

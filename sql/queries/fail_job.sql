@@ -4,7 +4,7 @@
 WITH ended AS (
     DELETE FROM training_leases AS lease
     WHERE lease.job_id = %(job_id)s
-      AND lease.epoch = %(epoch)s
+      AND (lease.epoch, lease.token) = (%(epoch)s, %(token)s)
     RETURNING lease.job_id, lease.epoch
 ),
 moved AS (

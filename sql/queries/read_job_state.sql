@@ -3,4 +3,4 @@
 SELECT job.status AS state
 FROM training_jobs AS job
 WHERE job.id = %(job_id)s
-  AND job.lease_epoch = %(epoch)s
+  AND (job.lease_epoch, job.lease_token) = (%(epoch)s, %(token)s)

@@ -6,7 +6,7 @@ FROM (
     SELECT lease.job_id, lease.epoch
     FROM training_leases AS lease
     WHERE lease.job_id = %(job_id)s
-      AND lease.epoch = %(epoch)s
+      AND (lease.epoch, lease.token) = (%(epoch)s, %(token)s)
     FOR KEY SHARE
 ) AS held
 RETURNING id

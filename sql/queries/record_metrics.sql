@@ -5,7 +5,7 @@ WITH held AS MATERIALIZED (
     SELECT lease.job_id
     FROM training_leases AS lease
     WHERE lease.job_id = %(job_id)s
-      AND lease.epoch = %(epoch)s
+      AND (lease.epoch, lease.token) = (%(epoch)s, %(token)s)
     FOR KEY SHARE
 ),
 written AS (

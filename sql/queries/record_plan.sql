@@ -6,6 +6,6 @@ SET total_steps = %(total_steps)s,
     estimated_total_cost = coalesce(%(estimated_total_cost)s::numeric, job.estimated_total_cost),
     last_progress_at = clock_timestamp()
 WHERE job.id = %(job_id)s
-  AND job.lease_epoch = %(epoch)s
+  AND (job.lease_epoch, job.lease_token) = (%(epoch)s, %(token)s)
   AND job.status IN ('initializing', 'running')
 RETURNING job.id

@@ -11,7 +11,7 @@ SET current_stage = %(stage)s,
     estimated_completion_at = clock_timestamp() + %(seconds_left)s::float8 * interval '1 second',
     last_progress_at = clock_timestamp()
 WHERE job.id = %(job_id)s
-  AND job.lease_epoch = %(epoch)s
+  AND (job.lease_epoch, job.lease_token) = (%(epoch)s, %(token)s)
   AND job.status IN ('initializing', 'running')
 RETURNING
     job.id,

@@ -5,6 +5,6 @@ SET status = 'running',
     current_stage = 'training',
     last_progress_at = clock_timestamp()
 WHERE job.id = %(job_id)s
-  AND job.lease_epoch = %(epoch)s
+  AND (job.lease_epoch, job.lease_token) = (%(epoch)s, %(token)s)
   AND job.status IN ('initializing', 'running')
 RETURNING job.id

@@ -15,7 +15,7 @@ from tests.cli.command import CommandLine
 
 def test_logs_come_as_one_object_a_line(cli: CommandLine) -> None:
     job = uuid4()
-    log = Path(cli.environment["TRAINER_WORK_DIR"]) / str(job) / "attempts" / "e1" / "trainer.log"
+    log = Path(cli.environment["TRAINER_WORK_DIR"]) / str(job) / "attempts" / "e1-0a1b2c3d" / "trainer.log"
     log.parent.mkdir(parents=True)
     log.write_text('one\n"two"\n')
     assert cli.ok("logs", job, "--json").lines == [{"line": "one"}, {"line": '"two"'}]

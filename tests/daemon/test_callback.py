@@ -269,7 +269,8 @@ async def test_flush_returns_when_all_is_sent_and_gives_up_at_its_deadline(outbo
 def job_with(url: str | None) -> ClaimedJob:
     now = datetime.now(UTC)
     return ClaimedJob(
-        id=uuid4(), lease_epoch=3, attempt=1, max_attempts=3, user_id=uuid4(), dataset_id=uuid4(), need_gpus=1,
+        id=uuid4(), lease_epoch=3, lease_token=uuid4(), attempt=1, max_attempts=3, user_id=uuid4(), dataset_id=uuid4(),
+        need_gpus=1,
         hyperparameters={}, gpu_config={}, dataset_url=None, storage_bucket=None, storage_path=None,
         dataset_user_id=None, callback_url=url, queued_at=now, claimed_at=now, started_at=None,
     )  # fmt: skip

@@ -51,7 +51,7 @@ class Host:
     """A host with a disk of its own, working on the one job that there is."""
 
     def __init__(self, folder: Path, store: Store, storage: Any, job: ClaimedJob) -> None:
-        self.workspace = Workspace.open(folder, job.id, job.lease_epoch)
+        self.workspace = Workspace.open(folder, job.lease)
         self.story: list[tuple[str, dict[str, Any]]] = []
         self.keeper = CheckpointStore(store, storage, job, self.workspace, self.tell)
 

@@ -13,7 +13,7 @@ import pytest
 
 from daemon.cost import Meter
 from daemon.database import Database
-from daemon.job import Cancelled, Completed, Failed, Released, State, Superseded
+from daemon.job import Cancelled, Completed, Failed, Lease, Released, State, Superseded
 from daemon.pack import object_names
 from daemon.reporter import Reporter
 from daemon.settings import Settings
@@ -120,7 +120,7 @@ async def test_what_an_attempt_stored_after_it_lost_its_job_is_deleted_by_itself
     storage = FolderStorage(tmp_path)
     stale = await claimed(store)
     await note_adapter(store, stale, storage.location)
-    workspace = Workspace.open(settings.work_dir, stale.id, stale.lease_epoch)
+    workspace = Workspace.open(settings.work_dir, stale.lease)
     await store.release_job(stale.lease, "it fell silent, and was reaped", cost=None)
     heir = await claimed(store)
     await note_adapter(store, heir, storage.location)
@@ -276,18 +276,57 @@ def test_a_folder_that_vanishes_while_its_checkpoints_are_adopted_costs_the_heir
 ) -> None:
     """Its last owner, on the same volume, removes or renames it at that very moment."""
     job_id = uuid4()
-    for epoch in (1, 2):
-        (Workspace.open(tmp_path, job_id, epoch).checkpoint_dir / "step").write_text(str(epoch))
+    first, second, third = (Lease(job_id, epoch, uuid4()) for epoch in (1, 2, 3))
+    for lease in (first, second):
+        (Workspace.open(tmp_path, lease).checkpoint_dir / "step").write_text(str(lease.epoch))
         # The second one took over from the first: put something back, as a host that was cut off does.
-        Workspace(tmp_path / str(job_id), 1).checkpoint_dir.mkdir(exist_ok=True)
-        (Workspace(tmp_path / str(job_id), 1).checkpoint_dir / "step").write_text("1")
+        Workspace(tmp_path, first).checkpoint_dir.mkdir(exist_ok=True)
+        (Workspace(tmp_path, first).checkpoint_dir / "step").write_text("1")
     rename = Path.rename
 
     def too_late(self: Path, target: Path) -> Path:
-        if self.name == "e2":
+        if self.name.startswith("e2-"):
             shutil.rmtree(self)
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", too_late)
-    heir = Workspace.open(tmp_path, job_id, 3)
+    heir = Workspace.open(tmp_path, third)
     assert (heir.checkpoint_dir / "step").read_text() == "1"
+
+
+async def test_a_host_from_before_a_restore_deletes_no_object_of_who_shares_its_epoch(
+    store: CountingStore, database: AppDatabase, settings: Settings, tmp_path: Path
+) -> None:
+    storage = FolderStorage(tmp_path)
+    older = await claimed(store)
+    # The rows go back to before this claim, and another host claims.
+    database.run("SET session_replication_role = replica")
+    database.run("DELETE FROM training_leases")
+    database.run(
+        "UPDATE training_jobs SET status = 'queued', due = true, attempt = 0, lease_epoch = lease_epoch - 1, "
+        "lease_token = NULL WHERE id = %s",
+        (older.id,),
+    )
+    database.run("SET session_replication_role = origin")
+    younger = await claimed(store)
+    assert younger.lease_epoch == older.lease_epoch
+    kept = put(tmp_path, object_names(younger.id, younger.lease_epoch).archive)
+    tidying = Tidying(store, storage, settings)
+    tidying.begin(Remains(older, None, stored=True))
+    await tidying.finish()
+    assert kept.exists()
+
+
+def test_of_two_hosts_with_one_epoch_the_second_adopts_and_neither_writes_into_the_others_folder(
+    tmp_path: Path,
+) -> None:
+    """A backup took the rows back in time: both hold epoch 2, and see one volume."""
+    job_id = uuid4()
+    older, younger = Lease(job_id, 2, uuid4()), Lease(job_id, 2, uuid4())
+    before = Workspace.open(tmp_path, older)
+    (before.checkpoint_dir / "step").write_text("10")
+    now = Workspace.open(tmp_path, younger)
+    assert (now.checkpoint_dir / "step").read_text() == "10" and not before.checkpoint_dir.exists()
+    assert now.attempt_dir != before.attempt_dir
+    before.forget_attempt()
+    assert now.attempt_dir.exists()

@@ -177,7 +177,7 @@ async def test_an_attempt_that_has_lost_its_job_keeps_the_checkpoints_only_while
     job = await place.uploaded()
     await place.kept_checkpoint(job, 10)
     settings = Settings(_env_file=None, database_url=SecretStr(place.app.dsn), work_dir=tmp_path / "jobs")
-    workspace = Workspace.open(settings.work_dir, job.id, job.lease_epoch)
+    workspace = Workspace.open(settings.work_dir, job.lease)
     (workspace.checkpoint_dir / "step").write_text("10")
     if deleted:
         place.app.run("DELETE FROM training_jobs")

@@ -422,7 +422,11 @@ def run_chaos(
 
 # -- the judge can say no ----------------------------------------------------------------------------------------
 
-EPOCH_PREDICATE = re.compile(r"^ *(?:AND|WHERE) (?:lease|job)\.(?:lease_)?epoch = %\(epoch\)s\n", re.MULTILINE)
+EPOCH_PREDICATE = re.compile(
+    r"^ *(?:AND|WHERE) \((?:lease|job)\.(?:lease_)?epoch, (?:lease|job)\.(?:lease_)?token\) "
+    r"= \(%\(epoch\)s, %\(token\)s\)\n",
+    re.MULTILINE,
+)
 
 
 def without_epoch(statement: str) -> str:

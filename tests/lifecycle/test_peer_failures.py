@@ -180,7 +180,7 @@ PROGRESS: dict[str, Any] = {
 
 
 async def _settle_cancelled(store: Store, lease: Lease) -> None:
-    if not await store._run("settle_cancelled_job", {"job_id": lease.job_id, "epoch": lease.epoch, "cost": 9.0}):
+    if not await store._run("settle_cancelled_job", vars(lease) | {"cost": 9.0}):
         raise LeaseLost("no row")
 
 

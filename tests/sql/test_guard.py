@@ -136,6 +136,20 @@ def test_the_epoch_rises_by_one_at_a_claim_and_never_else(
 
 
 @pytest.mark.parametrize("role", ["postgres", "service_role", "training_daemon"])
+@pytest.mark.parametrize("origin", [State.RUNNING, State.QUEUED, State.CANCELLED, State.COMPLETED])
+def test_the_token_changes_at_a_claim_and_never_else(
+    shared: AppDatabase, people: dict[str, UUID], role: str, origin: State
+) -> None:
+    token = "lease_token = gen_random_uuid()"
+    assert move(shared, people, role, origin, token) == (0, PT409)
+    if role == "training_daemon":
+        for target in (State.QUEUED, State.COMPLETED, State.RUNNING):
+            assert move(shared, people, role, State.INITIALIZING, f"status = '{target}', {token}") == (0, PT409)
+        claim = f"status = 'initializing', lease_epoch = lease_epoch + 1, {token}"
+        assert move(shared, people, role, State.QUEUED, claim) == (1, None)
+
+
+@pytest.mark.parametrize("role", ["postgres", "service_role", "training_daemon"])
 def test_a_job_is_never_without_a_state(shared: AppDatabase, people: dict[str, UUID], role: str) -> None:
     for origin in State:
         # Held, so that no other rule refuses it first.
@@ -145,6 +159,7 @@ def test_a_job_is_never_without_a_state(shared: AppDatabase, people: dict[str, U
 
 SERVER_OWNED = (
     "progress = 50", "current_stage = 'x'", "current_cost = 0", "lease_epoch = 9", "attempt = 0", "due = true",
+    "lease_token = gen_random_uuid()",
     "held = true", "error_message = 'x'", "adapter_path = 'x'", "queued_at = now()", "retry_count = 5",
     "external_job_id = 'x'", "need_gpus = 4", "result = '{}'", "last_progress_at = now()",
     "user_id = gen_random_uuid()",
@@ -249,7 +264,9 @@ def test_what_the_server_owns_is_reset_at_the_insert(database: AppDatabase) -> N
     user = database.insert_user()
     dataset = database.insert_dataset(user)
     wishes = {
-        "progress": 99, "current_cost": 50, "final_cost": 1, "lease_epoch": 7, "attempt": 9, "retry_count": 4,
+        "progress": 99, "current_cost": 50, "final_cost": 1, "lease_epoch": 7, "lease_token": str(uuid4()),
+        "attempt": 9,
+        "retry_count": 4,
         "adapter_path": "x", "error_message": "x", "external_job_id": "x", "due": False, "held": True,
         "priority": 1000, "max_attempts": 100, "queued_at": "2001-01-01", "started_at": "2001-01-01",
         "need_gpus": 0, "result": {"x": 1},
@@ -261,7 +278,9 @@ def test_what_the_server_owns_is_reset_at_the_insert(database: AppDatabase) -> N
     row = database.job(inserted["id"])
     assert (row["progress"], row["current_cost"], row["final_cost"], row["retry_count"]) == (0, 0, None, 0)
     assert (row["lease_epoch"], row["attempt"], row["priority"], row["max_attempts"]) == (0, 0, 0, 3)
-    assert (row["adapter_path"], row["error_message"], row["external_job_id"], row["result"]) == (None,) * 4
+    assert (row["lease_token"], row["adapter_path"], row["error_message"], row["external_job_id"], row["result"]) == (
+        None,
+    ) * 5
     assert row["due"] and not row["held"] and row["need_gpus"] == 1 and row["started_at"] is None
     assert row["queued_at"].year > 2001
 

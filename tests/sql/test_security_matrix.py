@@ -55,7 +55,7 @@ training_jobs (queued)
                                                adapter_sha256, adapter_bytes, result
   .        .        ri       riu      riu      total_epochs, total_steps, estimated_total_cost, callback_url,
                                                run_after
-  .        .        r(i)     r(i)     r(i)     external_job_id, created_at, lease_epoch
+  .        .        r(i)     r(i)     r(i)     external_job_id, created_at, lease_epoch, lease_token
   .        .        r(i)     r(i)u    r(i)     artifact_id, updated_at
   .        .        r(i)     riu      ri       priority, max_attempts
 
@@ -63,7 +63,7 @@ training_jobs (running)
   .        .        .        d        .        (the row)
   .        .        r        r        r        id, user_id, dataset_id, preset_id, hyperparameters,
                                                gpu_config, external_job_id, created_at, dataset_url,
-                                               client_job_id, priority, due, lease_epoch
+                                               client_job_id, priority, due, lease_epoch, lease_token
   .        .        ru       ru       ru       status
   .        .        r        r        ru       current_stage, progress, current_epoch, current_step,
                                                current_metrics, queued_at, started_at, completed_at,
@@ -79,7 +79,7 @@ training_jobs (completed)
   .        .        .        d        .        (the row)
   .        .        r        r        r        id, user_id, dataset_id, preset_id, hyperparameters,
                                                gpu_config, status, external_job_id, created_at, dataset_url,
-                                               client_job_id, priority, due, lease_epoch
+                                               client_job_id, priority, due, lease_epoch, lease_token
   .        .        r        r        ru       current_stage, progress, current_epoch, current_step,
                                                current_metrics, queued_at, started_at, completed_at,
                                                estimated_completion_at, current_cost, final_cost,
@@ -94,7 +94,7 @@ training_jobs (cancelled)
   .        .        .        d        .        (the row)
   .        .        r        r        r        id, user_id, dataset_id, preset_id, hyperparameters,
                                                gpu_config, external_job_id, created_at, dataset_url,
-                                               client_job_id, priority, due, lease_epoch
+                                               client_job_id, priority, due, lease_epoch, lease_token
   .        .        r(u)     r(u)     r(u)     status
   .        .        r        r(u)     ru       current_stage
   .        .        r        r        ru       progress, current_epoch, current_step, current_metrics,
@@ -135,7 +135,7 @@ notifications
 training_leases
   .        .        .        .        .        (the row)
   .        .        r        r        riu      job_id, user_id, claimed_at, heartbeat_at, expires_at
-  .        .        .        r        riu      epoch, worker_id, user_slot
+  .        .        .        r        riu      epoch, worker_id, user_slot, token
 
 training_events
   .        .        .        .        d        (the row)

@@ -19,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from psycopg.types.json import Jsonb
 
 from daemon.database import Database
 from daemon.errors import LeaseLost
@@ -55,9 +56,11 @@ MODELLED = {
 # The conditions that say whose a job is, and in which state it may be written to. `job.lease_epoch = ended.epoch` is
 # not among them: behind the lease that the same statement has just ended it can only be true.
 OWNER = re.compile(
-    r"\w+\.(?:lease_)?epoch = %\(epoch\)s"
+    r"\(\w+\.(?:lease_)?epoch, \w+\.(?:lease_)?token\) = \(%\(epoch\)s, %\(token\)s\)"
     r"|lease\.worker_id = %\(worker_id\)s|lease\.job_id <> ALL \(%\(known\)s::uuid\[\]\)"
 )
+# Its second half, which holds where a backup has given two hosts one epoch.
+TOKEN = re.compile(r"\((\w+\.(?:lease_)?epoch), \w+\.(?:lease_)?token\) = \(%\(epoch\)s, %\(token\)s\)")
 STATE = re.compile(r"job\.status (?:IN \('initializing', 'running'\)|= 'cancelled')")
 
 
@@ -101,6 +104,7 @@ class ModelJob:
     state: State = State.QUEUED
     due: bool = True
     epoch: int = 0
+    token: UUID | None = None
     attempt: int = 0
     leased: bool = False
     completions: int = 0
@@ -165,15 +169,22 @@ class TwoWorkers(RuleBasedStateMachine):
 
     def is_current(self, lease: Lease) -> bool:
         job = self.jobs[lease.job_id]
-        return job.leased and job.epoch == lease.epoch
+        return job.leased and self.is_last(lease)
+
+    def is_last(self, lease: Lease) -> bool:
+        """Nobody has claimed the job since."""
+        job = self.jobs[lease.job_id]
+        return (job.epoch, job.token) == (lease.epoch, lease.token)
 
     def took(self, worker: int, job: ClaimedJob) -> None:
         """A claim has answered with this job: it must be a fresh lease on the job as the model knows it."""
         before = self.jobs[job.id]
         assert (job.lease_epoch, job.attempt) == (before.epoch + 1, before.attempt + 1)
+        assert all(job.lease_token != lease.token for leases in self.leases for lease in leases)
         self.jobs[job.id] = replace(
-            before, state=State.INITIALIZING, due=False, epoch=before.epoch + 1, attempt=before.attempt + 1, leased=True
-        )
+            before, state=State.INITIALIZING, due=False, epoch=before.epoch + 1, token=job.lease_token,
+            attempt=before.attempt + 1, leased=True,
+        )  # fmt: skip
         self.leases[worker].append(job.lease)
 
     @initialize(count=st.integers(1, 3))
@@ -239,9 +250,9 @@ class TwoWorkers(RuleBasedStateMachine):
             return
         job = self.jobs[lease.job_id]
         rows = self.do(self.stores[worker]._run("settle_cancelled_job", {
-            "job_id": lease.job_id, "epoch": lease.epoch, "cost": 1
+            "job_id": lease.job_id, "epoch": lease.epoch, "token": lease.token, "cost": 1
         }))  # fmt: skip
-        assert len(rows) == (job.state is State.CANCELLED and job.epoch == lease.epoch), (job, lease)
+        assert len(rows) == (job.state is State.CANCELLED and self.is_last(lease)), (job, lease)
 
     @rule(worker=WORKERS, cancelled=st.booleans(), picks=st.sets(st.integers(0, 4)))
     def return_unanswered(self, worker: int, cancelled: bool, picks: set[int]) -> None:
@@ -284,6 +295,43 @@ class TwoWorkers(RuleBasedStateMachine):
                 self.jobs[lease.job_id] = replace(self.jobs[lease.job_id], noted=True)
         self.everything_that_a_stale_owner_says_is_refused(worker, lease)
 
+    @rule(worker=WORKERS, ending=st.sampled_from([None, *sorted(ENDINGS)]))
+    def the_rows_go_back_in_time_and_another_host_gets_the_same_epoch(self, worker: int, ending: str | None) -> None:
+        """A backup from before the claim is restored and the other host claims: the first one may say nothing."""
+        self.insert()
+        waiting = [number for number, job in enumerate(self.jobs.values()) if job.claimable]
+        if not waiting:
+            return
+        place = waiting[0]
+        job_id = list(self.jobs)[place]
+        before = self.jobs[job_id]
+        row = self.app.one("SELECT to_jsonb(job) AS row FROM training_jobs AS job WHERE id = %s", (job_id,))["row"]
+        self.claim_by_id(worker, place)
+        lease = self.leases[worker][-1]
+        self.restore(job_id, row)
+        self.jobs[job_id] = before
+        self.claim_by_id(1 - worker, place)
+        heir = self.leases[1 - worker][-1]
+        assert heir.epoch == lease.epoch
+        self.do(self.stores[1 - worker].note_upload(heir, "checkpoint", Location("s", "b"), ["x"], step=UPLOADED_STEP))
+        self.jobs[job_id] = replace(self.jobs[job_id], noted=True)
+        if ending is not None:
+            if ending == "end_cancelled_job":
+                self.cancel(place)
+            self.end(1 - worker, len(self.leases[1 - worker]) - 1, ending)
+        self.everything_that_a_stale_owner_says_is_refused(worker, lease)
+
+    def restore(self, job_id: UUID, row: dict[str, Any]) -> None:
+        names = ", ".join(row)
+        self.app.run("SET session_replication_role = replica")
+        self.app.run("DELETE FROM training_leases WHERE job_id = %s", (job_id,))
+        self.app.run(
+            f"UPDATE training_jobs AS job SET ({names}) = (SELECT {names} FROM jsonb_populate_record(job, %s)) "
+            "WHERE id = %s",
+            (Jsonb(row), job_id),
+        )
+        self.app.run("SET session_replication_role = origin")
+
     @rule(worker=WORKERS, again=st.booleans())
     def jobs_are_cancelled_under_their_host(self, worker: int, again: bool) -> None:
         """Whatever the host says then, and by whichever ending it gives the job up: the cancel stands."""
@@ -324,8 +372,8 @@ class TwoWorkers(RuleBasedStateMachine):
         before, job = self.written(), self.jobs[lease.job_id]
         for name in STALE_WRITES:
             # An ending whose answer was lost finds its own epoch in the state that it asked for, and is content.
-            content = job.epoch == lease.epoch and job.state in ENDINGS.get(name, {})
-            own_settling = name == "settle_cancelled_job" and job.epoch == lease.epoch and job.state is State.CANCELLED
+            content = self.is_last(lease) and job.state in ENDINGS.get(name, {})
+            own_settling = name == "settle_cancelled_job" and self.is_last(lease) and job.state is State.CANCELLED
             if own_settling:
                 continue
             try:
@@ -367,7 +415,7 @@ class TwoWorkers(RuleBasedStateMachine):
     def expected_ending(self, job: ModelJob, lease: Lease, name: str) -> tuple[ModelJob, Ending | None]:
         if not self.is_current(lease):
             # Nothing is written; only our own epoch in the state that was asked for is recognised.
-            if job.epoch == lease.epoch and job.state in ENDINGS[name]:
+            if self.is_last(lease) and job.state in ENDINGS[name]:
                 return job, Ending(True, job.state, job.noted)
             return job, None
         gone = replace(job, leased=False)
@@ -509,6 +557,10 @@ def mutants() -> list[Mutant]:
         conditions = [OWNER, STATE] if name in MODELLED else [OWNER]
         places = [place for condition in conditions for place in condition.finditer(text)]
         found += [Mutant(name, place[0], text[: place.start()] + "true" + text[place.end() :]) for place in places]
+        found += [
+            Mutant(name, "the token", f"{text[: place.start()]}{place[1]} = %(epoch)s{text[place.end() :]}")
+            for place in TOKEN.finditer(text)
+        ]
     return found
 
 

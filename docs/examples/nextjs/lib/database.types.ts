@@ -584,6 +584,7 @@ export type Database = {
           id: string
           last_progress_at: string | null
           lease_epoch: number
+          lease_token: string | null
           max_attempts: number
           max_cost: number | null
           need_gpu_memory_gb: number | null
@@ -639,6 +640,7 @@ export type Database = {
           id?: string
           last_progress_at?: string | null
           lease_epoch?: number
+          lease_token?: string | null
           max_attempts?: number
           max_cost?: number | null
           need_gpu_memory_gb?: number | null
@@ -692,6 +694,7 @@ export type Database = {
           id?: string
           last_progress_at?: string | null
           lease_epoch?: number
+          lease_token?: string | null
           max_attempts?: number
           max_cost?: number | null
           need_gpu_memory_gb?: number | null
@@ -735,6 +738,7 @@ export type Database = {
           expires_at: string
           heartbeat_at: string
           job_id: string
+          token: string
           user_id: string
           user_slot: number | null
           worker_id: string
@@ -746,6 +750,7 @@ export type Database = {
           expires_at: string
           heartbeat_at?: string
           job_id: string
+          token?: string
           user_id: string
           user_slot?: number | null
           worker_id: string
@@ -756,6 +761,7 @@ export type Database = {
           expires_at?: string
           heartbeat_at?: string
           job_id?: string
+          token?: string
           user_id?: string
           user_slot?: number | null
           worker_id?: string
