@@ -22,7 +22,7 @@ import structlog
 import tenacity
 
 from daemon.addresses import AddressRefused, AddressRules, AddressUnknown, Target, guarded_client, redact, rules_from
-from daemon.backoff import retry_after_seconds
+from daemon.backoff import is_transient, retry_after_seconds
 from daemon.errors import JobDelayed, JobFailed, TrainerError
 from daemon.job import JobDataset
 from daemon.settings import Settings
@@ -44,7 +44,6 @@ FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 30.0
 COPY_BYTES = 1024 * 1024
 
-RETRYABLE = frozenset({408, 423, 425, 429, 500, 502, 503, 504, 522, 524, 544})
 _CONTENT_RANGE = re.compile(r"^bytes (?P<first>\d+)-\d+/(?P<total>\d+|\*)$")
 _SUBMIT_AGAIN = "check the dataset URL and submit again"
 
@@ -295,7 +294,7 @@ async def _refuse(response: httpx.Response, source: str) -> None:
     code = _storage_code(await _head_of(response))
     if code == "InvalidJWT" or status in (401, 403):
         raise _Rejected(f"the server refuses the URL as expired or not allowed (HTTP {status})")
-    if status in RETRYABLE:
+    if is_transient(status):
         raise _Interrupted(f"the server answered HTTP {status}", retry_after_seconds(response))
     raise _unreachable(source, f"the server answered HTTP {status}{f' ({code})' if code else ''}")
 

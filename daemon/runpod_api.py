@@ -17,7 +17,7 @@ from urllib.parse import quote
 import httpx
 import structlog
 
-from daemon.backoff import retry_after_seconds
+from daemon.backoff import is_page, is_transient, retry_after_seconds, said_by_page
 from daemon.errors import TrainerError
 
 log = structlog.get_logger()
@@ -196,9 +196,7 @@ def _fault(status: int, detail: str) -> Fault:
             return Fault.ABSENT
         case 409:
             return Fault.CONFLICT
-        case 408 | 425 | 429:
-            return Fault.AWAY
-        case _ if 400 <= status < 500:
+        case _ if 400 <= status < 500 and not is_transient(status):
             return Fault.INVALID
         case _:
             return Fault.AWAY
@@ -206,6 +204,8 @@ def _fault(status: int, detail: str) -> Fault:
 
 def _detail(answer: httpx.Response) -> str:
     """The problem document's own words, or the status."""
+    if is_page(answer):
+        return said_by_page(answer.status_code)
     try:
         problem = answer.json()
     except ValueError:

@@ -22,6 +22,7 @@ from storage3 import AsyncStorageClient
 from storage3.exceptions import StorageApiError
 
 from daemon import tus
+from daemon.backoff import is_transient
 from daemon.errors import JobDelayed, JobError, JobFailed
 from daemon.storage import (
     READ_BYTES,
@@ -51,8 +52,6 @@ BEGINNINGS = 3
 
 # What an attempt stores: archive, weights and log, configuration and manifest, chart.
 STORED_TYPES = ("application/gzip", "application/octet-stream", "application/json", "image/png")
-
-RETRYABLE = frozenset({408, 423, 429, 500, 502, 503, 504, 544})
 
 Result = TypeVar("Result")
 
@@ -313,7 +312,7 @@ class SupabaseStorage:
                 with attempt:
                     return await action()
         except StorageApiError as error:
-            raise _job_error(_status_of(error), error.code, error.message, name, code) from error
+            raise _job_error(_status_of(error), error.code, _message_of(error), name, code) from error
         except httpx.TransportError as error:
             raise _job_error(503, "", f"no answer ({type(error).__name__})", name, code) from error
         except ValueError as error:
@@ -332,7 +331,7 @@ class _Absent(JobDelayed):
 
 def _may_pass(error: BaseException) -> bool:
     if isinstance(error, StorageApiError):
-        return _status_of(error) in RETRYABLE
+        return is_transient(_status_of(error))
     return isinstance(error, httpx.TransportError)
 
 
@@ -340,6 +339,17 @@ def _status_of(error: StorageApiError) -> int:
     """Storage's own status: a string inside the body of an HTTP 400, sometimes a number, sometimes a word."""
     text = str(error.status)
     return int(text) if text.isdigit() else 400
+
+
+def _message_of(error: StorageApiError) -> str:
+    """Storage's own words. The vendor's client passes on the whole text of an answer that is not Storage's."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, httpx.HTTPStatusError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        return error.message
+    status, code, message = tus.unfold_error(cause.response)
+    return message or f"HTTP {status} {code}"
 
 
 def _job_error(

@@ -22,7 +22,7 @@ import httpx
 import structlog
 import tenacity
 
-from daemon.backoff import retry_after_seconds
+from daemon.backoff import is_page, is_transient, retry_after_seconds, said_by_page
 from daemon.errors import TrainerError
 
 log = structlog.get_logger()
@@ -38,9 +38,6 @@ TIMEOUT = httpx.Timeout(60.0, connect=10.0, read=180.0)
 FRUITLESS_TRIES = 8
 FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 30.0
-
-# 409: our idea of the offset was wrong. 423: an earlier request of ours still holds the upload.
-RETRYABLE = frozenset({408, 409, 423, 429, 500, 502, 503, 504, 544})
 
 
 class UploadRefused(TrainerError):
@@ -218,8 +215,9 @@ class TusUpload:
 def refusal(response: httpx.Response) -> UploadRefused | UploadGone | UploadInterrupted:
     """What a bad answer means. Storage hides the real status in a string of the body of HTTP 400."""
     status, code, message = unfold_error(response)
-    # A duplicate is final; a TUS conflict on the offset is not, and only PATCH and HEAD can meet one.
-    if status in RETRYABLE and not (status == 409 and response.request.method == "POST"):
+    # 423: an earlier request of ours still holds the upload. 409: a duplicate is final; our idea of the offset was
+    # wrong is not, and only PATCH and HEAD can meet that.
+    if is_transient(status) or (status == 409 and response.request.method != "POST"):
         return UploadInterrupted(f"the storage answered {status} {code}", retry_after_seconds(response))
     if status in (404, 410) and response.request.method != "POST":
         return UploadGone(f"the storage no longer knows the upload ({status})")
@@ -229,6 +227,8 @@ def refusal(response: httpx.Response) -> UploadRefused | UploadGone | UploadInte
 def unfold_error(response: httpx.Response) -> tuple[int, str, str]:
     """(status, code, message) of a Storage error: {"statusCode": "404", "error": "not_found", "message": "…"}."""
     status, code, message = response.status_code, response.reason_phrase or "error", ""
+    if is_page(response):
+        return status, "error", said_by_page(status)
     with contextlib.suppress(ValueError, TypeError, AttributeError):
         body = response.json()
         status = int(body.get("statusCode") or status)

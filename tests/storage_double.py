@@ -8,6 +8,8 @@
 - TUS: creation, HEAD, PATCH with offsets; 409 on a wrong offset, 423 while locked, 404/410 when gone; real
   HTTP statuses with plain text.
 
+A status of Cloudflare's (520 to 527, 530) comes as its page, with that status as HTTP's.
+
 Faults are injected: cut a request or an answer at any byte, answer 5xx for a while, lose an answer or hold it back.
 As a process of its own: `python -m tests.storage_double FOLDER [CUTS]` prints its URL and serves until stdin
 closes; every second PATCH, CUTS times, it cuts a chunk somewhere inside. It ends with the number of cuts made.
@@ -66,6 +68,7 @@ class Fault:
     matches: Callable[[Exchange], bool]
     times: int = 1
     status: int | None = None
+    page: str | None = None  # sent as it is, with this status: not Storage's answer, but of who stands before it
     headers: dict[str, str] = field(default_factory=dict)
     cut_request_after: int | None = None
     cut_answer_after: int | None = None
@@ -143,6 +146,10 @@ class StorageDouble:
         fault = self._fault_for(exchange)
         if fault is not None and fault.held_until is not None:
             await fault.held_until.wait()
+        if fault is not None and fault.status is not None and fault.page is not None:
+            kind = "text/html" if fault.page.startswith("<") else "application/json"
+            await exchange.answer(fault.status, fault.page.encode(), {"Content-Type": kind})
+            return
         if fault is not None and fault.status is not None:
             await _refuse(exchange, fault.status, "Injected", "as the test wants it", fault.headers)
             return
@@ -405,6 +412,17 @@ class _Lost:
     async def drain(self) -> None: ...
 
 
+# As the real one is, in short: the ray, the words, and a length that nobody wants in a row.
+CLOUDFLARE_PAGE = (
+    """<!DOCTYPE html>
+<html class="no-js" lang="en-US"><head><title>x.supabase.co | {status}: Web server is returning an unknown error</title>
+</head><body><div id="cf-error-details"><span class="code-label">Error code {status}</span>
+<p>Cloudflare Ray ID: <strong>8f2a1b3c4d5e6f70</strong></p></div></body></html>
+"""
+    + " " * 2000
+)
+
+
 async def _json(exchange: Exchange, value: Any) -> None:
     await exchange.answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
@@ -413,6 +431,10 @@ async def _refuse(
     exchange: Exchange, status: int, error: str, message: str, headers: dict[str, str] | None = None
 ) -> None:
     body = json.dumps({"statusCode": str(status), "error": error, "message": message}).encode()
+    if 520 <= status <= 530:
+        page = {"Content-Type": "text/html; charset=UTF-8", "Server": "cloudflare", "CF-RAY": "8f2a1b3c4d5e6f70-FRA"}
+        await exchange.answer(status, CLOUDFLARE_PAGE.format(status=status).encode(), {**page, **(headers or {})})
+        return
     shown = 500 if status == 500 else status if exchange.path.startswith(f"{BASE}/upload/") else 400
     if exchange.method != "HEAD" and not exchange.path.startswith(f"{BASE}/upload/"):
         await exchange.answer(shown, body, {"Content-Type": "application/json", **(headers or {})})

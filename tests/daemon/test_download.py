@@ -185,7 +185,7 @@ async def test_a_compressed_answer_is_unpacked(tmp_path: Path) -> None:
     assert fetched.path.read_bytes() == LINES
 
 
-@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504, *range(520, 528), 530])
 async def test_passing_trouble_is_waited_out(tmp_path: Path, status: int) -> None:
     async with FileServer(LINES, says(status), says(status)) as server:
         fetched = await server.fetch(tmp_path / "d.jsonl")

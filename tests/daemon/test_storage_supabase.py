@@ -139,7 +139,7 @@ async def test_a_small_upload_whose_answer_was_lost_is_found_stored(
     assert double.path_of("lora-models", "adapters/a.tar.gz").read_bytes() == file.read_bytes()
 
 
-@pytest.mark.parametrize("status", [423, 429, 500, 502, 503, 504, 544])
+@pytest.mark.parametrize("status", [423, 429, 500, 502, 503, 504, *range(520, 528), 530, 544])
 async def test_passing_trouble_is_waited_out(
     storage: SupabaseStorage, double: StorageDouble, tmp_path: Path, status: int
 ) -> None:
@@ -153,6 +153,40 @@ async def test_passing_trouble_is_waited_out(
     file, sha256 = file_of(tmp_path, LARGE)
     await storage.upload(file, "adapters/a.tar.gz", sha256=sha256, resume_dir=tmp_path)
     assert all(fault.times == 0 for fault in double.faults)
+
+
+@pytest.mark.parametrize("size", [SMALL, LARGE])
+async def test_a_page_of_cloudflares_that_stays_delays_the_job_without_its_text(
+    storage: SupabaseStorage, double: StorageDouble, tmp_path: Path, size: int
+) -> None:
+    file, sha256 = file_of(tmp_path, size)
+    for method, where in [("GET", "/object/info"), ("POST", "/upload/"), ("POST", "/object/lora"), ("GET", "/bucket/")]:
+        fault = double.fail(method, where, status=522, times=100)
+        with pytest.raises(JobDelayed) as raised:
+            await storage.check(1)
+            await storage.upload(file, "adapters/a.tar.gz", sha256=sha256, resume_dir=tmp_path)
+            # Only one of the two kinds of upload is made for this size.
+            raise JobDelayed(ErrorCode.UPLOAD_FAILED, "522", "not asked") if fault.times == 100 else AssertionError
+        told = f"{raised.value.message} {raised.value.hint}"
+        assert "522" in told and len(told) < 400
+        assert not any(words in told.lower() for words in ("<", "html>", "ray", "doctype")), told
+        double.faults.clear()
+        await storage.delete("adapters/a.tar.gz")
+
+
+async def test_an_answer_that_is_not_storages_is_told_by_its_status(
+    storage: SupabaseStorage, double: StorageDouble
+) -> None:
+    """A firewall's 403, a gateway's JSON of another shape: neither text reaches a row, neither is tried for ever."""
+    double.fail("GET", "/object/info", status=403, page="<html><body>blocked: ray 8f2a</body></html>")
+    with pytest.raises(JobDelayed) as raised:
+        await storage.exists("a.tar.gz")
+    assert "HTTP 403, an HTML error page" in raised.value.message and "8f2a" not in raised.value.message
+    assert "SUPABASE_SERVICE_ROLE_KEY" in str(raised.value.hint)
+    double.fail("GET", "/object/info", status=400, page='{"msg": "no route"}')
+    with pytest.raises(JobDelayed) as raised:
+        await storage.exists("a.tar.gz")
+    assert "HTTP 400" in raised.value.message and "no route" not in raised.value.message
 
 
 async def test_an_offset_conflict_is_resolved_by_asking(

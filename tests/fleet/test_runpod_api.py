@@ -56,6 +56,7 @@ async def test_ending_a_pod_that_has_ended_or_is_gone_is_no_error(runpod: RunPod
         (409, "The pod is ERROR.", "conflict", True),
         (429, "Slow down", "away", True),
         (502, "Bad gateway", "away", False),
+        (522, "Connection timed out", "away", False),
     ],
 )
 async def test_each_error_says_what_to_do_next_in_the_servers_words(
