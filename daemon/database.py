@@ -12,7 +12,6 @@ import time
 from collections.abc import Coroutine, Mapping
 from types import TracebackType
 from typing import Any
-from urllib.parse import urlsplit
 
 import psycopg
 from psycopg.abc import RV, PQGen
@@ -20,13 +19,13 @@ from psycopg.rows import dict_row
 from psycopg.types.json import set_json_loads
 from psycopg.waiting import wait_async
 
+from daemon.database_url import is_transaction_pooler
 from daemon.errors import DatabaseAway, DatabaseUnprepared, HostUnfit, RowsHidden, TrainerError
+from daemon.login import login_fault
 from daemon.refusal import is_of_the_app, refusal_of
 from daemon.wire import Sent, Wire
 
 ROLE = "training_daemon"
-# Where a transaction pooler (Supabase's Supavisor, PgBouncer) usually listens.
-_TRANSACTION_POOLER_PORT = 6543
 # A dead peer is noticed in about 25 s, also while a statement waits for its answer.
 _KEEPALIVE: Mapping[str, Any] = {
     "keepalives": 1,
@@ -52,7 +51,6 @@ _NOT_MIGRATED = (
 _ROWS_HIDDEN = "PT503"
 # How long an app's transaction on one job's row may hold up what we write about all the others.
 _LOCK_MILLISECONDS = 1000
-_REFUSED_FOR_GOOD = ("password authentication failed", "does not exist", "no pg_hba.conf entry")
 
 
 class _Connection(psycopg.AsyncConnection[dict[str, Any]]):
@@ -86,7 +84,7 @@ class Database:
         self._application_name = application_name
         self._connect_seconds = connect_seconds
         self._statement_seconds = statement_seconds
-        self.transaction_pooler = _is_transaction_pooler(dsn) if transaction_pooler is None else transaction_pooler
+        self.transaction_pooler = is_transaction_pooler(dsn) if transaction_pooler is None else transaction_pooler
         self._connection: _Connection | None = None
         self._wire: Wire | None = None
         self._lock = asyncio.Lock()
@@ -211,8 +209,8 @@ class Database:
             )
         except psycopg.OperationalError as error:
             # Only before the first success: later a pooler may say anything while its database restarts.
-            if self._session_user is None and any(words in str(error) for words in _REFUSED_FOR_GOOD):
-                raise HostUnfit(f"DATABASE_URL is refused: {_first_line(error)}") from error
+            if self._session_user is None:
+                raise login_fault(error) from error
             raise
         set_json_loads(_read_json, connection)
         await connection.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
@@ -296,10 +294,3 @@ def _is_altered(error: BaseException) -> bool:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n", 1)[0] or type(error).__name__
-
-
-def _is_transaction_pooler(dsn: str) -> bool:
-    try:
-        return urlsplit(dsn).port == _TRANSACTION_POOLER_PORT
-    except ValueError:
-        return False

@@ -16,11 +16,11 @@ from daemon.database import Database
 from daemon.errors import DatabaseAway, DatabaseUnprepared, HostUnfit, JobError
 from daemon.finding import Finding, green, red, yellow
 from daemon.listener import Listener
-from daemon.migrate import pending
+from daemon.migrate import MayNotRead, pending
 from daemon.pod_end import keys_of
 from daemon.pod_life import pod_environment
 from daemon.runpod_api import RunPod, RunPodError
-from daemon.settings import Settings
+from daemon.settings import Settings, notices_of
 from daemon.sight import cure, in_words
 from daemon.storage import open_storage
 from daemon.store import Store
@@ -47,14 +47,16 @@ _NOT_YET = "role, rights, clock and LISTEN come after it"
 
 async def check_database(settings: Settings) -> AsyncIterator[Finding]:
     dsn = settings.database_url.get_secret_value()
+    for notice in notices_of(settings):
+        yield yellow("DATABASE_URL", notice, "take it out of the address")
     begun = time.perf_counter()
     unread: str | None = None
     missing: list[str] = []
     try:
         missing = await asyncio.to_thread(pending, dsn)
-    except HostUnfit as error:
+    except MayNotRead as error:
         unread = str(error)
-    except DatabaseAway as error:
+    except (DatabaseAway, HostUnfit) as error:
         yield red(
             "database",
             str(error),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from datetime import datetime, timedelta
 from uuid import UUID
@@ -34,7 +34,7 @@ from daemon.fleet_rules import (
 )
 from daemon.fleet_store import FleetStore
 from daemon.listener import Listener
-from daemon.logs import configure_logs
+from daemon.logs import configure_logs_by
 from daemon.reaper import reap_for_ever
 from daemon.runpod_api import Fault, Key, Pod, RunPod, RunPodError
 from daemon.settings import Settings
@@ -57,7 +57,7 @@ def run_fleet(settings: Settings) -> None:
 
 async def serve_fleet(settings: Settings) -> None:
     plan, keys = read_plan(settings.fleet_pod), _keys(settings)
-    configure_logs(settings.log_level, settings.log_format, _secrets(settings))
+    configure_logs_by(settings, plan.secrets)
     dsn = settings.database_url.get_secret_value()
     async with AsyncExitStack() as stack:
         # Two connections: one holds the turn and decides, one works for hosts that died.
@@ -369,10 +369,3 @@ def _keys(settings: Settings) -> list[Key]:
     if not keys:
         raise HostUnfit("the fleet needs TRAINER_RUNPOD_API_KEY: a key that may read, create and end pods")
     return keys
-
-
-def _secrets(settings: Settings) -> Iterator[str]:
-    secrets = (settings.database_url, settings.runpod_api_key, settings.pod_api_key, settings.callback_authorization)
-    for secret in (*secrets, *settings.callback_secrets):
-        if secret is not None:
-            yield secret.get_secret_value()

@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from daemon.errors import HostUnfit
 
 NAME_PREFIX = "brightrun-"
+_PLAIN_PATH = re.compile(r"[\w./~-]{1,200}\.json|/[\w./~-]{1,200}")
+_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|DATABASE_URL|AUTHORIZATION", re.IGNORECASE)
 
 
 class GpuKind(BaseModel):
@@ -48,6 +52,13 @@ class FleetPlan(BaseModel):
         return {**self.pod, "name": name, "gpu": {"id": kind.id, "count": kind.count}}
 
     @property
+    def secrets(self) -> Iterator[str]:
+        """Values of the pod's env that no output may hold, by their names."""
+        for name, value in (self.pod.get("env") or {}).items():
+            if isinstance(value, str) and _SECRET_NAME.search(name) and not value.startswith("{{"):
+                yield value
+
+    @property
     def ends_itself(self) -> bool:
         """Whether the pod is told to end itself when idle; a template of RunPod's may say so too, unseen by us."""
         return "TRAINER_IDLE_MINUTES" in (self.pod.get("env") or {}) or "templateId" in self.pod
@@ -61,8 +72,11 @@ def read_plan(given: str | None) -> FleetPlan:
     if not given.lstrip().startswith("{"):
         try:
             text = Path(given).read_text(encoding="utf-8")
-        except OSError as error:
-            raise HostUnfit(f"TRAINER_FLEET_POD: {given} cannot be read: {error.strerror}") from error
+        except (OSError, ValueError) as error:
+            # Anything but a plain path may be the plan itself, in quotes, with the secrets of its env.
+            what = given if _PLAIN_PATH.fullmatch(given) else "what it holds is neither JSON nor the path of a file:"
+            why = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+            raise HostUnfit(f"TRAINER_FLEET_POD: {what} cannot be read: {why}") from None
     try:
         return FleetPlan.model_validate(json.loads(text))
     except ValueError as error:

@@ -21,7 +21,7 @@ from daemon.database import Database
 from daemon.errors import DatabaseAway, HostUnfit
 from daemon.gateway_app import build_app
 from daemon.gateway_rows import GatewayRows
-from daemon.logs import configure_logs
+from daemon.logs import configure_logs_by
 from daemon.metrics import ServiceMetrics
 from daemon.reaper import reap_for_ever
 from daemon.settings import Settings
@@ -38,7 +38,7 @@ GRACE_SECONDS = 10
 
 async def serve_gateway(settings: Settings) -> None:
     """Serve until TERM or INT. Raises HostUnfit where the settings make that impossible."""
-    configure_logs(settings.log_level, settings.log_format, _secrets(settings))
+    configure_logs_by(settings)
     closing = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -127,15 +127,3 @@ def _listening_socket(host: str, port: int) -> socket.socket:
         raise HostUnfit(
             f"cannot listen on {host}:{port} ({error.strerror}): set TRAINER_GATEWAY_HOST and TRAINER_GATEWAY_PORT"
         ) from error
-
-
-def _secrets(settings: Settings) -> Iterator[str]:
-    for secret in (
-        settings.database_url,
-        settings.supabase_service_role_key,
-        settings.callback_authorization,
-        *settings.callback_secrets,
-        *settings.gateway_keys,
-    ):
-        if secret is not None:
-            yield secret.get_secret_value()

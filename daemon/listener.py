@@ -16,6 +16,7 @@ import structlog
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
 from daemon.chores import worked
+from daemon.login import login_reason
 
 log = structlog.get_logger()
 
@@ -56,7 +57,11 @@ class Listener:
                     if self._probed:
                         # A good connection ends the count: a cut after months of short outages is mended at once.
                         attempt.retry_state.attempt_number = 1
-                    log.warning("listener_lost", error=str(error).strip(), attempt=attempt.retry_state.attempt_number)
+                    log.warning(
+                        "listener_lost",
+                        error=login_reason(str(error)) or type(error).__name__,
+                        attempt=attempt.retry_state.attempt_number,
+                    )
                     raise
 
     async def _listen_once(self) -> None:
@@ -65,6 +70,10 @@ class Listener:
             async with asyncio.timeout(PROOF_LIMIT_SECONDS):
                 await connection.execute(f"LISTEN {CHANNEL}")
                 await self._prove(connection)
+                if self.hears.is_set():
+                    # It sleeps between two probes. Only where the session is ours: a transaction pooler's is the next
+                    # client's, and the proof has told them apart.
+                    await connection.execute("SET idle_session_timeout = 0")
             # Whatever was announced before this moment went unheard: look once, always.
             self._wake()
             while True:

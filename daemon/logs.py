@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Literal
 
 import structlog
-from structlog.typing import EventDict, Processor
+from structlog.typing import Processor
+
+if TYPE_CHECKING:
+    from daemon.settings import Settings
 
 BLOT = "[secret]"
+
+
+def configure_logs_by(settings: Settings, more_secrets: Iterable[str] = ()) -> None:
+    """As the settings say, with every secret among them blotted out; what was left out of them is logged."""
+    from daemon.settings import notices_of, secrets_of
+
+    configure_logs(settings.log_level, settings.log_format, (*secrets_of(settings), *more_secrets))
+    for notice in notices_of(settings):
+        structlog.get_logger().warning("database_url_notice", notice=notice)
 
 
 def configure_logs(
@@ -25,11 +37,19 @@ def configure_logs(
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.StackInfoRenderer(),
+        # Before the blot, and as text: the pretty renderer's own would show each frame's variables after it.
+        structlog.processors.format_exc_info,
     ]
-    if not pretty:
-        processors.append(structlog.processors.format_exc_info)
-    processors.append(_blot_out(secrets))
-    processors.append(structlog.dev.ConsoleRenderer() if pretty else structlog.processors.JSONRenderer())
+    clean = _cleaner(secrets)
+    processors.append(lambda _logger, _method, event: {key: clean(value) for key, value in event.items()})
+    processors.append(
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+        if pretty
+        else structlog.processors.JSONRenderer()
+    )
+    # Of the libraries: uvicorn's stacks, asyncio's exceptions that nobody fetched.
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_BlottingFormatter(clean))
     structlog.configure(
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
@@ -37,7 +57,16 @@ def configure_logs(
     )
 
 
-def _blot_out(secrets: Iterable[str]) -> Processor:
+class _BlottingFormatter(logging.Formatter):
+    def __init__(self, clean: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self._clean = clean
+
+    def format(self, record: logging.LogRecord) -> str:
+        return str(self._clean(super().format(record)))
+
+
+def _cleaner(secrets: Iterable[str]) -> Callable[[Any], Any]:
     # Shorter than six characters would blot out ordinary words.
     known = sorted({secret for secret in secrets if len(secret) >= 6}, key=len, reverse=True)
 
@@ -52,7 +81,4 @@ def _blot_out(secrets: Iterable[str]) -> Processor:
             return [clean(item) for item in value]
         return value
 
-    def processor(_logger: Any, _method: str, event: EventDict) -> EventDict:
-        return {key: clean(value) for key, value in event.items()}
-
-    return processor
+    return clean

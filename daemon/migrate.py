@@ -13,12 +13,17 @@ from typing import Any
 import psycopg
 
 from daemon.errors import DatabaseAway, HostUnfit
+from daemon.login import connect
 
 # Any number will do, as long as every migrating process takes the same one ("brightrun" in base 36, shortened).
 _LOCK = 7_120_451_993
 # One open reader stalls every writer behind an ALTER for its whole lock_timeout: give up soon, try again often.
 _LOCK_TRIES = 30
 _LOCK_PAUSE_SECONDS = 0.5
+
+
+class MayNotRead(HostUnfit):
+    """This login may not read which migrations were applied."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ def migrate(dsn: str, *, local: bool) -> list[str]:
     `local` first gives a plain Postgres what Supabase has (roles, auth.users, auth.uid()).
     Raises DatabaseAway when Postgres does not answer or a table stays locked, HostUnfit when it is no place for us."""
     try:
-        with psycopg.connect(dsn, autocommit=True, connect_timeout=10, application_name="brightrun migrate") as db:
+        with connect(dsn, application_name="brightrun migrate") as db:
             if local:
                 _apply_local(db)
             _require_supabase(db)
@@ -60,9 +65,9 @@ def migrate(dsn: str, *, local: bool) -> list[str]:
 def pending(dsn: str) -> list[str]:
     """The names of what `migrate` would apply.
 
-    Raises DatabaseAway when Postgres does not answer, HostUnfit when this login may not read what was applied."""
+    Raises DatabaseAway when Postgres does not answer, MayNotRead, and HostUnfit when the login is refused."""
     try:
-        with psycopg.connect(dsn, autocommit=True, connect_timeout=10) as db:
+        with connect(dsn, application_name="brightrun migrate") as db:
             found = db.execute("SELECT to_regclass('supabase_migrations.schema_migrations')").fetchone()
             recorded: set[str] = set()
             if found is not None and found[0] is not None:
@@ -71,7 +76,7 @@ def pending(dsn: str) -> list[str]:
     except psycopg.OperationalError as error:
         raise DatabaseAway(f"the database does not answer: {error}") from error
     except psycopg.errors.InsufficientPrivilege as error:
-        raise HostUnfit(f"this login may not read which migrations were applied: {error}") from error
+        raise MayNotRead(f"this login may not read which migrations were applied: {error}") from error
     return [f"{item.version}_{item.name}" for item in migrations() if item.version not in recorded]
 
 

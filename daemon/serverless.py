@@ -25,6 +25,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from daemon.attempt import Collaborators
 from daemon.callback import CallbackCourier
 from daemon.database import Database
+from daemon.database_url import NO_DATABASE
 from daemon.errors import EXIT_UNFIT, DatabaseAway, HostUnfit
 from daemon.gateway_rows import Refused, Standing
 from daemon.gateway_words import Submission, run_output, run_status
@@ -32,14 +33,14 @@ from daemon.host import inspect_host
 from daemon.job import ClaimedJob
 from daemon.lease import LeaseKeeper
 from daemon.listener import Listener
-from daemon.logs import configure_logs
+from daemon.logs import configure_logs_by
 from daemon.pod_end import keys_of
 from daemon.pod_life import PodPrice, pod_environment
 from daemon.reaper import reap_for_ever
 from daemon.rowless import RowlessStore
 from daemon.serverless_rows import ServerlessRows
 from daemon.service import TRAINER_COMMAND
-from daemon.settings import Settings, load_settings
+from daemon.settings import Settings, dotenv_unreadable, load_settings
 from daemon.storage import open_storage
 from daemon.store import Store
 from daemon.warm import Trainers
@@ -305,7 +306,7 @@ async def _opened(rows: ServerlessRows) -> AsyncIterator[ServerlessRows]:
 class _DatabaseOrNone(BaseSettings):
     """Whether there is a database; without one the other settings still hold."""
 
-    model_config = SettingsConfigDict(env_file=".env", env_ignore_empty=True, extra="ignore")
+    model_config = SettingsConfigDict(env_file=".env", env_ignore_empty=True, extra="ignore", hide_input_in_errors=True)
 
     database_url: SecretStr | None = Field(default=None, validation_alias=AliasChoices("DATABASE_URL", "database_url"))
 
@@ -362,12 +363,13 @@ async def _send_to_runpod(job: Mapping[str, Any], output: Mapping[str, Any]) -> 
 
 def start(trainer_command: tuple[str, ...] = TRAINER_COMMAND) -> None:
     """Hand this process to RunPod's loop. Raises HostUnfit where this host cannot work."""
-    with_rows = _DatabaseOrNone().database_url is not None
+    try:
+        with_rows = _DatabaseOrNone().database_url is not None
+    except (OSError, UnicodeDecodeError) as error:
+        raise dotenv_unreadable(error) from None
     # Without one nothing ever connects: the worker's store is this process's memory.
-    settings = load_settings() if with_rows else load_settings(database_url=SecretStr("postgresql://"))
-    secrets = [settings.supabase_service_role_key, settings.hf_token, settings.database_url, *settings.callback_secrets]
-    known = [secret.get_secret_value() for secret in secrets if secret is not None]
-    configure_logs(settings.log_level, settings.log_format, known if with_rows else [])
+    settings = load_settings() if with_rows else load_settings(database_url=NO_DATABASE)
+    configure_logs_by(settings)
     inspect_host(settings)
     log.info("serverless_started", rows=with_rows)
 

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from daemon.errors import DatabaseAway, HostUnfit
 from daemon.host import inspect_host
 from daemon.lease import LeaseKeeper
 from daemon.listener import Listener
-from daemon.logs import configure_logs
+from daemon.logs import configure_logs_by
 from daemon.pod_end import chosen_end, end_own_pod, keys_of
 from daemon.pod_life import PodLife, PodPrice, pod_environment
 from daemon.settings import Settings, load_settings
@@ -67,7 +67,7 @@ async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_C
     """Serve the queue until told to leave; True when it was a signal that told, False for a drain or the pod's end.
 
     Raises HostUnfit where this host cannot work."""
-    configure_logs(settings.log_level, settings.log_format, _secrets(settings))
+    configure_logs_by(settings)
     host = inspect_host(settings)
     dsn = settings.database_url.get_secret_value()
     async with AsyncExitStack() as stack:
@@ -193,18 +193,3 @@ async def _unless_hurried(step: Coroutine[None, None, object], hurried: asyncio.
         last.cancel()
         told.cancel()
         await asyncio.gather(last, told, return_exceptions=True)
-
-
-def _secrets(settings: Settings) -> Iterator[str]:
-    for secret in (
-        settings.database_url,
-        settings.supabase_service_role_key,
-        settings.hf_token,
-        settings.callback_authorization,
-        settings.pod_api_key,
-        settings.runpod_api_key,
-        settings.wandb_api_key,
-        *settings.callback_secrets,
-    ):
-        if secret is not None:
-            yield secret.get_secret_value()

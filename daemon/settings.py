@@ -6,14 +6,18 @@ together, and a broken configuration exits 78 so that no supervisor restarts it 
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 from uuid import UUID
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from daemon.database_url import DatabaseUrl, read_database_url
 from daemon.errors import HostUnfit
 from training.compute import ComputeType
 from training.spec import Tracker
@@ -269,10 +273,25 @@ class Settings(BaseSettings):
 
     @field_validator("database_url")
     @classmethod
-    def _database_url_is_postgres(cls, value: SecretStr) -> SecretStr:
-        if not value.get_secret_value().startswith(("postgres://", "postgresql://")):
-            raise ValueError("must begin with postgresql://")
-        return value
+    def _database_url_is_understood(cls, value: SecretStr) -> SecretStr:
+        return value if isinstance(value, DatabaseUrl) else read_database_url(value.get_secret_value())
+
+    @field_validator("supabase_url", "runpod_api", "wandb_base_url")
+    @classmethod
+    def _web_address_is_whole(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            parts = urlsplit(value.strip())
+            is_whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            is_whole = False
+        if not is_whole:
+            raise ValueError("must be a web address, https://HOST")
+        # It is shown in messages and sent in headers of its own.
+        if "@" in parts.netloc:
+            raise ValueError("must hold no user and no password: keys have settings of their own")
+        return value.strip()
 
     @model_validator(mode="after")
     def _storage_is_complete(self) -> Settings:
@@ -314,8 +333,38 @@ def load_settings(**given: Any) -> Settings:
     try:
         return Settings(**given)
     except ValidationError as error:
-        lines = [f"  {_variable(item['loc'])}: {item['msg']}" for item in error.errors(include_input=False)]
+        lines = [
+            f"  {_variable(item['loc'])}: {item['msg'].removeprefix('Value error, ')}"
+            for item in error.errors(include_input=False, include_context=False)
+        ]
         raise HostUnfit("the configuration is not usable:\n" + "\n".join(lines)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise dotenv_unreadable(error) from None
+
+
+def dotenv_unreadable(error: OSError | UnicodeDecodeError) -> HostUnfit:
+    """What to say of a .env file that cannot be read; its text is not quoted."""
+    why = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"cannot be read ({error.strerror})"
+    return HostUnfit(f"the file .env in this folder {why}: correct it, or remove it")
+
+
+def secrets_of(settings: BaseSettings) -> Iterator[str]:
+    """Every value that no output may hold: found by its type, so that a new secret cannot be forgotten."""
+    for name in type(settings).model_fields:
+        held = getattr(settings, name)
+        for one in held if isinstance(held, tuple) else (held,):
+            if isinstance(one, DatabaseUrl):
+                yield from one.secrets
+            elif isinstance(one, SecretStr):
+                yield one.get_secret_value()
+    # What libpq reads beside DATABASE_URL.
+    yield os.environ.get("PGPASSWORD", "")
+
+
+def notices_of(settings: BaseSettings) -> tuple[str, ...]:
+    """What was left out of a setting, to be said once."""
+    url = getattr(settings, "database_url", None)
+    return url.notices if isinstance(url, DatabaseUrl) else ()
 
 
 def _variable(location: tuple[int | str, ...]) -> str:

@@ -5,6 +5,7 @@ Any login that may do what the command does will do: the daemon's own, the opera
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -17,11 +18,12 @@ from pydantic import AliasChoices, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from daemon.cli.failure import CommandFailed
+from daemon.database_url import DatabaseUrlInvalid, is_transaction_pooler, read_database_url
 from daemon.errors import DatabaseAway, HostUnfit
+from daemon.login import CONNECT_SECONDS, login_fault
 
 Connection = psycopg.Connection[dict[str, Any]]
 
-CONNECT_SECONDS = 10
 # A person waits at the other end.
 STATEMENT_SECONDS = 60
 _KEEPALIVE: dict[str, Any] = {"keepalives": 1, "keepalives_idle": 15, "keepalives_interval": 5, "keepalives_count": 3}
@@ -32,7 +34,6 @@ _NOT_MIGRATED = (
     psycopg.errors.UndefinedFunction,
     psycopg.errors.InvalidSchemaName,
 )
-_REFUSED_FOR_GOOD = ("password authentication failed", "does not exist", "no pg_hba.conf entry")
 
 
 class _DatabaseSettings(BaseSettings):
@@ -44,7 +45,10 @@ class _DatabaseSettings(BaseSettings):
 
 
 def database_url() -> str:
-    """DATABASE_URL from the environment or .env. Raises HostUnfit without it."""
+    """DATABASE_URL from the environment or .env, as libpq takes it. Raises HostUnfit."""
+    from daemon.cli.plain import plain
+    from daemon.settings import dotenv_unreadable
+
     try:
         url = _DatabaseSettings().database_url.get_secret_value()
     except ValidationError:
@@ -52,16 +56,23 @@ def database_url() -> str:
             "DATABASE_URL is not set: put the Postgres address (Supabase: session pooler, port 5432) "
             "into the environment or a .env file here"
         ) from None
-    if not url.startswith(("postgres://", "postgresql://")):
-        raise HostUnfit("DATABASE_URL must begin with postgresql://")
-    return url
+    except (OSError, UnicodeDecodeError) as error:
+        raise dotenv_unreadable(error) from None
+    try:
+        read = read_database_url(url)
+    except DatabaseUrlInvalid as error:
+        raise HostUnfit(f"DATABASE_URL {error}") from None
+    for notice in read.notices:
+        sys.stderr.write(f"brightrun-trainer: DATABASE_URL: {plain(notice)}\n")
+    return read.get_secret_value()
 
 
 def connect() -> Connection:
     """A new connection: autocommit, rows as dicts; the caller closes it. Raises DatabaseAway, HostUnfit."""
+    dsn = database_url()
     try:
         connection = psycopg.connect(
-            database_url(),
+            dsn,
             autocommit=True,
             row_factory=dict_row,
             # A transaction pooler hands the next statement to another session.
@@ -71,12 +82,10 @@ def connect() -> Connection:
             **_KEEPALIVE,
         )
     except psycopg.OperationalError as error:
-        if any(words in str(error) for words in _REFUSED_FOR_GOOD):
-            raise HostUnfit(f"DATABASE_URL is refused: {_reason(error)}") from error
-        raise DatabaseAway(_reason(error)) from error
-    except psycopg.ProgrammingError as error:
-        raise HostUnfit("DATABASE_URL is not an address that Postgres' library understands") from error
-    connection.execute(f"SET statement_timeout = '{STATEMENT_SECONDS}s'")
+        raise login_fault(error) from error
+    if not is_transaction_pooler(dsn):
+        # A session that watches sleeps between two looks. Of a pooler's, the next client would inherit both.
+        connection.execute(f"SET statement_timeout = '{STATEMENT_SECONDS}s'; SET idle_session_timeout = 0")
     return connection
 
 

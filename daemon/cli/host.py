@@ -83,10 +83,10 @@ def doctor(as_json: AsJson = False) -> None:
     from daemon.doctor import run_doctor
     from daemon.finding import Finding, Light
     from daemon.logs import configure_logs
-    from daemon.settings import load_settings
+    from daemon.settings import load_settings, secrets_of
 
     settings = load_settings()
-    configure_logs("error")
+    configure_logs("error", secrets=secrets_of(settings))
     console = Console(soft_wrap=True)
     colours = {Light.GREEN: "green", Light.YELLOW: "yellow", Light.RED: "red"}
     # Told apart without colours too, as in the log of a pod.

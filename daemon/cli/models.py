@@ -210,9 +210,10 @@ def _folder_of(model: str, settings: Settings) -> FoundModel | None:
 
 def model_settings() -> Settings:
     """The settings without what models do not need: a host may fetch its models before it knows its database."""
+    from daemon.database_url import NO_DATABASE
     from daemon.settings import load_settings
 
-    return load_settings(database_url="postgresql://", storage="folder")
+    return load_settings(database_url=NO_DATABASE, storage="folder")
 
 
 def local_model(name: str, settings: Settings) -> Path | None:
