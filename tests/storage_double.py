@@ -432,6 +432,7 @@ async def _refuse(
 ) -> None:
     body = json.dumps({"statusCode": str(status), "error": error, "message": message}).encode()
     if 520 <= status <= 530:
+        await exchange.body()  # it stands before the server and takes the whole request
         page = {"Content-Type": "text/html; charset=UTF-8", "Server": "cloudflare", "CF-RAY": "8f2a1b3c4d5e6f70-FRA"}
         await exchange.answer(status, CLOUDFLARE_PAGE.format(status=status).encode(), {**page, **(headers or {})})
         return
