@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TextIO
 
 import structlog
@@ -74,8 +75,9 @@ def end_host(environment: Mapping[str, str], supervisor_pid: int) -> None:
 
 def main() -> int:
     secrets = (os.environ.get("RUNPOD_API_KEY", ""), os.environ.get("TRAINER_RUNPOD_API_KEY", ""))
-    configure_logs("info", "json", secrets)
     supervisor_pid = os.getppid()
+    _write_to_the_container(supervisor_pid)
+    configure_logs("info", "json", secrets)
     for notification in listen(sys.stdin, sys.stdout):
         if notification.is_the_end:
             # Where it left by itself, the daemon's own last lines say why.
@@ -83,6 +85,22 @@ def main() -> int:
             say("daemon_will_not_run_again", supervisor_event=notification.event)
             end_host(os.environ, supervisor_pid)
     return 0
+
+
+def _write_to_the_container(supervisor_pid: int) -> None:
+    """Send our log where supervisord's own goes; where that cannot be opened, into a file beside its socket.
+
+    Supervisord would not start us at all if it could not open our log: it is told to open none."""
+    places = (Path(f"/proc/{supervisor_pid}/fd/2"), Path(os.environ.get("SUPERVISOR_RUN_DIR", "/tmp")) / "pod.log")  # noqa: S108
+    for place in places:
+        try:
+            # For appending: opened from its start, a container's log that is a file would be written over.
+            opened = os.open(place, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOCTTY, 0o600)
+        except OSError:
+            continue
+        os.dup2(opened, sys.stderr.fileno())
+        os.close(opened)
+        return
 
 
 def _fields(line: str) -> dict[str, str]:

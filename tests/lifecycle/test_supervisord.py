@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -28,9 +29,19 @@ pytestmark = pytest.mark.timeout(120)
 
 
 class Supervisor:
-    """A supervisord on the shipped configuration. Its output is a pipe, as a container's is."""
+    """A supervisord on the shipped configuration. Its output is a pipe, as a container's is, or a socket."""
 
-    def __init__(self, queue: Queue, folder: Path, **settings: str) -> None:
+    def __init__(
+        self,
+        queue: Queue,
+        folder: Path,
+        *,
+        command: tuple[str, ...] = (),
+        output_is_socket: bool = False,
+        **settings: str,
+    ) -> None:
+        self._command = command or (str(SUPERVISORD), "-n", "-c", str(ROOT / "supervisord.conf"))
+        self._output_is_socket = output_is_socket
         # The shipped file says `$TRAINER_PYTHON -m daemon run`: for that, this one runs the scripted daemon.
         python = folder / "python"
         python.write_text(f'#!/bin/sh\n[ "$3" = run ] && exec {" ".join(SCRIPTED)}\nexec {sys.executable} "$@"\n')
@@ -47,15 +58,20 @@ class Supervisor:
         self._lines: list[str] = []
 
     def __enter__(self) -> Supervisor:
-        self.process = subprocess.Popen(
-            [str(SUPERVISORD), "-n", "-c", str(ROOT / "supervisord.conf")],
-            env=self.environment,
-            cwd=self.folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        ours, theirs = (end.detach() for end in socket.socketpair()) if self._output_is_socket else os.pipe()
+        try:
+            self.process = subprocess.Popen(
+                self._command,
+                env=self.environment,
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=theirs,
+                stderr=theirs,
+                start_new_session=True,
+            )
+        finally:
+            os.close(theirs)
+        self._output = os.fdopen(ours)
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
         return self
@@ -73,8 +89,9 @@ class Supervisor:
         self._reader.join(10)
 
     def _read(self) -> None:
-        assert self.process.stdout is not None
-        self._lines.extend(iter(self.process.stdout.readline, ""))
+        with self._output as output:
+            for line in output:
+                self._lines.append(line)
 
     @property
     def output(self) -> str:
@@ -270,6 +287,50 @@ def test_on_a_pod_a_daemon_that_crashes_again_and_again_stops_the_pod(queue: Que
             supervisor.wait_for("pod_stopped", seconds=90)
             assert supervisor.output.count("spawned: 'trainer'") == 6 and "PROCESS_STATE_FATAL" in supervisor.output
         assert api.calls == [("/pods/pod1/action", "Bearer key-of-ours", {"action": "stop"})]
+
+
+@pytest.mark.system
+def test_an_output_that_cannot_be_opened_stops_the_pod_instead_of_idling(queue: Queue, tmp_path: Path) -> None:
+    """A socket is opened by nobody (ENXIO), as root's pipe is not by another user: no program starts, but the net."""
+    with _pods_api() as api:
+        pod = {"RUNPOD_POD_ID": "pod1", "TRAINER_RUNPOD_API_KEY": "key-of-ours", "TRAINER_RUNPOD_API": api.url}
+        with Supervisor(queue, tmp_path, output_is_socket=True, **pod) as supervisor:
+            eventually(lambda: api.calls, seconds=90, why=lambda: supervisor.output)
+            assert api.calls == [("/pods/pod1/action", "Bearer key-of-ours", {"action": "stop"})]
+            assert "entered FATAL state" in supervisor.output, supervisor.output
+            assert "gave up: pod entered" not in supervisor.output
+            eventually(lambda: "pod_stopped" in (tmp_path / "pod.log").read_text())
+        assert "key-of-ours" not in (tmp_path / "pod.log").read_text() + supervisor.output
+
+
+def test_the_image_serves_all_the_same_where_its_output_cannot_be_opened(queue: Queue, tmp_path: Path) -> None:
+    path = f"{SUPERVISORD.parent}:{os.environ['PATH']}"
+    entry = ("bash", str(ROOT / "container.sh"))
+    with Supervisor(queue, tmp_path, command=entry, output_is_socket=True, PATH=path) as supervisor:
+        queue.wait_for(queue.insert(), "completed")
+        assert supervisor.logged("job_claimed"), supervisor.output
+        supervisor.process.terminate()
+        assert supervisor.process.wait(60) == 0
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("on_a_pod", [False, True])
+def test_where_no_python_runs_a_shell_ends_what_costs_money(queue: Queue, tmp_path: Path, on_a_pod: bool) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "runpodctl").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n[ "$1" = pod ]\n')
+    (programs / "runpodctl").chmod(0o755)
+    pod = {"RUNPOD_POD_ID": "pod1", "PATH": f"{programs}:{os.environ['PATH']}"} if on_a_pod else {}
+    supervisor = Supervisor(queue, tmp_path, **pod)
+    (tmp_path / "python").write_text("#!/bin/sh\nexit 1\n")
+    with supervisor:
+        if on_a_pod:
+            asked = tmp_path / "asked"
+            eventually(lambda: asked.exists() and "pod stop pod1" in asked.read_text(), seconds=90)
+            assert supervisor.process.poll() is None
+        else:
+            supervisor.process.wait(90)
+        assert "gave up: pod entered FATAL" in supervisor.output, supervisor.output
 
 
 def crashing(queue: Queue, folder: Path, **settings: str) -> Supervisor:
