@@ -24,12 +24,13 @@ from daemon.child import Patience, Stopped, Verdict
 from daemon.chores import Chores
 from daemon.cost import Meter, price_per_gpu_hour
 from daemon.download import FetchedDataset, fetch_dataset
-from daemon.errors import DatabaseAway, JobDelayed, JobError, JobFailed, LeaseLost
+from daemon.errors import DatabaseAway, HostFault, JobDelayed, JobError, JobFailed, LeaseLost
+from daemon.fitness import Fitness
 from daemon.host import Host, installed_versions, read_load
-from daemon.job import Cancelled, ClaimedJob, Completed, Failed, JobDataset, Outcome, Released, Superseded
+from daemon.job import Cancelled, ClaimedJob, Completed, Failed, JobDataset, Outcome, Released, Returned, Superseded
 from daemon.lease import HeldLease, LeaseKeeper
 from daemon.lookahead import NEAR_END_SECONDS, EarlyDataset
-from daemon.models import resolve_model
+from daemon.models import ResolvedModel, folders_exist, resolve_model
 from daemon.pack import publish_adapter
 from daemon.reporter import Reporter
 from daemon.settings import Settings, quantized_dir
@@ -66,6 +67,7 @@ class Collaborators:
     storage: Storage
     courier: CallbackCourier
     trainers: Trainers
+    fitness: Fitness
     platform_price: Callable[[], float | None] = lambda: None
     troubles: Troubles = field(default_factory=Troubles)
 
@@ -128,7 +130,8 @@ class Attempt:
             )
             self._tell()
         log.info("attempt_settled", outcome=type(outcome).__name__.lower(), seconds=round(reporter.attempt_seconds, 1))
-        return Remains(job, ending, self._stored)
+        filled = isinstance(outcome, Failed | Returned) and outcome.code is ErrorCode.DISK_FULL
+        return Remains(job, ending, self._stored, filled)
 
     def _reporter(self, held: HeldLease) -> Reporter:
         asked_price, num_gpus = _asked_price(self._job)
@@ -156,6 +159,9 @@ class Attempt:
             return _outcome_of_stop(interruption.reason, reporter)
         except LeaseLost:
             return Superseded()
+        except HostFault as fault:
+            self._with.fitness.report(fault.part, fault.detail)
+            return Returned(fault.part, fault.code, fault.message, fault.hint, fault.stack or fault.detail)
         except JobError as error:
             transient = isinstance(error, JobDelayed)
             return Failed(error.code, error.message, error.hint, error.stack, transient)
@@ -180,9 +186,7 @@ class Attempt:
         # The data first: they are what is wrong most often, and cost seconds where a model may cost hours.
         reporter.enter(Stage.DOWNLOADING)
         dataset = await _until_stopped(self._fetch_dataset(workspace.dataset_path), stop)
-        model = await _until_stopped(
-            resolve_model(row.hyperparameters.base_model, settings, reporter.note_download), stop
-        )
+        model = await _until_stopped(self._find_model(row.hyperparameters.base_model, reporter), stop)
         adapter_bytes = await asyncio.to_thread(expected_adapter_bytes, model.path, row.hyperparameters)
         await _until_stopped(self._with.storage.check(adapter_bytes), stop)
 
@@ -212,7 +216,7 @@ class Attempt:
         )
         verdict = await self._train(spec, tracking, workspace, reporter, keeper)
         if isinstance(verdict, Failed):
-            return verdict
+            return await self._job_or_host(verdict)
         if isinstance(verdict, Stopped):
             return _outcome_of_stop(verdict.reason, reporter)
 
@@ -248,6 +252,17 @@ class Attempt:
             await asyncio.sleep(HIDDEN_SECONDS)
         return dataset
 
+    async def _find_model(self, name: str | None, reporter: Reporter) -> ResolvedModel:
+        settings = self._with.settings
+        try:
+            return await resolve_model(name, settings, reporter.note_download)
+        except JobFailed as error:
+            if error.code is ErrorCode.MODEL_NOT_FOUND and not await asyncio.to_thread(folders_exist, settings):
+                raise HostFault(
+                    "models folder", error.code, "The host has no models folder.", detail=error.message
+                ) from error
+            raise
+
     async def _train(
         self,
         spec: JobSpec,
@@ -280,6 +295,19 @@ class Attempt:
         finally:
             if keeper is not None:
                 await keeper.finish(settings.drain_seconds if self._stop.saves_a_checkpoint else 0.0, self._stop)
+
+    async def _job_or_host(self, failed: Failed) -> Outcome:
+        """Whose fault it was. What only looks like this host's is probed: a model may want a package of its own."""
+        part = failed.host
+        if part is None:
+            return failed
+        detail: str | None = failed.message
+        if part in ("trainer", "GPU"):
+            detail = await _until_stopped(self._with.fitness.confirm(part), self._stop)
+            if detail is None:
+                return replace(failed, host=None)
+        self._with.fitness.report(part, f"{failed.message} ({detail})" if detail != failed.message else detail)
+        return Returned(part, failed.code, failed.message, failed.hint, failed.stack)
 
     async def _publish(self, adapter_dir: Path, manifest_facts: dict[str, Any], work_dir: Path) -> Completed:
         """Note what will be stored, then store it: whatever happens in between, somebody knows what may lie there."""

@@ -159,6 +159,19 @@ class Child:
     def alive(self) -> bool:
         return self._process.returncode is None
 
+    async def first_word(self) -> None:
+        """Return when a warm one is ready for its first line, or has ended."""
+        ended, ready = asyncio.create_task(self._process.wait()), asyncio.create_task(self._done.wait())
+        try:
+            await asyncio.wait({ended, ready}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ended.cancel()
+            ready.cancel()
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.returncode
+
     @property
     def is_done(self) -> bool:
         """Every line that was given is done with, and the next one may come."""
@@ -345,7 +358,7 @@ def judge(
         )
     if isinstance(terminal, events.Failed):
         stack = "\n".join(part for part in (terminal.stack, log_tail) if part)
-        return Failed(terminal.code, terminal.message, terminal.hint, stack, terminal.transient)
+        return Failed(terminal.code, terminal.message, terminal.hint, stack, terminal.transient, terminal.host)
     if returncode == EXIT_STOPPED:
         # Somebody else sent it a TERM (the platform, an operator): as good as a release.
         return Stopped(StopReason.SHUTDOWN)

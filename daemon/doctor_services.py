@@ -13,8 +13,9 @@ from uuid import uuid4
 from psycopg.conninfo import conninfo_to_dict
 
 from daemon.database import Database
-from daemon.errors import DatabaseAway, DatabaseUnprepared, HostUnfit, JobError
+from daemon.errors import DatabaseAway, DatabaseUnprepared, HostFault, HostUnfit, JobError
 from daemon.finding import Finding, green, red, yellow
+from daemon.fitness import ADVICE
 from daemon.listener import Listener
 from daemon.migrate import MayNotRead, pending
 from daemon.pod_end import keys_of
@@ -78,6 +79,8 @@ async def check_database(settings: Settings) -> AsyncIterator[Finding]:
             yield await _check_sight(Store(database))
             yield await _check_clock(database)
             yield await _check_older_dispatcher(database)
+            async for finding in _check_hosts(database):
+                yield finding
     except (HostUnfit, DatabaseAway) as error:
         yield red("database role", str(error), "brightrun-trainer migrate, then see the operator's guide on roles")
         return
@@ -160,6 +163,24 @@ async def _check_older_dispatcher(database: Database) -> Finding:
     return green(name, "pg_cron runs nothing about training")
 
 
+async def _check_hosts(database: Database) -> AsyncIterator[Finding]:
+    """What the daemons that live now say of themselves."""
+    rows = await database.fetch(
+        "SELECT host, state, coalesce(data -> 'troubles', '[]') AS troubles FROM training_workers "
+        "WHERE state NOT IN ('gone') AND last_seen_at > clock_timestamp() - interval '2 minutes' ORDER BY started_at"
+    )
+    told = 0
+    for row in rows:
+        for trouble in row["troubles"]:
+            told += 1
+            name, since = trouble.get("name", "trouble"), str(trouble.get("since", ""))[:19]
+            state = "claims nothing" if row["state"] == "out_of_service" else row["state"]
+            what, _, advice = str(trouble.get("message", "")).partition(". ")
+            yield red(f"host {row['host']}", f"{state}; {name} since {since}: {what}", advice or "see the host's log")
+    if not told:
+        yield green("hosts", f"{len(rows)} alive, none reports a trouble")
+
+
 async def _check_listen(dsn: str) -> Finding:
     listener = Listener(dsn, wake=lambda: None, on_cancel=lambda _job: None)
     task = asyncio.create_task(listener.run())
@@ -194,6 +215,8 @@ async def check_storage(settings: Settings) -> Finding:
             await storage.check(LARGE_ADAPTER_BYTES)
         except JobError as error:
             return yellow(name, f"works, but small: {error.message}", "raise the bucket's file size limit")
+    except HostFault as fault:
+        return red(name, fault.detail, ADVICE[fault.part])
     except JobError as error:
         return red(name, error.message, error.hint or "check the key and the bucket")
     except OSError as error:

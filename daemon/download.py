@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import hashlib
 import re
 import time
@@ -23,7 +22,7 @@ import tenacity
 
 from daemon.addresses import AddressRefused, AddressRules, AddressUnknown, Target, guarded_client, redact, rules_from
 from daemon.backoff import is_transient, retry_after_seconds
-from daemon.errors import JobDelayed, JobFailed, TrainerError
+from daemon.errors import JobDelayed, JobFailed, TrainerError, disk_fault
 from daemon.job import JobDataset
 from daemon.settings import Settings
 from daemon.storage import LocalFile, SignedUrl, Storage, safe_object_path
@@ -125,7 +124,7 @@ async def fetch_dataset(
 
     Raises JobFailed: dataset_forbidden (somebody else's, or a bucket or address that is not allowed),
     dataset_invalid (too large, empty, no dataset at all), dataset_unreachable (the server said no); and
-    JobDelayed: dataset_unreachable (no answer for now), disk_full.
+    JobDelayed: dataset_unreachable (no answer for now). HostFault where the file cannot be written.
     """
     rules = rules or rules_from(settings)
     if dataset.dataset_user_id is not None and dataset.dataset_user_id != dataset.user_id:
@@ -215,7 +214,7 @@ async def download(
         message = f"{source}: not downloaded within {MAX_SECONDS / 60:.0f} minutes"
         raise JobDelayed(ErrorCode.DATASET_UNREACHABLE, message, _SUBMIT_AGAIN) from error
     except OSError as error:
-        raise _disk_trouble(to, error) from error
+        raise disk_fault("work folder", to.parent, error) from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
@@ -372,7 +371,7 @@ def _copy_local(file: Path, to: Path, max_bytes: int, source: str) -> FetchedDat
         _judge_head(part, source)
         part.replace(to)
     except OSError as error:
-        raise _disk_trouble(to, error) from error
+        raise disk_fault("work folder", to.parent, error) from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
@@ -410,12 +409,3 @@ def _unreachable(source: str, why: str) -> JobFailed:
 
 def _forbidden(message: str, hint: str) -> JobFailed:
     return JobFailed(ErrorCode.DATASET_FORBIDDEN, message, hint)
-
-
-def _disk_trouble(to: Path, error: OSError) -> JobDelayed:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return JobDelayed(
-        ErrorCode.DISK_FULL if full else ErrorCode.INTERNAL,
-        f"the dataset cannot be written to {to.parent}: {error.strerror or error}",
-        "the operator must free space under TRAINER_WORK_DIR" if full else "the operator must check TRAINER_WORK_DIR",
-    )

@@ -4,6 +4,7 @@
     ├── JobError           this job's attempt ends here
     │   ├── JobFailed      for good: the user must change something
     │   └── JobDelayed     transient: another attempt may succeed
+    │       └── HostFault  this host's, not the job's: give it back uncounted, claim nothing until the host is mended
     ├── LeaseLost          somebody else owns the job now: stop, write nothing
     ├── DatabaseAway       Postgres does not answer: training goes on, try again
     │   ├── DatabaseUnprepared   a table or a right that was there is missing for now: as good as away
@@ -17,7 +18,11 @@ Cancelling and shutting down are outcomes, not errors (see daemon.job).
 
 from __future__ import annotations
 
-from training.events import ErrorCode
+import errno
+import shutil
+from pathlib import Path
+
+from training.events import ErrorCode, HostPart
 
 # EX_CONFIG of sysexits.h: supervisord is told not to restart a daemon that exits with it.
 EXIT_UNFIT = 78
@@ -44,6 +49,29 @@ class JobFailed(JobError):
 
 class JobDelayed(JobError):
     """Transient: the next attempt, here or elsewhere, may succeed."""
+
+
+class HostFault(JobDelayed):
+    """A part of this host does not work, whatever the job. `message` and `hint` name no path of this host: the job's
+    owner reads them. What the operator needs to know is `detail`."""
+
+    def __init__(self, part: HostPart, code: ErrorCode, message: str, *, detail: str, stack: str | None = None) -> None:
+        super().__init__(code, message, "Nothing is wrong with the job: it runs as soon as a host can take it.", stack)
+        self.part: HostPart = part
+        self.detail = detail
+
+
+def disk_fault(part: HostPart, folder: Path, error: OSError) -> HostFault:
+    """What the operating system said of this host's disk, for the job's owner without its paths."""
+    words = error.strerror or type(error).__name__
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = f"{shutil.disk_usage(folder).free / 1024**3:.1f} GiB are free" if folder.exists() else "it is not there"
+        return HostFault(
+            part, ErrorCode.DISK_FULL, f"The {part} of the host is full: {words}.", detail=f"{folder}: {words}; {free}"
+        )
+    return HostFault(
+        part, ErrorCode.INTERNAL, f"The {part} of the host cannot be written: {words}.", detail=f"{folder}: {words}"
+    )
 
 
 class LeaseLost(TrainerError):

@@ -149,8 +149,13 @@ def judge_pod(row: PodRow, view: View, limits: Limits) -> Doom | None:
             if (view.may_judge_silence)
             else None
         )
-    if not worker.has_work and row.idle_since is not None and view.age(row.idle_since) > limits.overstay_seconds:
-        return Doom(row, "overstayed", f"idle for {_minutes(view.age(row.idle_since))} min and did not end itself")
+    if worker.has_work or row.idle_since is None:
+        return None
+    idle = view.age(row.idle_since)
+    if worker.state == "out_of_service" and idle > limits.report_seconds:
+        return Doom(row, "unfit", f"its host is out of service, and has had no job for {_minutes(idle)} min")
+    if idle > limits.overstay_seconds:
+        return Doom(row, "overstayed", f"idle for {_minutes(idle)} min and did not end itself")
     return None
 
 

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
-from training.events import ErrorCode
+from training.events import ErrorCode, HostPart
 
 
 class State(StrEnum):
@@ -47,6 +47,7 @@ MOVES: tuple[Move, ...] = (
     Move("retry", HELD, State.QUEUED, "a transient failure with attempts left: later, with backoff"),
     Move("fail", HELD, State.FAILED, "a failure that another attempt would repeat, or no attempt left"),
     Move("release", HELD, State.QUEUED, "shutdown or preemption: at once, the attempt is given back"),
+    Move("return", HELD, State.QUEUED, "the host cannot work: the attempt is given back, up to a limit"),
     Move("cancel", UNFINISHED, State.CANCELLED, "the owner's wish, by UPDATE or by function"),
     Move("reap", HELD, State.QUEUED, "the lease expired: the host died or was cut off"),
     Move("reap_for_good", HELD, State.FAILED, "the lease expired and no attempt is left"),
@@ -148,13 +149,15 @@ class Completed:
 
 @dataclass(frozen=True)
 class Failed:
-    """The attempt ended badly; `transient` decides between retry and fail."""
+    """The attempt ended badly; `transient` decides between retry and fail. `host`: the part of this host that is to
+    blame for it, if one is."""
 
     code: ErrorCode
     message: str
     hint: str | None = None
     stack: str | None = None
     transient: bool = False
+    host: HostPart | None = None
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,19 @@ class Released:
     """The host gives the job back unharmed: shutdown, preemption."""
 
     reason: str
+
+
+@dataclass(frozen=True)
+class Returned:
+    """The host cannot work, whatever the job: it goes back, uncounted as long as hosts are to blame within reason.
+
+    `code`, `message` and `hint` are written only where no attempt is left."""
+
+    part: HostPart
+    code: ErrorCode
+    message: str
+    hint: str | None = None
+    stack: str | None = None
 
 
 @dataclass(frozen=True)
@@ -174,4 +190,4 @@ class Superseded:
     """The lease is no longer ours: whatever we know about this job is history."""
 
 
-Outcome = Completed | Failed | Released | Cancelled | Superseded
+Outcome = Completed | Failed | Released | Returned | Cancelled | Superseded

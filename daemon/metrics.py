@@ -37,6 +37,7 @@ _GAUGES: Mapping[str, str] = {
     "tokens_per_second": "Training throughput of all running jobs together.",
     "outbox": "Callbacks not delivered yet.",
     "outbox_age_seconds": "Age of the oldest callback not delivered yet.",
+    "troubles": "What living hosts report as not working: a full disk, a task that fails.",
 }
 
 
@@ -60,7 +61,9 @@ class ServiceMetrics:
             name: Gauge(f"trainer_{_in_prometheus_words(name)}", text, registry=self._registry)
             for name, text in _GAUGES.items()
         }
-        self._workers = Gauge("trainer_workers", "Live hosts by state: idle, busy.", ["state"], registry=self._registry)
+        self._workers = Gauge(
+            "trainer_workers", "Live hosts by state: idle, busy, out_of_service.", ["state"], registry=self._registry
+        )
         self._endings = Counter(
             "trainer_attempts_ended",
             "Attempts by ending: completed, failed, cancelled, retrying, reaped, released.",
@@ -107,7 +110,7 @@ class ServiceMetrics:
         self.now, self._cursor = row, row["cursor"]
         for name, gauge in self._gauges.items():
             gauge.set(row[name] or 0)
-        for state in ("idle", "busy"):
+        for state in ("idle", "busy", "out_of_service"):
             self._workers.labels(state).set(row["workers"].get(state, 0))
         for ending in row["endings"]:
             self._endings.labels(ending["kind"]).inc(ending["jobs"])

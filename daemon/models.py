@@ -29,7 +29,7 @@ from typing import Literal
 
 import structlog
 
-from daemon.errors import JobDelayed, JobError, JobFailed
+from daemon.errors import HostFault, JobDelayed, JobError, JobFailed
 from daemon.hub import Order, bytes_on_disk
 from daemon.model_files import KEPT_COPY, faults_of_model, model_bytes, read_config, read_marker, verify_hashes
 from daemon.settings import Settings
@@ -323,6 +323,13 @@ def _raise_if_incomplete(name: str, path: Path, faults: list[str]) -> None:
     )
 
 
+def folders_exist(settings: Settings) -> bool:
+    """Whether any of the folders is there that models may lie in. Without one it is no model that is missing, but the
+    volume."""
+    places = (settings.models_dir, settings.model_path, *_cache_roots(settings))
+    return any(place is not None and place.is_dir() for place in places)
+
+
 def _not_found(name: str, settings: Settings) -> JobFailed:
     looked = [str(settings.models_dir / name), str(settings.models_dir / name.rpartition("/")[2])]
     if settings.model_path is not None:
@@ -342,8 +349,12 @@ def _download_error(name: str, settings: Settings, why: str, message: str) -> Jo
         case "unusable":
             return JobFailed(ErrorCode.MODEL_UNSUPPORTED, message, "choose a model that is published as safetensors")
         case "disk":
-            hint = f"the operator frees space under {settings.models_dir} or sets TRAINER_MODELS_DIR to a larger disk"
-            return JobDelayed(ErrorCode.DISK_FULL, message, hint)
+            return HostFault(
+                "models folder",
+                ErrorCode.DISK_FULL,
+                f"The models folder of the host has no room for {name}.",
+                detail=f"{message}; free space under {settings.models_dir}, or set TRAINER_MODELS_DIR to a larger disk",
+            )
         case _:
             hint = "the download goes on from here at the next attempt; check the host's way to huggingface.co"
             return JobDelayed(ErrorCode.MODEL_NOT_FOUND, f"{name}: {message}", hint)

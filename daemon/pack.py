@@ -8,6 +8,7 @@ the lease's epoch, so that a host that lost the job can overwrite nothing of its
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import hashlib
 import io
@@ -26,9 +27,9 @@ from uuid import UUID
 
 import structlog
 
-from daemon.errors import JobFailed, TrainerError
+from daemon.errors import JobFailed, TrainerError, disk_fault
 from daemon.job import Completed
-from daemon.storage import READ_BYTES, Storage, sha256_of, storage_trouble
+from daemon.storage import READ_BYTES, Storage, sha256_of
 from training.events import ErrorCode
 
 log = structlog.get_logger()
@@ -163,8 +164,9 @@ def pack_adapter(adapter_dir: Path, archive: Path, manifest_facts: Mapping[str, 
         packed = PackedFile(archive.name, hidden.stat().st_size, sha256_of(hidden))
         hidden.replace(archive)
     except OSError as error:
-        hidden.unlink(missing_ok=True)
-        raise storage_trouble(archive, error) from error
+        with contextlib.suppress(OSError):
+            hidden.unlink()
+        raise disk_fault("work folder", archive.parent, error) from error
     return Packed(packed, archive, tuple(files), _manifest(manifest_facts, files, packed))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from daemon.host import Host, installed_versions
 from daemon.settings import Settings
 from daemon.store import Store, WorkerRow, WorkerState
 from daemon.troubles import Troubles
+from daemon.waiting import wait_at_most
 
 log = structlog.get_logger()
 
@@ -57,7 +57,8 @@ async def stay_present(
             worked()
         except DatabaseAway as error:
             log.debug("worker_row_delayed", error=str(error))
-        await asyncio.sleep(TOUCH_SECONDS)
+        if await wait_at_most(troubles.changed, TOUCH_SECONDS):
+            troubles.changed.clear()
 
 
 async def say_goodbye(store: Store, host: Host) -> None:

@@ -222,6 +222,9 @@ class RowlessStore(Store):
                 self._move(job, State.QUEUED, **error)
             case "retry_job":
                 self._move(job, State.FAILED, **error)
+            case "return_job":
+                # There is one host: whoever called sees the fault, and RunPod replaces the worker.
+                self._move(job, State.FAILED, **error)
             case "release_job":
                 job.attempt -= 1
                 self._move(job, State.QUEUED)

@@ -27,6 +27,7 @@ from daemon.callback import CallbackCourier
 from daemon.database import Database
 from daemon.database_url import NO_DATABASE
 from daemon.errors import EXIT_UNFIT, DatabaseAway, HostUnfit
+from daemon.fitness import Fitness
 from daemon.gateway_rows import Refused, Standing
 from daemon.gateway_words import Submission, run_output, run_status
 from daemon.host import inspect_host
@@ -43,6 +44,7 @@ from daemon.service import TRAINER_COMMAND
 from daemon.settings import Settings, dotenv_unreadable, load_settings
 from daemon.storage import open_storage
 from daemon.store import Store
+from daemon.troubles import Troubles
 from daemon.warm import Trainers
 from daemon.worker import Worker
 
@@ -125,7 +127,9 @@ class ServerlessHost:
             faults = (f"{fault.field}: {fault.message}" for fault in refused.faults)
             return {"error": " ".join([refused.message, *faults, refused.hint or ""]).strip()}
         await self._herald.flush(LAST_CALLBACKS_SECONDS)
-        return _result(standing)
+        result = _result(standing, fit=self._worker.fit)
+        # RunPod ends a worker that asks for it and starts another one, on another machine as a rule.
+        return result if self._worker.fit else result | {"refresh_worker": True}
 
     async def _run_to_its_end(self, job_id: UUID, request: Mapping[str, Any]) -> Standing:
         """Attempt after attempt, as long as they are ours to make."""
@@ -136,7 +140,7 @@ class ServerlessHost:
             async with self._progress_to_runpod(request, job_id):
                 await self._attempt(claimed)
             standing = await self._jobs.standing(job_id)
-            if standing.is_final:
+            if standing.is_final or not self._worker.fit:
                 return standing
             if self._closing:
                 # No result: RunPod gives a job whose worker left to another one, which resumes its checkpoint.
@@ -229,11 +233,15 @@ class ServerlessHost:
             await asyncio.gather(sending, return_exceptions=True)
 
 
-def _result(standing: Standing) -> dict[str, Any]:
+def _result(standing: Standing, *, fit: bool) -> dict[str, Any]:
     answer = run_status(standing.job_id, standing.state, standing.contract)
     result: dict[str, Any] = {**answer.output.model_dump(), "job_id": answer.id}
     if answer.error is not None:
         result["error"] = answer.error
+    elif not standing.is_final and not fit:
+        result["error"] = (
+            f"This worker cannot work and is replaced; the job {answer.id} waits for another: send it again."
+        )
     elif not standing.is_final:
         where = f"{standing.state}, {answer.output.progress:.0f} %"
         result["error"] = f"The job {answer.id} is in other hands ({where}): its own row goes on telling how it does."
@@ -268,6 +276,7 @@ async def open_host(
         price = PodPrice(settings.pod_id, keys_of(pod_environment(settings)), settings.runpod_api)
         await price.read()
         trainers = Trainers(settings, host, trainer_command)
+        troubles = Troubles()
         worker = Worker(
             Collaborators(
                 settings=settings,
@@ -277,7 +286,9 @@ async def open_host(
                 storage=storage,
                 courier=herald,
                 trainers=trainers,
+                fitness=Fitness(settings, host, trainer_command, troubles),
                 platform_price=lambda: price.per_gpu_hour,
+                troubles=troubles,
             )
         )
         background = [asyncio.create_task(chore) for chore in (herald.run(store), price.run(), trainers.tend())]

@@ -18,6 +18,7 @@ from daemon.callback import CallbackCourier
 from daemon.chores import Chores
 from daemon.database import Database
 from daemon.errors import DatabaseAway, HostUnfit
+from daemon.fitness import Fitness
 from daemon.host import inspect_host
 from daemon.lease import LeaseKeeper
 from daemon.listener import Listener
@@ -91,6 +92,7 @@ async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_C
         courier = CallbackCourier(settings)
         environment = pod_environment(settings)
         price = PodPrice(settings.pod_id, keys_of(environment), settings.runpod_api)
+        troubles = Troubles()
         worker = Worker(
             Collaborators(
                 settings=settings,
@@ -105,6 +107,7 @@ async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_C
                 storage=storage,
                 courier=courier,
                 trainers=Trainers(settings, host, trainer_command),
+                fitness=Fitness(settings, host, trainer_command, troubles),
                 platform_price=lambda: price.per_gpu_hour,
                 troubles=troubles,
             )

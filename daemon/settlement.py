@@ -9,7 +9,7 @@ from typing import assert_never
 import structlog
 
 from daemon.errors import DatabaseAway, LeaseLost
-from daemon.job import Cancelled, ClaimedJob, Completed, Failed, Outcome, Released, Superseded
+from daemon.job import Cancelled, ClaimedJob, Completed, Failed, Outcome, Released, Returned, Superseded
 from daemon.reporter import REFUSALS, Reporter
 from daemon.settings import Settings
 from daemon.stop import Stop
@@ -54,7 +54,7 @@ async def settle(
 
 async def _write(
     job: ClaimedJob,
-    outcome: Completed | Failed | Released | Cancelled,
+    outcome: Completed | Failed | Released | Returned | Cancelled,
     reporter: Reporter,
     *,
     stop: Stop,
@@ -117,7 +117,7 @@ def _refused(error: Exception) -> Failed:
 
 async def _move(
     job: ClaimedJob,
-    outcome: Completed | Failed | Released | Cancelled,
+    outcome: Completed | Failed | Released | Returned | Cancelled,
     reporter: Reporter,
     store: Store,
     settings: Settings,
@@ -133,6 +133,8 @@ async def _move(
             return await store.fail_job(job.lease, outcome, cost=cost)
         case Released():
             return await store.release_job(job.lease, outcome.reason, cost=cost)
+        case Returned():
+            return await store.return_job(job.lease, outcome, cost=cost)
         case Cancelled():
             return await store.end_cancelled_job(job.lease, cost=cost, data=reporter.saved)
         case _:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import hashlib
 import os
 import re
@@ -20,9 +19,9 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 from uuid import uuid4
 
-from daemon.errors import JobDelayed, JobFailed
+from daemon.errors import HostFault, JobDelayed, JobFailed, disk_fault
 from daemon.settings import Settings
-from training.events import ErrorCode
+from training.events import ErrorCode, HostPart
 
 READ_BYTES = 1024 * 1024
 IDENTITY_FILE = ".storage-id"
@@ -150,7 +149,7 @@ class FolderStorage:
         file = self._locate(self._bucket, object_path)
         if not file.is_file():
             raise JobFailed(ErrorCode.UPLOAD_FAILED, f"{self._bucket}/{object_path} is not in storage ({self._root})")
-        size = await _copy(file, to)
+        size = await _copy(file, to, into="work folder")
         return StoredObject(object_path, size, await asyncio.to_thread(sha256_of, to))
 
     async def delete(self, object_path: str) -> None:
@@ -158,7 +157,7 @@ class FolderStorage:
         try:
             file.unlink(missing_ok=True)
         except OSError as error:
-            raise storage_trouble(file, error) from error
+            raise disk_fault("storage folder", file.parent, error) from error
         # Buckets have no folders: the last object of one takes it along.
         with contextlib.suppress(OSError):
             file.parent.rmdir()
@@ -169,16 +168,13 @@ class FolderStorage:
             folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(folder).free
         except OSError as error:
-            raise JobDelayed(
-                ErrorCode.UPLOAD_FAILED,
-                f"the storage folder {folder} cannot be used: {error.strerror}",
-                "the operator must set TRAINER_STORAGE_DIR to a folder that the daemon may write",
-            ) from error
+            raise disk_fault("storage folder", folder, error) from error
         if free < expected_bytes:
-            raise JobDelayed(
+            raise HostFault(
+                "storage folder",
                 ErrorCode.DISK_FULL,
-                f"the adapter needs about {expected_bytes:,} bytes and {folder} has {free:,} left",
-                "the operator must free space or set TRAINER_STORAGE_DIR to a larger disk",
+                f"The storage folder of the host is full: the adapter needs about {expected_bytes:,} bytes.",
+                detail=f"{folder} has {free:,} bytes left and an adapter needs about {expected_bytes:,}",
             )
 
     async def close(self) -> None:
@@ -226,10 +222,10 @@ def upload_mismatch(name: str, size: int, sha256: str) -> JobDelayed:
     )
 
 
-async def _copy(source: Path, target: Path) -> int:
+async def _copy(source: Path, target: Path, *, into: HostPart = "storage folder") -> int:
     """Copy, return the size. Cancelled, it leaves nothing, and nothing appears later behind whoever cleans up."""
     given_up = threading.Event()
-    copying = asyncio.ensure_future(asyncio.to_thread(_copy_atomically, source, target, given_up))
+    copying = asyncio.ensure_future(asyncio.to_thread(_copy_atomically, source, target, into, given_up))
     try:
         return await asyncio.shield(copying)
     except asyncio.CancelledError:
@@ -239,7 +235,7 @@ async def _copy(source: Path, target: Path) -> int:
         raise
 
 
-def _copy_atomically(source: Path, target: Path, given_up: threading.Event) -> int:
+def _copy_atomically(source: Path, target: Path, into: HostPart, given_up: threading.Event) -> int:
     """Hidden at first, durable, then renamed: a reader sees the old file, none, or the whole."""
     hidden = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
@@ -257,8 +253,9 @@ def _copy_atomically(source: Path, target: Path, given_up: threading.Event) -> i
             hidden.replace(target)
         return size
     except OSError as error:
-        hidden.unlink(missing_ok=True)
-        raise storage_trouble(target, error) from error
+        with contextlib.suppress(OSError):
+            hidden.unlink()
+        raise disk_fault(into, target.parent, error) from error
 
 
 def _identity_of(root: Path) -> str:
@@ -273,16 +270,7 @@ def _identity_of(root: Path) -> str:
         # Read back: somebody else may have named it in the same moment.
         return file.read_text().strip()
     except OSError as error:
-        raise storage_trouble(file, error) from error
-
-
-def storage_trouble(target: Path, error: OSError) -> JobDelayed:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return JobDelayed(
-        ErrorCode.DISK_FULL if full else ErrorCode.UPLOAD_FAILED,
-        f"{target} cannot be written: {error.strerror}",
-        "the operator must free space on that disk" if full else "the operator must let the daemon write there",
-    )
+        raise disk_fault("storage folder", root, error) from error
 
 
 def open_storage(settings: Settings) -> Storage:

@@ -27,7 +27,7 @@ from daemon.errors import (
     RowsHidden,
     StatementRefused,
 )
-from daemon.job import FINAL, HELD, ClaimedJob, Completed, Failed, JobDataset, Lease, State
+from daemon.job import FINAL, HELD, ClaimedJob, Completed, Failed, JobDataset, Lease, Returned, State
 from daemon.refused_rows import RefusedRows
 from daemon.storage import Location
 from daemon.troubles import Troubles
@@ -39,6 +39,8 @@ log = structlog.get_logger()
 _WINDOWS = (8, 64, 512)
 # Writes that also find no row once the job is final; all others find theirs as long as the lease is there.
 _OF_A_RUNNING_JOB = {"start_job", "record_plan", "record_progress"}
+# A job that ten hosts could not take, or one host ten times, is perhaps to blame itself: it fills the disk, say.
+MAX_RETURNS = 10
 _MESSAGE_CHARACTERS = 8_000
 _STACK_CHARACTERS = 60_000
 _HIDDEN = "rows are hidden from the daemon by row security"
@@ -163,7 +165,7 @@ class HidingPolicy:
     condition: str | None
 
 
-WorkerState = Literal["idle", "busy", "draining"]
+WorkerState = Literal["idle", "busy", "draining", "out_of_service"]
 Wish = Literal["serve", "drain"]
 
 
@@ -490,6 +492,13 @@ class Store:
         """Back to the queue at once, without counting the attempt."""
         values = {"reason": clean_text(reason, _MESSAGE_CHARACTERS)}
         return await self._end("release_job", lease, values, cost, {State.QUEUED})
+
+    async def return_job(self, lease: Lease, returned: Returned, *, cost: float | None) -> Ending:
+        """Back to the queue because this host cannot work. The attempt counts only once hosts have given the job back
+        `MAX_RETURNS` times: `state` is failed when it was the last one."""
+        failed = Failed(returned.code, returned.message, returned.hint, returned.stack)
+        values = _failure(failed) | {"part": returned.part, "most": MAX_RETURNS}
+        return await self._end("return_job", lease, values, cost, {State.QUEUED, State.FAILED})
 
     async def end_cancelled_job(self, lease: Lease, *, cost: float | None, data: Mapping[str, Any]) -> Ending:
         """The cancelled job's child is gone. `moved` False: it was submitted again meanwhile, and is free now."""

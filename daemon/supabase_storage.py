@@ -23,7 +23,7 @@ from storage3.exceptions import StorageApiError
 
 from daemon import tus
 from daemon.backoff import is_transient
-from daemon.errors import JobDelayed, JobError, JobFailed
+from daemon.errors import JobDelayed, JobError, JobFailed, disk_fault
 from daemon.storage import (
     READ_BYTES,
     DatasetSource,
@@ -32,7 +32,6 @@ from daemon.storage import (
     StoredObject,
     dataset_absent,
     safe_object_path,
-    storage_trouble,
     upload_mismatch,
 )
 from daemon.tus import TusUpload, UploadGone, UploadInterrupted, UploadRefused
@@ -143,7 +142,7 @@ class SupabaseStorage:
         except _Absent as error:
             raise JobFailed(ErrorCode.UPLOAD_FAILED, f"{self._bucket}/{object_path} is not in storage") from error
         except OSError as error:
-            raise storage_trouble(to, error) from error
+            raise disk_fault("work folder", to.parent, error) from error
         finally:
             part.unlink(missing_ok=True)
         return fetched

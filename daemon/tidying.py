@@ -29,11 +29,13 @@ FINISH_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Remains:
-    """A settled attempt. `ending` None: its job is somebody else's now. `stored`: it had begun to store its adapter."""
+    """A settled attempt. `ending` None: its job is somebody else's now. `stored`: it had begun to store its adapter.
+    `filled`: the disk became full under it."""
 
     job: ClaimedJob
     ending: Ending | None
     stored: bool
+    filled: bool = False
 
 
 class Tidying:
@@ -70,7 +72,9 @@ class Tidying:
         job, ending = remains.job, remains.ending
         workspace = Workspace(self._settings.work_dir, job.lease)
         deleted = ending is None and await self._is_deleted(job)
-        if deleted or (ending is not None and ending.state is State.COMPLETED):
+        # A job that ended for good because it fills the disk would keep every other job from it.
+        hopeless = ending is not None and ending.state is State.FAILED and remains.filled
+        if deleted or hopeless or (ending is not None and ending.state is State.COMPLETED):
             await asyncio.to_thread(workspace.remove)
         else:
             # Whoever retries goes on from the checkpoints; what nobody retries is removed by its age.

@@ -6,6 +6,7 @@ A trouble is a state, not an event: it has a name, begins, and ends when the sam
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -35,6 +36,8 @@ class Troubles:
 
     def __init__(self) -> None:
         self._now: dict[str, Trouble] = {}
+        # Set when one begins or ends: the worker's row need not wait for its next heartbeat.
+        self.changed = asyncio.Event()
 
     def begin(self, name: str, message: str) -> None:
         """`name` does not work; said again, it is the same trouble with newer words."""
@@ -43,6 +46,7 @@ class Troubles:
         if known is None:
             log.error("trouble_began", trouble=name, message=message)
             self._now[name] = Trouble(name, message, datetime.now(UTC))
+            self.changed.set()
         else:
             self._now[name] = Trouble(name, message, known.since, known.times + 1)
 
@@ -50,6 +54,7 @@ class Troubles:
         """`name` has worked just now."""
         known = self._now.pop(name, None)
         if known is not None:
+            self.changed.set()
             seconds = (datetime.now(UTC) - known.since).total_seconds()
             log.info("trouble_ended", trouble=name, times=known.times, lasted_seconds=round(seconds, 1))
 

@@ -13,7 +13,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -21,7 +21,7 @@ import structlog
 
 from daemon.child import Child, Patience, Trained, Verdict
 from daemon.chores import worked
-from daemon.errors import JobError
+from daemon.errors import HostFault, JobError
 from daemon.host import Host
 from daemon.job import Failed
 from daemon.models import resolve_model
@@ -92,14 +92,25 @@ class Trainers:
                 # It died while nobody looked, or with the spec in its hands: the job has not begun.
                 log.warning("warm_trainer_lost", place=place)
             await self._clear(places)
-            child = await Child.start(
-                self._command,
-                gpus=places if self._on_gpu else (),
-                own_environment=own_environment,
-                keep_bytes=self._keep_bytes if may_stay else None,
-            )
+            try:
+                child = await Child.start(
+                    self._command,
+                    gpus=places if self._on_gpu else (),
+                    own_environment=own_environment,
+                    keep_bytes=self._keep_bytes if may_stay else None,
+                )
+            except OSError as error:
+                raise HostFault(
+                    "trainer",
+                    ErrorCode.INTERNAL,
+                    "The trainer cannot be started on the host.",
+                    detail=f"the trainer cannot be started: {error.strerror or error}",
+                ) from error
             verdict = await run_on(child)
             await self._put_back(place, child)
+            if isinstance(verdict, Failed) and _was_lost(child, verdict, stop):
+                # A fresh one, and it died before it had read its spec: no job had a hand in that.
+                return replace(verdict, host="trainer")
             return verdict
         finally:
             self._busy.difference_update(places)
@@ -136,6 +147,11 @@ class Trainers:
         except asyncio.CancelledError:
             await self.close()
             raise
+
+    def try_again(self) -> None:
+        """What kept trainers from starting was mended."""
+        self._unfit.clear()
+        self._changed.set()
 
     def drain(self) -> None:
         """No job will come any more: let go of the trainers that wait."""

@@ -63,6 +63,7 @@ class Worker:
         self._refusals = 0
         self._rest_until = 0.0
         self._idle_since = time.monotonic()
+        collaborators.fitness.on_mended = self._mended
 
     async def run(self) -> None:
         """Claim and run jobs until told to stop; return when the last attempt is settled."""
@@ -77,6 +78,7 @@ class Worker:
         await self._tidying.finish()
 
     async def _serve(self) -> None:
+        await self._with.fitness.look()
         while self._ahead is not None or not self._closing.is_set():
             # Cleared before claiming: a wake-up that comes during the claim is not lost.
             self._wake.clear()
@@ -115,6 +117,7 @@ class Worker:
             ),
         )
         chores.start("waiting trainers", self._with.trainers.tend)
+        chores.start("probes of the host", self._with.fitness.run)
 
     async def _claim_all(self) -> float:
         """Claim until nothing is due or no place is free. Returns the seconds to sleep unless woken."""
@@ -222,8 +225,13 @@ class Worker:
             log.warning("claim_failed", error=str(error))
 
     @property
+    def fit(self) -> bool:
+        """No part of this host is known to be broken."""
+        return self._with.fitness.fit
+
+    @property
     def _may_claim(self) -> bool:
-        return self._pool.has_room and not self._paused and not self._closing.is_set()
+        return self._pool.has_room and self.fit and not self._paused and not self._closing.is_set()
 
     def _limits_now(self) -> Limits:
         return self._limits(self._pool.free_gpus, self._with.trainers.bases())
@@ -300,6 +308,8 @@ class Worker:
     def _load(self) -> Load:
         if self._closing.is_set() or self._paused:
             return Load("draining", len(self._attempts))
+        if not self.fit:
+            return Load("out_of_service", len(self._attempts))
         return Load("busy" if self._attempts else "idle", len(self._attempts))
 
     def _running(self) -> set[str]:
@@ -322,6 +332,10 @@ class Worker:
             if job.id == job_id:
                 stop.request(StopReason.CANCELLED)
         self._lookahead.forget(job_id)
+
+    def _mended(self) -> None:
+        self._with.trainers.try_again()
+        self._wake.set()
 
     def drain(self) -> None:
         """Claim nothing more; the jobs at hand run to their end."""

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import os
 import re
 import shutil
 import time
@@ -22,10 +20,9 @@ from uuid import UUID
 import structlog
 
 from daemon.chores import worked
-from daemon.errors import JobDelayed
+from daemon.errors import disk_fault
 from daemon.host import Host
 from daemon.job import Lease
-from training.events import ErrorCode
 
 log = structlog.get_logger()
 
@@ -56,7 +53,7 @@ class Workspace:
             workspace._adopt_checkpoints()
             workspace.checkpoint_dir.mkdir(exist_ok=True)
         except OSError as error:
-            raise _as_job_error(error, work_dir) from error
+            raise disk_fault("work folder", work_dir, error) from error
         return workspace
 
     @property
@@ -185,18 +182,3 @@ def remove_early_datasets(work_dir: Path, host: Host) -> None:
 
 def _of_this_boot(host: Host) -> str:
     return f"{host.hostname}.{host.worker_id}."
-
-
-def _as_job_error(error: OSError, work_dir: Path) -> JobDelayed:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(work_dir).free if work_dir.exists() else 0
-        return JobDelayed(
-            ErrorCode.DISK_FULL,
-            f"The trainer's volume is full ({free / 1024**3:.1f} GiB left in {work_dir.name}).",
-            hint="The operator must free space on the volume or enlarge it; the job is tried again.",
-        )
-    return JobDelayed(
-        ErrorCode.INTERNAL,
-        f"The work folder cannot be written: {os.strerror(error.errno or 0)}.",
-        hint="The operator must check TRAINER_WORK_DIR and its permissions; the job is tried again.",
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from daemon.service import run_service
 
 if __name__ == "__main__":
     try:
-        run_service((sys.executable, str(Path(__file__).with_name("scripted_trainer.py"))))
+        # A test may put a trainer of its own in its place: one that cannot be started, say.
+        own = os.environ.get("SCRIPTED_TRAINER")
+        run_service((own,) if own else (sys.executable, str(Path(__file__).with_name("scripted_trainer.py"))))
     except HostUnfit as unfit:
         print(unfit, file=sys.stderr)
         sys.exit(EXIT_UNFIT)

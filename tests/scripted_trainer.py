@@ -98,6 +98,12 @@ class Trainer:
                         os.kill(os.getpid(), signal.SIGKILL)
                 case "grow":
                     KEPT.append(b"x" * int(str(arguments[0])))
+                case "say_once":
+                    marker = Path(str(self.spec["checkpoint_dir"])) / "said"
+                    if not marker.exists():
+                        marker.write_text("once")
+                        self.say(str(arguments[0]), **dict(arguments[1]))  # type: ignore[call-overload]
+                        sys.exit(1)
                 case "exit":
                     sys.exit(int(str(arguments[0])))
                 case _:

@@ -45,6 +45,9 @@ class Stage(StrEnum):
     UPLOADING = "uploading"
 
 
+# What of a host may be broken whatever the job.
+HostPart = Literal["work folder", "models folder", "storage folder", "trainer", "GPU"]
+
 # Exit status of a child that was asked to stop and left a checkpoint behind (EX_TEMPFAIL).
 EXIT_STOPPED = 75
 
@@ -151,6 +154,9 @@ class Failed(_Event):
     hint: str | None = None
     stack: str | None = None
     transient: bool = False
+    host: HostPart | None = Field(
+        default=None, description="the part of the host that does not work, where that and not the job is to blame"
+    )
 
 
 class Ready(BaseModel):

@@ -9,7 +9,7 @@ import errno
 import traceback
 from dataclasses import dataclass
 
-from training.events import ErrorCode, Failed
+from training.events import ErrorCode, Failed, HostPart
 from training.spec import JobSpec
 
 # What drivers and libraries say when memory ran out without raising torch.OutOfMemoryError.
@@ -20,13 +20,39 @@ _OUT_OF_MEMORY_SIGNS = (
     "not enough memory",
 )
 _DISK_FULL_SIGNS = ("no space left on device", "disk quota exceeded")
+# What the operating system says of a volume that is gone, read-only or broken. The trainer writes nowhere else.
+_VOLUME_ERRORS = {
+    errno.EROFS,
+    errno.EIO,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.ESTALE,
+    errno.ENODEV,
+    errno.ENXIO,
+}
+# What PyTorch and the driver say when there is no card to compute on any more (c10/cuda and NVIDIA's Xid list).
+_GPU_LOST_SIGNS = (
+    "no cuda gpus are available",
+    "found no nvidia driver",
+    "cuda driver initialization failed",
+    "cuda-capable device(s) is/are busy or unavailable",
+    "no cuda-capable device is detected",
+    "uncorrectable ecc error",
+    "gpu is lost",
+    "has fallen off the bus",
+    "unknown error",
+)
 
 
 class TrainingFailed(Exception):
     """The run cannot go on. `message` and `hint` are written for the user's eyes."""
 
-    def __init__(self, code: ErrorCode, message: str, hint: str, *, transient: bool = False) -> None:
+    def __init__(
+        self, code: ErrorCode, message: str, hint: str, *, transient: bool = False, host: HostPart | None = None
+    ) -> None:
         super().__init__(message)
+        self.host = host
         self.code = code
         self.message = message
         self.hint = hint
@@ -45,6 +71,7 @@ class Diagnosis:
     message: str
     hint: str
     transient: bool
+    host: HostPart | None = None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -64,13 +91,14 @@ def is_disk_full(error: BaseException) -> bool:
 def diagnose(error: BaseException, spec: JobSpec | None) -> Diagnosis:
     """Say what an exception means for the user. An unknown one is ours to answer for: `internal`, with its type."""
     if isinstance(error, TrainingFailed):
-        return Diagnosis(error.code, error.message, error.hint, error.transient)
+        return Diagnosis(error.code, error.message, error.hint, error.transient, error.host)
     if is_disk_full(error):
         return Diagnosis(
             ErrorCode.DISK_FULL,
-            f"the disk is full: {error}",
+            f"the disk is full: {error.strerror if isinstance(error, OSError) else 'no space left on device'}",
             "free space in the work folder or on the models volume, then submit again",
             transient=False,
+            host="work folder",
         )
     if is_out_of_memory(error):
         return Diagnosis(ErrorCode.OUT_OF_MEMORY, _first_line(error), memory_advice(spec), transient=False)
@@ -79,7 +107,20 @@ def diagnose(error: BaseException, spec: JobSpec | None) -> Diagnosis:
         f"the trainer failed unexpectedly ({type(error).__name__}: {_first_line(error)})",
         "submit again; if it fails the same way, send the error stack to the operator",
         transient=True,
+        host=broken_part(error),
     )
+
+
+def broken_part(error: BaseException) -> HostPart | None:
+    """What of this host does not work, where the error says so and no job could be to blame."""
+    if isinstance(error, ImportError):
+        return "trainer"
+    if isinstance(error, OSError) and error.errno in _VOLUME_ERRORS:
+        return "work folder"
+    words = str(error).lower()
+    if isinstance(error, RuntimeError) and "cuda" in words and any(sign in words for sign in _GPU_LOST_SIGNS):
+        return "GPU"
+    return None
 
 
 def memory_advice(spec: JobSpec | None, max_length: int | None = None) -> str:
@@ -104,6 +145,7 @@ def failed_event(error: BaseException, spec: JobSpec | None, job_id: str) -> Fai
         hint=found.hint,
         stack="".join(traceback.format_exception(error))[-16_000:],
         transient=found.transient,
+        host=found.host,
     )
 
 

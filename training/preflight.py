@@ -67,6 +67,7 @@ def check_resources(spec: JobSpec, estimate: Estimate, memory_bytes: int | None)
             ErrorCode.DISK_FULL,
             f"checkpoints and adapter need {estimate.disk_bytes / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free",
             f"free space on the volume or reduce lora_rank (current {spec.hyperparameters.lora_rank})",
+            host="work folder",
         )
 
 

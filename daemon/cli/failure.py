@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from daemon.errors import EXIT_UNFIT, DatabaseAway, HostUnfit, JobError, TrainerError
+from daemon.errors import EXIT_UNFIT, DatabaseAway, HostFault, HostUnfit, JobError, TrainerError
 
 EXIT_FAILED = 1
 # Click's own status for words that it does not understand; a wrong value is the same kind of mistake.
@@ -35,6 +35,9 @@ def report_failure(error: TrainerError) -> int:
     from daemon.cli.plain import plain, plain_lines
 
     match error:
+        case HostFault():
+            # Whoever runs a command here is the operator: the path is what he needs.
+            words, hint = plain(error.detail), None
         case CommandFailed() | JobError():
             words, hint = plain(error.message), error.hint
         case DatabaseAway():

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
     from daemon.cli.rows import WorkerRow
 
@@ -147,6 +148,11 @@ def workers(
         return
     screen = console()
     screen.print(_workers_table(rows, screen.width))
+    for row in rows:
+        if row.state in ("gone", "lost"):
+            continue  # what it said last is no news
+        for trouble in row.troubles:
+            screen.print(_trouble_line(row, trouble))
 
 
 def drain(
@@ -176,7 +182,7 @@ def drain(
 def _choose_worker(rows: list[WorkerRow], wanted: str | None) -> WorkerRow:
     from daemon.cli.failure import Misused
 
-    living = [row for row in rows if row.state in ("idle", "busy", "draining")]
+    living = [row for row in rows if row.state in ("idle", "busy", "draining", "out_of_service")]
     if wanted is not None:
         key = wanted.lower()
         living = [row for row in living if key in (row.host.lower(), row.pod) or str(row.worker_id).startswith(key)]
@@ -196,7 +202,14 @@ def _workers_table(rows: list[WorkerRow], width: int) -> Table:
     from daemon.cli.terminal import columns_table
     from daemon.cli.wording import age, short_id
 
-    styles = {"idle": "green", "busy": "bold green", "draining": "yellow", "lost": "red", "gone": "dim"}
+    styles = {
+        "idle": "green",
+        "busy": "bold green",
+        "draining": "yellow",
+        "out_of_service": "red",
+        "lost": "red",
+        "gone": "dim",
+    }
     wide = width >= _WIDE
     table = columns_table()
     table.add_column("WORKER", no_wrap=True, style="cyan")
@@ -216,7 +229,7 @@ def _workers_table(rows: list[WorkerRow], width: int) -> Table:
         cells = [
             Text(short_id(row.worker_id)),
             Text(plain(row.host)),
-            Text.assemble(("● ", style), (plain(state), style)),
+            Text.assemble(("● ", style), (plain(state).replace("_", " "), style)),
             Text(_hardware(row)),
             Text(f"{len(row.jobs)}/{row.slots}" + (f" {holding}" if wide and holding else "")),
             Text(f"{age(row.silent_seconds)} ago"),
@@ -225,6 +238,16 @@ def _workers_table(rows: list[WorkerRow], width: int) -> Table:
             cells += [Text(age(row.up_seconds)), Text(plain(row.versions.get("brightrun-trainer", "")))]
         table.add_row(*cells)
     return table
+
+
+def _trouble_line(row: WorkerRow, trouble: dict[str, Any]) -> Text:
+    from rich.text import Text
+
+    from daemon.cli.plain import plain
+
+    name, message = plain(str(trouble.get("name", ""))), plain(str(trouble.get("message", "")))
+    since = plain(str(trouble.get("since", "")))[:16].replace("T", " ")
+    return Text.assemble((f"✗ {plain(row.host)}: {name}", "red"), f" since {since} UTC: {message}")
 
 
 def _hardware(row: WorkerRow) -> str:

@@ -126,6 +126,7 @@ class WorkerRow:
     up_seconds: float
     silent_seconds: float
     versions: dict[str, str]
+    troubles: list[dict[str, Any]]
 
 
 def job_digits(wanted: str) -> str:

@@ -15,6 +15,7 @@ _STYLE = {
     "retrying": "yellow",
     "reaped": "yellow",
     "released": "yellow",
+    "returned": "yellow",
     "claimed": "cyan",
     "started": "green",
 }

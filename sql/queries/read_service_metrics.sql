@@ -44,8 +44,10 @@ endings AS (
     GROUP BY 1, 2
 ),
 workers AS (
-    SELECT worker.state, count(*) AS hosts
-    FROM training_live_workers AS worker
+    SELECT worker.state, count(*) AS hosts, sum(jsonb_array_length(coalesce(worker.data -> 'troubles', '[]'))) AS troubles
+    FROM training_workers AS worker
+    WHERE worker.state IN ('idle', 'busy', 'out_of_service')
+      AND worker.last_seen_at > clock_timestamp() - interval '2 minutes'
     GROUP BY 1
 )
 SELECT
@@ -62,6 +64,7 @@ SELECT
     (SELECT extract(epoch FROM clock_timestamp() - min(callback.created_at))::float8
      FROM training_callbacks AS callback WHERE callback.state = 'pending') AS outbox_age_seconds,
     (SELECT coalesce(jsonb_object_agg(workers.state, workers.hosts), '{}') FROM workers) AS workers,
+    (SELECT coalesce(sum(workers.troubles), 0)::int FROM workers) AS troubles,
     (SELECT coalesce(jsonb_agg(pickups.seconds), '[]') FROM pickups) AS pickups,
     (SELECT coalesce(jsonb_agg(to_jsonb(endings)), '[]') FROM endings) AS endings,
     coalesce(

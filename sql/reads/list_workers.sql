@@ -15,7 +15,8 @@ SELECT
     worker.last_seen_at,
     extract(epoch FROM clock_timestamp() - worker.started_at)::float8 AS up_seconds,
     extract(epoch FROM clock_timestamp() - worker.last_seen_at)::float8 AS silent_seconds,
-    worker.versions
+    worker.versions,
+    coalesce(worker.data -> 'troubles', '[]') AS troubles
 FROM public.training_worker_status AS worker
 WHERE %(all)s
    OR (worker.state <> 'gone' AND worker.last_seen_at > clock_timestamp() - interval '1 day')

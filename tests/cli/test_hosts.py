@@ -67,3 +67,13 @@ def test_a_log_that_is_elsewhere_is_said_to_be_there(cli: CommandLine, queue: Qu
     assert said.status == 1
     assert "runs on host" in said.err
     assert "attempts/e1-*/trainer.log" in said.err
+
+
+def test_a_host_that_cannot_work_is_listed_with_what_is_wrong_and_what_to_do(cli: CommandLine, queue: Queue) -> None:
+    (queue.folder / "jobs").write_text("a file in the place of the work folder")
+    with queue.daemon(queue.folder):
+        eventually(lambda: queue.select("SELECT id FROM training_workers WHERE state = 'out_of_service'"))
+        table = " ".join(cli.run("workers").out.split())
+        (row,) = cli.run("workers", "--json").lines
+    assert "out of service" in table and "work folder since" in table and "TRAINER_WORK_DIR" in table
+    assert row["state"] == "out_of_service" and row["troubles"][0]["name"] == "work folder"

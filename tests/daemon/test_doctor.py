@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from psycopg.types.json import Jsonb
 
 from daemon import doctor_host, doctor_services
 from daemon.doctor import examine
@@ -185,10 +186,39 @@ def as_url(dsn: str, user: str, password: str) -> str:
 async def test_a_database_as_the_guide_sets_it_up_is_green(daemons_url: str, tmp_path: Path) -> None:
     found = await by_name(check_database(settings(tmp_path, database_url=daemons_url)))
     assert [name for name, finding in found.items() if finding.light is not Light.GREEN] == []
-    names = ("database", "migrations", "database role", "rights", "row security", "clock", "older dispatcher", "LISTEN")
+    names = (
+        "database",
+        "migrations",
+        "database role",
+        "rights",
+        "row security",
+        "clock",
+        "older dispatcher",
+        "hosts",
+        "LISTEN",
+    )
     expected = list(names)
     assert list(found) == expected
     assert "directly at 127.0.0.1" in found["database"].detail
+
+
+async def test_what_living_hosts_say_of_themselves_is_red_with_what_to_do(
+    database: AppDatabase, daemons_url: str, tmp_path: Path
+) -> None:
+    trouble = {
+        "name": "work folder",
+        "message": "/data: full. Free space",
+        "since": "2026-01-02T03:04:05+00:00",
+        "times": 1,
+    }
+    database.run(
+        "INSERT INTO training_workers (id, host, device, state, data) VALUES "
+        "(gen_random_uuid(), 'sick', 'cpu', 'out_of_service', %s), (gen_random_uuid(), 'well', 'cpu', 'idle', '{}')",
+        (Jsonb({"troubles": [trouble]}),),
+    )
+    found = await by_name(check_database(settings(tmp_path, database_url=daemons_url)))
+    assert_red(found["host sick"], "claims nothing; work folder since 2026-01-02T03:04:05: /data: full", "Free space")
+    assert "host well" not in found and "hosts" not in found
 
 
 async def test_a_login_that_may_not_see_what_was_applied_still_gets_every_other_line(

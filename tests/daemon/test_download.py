@@ -35,7 +35,8 @@ def settings_of(**changes: Any) -> Settings:
 def job_of(**changes: Any) -> ClaimedJob:
     now = datetime.now(UTC)
     facts: dict[str, Any] = {
-        "id": uuid4(), "lease_epoch": 1, "attempt": 1, "max_attempts": 3, "user_id": OWNER, "dataset_id": uuid4(),
+        "id": uuid4(), "lease_epoch": 1, "lease_token": uuid4(), "attempt": 1, "max_attempts": 3,
+        "user_id": OWNER, "dataset_id": uuid4(),
         "need_gpus": 1, "hyperparameters": {}, "gpu_config": {}, "dataset_url": None,
         "storage_bucket": "lora-datasets", "storage_path": f"{OWNER}/d.jsonl", "dataset_user_id": OWNER,
         "callback_url": None, "queued_at": now, "claimed_at": now, "started_at": None,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon.errors import JobDelayed, JobFailed
+from daemon.errors import HostFault, JobDelayed, JobFailed
 from daemon.settings import Settings
 from daemon.storage import FolderStorage, LocalFile, Location, open_storage
 from daemon.supabase_storage import SupabaseStorage
@@ -93,9 +93,12 @@ def test_a_project_is_known_by_its_url() -> None:
 
 async def test_a_folder_that_cannot_be_used_is_named_before_training(tmp_path: Path) -> None:
     (tmp_path / "root").write_text("a file in the way")
-    with pytest.raises(JobDelayed, match="cannot be used") as raised:
+    with pytest.raises(JobDelayed, match="cannot be written") as raised:
         await FolderStorage(tmp_path / "root").check(1)
-    assert "TRAINER_STORAGE_DIR" in str(raised.value.hint)
+    fault = raised.value
+    assert isinstance(fault, HostFault) and fault.part == "storage folder"
+    # The path is the operator's; the job's owner reads none.
+    assert str(tmp_path) in fault.detail and str(tmp_path) not in f"{fault.message} {fault.hint}"
 
 
 async def test_a_disk_too_small_for_the_adapter_is_named_before_training(tmp_path: Path) -> None:

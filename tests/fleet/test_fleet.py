@@ -257,6 +257,30 @@ async def test_an_idle_pod_that_overstays_is_drained_first_and_then_terminated(y
     assert pod.status == "TERMINATED" and yard.rows()[0]["ending"] == "overstayed"
 
 
+async def test_a_pod_whose_host_is_out_of_service_is_no_room_and_is_ended(yard: Yard) -> None:
+    yard.job()
+    async with yard.fleet() as fleet:
+        await fleet.look()
+        (pod,) = yard.pods
+        broken = yard.boot(pod)
+        yard.touch(broken, state="out_of_service")
+        await fleet.look()
+        _, other = yard.pods  # the job that waits gets a pod that works
+        healthy = yard.boot(other, busy=1)
+        for _ in range(3):
+            yard.after(minutes=9)
+            yard.touch(broken, state="out_of_service")
+            yard.touch(healthy, busy=1)
+            await fleet.look()
+        assert yard.wants_drain(broken) and not yard.wants_drain(healthy)
+        yard.after(minutes=2)
+        yard.touch(broken, state="draining")
+        yard.touch(healthy, busy=1)
+        await fleet.look()
+    assert pod.status == "TERMINATED" and other.status == "RUNNING"
+    assert yard.row_of(pod.id)["ending"] == "unfit"
+
+
 async def test_a_silent_host_is_ended_but_not_while_it_may_have_been_our_own_silence(yard: Yard) -> None:
     yard.job()
     async with yard.fleet() as fleet:

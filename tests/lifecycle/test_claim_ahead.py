@@ -15,11 +15,13 @@ from pydantic import SecretStr
 from daemon.attempt import Collaborators
 from daemon.callback import CallbackCourier
 from daemon.database import Database
+from daemon.fitness import Fitness
 from daemon.host import Host
 from daemon.lease import LeaseKeeper
 from daemon.settings import load_settings
 from daemon.storage import open_storage
 from daemon.store import Store
+from daemon.troubles import Troubles
 from daemon.warm import Trainers
 from daemon.worker import Worker
 from tests.daemon_process import ROOT, eventually
@@ -49,6 +51,7 @@ async def resting(
         Database(queue.dsn, application_name="beat") as beat,
     ):
         storage = open_storage(settings)
+        command = (sys.executable, str(ROOT / "tests" / "scripted_trainer.py"))
         worker = Worker(
             Collaborators(
                 settings=settings,
@@ -57,7 +60,8 @@ async def resting(
                 leases=LeaseKeeper(Store(beat), lease_seconds=settings.lease_seconds, on_partition="continue"),
                 storage=storage,
                 courier=CallbackCourier(settings),
-                trainers=Trainers(settings, host, (sys.executable, str(ROOT / "tests" / "scripted_trainer.py"))),
+                trainers=Trainers(settings, host, command),
+                fitness=Fitness(settings, host, command, Troubles()),
             )
         )
         running = asyncio.create_task(worker.run())

@@ -25,7 +25,7 @@ import pytest
 
 from daemon.database import Database
 from daemon.errors import LeaseLost
-from daemon.job import Completed, Failed, Lease, State
+from daemon.job import Completed, Failed, Lease, Returned, State
 from daemon.storage import Location
 from daemon.store import Ending, Limits, MetricPoint, Store
 from tests.daemon_process import DaemonProcess, alive, eventually
@@ -173,6 +173,7 @@ def test_the_heartbeat_goes_on_during_the_drain(queue: Queue, tmp_path: Path, ho
 
 COMPLETED = Completed("lora-models/adapters/stale.tar.gz", "0" * 64, 1)
 FAILED = Failed(ErrorCode.INTERNAL, "stale")
+RETURNED = Returned("work folder", ErrorCode.DISK_FULL, "stale")
 POINT = MetricPoint(step=1, epoch=0, training_loss=9.0, learning_rate=1.0)
 PROGRESS: dict[str, Any] = {
     "stage": "stale", "progress": 99.0, "epoch": 9, "step": 9, "metrics": {}, "current_cost": 9.0, "seconds_left": 9.0,
@@ -203,6 +204,7 @@ STALE_WRITES: dict[str, Callable[[Store, Lease], Awaitable[object]]] = {
     "fail_job": lambda store, lease: store.fail_job(lease, FAILED, cost=9.0),
     "retry_job": lambda store, lease: store.retry_job(lease, FAILED, delay_seconds=0.0, cost=9.0),
     "release_job": lambda store, lease: store.release_job(lease, "stale", cost=9.0),
+    "return_job": lambda store, lease: store.return_job(lease, RETURNED, cost=9.0),
     "end_cancelled_job": lambda store, lease: store.end_cancelled_job(lease, cost=9.0, data={}),
     # Asked only after an ending found its own lease; here as it is, since no method says it alone.
     "settle_cancelled_job": _settle_cancelled,
@@ -260,7 +262,7 @@ async def test_a_stale_owner_changes_nothing(queue: Queue, write: str, now: str)
             elif now == "completed by an heir":
                 await store.complete_job(heir, COMPLETED, cost=1.0)
         before = everything(queue)
-        if now == "queued again" and write in {"retry_job", "release_job"}:
+        if now == "queued again" and write in {"retry_job", "release_job", "return_job"}:
             # Where it wanted the job the job already is, under its own epoch: a lost answer looks the same.
             assert await STALE_WRITES[write](store, stale) == Ending(True, State.QUEUED, noted=False)
         else:

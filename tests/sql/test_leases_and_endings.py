@@ -11,13 +11,14 @@ import pytest
 
 from daemon.database import Database
 from daemon.errors import LeaseLost
-from daemon.job import Completed, Failed, Lease, State
-from daemon.store import Ending, MetricPoint, Reaped, Store
+from daemon.job import Completed, Failed, Lease, Returned, State
+from daemon.store import MAX_RETURNS, Ending, MetricPoint, Reaped, Store
 from tests.postgres import AppDatabase
 from tests.sql.claiming import claim, claimed
 from training.events import ErrorCode
 
 DONE = Completed("lora-models/adapters/x.tar.gz", "ab" * 32, 1234, {"adapter_model": "adapters/x.tar.gz"}, {})
+BACK = Returned("work folder", ErrorCode.DISK_FULL, "the host's disk is full", hint="nothing", stack="/data: full")
 BROKEN = Failed(ErrorCode.INTERNAL, "it broke", hint="mend it", stack="Traceback", transient=True)
 
 
@@ -44,6 +45,7 @@ async def every_write(store: Store, lease: Lease) -> dict[str, BaseException | N
         "fail": lambda: store.fail_job(lease, BROKEN, cost=1),
         "retry": lambda: store.retry_job(lease, BROKEN, delay_seconds=0, cost=1),
         "release": lambda: store.release_job(lease, "x", cost=1),
+        "return": lambda: store.return_job(lease, BACK, cost=1),
         "end cancelled": lambda: store.end_cancelled_job(lease, cost=1, data={}),
     }
     said: dict[str, BaseException | None] = {}
@@ -97,7 +99,7 @@ async def test_a_reaped_owner_can_write_nothing_to_the_waiting_job(
     before = database.job(stale.job_id)
     said = await every_write(store, stale)
     # A retry or a release finds what it asked for: the job waits. Nothing is written.
-    assert {name for name, answer in said.items() if answer is None} == {"retry", "release"}
+    assert {name for name, answer in said.items() if answer is None} == {"retry", "release", "return"}
     assert database.job(stale.job_id) == before
 
 
@@ -192,7 +194,7 @@ async def test_a_completion_keeps_everything_and_ends_the_lease(
     assert row["completed_at"] is not None and database.run("SELECT FROM training_leases") == []
 
 
-@pytest.mark.parametrize("ending", ["complete", "fail", "retry", "release", "cancel"])
+@pytest.mark.parametrize("ending", ["complete", "fail", "retry", "release", "return", "cancel"])
 async def test_an_ending_whose_answer_was_lost_recognises_its_own_work(
     store: Store, database: AppDatabase, user: UUID, ending: str
 ) -> None:
@@ -205,6 +207,7 @@ async def test_an_ending_whose_answer_was_lost_recognises_its_own_work(
         "fail": lambda: store.fail_job(lease, BROKEN, cost=1),
         "retry": lambda: store.retry_job(lease, BROKEN, delay_seconds=60, cost=1),
         "release": lambda: store.release_job(lease, "x", cost=1),
+        "return": lambda: store.return_job(lease, BACK, cost=1),
         "cancel": lambda: store.end_cancelled_job(lease, cost=1, data={}),
     }
     first = await calls[ending]()
@@ -222,7 +225,7 @@ async def test_a_job_cannot_be_both_finished_and_failed(store: Store, database: 
     assert database.job(lease.job_id)["status"] == "completed"
 
 
-@pytest.mark.parametrize("ending", ["complete", "fail", "retry", "release"])
+@pytest.mark.parametrize("ending", ["complete", "fail", "retry", "release", "return"])
 async def test_every_ending_yields_to_a_cancel_and_records_the_true_cost(
     store: Store, database: AppDatabase, user: UUID, ending: str
 ) -> None:
@@ -237,6 +240,7 @@ async def test_every_ending_yields_to_a_cancel_and_records_the_true_cost(
         "fail": lambda: store.fail_job(lease, BROKEN, cost=7.5),
         "retry": lambda: store.retry_job(lease, BROKEN, delay_seconds=60, cost=7.5),
         "release": lambda: store.release_job(lease, "x", cost=7.5),
+        "return": lambda: store.return_job(lease, BACK, cost=7.5),
     }
     assert await calls[ending]() == Ending(False, State.CANCELLED, False)
     row = database.job(job_id)
@@ -301,6 +305,51 @@ async def test_a_release_costs_no_attempt_but_its_epoch_never_goes_back(
         assert await store.release_job(job.lease, "the host shuts down", cost=None) == Ending(True, State.QUEUED, False)
     row = database.one("SELECT message FROM training_events WHERE job_id = %s AND kind = 'notice' LIMIT 1", (job_id,))
     assert row["message"] == "the host shuts down"
+
+
+async def test_a_job_that_hosts_give_back_loses_no_attempt_until_ten_have_and_then_comes_to_an_end(
+    store: Store, database: AppDatabase, user: UUID
+) -> None:
+    job_id = database.insert_job(user, max_attempts=2)
+    waits = []
+    for _ in range(MAX_RETURNS):
+        job = await claimed(store)
+        assert job.attempt == 1
+        assert await store.return_job(job.lease, BACK, cost=None) == Ending(True, State.QUEUED, False)
+        row = database.job(job_id)
+        assert (row["error_code"], row["attempt"]) == (None, 0)
+        waits.append(
+            database.one(
+                "SELECT extract(epoch FROM run_after - clock_timestamp()) AS s FROM training_jobs WHERE id = %s",
+                (job_id,),
+            )["s"]
+        )
+        database.run("UPDATE training_jobs SET run_after = clock_timestamp() WHERE id = %s", (job_id,))
+        await store.promote_due_jobs()
+    # At once the first time, since another host may be free; then later each time, at most five minutes.
+    assert waits[0] is None and 4 < waits[1] <= 5 and 9 < waits[2] <= 10 and 290 < waits[-1] <= 300
+    for attempt, state in ((1, State.QUEUED), (2, State.FAILED)):
+        job = await claimed(store)
+        assert job.attempt == attempt
+        assert await store.return_job(job.lease, BACK, cost=3) == Ending(True, state, False)
+        database.run(
+            "UPDATE training_jobs SET run_after = clock_timestamp() WHERE id = %s AND run_after > now()", (job_id,)
+        )
+        await store.promote_due_jobs()
+    row = database.job(job_id)
+    assert (row["status"], row["error_code"], row["error_message"]) == (
+        "failed",
+        "disk_full",
+        "the host's disk is full",
+    )
+    counted = database.run("SELECT data ->> 'counted' AS c FROM training_events WHERE kind = 'returned' ORDER BY id")
+    assert [each["c"] for each in counted] == ["false"] * MAX_RETURNS + ["true"] * 2
+
+    # Submitted again it begins anew, with all its returns.
+    database.run("SELECT retry_training_job(%s)", (job_id,))
+    job = await claimed(store)
+    await store.return_job(job.lease, BACK, cost=None)
+    assert database.job(job_id)["attempt"] == 0
 
 
 async def test_a_stale_progress_write_that_waited_for_the_row_does_not_land_on_the_next_owner(

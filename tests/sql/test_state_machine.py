@@ -23,9 +23,9 @@ from psycopg.types.json import Jsonb
 
 from daemon.database import Database
 from daemon.errors import LeaseLost
-from daemon.job import FINAL, HELD, UNFINISHED, ClaimedJob, Completed, Failed, Lease, State
+from daemon.job import FINAL, HELD, UNFINISHED, ClaimedJob, Completed, Failed, Lease, Returned, State
 from daemon.storage import Location
-from daemon.store import Ending, Limits, MetricPoint, Store, statement
+from daemon.store import MAX_RETURNS, Ending, Limits, MetricPoint, Store, statement
 from tests.lifecycle.test_peer_failures import READS, STALE_WRITES
 from tests.postgres import AppDatabase, Server
 from training.events import ErrorCode
@@ -44,6 +44,7 @@ ENDINGS = {
     "fail_job": {State.FAILED},
     "retry_job": {State.QUEUED, State.FAILED},
     "release_job": {State.QUEUED},
+    "return_job": {State.QUEUED, State.FAILED},
     "end_cancelled_job": {State.CANCELLED},
 }
 # Said in rules of their own, not by the holder of one lease.
@@ -91,6 +92,9 @@ async def say(store: Store, name: str, lease: Lease) -> Any:
             return await store.retry_job(lease, BROKEN, delay_seconds=3600, cost=1)
         case "release_job":
             return await store.release_job(lease, "x", cost=1)
+        case "return_job":
+            returned = Returned("work folder", ErrorCode.DISK_FULL, "full")
+            return await store.return_job(lease, returned, cost=1)
         case "end_cancelled_job":
             return await store.end_cancelled_job(lease, cost=1, data={})
         case _:
@@ -109,6 +113,7 @@ class ModelJob:
     leased: bool = False
     completions: int = 0
     noted: bool = False
+    returns: int = 0
 
     @property
     def claimable(self) -> bool:
@@ -432,6 +437,12 @@ class TwoWorkers(RuleBasedStateMachine):
                 after = replace(gone, state=State.QUEUED, due=False)
             case "retry_job":
                 after = replace(gone, state=State.FAILED)
+            case "return_job":
+                back = replace(gone, state=State.QUEUED, due=job.returns == 0, returns=job.returns + 1)
+                if job.returns < MAX_RETURNS:
+                    after = replace(back, attempt=job.attempt - 1)
+                else:
+                    after = back if job.attempt < MAX_ATTEMPTS else replace(back, state=State.FAILED, due=True)
             case _:
                 after = replace(gone, state=State.QUEUED, due=True, attempt=job.attempt - 1)
         return after, Ending(True, after.state, job.noted)
@@ -462,7 +473,7 @@ class TwoWorkers(RuleBasedStateMachine):
             assert error.sqlstate == "PT409" and job.state not in {State.FAILED, State.CANCELLED}
             return
         assert job.state in {State.FAILED, State.CANCELLED}
-        self.jobs[job_id] = replace(job, state=State.QUEUED, due=True, attempt=0)
+        self.jobs[job_id] = replace(job, state=State.QUEUED, due=True, attempt=0, returns=0)
 
     @rule()
     def time_passes_for_the_scheduled(self) -> None:

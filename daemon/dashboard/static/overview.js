@@ -167,6 +167,11 @@ function hostCard() {
   const busy = el("span");
   const load = el("span");
   const seen = el("span", { class: "muted" });
+  const troubles = el("ul", { class: "troubles small" });
+  const listed = new KeyedList(troubles, () => {
+    const item = el("li");
+    return { element: item, update: (trouble) => say(item, `${trouble.name}: ${trouble.message}`) };
+  });
   const element = el(
     "li",
     { class: "card" },
@@ -174,6 +179,7 @@ function hostCard() {
     el("div", { class: "line small" }, what, seen),
     slots,
     el("div", { class: "line small" }, busy, load),
+    troubles,
   );
   return {
     element,
@@ -182,7 +188,11 @@ function hostCard() {
       const card = host.device === "cpu" ? "CPU" : `${host.gpu_count} × ${f.words(host.gpu_type ?? "GPU").replace(/^NVIDIA /, "")}`;
       const memory = f.isNumber(host.gpu_memory_gb) && !/\d ?GB/i.test(card) ? ` · ${Math.round(host.gpu_memory_gb)} GB` : "";
       say(what, card + memory);
-      say(status, host.state);
+      say(status, host.state.replaceAll("_", " "));
+      // What a host that is gone said last is no news.
+      const now = ["gone", "lost"].includes(host.state) ? [] : (host.troubles ?? []);
+      listed.show(now, (trouble) => trouble.name);
+      mark(troubles, "hidden", now.length === 0);
       mark(status, "data-state", host.state);
       const shown = Math.min(Math.max(host.slots, 1), 16);
       while (slots.childElementCount > shown) slots.lastElementChild.remove();

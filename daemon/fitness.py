@@ -1,0 +1,178 @@
+"""Whether this host can work at all: what was found broken, and the probes that find it mended.
+
+A host with a fault claims nothing (daemon.worker), says so in its row, and is probed until the broken part works again.
+A probe does what a job does: it writes and syncs a file, starts a trainer, computes on the card.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import assert_never
+from uuid import uuid4
+
+import structlog
+
+from daemon.child import Child, child_environment
+from daemon.host import Host, find_gpus
+from daemon.settings import Settings
+from daemon.troubles import Troubles
+from training.events import HostPart
+
+log = structlog.get_logger()
+
+FIRST_PAUSE_SECONDS = 1.0
+# A mended volume is found within a minute; each probe writes a few megabytes or imports the libraries once.
+LONGEST_PAUSE_SECONDS = 60.0
+PROBE_BYTES = 4 * 2**20
+# Less than the smallest checkpoint of a 7 B model at rank 16 with its optimizer: no training ends on less.
+MIN_FREE_BYTES = 256 * 2**20
+# Importing torch, transformers, peft and trl takes 5 s from a warm page cache and a minute from a cold network volume.
+START_SECONDS = 180.0
+
+
+class Fitness:
+    """The broken parts of this host. `on_mended` is called when the last of them works again."""
+
+    def __init__(self, settings: Settings, host: Host, command: tuple[str, ...], troubles: Troubles) -> None:
+        self._settings = settings
+        self._host = host
+        self._command = command
+        self._troubles = troubles
+        self._broken: dict[HostPart, str] = {}
+        self._changed = asyncio.Event()
+        self.on_mended: Callable[[], None] = lambda: None
+
+    @property
+    def fit(self) -> bool:
+        return not self._broken
+
+    def report(self, part: HostPart, detail: str) -> None:
+        """This part failed a job: nothing is claimed until a probe passes. `detail` is for the operator."""
+        self._broken[part] = detail
+        self._troubles.begin(part, f"{detail}. {ADVICE[part]}; this host claims nothing until a probe of it passes")
+        self._changed.set()
+
+    async def confirm(self, part: HostPart) -> str | None:
+        """Probe a part that may have failed a job; what is wrong with it, or None: then it was the job."""
+        return await self._probe(part)
+
+    async def look(self) -> None:
+        """Before the first claim: can the disks be written at all?"""
+        on_disk: list[HostPart] = ["work folder"]
+        if self._settings.effective_storage == "folder":
+            on_disk.append("storage folder")
+        for part in on_disk:
+            if (fault := await self._probe(part)) is not None:
+                self.report(part, fault)
+
+    async def run(self) -> None:
+        """Probe what is broken until it works, for ever."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            await self._until_mended()
+
+    async def _until_mended(self) -> None:
+        pause = FIRST_PAUSE_SECONDS
+        while self._broken:
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
+            for part in list(self._broken):
+                fault = await self._probe(part)
+                if fault is not None:
+                    self.report(part, fault)
+                elif self._broken.pop(part, None) is not None:
+                    self._troubles.end(part)
+        log.info("host_mended")
+        self.on_mended()
+
+    async def _probe(self, part: HostPart) -> str | None:
+        """What is wrong with this part; None when it works."""
+        match part:
+            case "work folder":
+                return await asyncio.to_thread(probe_folder, self._settings.work_dir)
+            case "models folder":
+                return await asyncio.to_thread(probe_folder, self._settings.models_dir)
+            case "storage folder":
+                return await asyncio.to_thread(probe_folder, self._settings.storage_dir)
+            case "trainer":
+                return await self._probe_trainer()
+            case "GPU":
+                return await self._probe_gpu()
+            case _:
+                assert_never(part)
+
+    async def _probe_trainer(self) -> str | None:
+        """Start one as the pool does: it says that it is ready once the libraries are imported."""
+        try:
+            child = await Child.start(self._command, keep_bytes=0)
+        except OSError as error:
+            return f"the trainer cannot be started: {error.strerror or error}"
+        try:
+            await asyncio.wait_for(child.first_word(), START_SECONDS)
+            if child.ready is not None:
+                return None
+            return f"the trainer ended with exit code {child.returncode} before it was ready; its words are in the log"
+        except TimeoutError:
+            return f"the trainer was not ready within {START_SECONDS:.0f} s"
+        finally:
+            await child.kill()
+
+    async def _probe_gpu(self) -> str | None:
+        seen = len(await asyncio.to_thread(find_gpus))
+        if seen < len(self._host.gpus):
+            return f"{seen} of {len(self._host.gpus)} GPUs answer"
+        for gpu in self._host.gpus:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "training.selfcheck", "cuda"),
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
+                env=child_environment(os.environ, (gpu.index,)),
+            )
+            try:
+                _, said = await asyncio.wait_for(process.communicate(), START_SECONDS)
+            except TimeoutError:
+                process.kill()
+                await process.wait()
+                return f"GPU {gpu.index} did not answer within {START_SECONDS:.0f} s"
+            if process.returncode:
+                last = said.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
+                return f"GPU {gpu.index}: {last[0][:300]}"
+        return None
+
+
+ADVICE: dict[HostPart, str] = {
+    "work folder": "Mount the volume, free space on it, or set TRAINER_WORK_DIR to a writable folder",
+    "models folder": "Mount the volume, free space on it, or set TRAINER_MODELS_DIR to a larger disk",
+    "storage folder": "Free space, or set TRAINER_STORAGE_DIR to a folder that the daemon may write",
+    "trainer": "Install the libraries with constraints.txt; `brightrun-trainer doctor` shows what is wrong",
+    "GPU": "Look at nvidia-smi and dmesg for Xid errors; the pod may have to be replaced",
+}
+
+
+def probe_folder(folder: Path) -> str | None:
+    """Write a file, sync it, read it back and delete it; what is wrong, or None."""
+    probe = folder / f".probe-{uuid4().hex}"
+    content = os.urandom(2**16) * (PROBE_BYTES // 2**16)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with probe.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            if probe.read_bytes() != content:
+                return f"{folder}: a file reads back otherwise than it was written"
+        finally:
+            probe.unlink(missing_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        return f"{folder}: {error.strerror or error}"
+    if free < MIN_FREE_BYTES:
+        return f"{folder}: {free / 2**20:.0f} MiB are free, at least {MIN_FREE_BYTES / 2**20:.0f} are needed"
+    return None
