@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import structlog
 
+from tests.database_pool import DatabasePool
 from tests.postgres import AppDatabase, Server, migrated, open_server
 
 _POSTGRES = pytest.StashKey[str]()
@@ -60,10 +61,16 @@ def migrated_template(postgres: Server) -> Iterator[str]:
         yield name
 
 
+@pytest.fixture(scope="session")
+def database_pool(postgres: Server, migrated_template: str) -> Iterator[DatabasePool]:
+    with DatabasePool(postgres, migrated_template) as pool:
+        yield pool
+
+
 @pytest.fixture
-def database(postgres: Server, migrated_template: str) -> Iterator[AppDatabase]:
+def database(postgres: Server, database_pool: DatabasePool) -> Iterator[AppDatabase]:
     """A freshly migrated, empty database of the test's own; `database.dsn` logs in as the superuser."""
-    with postgres.database(template=migrated_template) as name:
+    with database_pool.database() as name:
         app = AppDatabase(postgres.dsn(name))
         yield app
         app.close()

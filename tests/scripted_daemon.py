@@ -1,4 +1,5 @@
-"""The real daemon with the scripted trainer in place of the real one; everything else is as in production."""
+"""The real daemon with the scripted trainer in place of the real one, and with less patience where a test would only
+wait for it: how often it touches its row, and asks whether it is still heard. All else is as in production."""
 
 from __future__ import annotations
 
@@ -6,10 +7,17 @@ import os
 import sys
 from pathlib import Path
 
+import daemon.allowance
+import daemon.listener
+import daemon.presence
 from daemon.errors import EXIT_UNFIT, HostUnfit
 from daemon.service import run_service
 
 if __name__ == "__main__":
+    daemon.allowance.READ_SECONDS = 2.0
+    daemon.presence.TOUCH_SECONDS = 2.0
+    daemon.listener.PROBE_SECONDS = 3.0
+    daemon.listener.PROBE_LIMIT_SECONDS = 3.0
     try:
         # A test may put a trainer of its own in its place: one that cannot be started, say.
         own = os.environ.get("SCRIPTED_TRAINER")
