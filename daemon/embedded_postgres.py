@@ -118,10 +118,12 @@ class EmbeddedPostgres:
 
     def __enter__(self) -> EmbeddedPostgres:
         _sweep_abandoned_folders()
-        self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
-        # Held as long as this process lives: an unlocked folder is one that its owner could not remove.
-        self._owner_lock = (self._folder / "owner.lock").open("w")
+        # Held as long as this process lives: an unlocked folder is one that its owner could not remove. Only a locked
+        # one gets the name that others sweep by: who starts at the same moment would remove it under our hands.
+        unlocked = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}"))
+        self._owner_lock = (unlocked / "owner.lock").open("w")
         fcntl.flock(self._owner_lock, fcntl.LOCK_EX)
+        self._folder = unlocked.rename(unlocked.with_name(unlocked.name.removeprefix(".")))
         try:
             self._prepare()
             self.start()

@@ -32,12 +32,20 @@ FAILURE: list[Any] = [
 
 def test_a_watched_job_that_completes_ends_the_watch_with_success(cli: CommandLine, queue: Queue) -> None:
     job = queue.insert(script=[PLAN, ["steps", 60, 0.03]])
-    with queue.daemon(queue.folder):
-        said = cli.ok("watch", job)
-    assert "waits: no worker" in said.out or "A host has claimed the job" in said.out
-    assert "step 60 of 60" in said.out or "completed" in said.out
-    assert "✓" in said.out.splitlines()[-1]
-    assert "download" in said.out.splitlines()[-1]
+    process = cli.start("watch", job)
+    try:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        with queue.daemon(queue.folder):
+            out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait(10)
+    assert "waits: no worker" in first + out and "A host has claimed the job" in out, first + out
+    assert "step 60 of 60" in out or "completed" in out
+    assert "✓" in out.splitlines()[-1]
+    assert "download" in out.splitlines()[-1]
+    assert process.returncode == 0, err
 
 
 def test_a_watched_job_that_fails_says_why_and_what_to_do(cli: CommandLine, queue: Queue) -> None:

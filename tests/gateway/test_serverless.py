@@ -56,7 +56,8 @@ def runpod() -> Iterator[RunPodDouble]:
 def test_a_job_with_a_row_of_its_own_is_run_and_both_sides_are_told(
     queue: Queue, tmp_path: Path, runpod: RunPodDouble, files: FileServer
 ) -> None:
-    url = files.put("data.jsonl", script_file(["steps", 60, 0.05]))
+    # Long enough for several updates, one a second, on a busy machine too.
+    url = files.put("data.jsonl", script_file(["steps", 120, 0.05]))
     with ServerlessWorker(queue.dsn, tmp_path, runpod, files, service_user_id=queue.user_id) as worker:
         runpod.run("run-1", job_id="test-123", dataset_url=url, hyperparameters={"epochs": 1}, gpu_config={"count": 1})
         result = runpod.wait_for_result("run-1")

@@ -134,6 +134,9 @@ class Chaos:
         self.hosts: list[Host] = []
         self.faults: Counter[str] = Counter()
         self.killed_in_training: set[UUID] = set()
+        # What an operator or the app did to the schema, and when and how it is undone.
+        self.undoing: list[tuple[float, str]] = []
+        self.locking: list[psycopg.Connection] = []
 
     def __enter__(self) -> Chaos:
         return self
@@ -238,14 +241,19 @@ class Chaos:
             try:
                 self.queue.cancel_as_owner(job)
             except psycopg.Error as refusal:
-                if refusal.sqlstate != "PT409":  # it ended in the meantime
+                # It ended in the meantime, or rights are missing that a trigger of ours needs.
+                if refusal.sqlstate != "PT409" and not self.undoing:
                     raise
 
     def resubmit(self) -> None:
         job = self._any_job("status IN ('failed', 'cancelled')")
         if job is not None:
-            with self.queue.connect() as app:
-                app.execute("SELECT retry_training_job(%s)", (job,))
+            try:
+                with self.queue.connect() as app:
+                    app.execute("SELECT retry_training_job(%s)", (job,))
+            except psycopg.Error:
+                if not self.undoing:
+                    raise
 
     def drain(self) -> None:
         """A pod is preempted: TERM, and another one comes."""
@@ -254,6 +262,68 @@ class Chaos:
             host.daemon.signal(signal.SIGTERM)
             host.daemon.wait(60)
             self.boot(host)
+
+    # What operators and apps do to the schema: each is undone within seconds, as most of it is in life.
+
+    def revoke_a_right(self) -> None:
+        self._until_undone(*self.order.choice(RIGHTS))
+
+    def hide_rows(self) -> None:
+        """A restrictive policy binds the daemon's role as well: rows are there and cannot be seen."""
+        name = f"hides_{self.order.randrange(10**9)}"
+        table = self.order.choice(["training_jobs", "training_leases"])
+        column = "id" if table == "training_jobs" else "job_id"
+        hidden = self.order.choice(["false", f"md5({column}::text) > '8'"])
+        self._until_undone(
+            f"CREATE POLICY {name} ON {table} AS RESTRICTIVE USING ({hidden})", f"DROP POLICY {name} ON {table}"
+        )
+
+    def refuse_a_row(self) -> None:
+        """The app's own trigger raises for one job, whatever the daemon does to it."""
+        job = self._any_job("status IN ('queued', 'initializing', 'running')")
+        if job is None:
+            return
+        name = f"refuses_{self.order.randrange(10**9)}"
+        self._until_undone(
+            f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN IF current_user = 'training_daemon' "
+            f"AND NEW.id = '{job}' THEN RAISE EXCEPTION 'the app takes no change of this row'; END IF; "
+            f"RETURN NEW; END$$; CREATE TRIGGER {name} BEFORE UPDATE ON training_jobs "
+            f"FOR EACH ROW EXECUTE FUNCTION {name}()",
+            f"DROP TRIGGER {name} ON training_jobs; DROP FUNCTION {name}",
+        )
+
+    def lock_a_table(self) -> None:
+        """As VACUUM FULL does, for longer than a lease; the server itself ends it."""
+        table = self.order.choice(["training_jobs", "training_leases", "training_events"])
+        milliseconds = round(1000 * LEASE_SECONDS * self.order.uniform(1.2, 2.0))
+        locking = psycopg.connect(self.server.dsn())
+        locking.execute(f"SET idle_in_transaction_session_timeout = {milliseconds}".encode())
+        locking.execute(f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE".encode())
+        self.locking.append(locking)
+
+    def _until_undone(self, done: str, undone: str) -> None:
+        self._as_operator(done)
+        self.undoing.append((time.monotonic() + self.order.uniform(0.5, 3.0), undone))
+
+    def undo(self, *, everything: bool = False) -> None:
+        for due in [due for due in self.undoing if everything or due[0] <= time.monotonic()]:
+            self.undoing.remove(due)
+            self._as_operator(due[1])
+        for locking in self.locking:
+            if everything or locking.broken or locking.closed:
+                locking.close()
+        self.locking = [locking for locking in self.locking if not locking.closed]
+
+    def _as_operator(self, statements: str) -> None:
+        with psycopg.connect(self.server.dsn(), autocommit=True) as operator:
+            operator.execute(statements.encode())
+
+    def boot_again(self) -> None:
+        """Who is started into a database without its rights says so and leaves; who was healthy stays."""
+        for host in self.hosts:
+            if host.daemon is not None and host.daemon.process is not None and host.daemon.process.poll() is not None:
+                assert not host.daemon.logged("job_claimed"), f"a healthy daemon ended\n{host.daemon.tail()}"
+                self.boot(host)
 
     def _any_awake(self) -> Host | None:
         # The host of the real trainings has its own kills; at this pace it would never get as far as a step.
@@ -288,6 +358,8 @@ class Chaos:
             name = self.order.choices(list(faults), list(faults.values()))[0]
             getattr(self, name)()
             self.faults[name] += 1
+            self.undo()
+            self.boot_again()
             self.kill_real_trainings()
             self.wake_sleepers()
             self.be_impatient()
@@ -297,8 +369,10 @@ class Chaos:
         """No more faults: everything that is left must end now, and every daemon leave in good order."""
         self.wake_sleepers(all_of_them=True)
         self.proxy.heal()
+        self.undo(everything=True)
 
         def ended() -> bool:
+            self.boot_again()
             self.kill_real_trainings()
             self.be_impatient()
             return not self.unfinished() and not self.queue.leases()
@@ -315,7 +389,8 @@ class Chaos:
     def unfinished(self) -> list[dict[str, Any]]:
         with self.queue.connect() as app:
             return app.execute(
-                "SELECT id, status, attempt, due, run_after FROM training_jobs "
+                "SELECT id, status, attempt, due, run_after, lease_epoch, lease.epoch, lease.expires_at, "
+                "clock_timestamp() AS now FROM training_jobs LEFT JOIN training_leases AS lease ON job_id = id "
                 "WHERE status NOT IN ('completed', 'failed', 'cancelled')"
             ).fetchall()
 
@@ -327,11 +402,21 @@ class Chaos:
         return run_oracle(dsn, "--storage", str(self.folder / "storage"), "--processes-of", str(self.folder))
 
 
+# Taken and given back, and what of it concerns hosts at work.
+RIGHTS = [
+    ("REVOKE SELECT ON training_leases FROM training_daemon", "GRANT SELECT ON training_leases TO training_daemon"),
+    ("REVOKE USAGE ON SCHEMA public FROM training_daemon, PUBLIC", "GRANT USAGE ON SCHEMA public TO PUBLIC"),
+    ("REVOKE SELECT ON training_jobs FROM training_daemon", "GRANT SELECT ON training_jobs TO training_daemon"),
+    ("REVOKE INSERT ON training_events FROM training_daemon", "GRANT INSERT ON training_events TO training_daemon"),
+    ("REVOKE DELETE ON training_leases FROM training_daemon", "GRANT DELETE ON training_leases TO training_daemon"),
+]
+
 FAULTS = {
     "kill_daemon": 5, "kill_child": 6, "stop_past_the_lease": 4, "terminate_backend": 4, "restart_postgres": 1,
     "crash_postgres": 1, "cut_the_network": 3, "leave_half_open": 2, "heal_the_network": 4, "cancel": 3, "resubmit": 3,
     "drain": 1,
 }  # fmt: skip
+FAULTS_OF_THE_SCHEMA = {"revoke_a_right": 2, "hide_rows": 2, "refuse_a_row": 2, "lock_a_table": 2}
 
 
 def seed_of_the_run() -> int:
@@ -372,7 +457,15 @@ def report(chaos: Chaos, seed: int, verdict: subprocess.CompletedProcess[str], s
 def test_a_short_chaos_leaves_every_job_ended_once(
     server: EmbeddedPostgres, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_chaos(server, tmp_path, capsys, jobs=60, rage_seconds=22, calm_seconds=90)
+    run_chaos(server, tmp_path, capsys, FAULTS, jobs=60, rage_seconds=22, calm_seconds=90)
+
+
+@pytest.mark.system
+@pytest.mark.timeout(240)
+def test_a_chaos_in_the_schema_as_well_leaves_every_job_ended_once(
+    server: EmbeddedPostgres, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_chaos(server, tmp_path, capsys, FAULTS | FAULTS_OF_THE_SCHEMA, jobs=60, rage_seconds=30, calm_seconds=120)
 
 
 @pytest.mark.system
@@ -380,13 +473,15 @@ def test_a_short_chaos_leaves_every_job_ended_once(
 def test_a_long_chaos_leaves_every_job_ended_once(
     server: EmbeddedPostgres, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_chaos(server, tmp_path, capsys, jobs=240, rage_seconds=150, calm_seconds=400, trainings=6)
+    faults = FAULTS | FAULTS_OF_THE_SCHEMA
+    run_chaos(server, tmp_path, capsys, faults, jobs=240, rage_seconds=150, calm_seconds=400, trainings=6)
 
 
 def run_chaos(
     server: EmbeddedPostgres,
     folder: Path,
     capsys: pytest.CaptureFixture[str],
+    faults: Mapping[str, int],
     *,
     jobs: int,
     rage_seconds: float,
@@ -409,7 +504,7 @@ def run_chaos(
                 checkpoint_seconds=0.1,
                 work_dir=folder / "trainings",
             )
-        chaos.rage(FAULTS, rage_seconds)
+        chaos.rage(faults, rage_seconds)
         chaos.calm(calm_seconds)
         assert len(chaos.killed_in_training) == trainings, "not every real training was killed in mid-run"
         for job in chaos.killed_in_training:
