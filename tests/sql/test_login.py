@@ -187,7 +187,7 @@ async def test_a_host_that_no_dns_knows_is_waited_for_and_named() -> None:
 
 
 def test_an_ipv6_host_without_a_way_there_is_sent_to_the_session_pooler() -> None:
-    """libpq's own words, taken on a machine without IPv6."""
+    """libpq's words where the kernel has no route to an IPv6 address, written from its source (fe-connect.c)."""
     said = (
         'connection failed: connection to server at "2600:1f18::1", port 5432 failed: Network is unreachable\n'
         "\tIs the server running on that host and accepting TCP/IP connections?"
