@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 import structlog
-from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential_jitter
+from tenacity import AsyncRetrying, retry_if_exception, wait_exponential_jitter
 
 from daemon.troubles import Troubles
 
@@ -85,14 +85,16 @@ class _Chore:
     async def run(self) -> None:
         _working.set(self._works)
         async for attempt in AsyncRetrying(
-            retry=retry_if_exception_type(Exception),
-            wait=wait_exponential_jitter(initial=FIRST_BACKOFF_SECONDS, max=MAX_BACKOFF_SECONDS),
+            retry=retry_if_exception(lambda error: isinstance(error, Exception) and not _is_leaving()),
+            wait=wait_exponential_jitter(multiplier=FIRST_BACKOFF_SECONDS, max=MAX_BACKOFF_SECONDS),
         ):
             with attempt:
                 self._worked_since = False
                 try:
                     await self._once()
                 except Exception as error:
+                    if _is_leaving():
+                        raise
                     if self._worked_since:
                         # It had worked since: a failure once a day does not add up to a long pause.
                         attempt.retry_state.attempt_number = 1
@@ -104,8 +106,7 @@ class _Chore:
         try:
             await self._work()
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
+            if _is_leaving():
                 raise
             # Somebody else's cancellation came out of what it awaited: a failure like any other.
             raise RuntimeError("cancelled from within") from None
@@ -126,3 +127,9 @@ class _Chore:
             again = said == self._said
             self._said, self._said_at = said, time.monotonic()
             log.error("chore_failed", chore=self._name, error=said, exc_info=None if again else error)
+
+
+def _is_leaving() -> bool:
+    """This chore was told to end: whatever comes out of it now is its end."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

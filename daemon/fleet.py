@@ -18,8 +18,9 @@ from uuid import UUID
 import structlog
 
 from daemon.callback import CallbackCourier
+from daemon.chores import Chores
 from daemon.database import Database
-from daemon.errors import DatabaseAway, HostUnfit
+from daemon.errors import DatabaseAway, HostUnfit, StatementRefused
 from daemon.fleet_plan import NAME_PREFIX, FleetPlan, GpuKind, read_plan
 from daemon.fleet_rules import (
     ALIVE_AFTER_OUTAGE_SECONDS,
@@ -40,6 +41,7 @@ from daemon.runpod_api import Fault, Key, Pod, RunPod, RunPodError
 from daemon.settings import Settings
 from daemon.sight import is_blind
 from daemon.store import Store
+from daemon.troubles import Troubles
 
 log = structlog.get_logger()
 
@@ -64,25 +66,23 @@ async def serve_fleet(settings: Settings) -> None:
         deciding = await stack.enter_async_context(Database(dsn, application_name="brightrun-trainer fleet"))
         helping = await stack.enter_async_context(Database(dsn, application_name="brightrun-trainer fleet outbox"))
         runpod = await stack.enter_async_context(RunPod(keys, api=settings.runpod_api))
-        store, courier = Store(helping), CallbackCourier(settings)
+        troubles = Troubles()
+        store, courier = Store(helping, troubles), CallbackCourier(settings)
         fleet = Fleet(settings, plan, FleetStore(deciding), store, runpod)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, fleet.leave)
         listener = Listener(dsn, wake=fleet.wake, on_cancel=lambda _job_id: None)
-        chores = (listener.run(), courier.run(store), reap_for_ever(store, settings.lease_seconds))
-        background = [asyncio.create_task(chore) for chore in chores]
         log.info("fleet_started", max_pods=settings.fleet_max_pods, gpus=[kind.id for kind in plan.gpus])
         if not plan.ends_itself:
             log.warning(
                 "fleet_pods_idle", advice="set TRAINER_IDLE_MINUTES in the pod's env, so that pods end themselves"
             )
-        try:
+        async with Chores(troubles) as chores:
+            chores.start("listener", listener.run)
+            chores.start("callbacks", lambda: courier.run(store))
+            chores.start("reaper", lambda: reap_for_ever(store, settings.lease_seconds))
             await fleet.run()
-        finally:
-            for task in background:
-                task.cancel()
-            await asyncio.gather(*background, return_exceptions=True)
         log.info("fleet_ended")
 
 
@@ -150,6 +150,10 @@ class Fleet:
             # A table or a right that was missing to us was missing to the daemons: their rows are as old as that.
             self._away_at = time.monotonic()
             return AWAY_SECONDS
+        except StatementRefused as error:
+            log.error("fleet_statement_refused", error=str(error))
+            self._store.troubles.begin("fleet", f"the database refuses what the fleet writes: {error}")
+            return AWAY_SECONDS
         except RunPodError as error:
             # Without a sight of the pods nothing is decided: neither that one is missing nor that one is needed.
             log.warning("fleet_runpod_away", fault=error.fault, error=str(error))
@@ -171,7 +175,7 @@ class Fleet:
     async def _end_turn(self) -> None:
         try:
             await self._fleet.end_turn()
-        except DatabaseAway as error:
+        except (DatabaseAway, StatementRefused) as error:
             # The lock went with the connection.
             log.debug("fleet_turn_lost", error=str(error))
 
@@ -179,10 +183,14 @@ class Fleet:
         await self._store.promote_due_jobs()
         view = await self._see(now)
         for row in view.pods:
-            if row.ended_at is None:
-                await self._put_in_order(row, view)
-            elif (stray := view.listed.get(row.id)) is not None:
-                await self._end_stray(row, stray, view)
+            try:
+                if row.ended_at is None:
+                    await self._put_in_order(row, view)
+                elif (stray := view.listed.get(row.id)) is not None:
+                    await self._end_stray(row, stray, view)
+            except StatementRefused as error:
+                # A row of the fleet's own that the database refuses keeps no other pod from its end.
+                log.error("fleet_pod_refused_by_database", pod=row.pod, row=str(row.id), error=str(error))
         patient = False
         if view.jobs:
             # Looked at again: what has ended just now makes room, what was adopted is known.
@@ -211,7 +219,8 @@ class Fleet:
         since = None if connected_at is None else max(connected_at, self._away_at)
         settled = since is not None and time.monotonic() - since >= self._settle_seconds
         jobs = await self._fleet.waiting_jobs(self._limits.user_cap)
-        return View(now, jobs, workers, pods, listed, settled, blind)
+        unplaced = await self._fleet.unplaced_leases()
+        return View(now, jobs, workers, pods, listed, settled, blind, unplaced)
 
     # -- pods that there are ------------------------------------------------------------------------------------
 

@@ -67,6 +67,7 @@ class WorkerSeen:
     state: str
     last_seen_at: datetime
     leases: int
+    live_leases: int = 0
 
     @property
     def has_work(self) -> bool:
@@ -102,6 +103,8 @@ class View:
     may_judge_silence: bool = True
     # Row security hides rows from us: neither a silent host nor an idle one is judged.
     is_blind: bool = False
+    # Live leases of hosts without a row: each may be on a pod that seems never to have reported.
+    unplaced_leases: int = 0
 
     @property
     def alive_seconds(self) -> float:
@@ -109,6 +112,12 @@ class View:
 
     def age(self, since: datetime) -> float:
         return (self.now - since).total_seconds()
+
+    def works(self, row: PodRow) -> bool:
+        """A daemon on this pod keeps a lease alive: this one, or one that was started before it."""
+        return any(
+            worker.live_leases > 0 for worker in self.workers if worker.pod is not None and worker.pod == row.pod
+        )
 
     def worker_of(self, row: PodRow) -> WorkerSeen | None:
         """The daemon that was seen last on this pod."""
@@ -135,8 +144,11 @@ def judge_pod(row: PodRow, view: View, limits: Limits) -> Doom | None:
     worker = view.worker_of(row)
     if worker is None:
         age = view.age(row.asked_at)
-        if view.may_judge_silence and age > limits.report_seconds:
+        if view.may_judge_silence and age > limits.report_seconds and not view.unplaced_leases:
             return Doom(row, "never_reported", f"no daemon reported in for {_minutes(age)} min")
+        return None
+    if view.works(row):
+        # Its row may be old all the same: then what writes the row has failed, not the host.
         return None
     silent = view.age(worker.last_seen_at)
     if worker.state == "gone":
@@ -163,6 +175,10 @@ def may_terminate(row: PodRow, view: View) -> bool:
     """A doomed pod that still works on a job is left to drain: its daemon was asked to claim nothing more."""
     assert row.doomed_at is not None
     worker = view.worker_of(row)
+    if view.works(row) and row.doom != "stopped":
+        return False
+    if row.doom == "never_reported" and worker is None and view.unplaced_leases:
+        return False
     if row.doom in ("stopped", "never_reported", "left", "silent") or worker is None or worker.state == "gone":
         return True
     return not worker.has_work and view.age(row.doomed_at) > DRAIN_GRACE_SECONDS

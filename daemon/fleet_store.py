@@ -48,6 +48,10 @@ class FleetStore:
     async def workers(self, since: datetime, pods: Sequence[str]) -> list[WorkerSeen]:
         return [WorkerSeen(**row) for row in await self._run("read_fleet_workers", since=since, pods=list(pods))]
 
+    async def unplaced_leases(self) -> int:
+        """Live leases whose host has no row: it may be on any pod."""
+        return int((await self._run("read_unplaced_leases"))[0]["leases"])
+
     async def pods(self, listed: Sequence[UUID]) -> list[PodRow]:
         return [PodRow(**row) for row in await self._run("read_fleet_pods", listed=list(listed))]
 

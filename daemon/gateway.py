@@ -16,6 +16,7 @@ import structlog
 import uvicorn
 
 from daemon.callback import CallbackCourier
+from daemon.chores import Chores
 from daemon.dashboard.feed import Feed
 from daemon.database import Database
 from daemon.errors import DatabaseAway, HostUnfit
@@ -26,6 +27,7 @@ from daemon.metrics import ServiceMetrics
 from daemon.reaper import reap_for_ever
 from daemon.settings import Settings
 from daemon.store import Store
+from daemon.troubles import Troubles
 
 log = structlog.get_logger()
 
@@ -58,15 +60,9 @@ async def run_gateway(settings: Settings, closing: asyncio.Event) -> None:
         ):
             metrics = ServiceMetrics(rows)
             await _first_look(metrics)
-            store = Store(chores)
-            feed = Feed(dsn)
-            background = [
-                asyncio.create_task(reap_for_ever(store, settings.lease_seconds)),
-                asyncio.create_task(feed.run()),
-            ]
-            # Without the secrets it would send unsigned what the daemons would sign.
-            if settings.callback_secrets:
-                background.append(asyncio.create_task(CallbackCourier(settings).run(store)))
+            troubles = Troubles()
+            store = Store(chores, troubles)
+            feed = Feed(dsn, troubles)
             server = _Server(
                 uvicorn.Config(
                     build_app(settings, rows, metrics, feed, closing),
@@ -87,12 +83,18 @@ async def run_gateway(settings: Settings, closing: asyncio.Event) -> None:
                 keys=len(settings.gateway_keys),
                 delivers_callbacks=bool(settings.callback_secrets),
             )
-            try:
-                await server.serve(sockets=[listening])
-            finally:
-                for task in (ending, *background):
-                    task.cancel()
-                await asyncio.gather(ending, *background, return_exceptions=True)
+            async with Chores(troubles, on_failure=metrics.count_chore_failure) as watched:
+                watched.start("reaper", lambda: reap_for_ever(store, settings.lease_seconds))
+                watched.start("dashboard", feed.run)
+                # Without the secrets it would send unsigned what the daemons would sign.
+                if settings.callback_secrets:
+                    courier = CallbackCourier(settings)
+                    watched.start("callbacks", lambda: courier.run(store))
+                try:
+                    await server.serve(sockets=[listening])
+                finally:
+                    ending.cancel()
+                    await asyncio.gather(ending, return_exceptions=True)
     log.info("gateway_ended")
 
 

@@ -73,6 +73,12 @@ class ServiceMetrics:
         self._failures = Counter(
             "trainer_failures", "Attempts that failed, by code: the error_code.", ["code"], registry=self._registry
         )
+        self._chore_failures = Counter(
+            "trainer_chore_failures",
+            "Failures of the gateway's background work, by name; each was begun again.",
+            ["chore"],
+            registry=self._registry,
+        )
         self._pickups = Histogram(
             "trainer_pickup_seconds",
             "From the moment that a job could be claimed to its claim.",
@@ -83,6 +89,10 @@ class ServiceMetrics:
             ("completed", "failed", "cancelled", "retrying", "reaped", "released"), 0
         )
         self.now: dict[str, Any] = {}
+
+    def count_chore_failure(self, name: str) -> None:
+        """A chore of this process has failed and is begun again."""
+        self._chore_failures.labels(name).inc()
 
     async def exposition(self) -> bytes:
         """The text that Prometheus scrapes. While the database is away, trainer_database_up says 0."""

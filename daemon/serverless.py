@@ -24,9 +24,10 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from daemon.attempt import Collaborators
 from daemon.callback import CallbackCourier
+from daemon.chores import Chores
 from daemon.database import Database
 from daemon.database_url import NO_DATABASE
-from daemon.errors import EXIT_UNFIT, DatabaseAway, HostUnfit
+from daemon.errors import EXIT_UNFIT, DatabaseAway, HostUnfit, StatementRefused
 from daemon.fitness import Fitness
 from daemon.gateway_rows import Refused, Standing
 from daemon.gateway_words import Submission, run_output, run_status
@@ -123,6 +124,9 @@ class ServerlessHost:
         try:
             job_id = await self._jobs.submit(submission)
             standing = await self._run_to_its_end(job_id, request)
+        except StatementRefused as refused:
+            log.error("serverless_job_refused", error=str(refused))
+            return {"error": f"The database refuses the job: {refused}."}
         except Refused as refused:
             faults = (f"{fault.field}: {fault.message}" for fault in refused.faults)
             return {"error": " ".join([refused.message, *faults, refused.hint or ""]).strip()}
@@ -188,7 +192,7 @@ class ServerlessHost:
                 await self._jobs.cancel(job_id)
             except Refused:
                 return  # it has just ended by itself
-            except DatabaseAway as error:
+            except (DatabaseAway, StatementRefused) as error:
                 if clock() < until:
                     await asyncio.sleep(LOOK_SECONDS)
                     continue
@@ -261,6 +265,7 @@ async def open_host(
     dsn = settings.database_url.get_secret_value()
     async with AsyncExitStack() as stack:
         herald = Herald(settings)
+        troubles = Troubles()
         storage = open_storage(settings)
         stack.push_async_callback(storage.close)
         jobs: Jobs
@@ -268,7 +273,7 @@ async def open_host(
             jobs = await stack.enter_async_context(_opened(ServerlessRows(settings, host)))
             names = ("brightrun-trainer serverless", "brightrun-trainer heartbeat")
             store, heartbeat = [
-                Store(await stack.enter_async_context(Database(dsn, application_name=name))) for name in names
+                Store(await stack.enter_async_context(Database(dsn, application_name=name)), troubles) for name in names
             ]
         else:
             jobs = store = heartbeat = RowlessStore(host, settings.allowed_models)
@@ -282,7 +287,12 @@ async def open_host(
                 settings=settings,
                 host=host,
                 store=store,
-                leases=LeaseKeeper(heartbeat, lease_seconds=settings.lease_seconds, on_partition=settings.on_partition),
+                leases=LeaseKeeper(
+                    heartbeat,
+                    lease_seconds=settings.lease_seconds,
+                    on_partition=settings.on_partition,
+                    troubles=troubles,
+                ),
                 storage=storage,
                 courier=herald,
                 trainers=trainers,
@@ -291,21 +301,16 @@ async def open_host(
                 troubles=troubles,
             )
         )
-        background = [asyncio.create_task(chore) for chore in (herald.run(store), price.run(), trainers.tend())]
-        if with_rows:
-            listener = Listener(dsn, wake=lambda: None, on_cancel=worker.cancelled)
-            background += [
-                asyncio.create_task(listener.run()),
-                asyncio.create_task(reap_for_ever(store, settings.lease_seconds)),
-            ]
-        try:
+        async with Chores(troubles) as chores:
+            chores.start("callbacks", lambda: herald.run(store))
+            chores.start("price of the pod", price.run)
+            chores.start("waiting trainers", trainers.tend)
+            if with_rows:
+                chores.start("listener", Listener(dsn, wake=lambda: None, on_cancel=worker.cancelled).run)
+                chores.start("reaper", lambda: reap_for_ever(store, settings.lease_seconds))
             yield ServerlessHost(
                 jobs, worker, herald, lease_seconds=settings.lease_seconds, send_progress=send_progress
             )
-        finally:
-            for task in background:
-                task.cancel()
-            await asyncio.gather(*background, return_exceptions=True)
 
 
 @asynccontextmanager

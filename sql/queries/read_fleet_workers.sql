@@ -12,7 +12,13 @@ SELECT
     worker.busy,
     worker.state,
     worker.last_seen_at,
-    (SELECT count(*) FROM training_leases AS lease WHERE lease.worker_id = worker.id) AS leases
+    (SELECT count(*) FROM training_leases AS lease WHERE lease.worker_id = worker.id) AS leases,
+    -- Kept alive by a heartbeat: whatever else of this host has fallen silent, it works.
+    (
+        SELECT count(*)
+        FROM training_leases AS lease
+        WHERE lease.worker_id = worker.id AND lease.expires_at > clock_timestamp()
+    ) AS live_leases
 FROM training_workers AS worker
 WHERE worker.last_seen_at > %(since)s
    OR worker.pod = ANY (%(pods)s)

@@ -14,6 +14,7 @@ from daemon.errors import HostUnfit
 from daemon.fleet import serve_fleet
 from daemon.fleet_plan import read_plan
 from daemon.runpod_api import RunPodError
+from daemon.store import Limits
 from tests.fleet.yard import A40, H100, Yard
 from tests.postgres import AppDatabase
 from tests.runpod_double import RunPodDouble
@@ -295,6 +296,29 @@ async def test_a_silent_host_is_ended_but_not_while_it_may_have_been_our_own_sil
     async with yard.fleet() as fleet:
         await fleet.look()
     assert yard.runpod.pods["pod1"].status == "TERMINATED" and yard.rows()[0]["ending"] == "silent"
+
+
+@pytest.mark.parametrize("row", ["stale", "none"])
+async def test_a_pod_that_keeps_a_lease_alive_is_not_ended_whatever_became_of_its_row(yard: Yard, row: str) -> None:
+    """The chore that writes the row has failed, or the database refuses that row; the training goes on."""
+    job_id = yard.job()
+    async with yard.fleet() as fleet:
+        await fleet.look()
+        (pod,) = yard.pods
+        worker = yard.boot(pod)
+        job = (await fleet._store.claim_job(worker, Limits(), lease_seconds=86_400)).job
+        assert job is not None and job.id == job_id
+        if row == "none":
+            yard.database.run("DELETE FROM training_workers")
+            yard.database.run("UPDATE training_pods SET reported_at = NULL")
+        for _ in range(3):
+            yard.after(minutes=30)
+            await fleet.look()
+        assert pod.status == "RUNNING" and "terminate" not in yard.decisions()
+        # Its lease runs out: now it is as silent as it seems.
+        yard.database.run("UPDATE training_leases SET expires_at = clock_timestamp() - interval '1 s'")
+        await fleet.look()
+    assert pod.status == "TERMINATED"
 
 
 @pytest.mark.parametrize("table", ["training_workers", "training_jobs"])
