@@ -281,7 +281,6 @@ async def open_host(
         price = PodPrice(settings.pod_id, keys_of(pod_environment(settings)), settings.runpod_api)
         await price.read()
         trainers = Trainers(settings, host, trainer_command)
-        troubles = Troubles()
         worker = Worker(
             Collaborators(
                 settings=settings,
