@@ -12,8 +12,10 @@ from typing import Any
 
 import psycopg
 
+from daemon.catalogue import read_expected
 from daemon.errors import DatabaseAway, HostUnfit
 from daemon.login import connect
+from daemon.schema_fit import misfits
 
 # Any number will do, as long as every migrating process takes the same one ("brightrun" in base 36, shortened).
 _LOCK = 7_120_451_993
@@ -54,6 +56,7 @@ def migrate(dsn: str, *, local: bool) -> list[str]:
             if local:
                 _apply_local(db)
             _require_supabase(db)
+            _require_fit(db)
             _prepare_record(db)
             return [
                 f"{migration.version}_{migration.name}" for migration in migrations() if _apply_patiently(db, migration)
@@ -68,11 +71,7 @@ def pending(dsn: str) -> list[str]:
     Raises DatabaseAway when Postgres does not answer, MayNotRead, and HostUnfit when the login is refused."""
     try:
         with connect(dsn, application_name="brightrun migrate") as db:
-            found = db.execute("SELECT to_regclass('supabase_migrations.schema_migrations')").fetchone()
-            recorded: set[str] = set()
-            if found is not None and found[0] is not None:
-                rows = db.execute("SELECT version FROM supabase_migrations.schema_migrations").fetchall()
-                recorded = {row[0] for row in rows}
+            recorded = _recorded(db)
     except psycopg.OperationalError as error:
         raise DatabaseAway(f"the database does not answer: {error}") from error
     except psycopg.errors.InsufficientPrivilege as error:
@@ -147,11 +146,34 @@ def _require_supabase(db: psycopg.Connection[Any]) -> None:
         )
 
 
+def _require_fit(db: psycopg.Connection[Any]) -> None:
+    """Nothing is changed in a database that we could not serve afterwards."""
+    with db.transaction():
+        db.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
+        expected = read_expected(db, [split_statements(migration.sql) for migration in migrations()])
+        wrong = misfits(db, expected, fresh=not _recorded(db) & {migration.version for migration in migrations()})
+    if wrong:
+        listed = "\n".join(f"  {line}" for line in wrong)
+        raise HostUnfit(f"the tables cannot be served as they are; nothing was changed:\n{listed}")
+
+
+def _recorded(db: psycopg.Connection[Any]) -> set[str]:
+    """The versions that were applied, whoever applied them."""
+    found = db.execute(
+        "SELECT FROM pg_tables WHERE schemaname = 'supabase_migrations' AND tablename = 'schema_migrations'"
+    ).fetchone()
+    if found is None:
+        return set()
+    return {row[0] for row in db.execute("SELECT version FROM supabase_migrations.schema_migrations").fetchall()}
+
+
 def _prepare_record(db: psycopg.Connection[Any]) -> None:
     """The CLI's own table, made with the CLI's own statements."""
     with db.transaction():
         db.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
-        db.execute("CREATE SCHEMA IF NOT EXISTS supabase_migrations")
+        # Looked for first: after the wait for the lock, CREATE still believes what was not there before it.
+        if db.execute("SELECT FROM pg_namespace WHERE nspname = 'supabase_migrations'").fetchone() is None:
+            db.execute("CREATE SCHEMA supabase_migrations")
         db.execute(
             "CREATE TABLE IF NOT EXISTS supabase_migrations.schema_migrations (version text NOT NULL PRIMARY KEY)"
         )

@@ -10,7 +10,9 @@ import pytest
 
 from daemon.demo.job import JobView, Standing, StoryLine
 from daemon.demo.json_screen import JsonScreen
+from daemon.errors import EXIT_UNFIT
 from tests.cli.command import CommandLine
+from tests.postgres import AppDatabase
 
 
 def test_logs_come_as_one_object_a_line(cli: CommandLine) -> None:
@@ -23,6 +25,14 @@ def test_logs_come_as_one_object_a_line(cli: CommandLine) -> None:
 
 def test_migrate_lists_what_it_applied(cli: CommandLine) -> None:
     assert cli.ok("migrate", "--json").lines == [{"applied": []}]
+
+
+def test_migrate_refuses_what_it_cannot_serve_line_by_line(cli: CommandLine, database: AppDatabase) -> None:
+    database.run("ALTER TABLE training_jobs ALTER error_stack TYPE varchar(9), ALTER retry_count TYPE smallint")
+    said = cli.run("migrate")
+    assert said.status == EXIT_UNFIT and said.out == ""
+    columns = [line.split()[0] for line in said.err.splitlines()[1:]]
+    assert columns == ["training_jobs.error_stack", "training_jobs.retry_count"]
 
 
 def test_a_demo_that_cannot_begin_says_so_in_json(cli: CommandLine) -> None:
