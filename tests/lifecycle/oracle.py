@@ -185,7 +185,8 @@ def judge_job_writers(history: History) -> Iterator[Violation]:
         holder = history.holder.get((job, epoch))
         changed = {name for name in new if new[name] != old[name]} - {"updated_at"}
         if move == ("queued", "queued"):
-            if not changed <= {"due"}:
+            # Due by the clock, or set aside by whoever met a refusal of the database's when he claimed it.
+            if not changed <= {"due", "held"}:
                 yield Violation("stale write", job, f"{host} changed {sorted(changed)} of a queued job", n)
         elif move[0] in HELD and move[1] in {"queued", "failed"} and new["error_code"] == "worker_lost":
             yield from _judge_reap(history, version)
@@ -233,6 +234,10 @@ def judge_leases(history: History) -> Iterator[Violation]:
             )
 
 
+# What a reaper, any host, says of a lease that it could not end.
+NOT_TAKEN_BACK = "the database refuses to take the job back from its lost host: "
+
+
 def judge_points_and_story(history: History) -> Iterator[Violation]:
     """Points and story lines are written by the lease's holder, under the lease's epoch, with its own numbers."""
     for version in history.of("metrics_points"):
@@ -246,6 +251,10 @@ def judge_points_and_story(history: History) -> Iterator[Violation]:
         if line is None or line["kind"] in ANNOUNCED or line["data"].get("code") == "side_table_failed":
             continue
         job, epoch = version["job_id"], history.lease_now(version)
+        if line["kind"] == "set_aside" and epoch is None:
+            continue
+        if line["kind"] == "notice" and line["message"].startswith(NOT_TAKEN_BACK) and epoch == line["epoch"]:
+            continue
         if epoch != line["epoch"] or history.holder.get((job, line["epoch"])) != version["host"]:
             words = f"{line['kind']!r} of epoch {line['epoch']} by {version['host']} at {epoch}"
             yield Violation("stale story", job, words, version["n"])

@@ -259,6 +259,8 @@ class Chaos:
         """A pod is preempted: TERM, and another one comes."""
         host = self._any_awake()
         if host is not None and host.daemon is not None and host.daemon.logged("daemon_started"):
+            # An ending that cannot be written is waited for, however long: what hinders it goes first.
+            self.undo(everything=True)
             host.daemon.signal(signal.SIGTERM)
             host.daemon.wait(60)
             self.boot(host)
