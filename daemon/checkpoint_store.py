@@ -20,7 +20,7 @@ from typing import Any
 
 import structlog
 
-from daemon.errors import DatabaseAway, JobError, JobFailed, LeaseLost, TrainerError
+from daemon.errors import DatabaseAway, JobError, JobFailed, LeaseLost, StatementRefused, TrainerError
 from daemon.job import ClaimedJob
 from daemon.stop import Stop
 from daemon.storage import Storage, sha256_of
@@ -182,7 +182,10 @@ class CheckpointStore:
                 self._failing = False
             except LeaseLost:
                 self._given_up = True
-            except (JobError, DatabaseAway, CheckpointUnusable, OSError) as error:
+            except (JobError, DatabaseAway, StatementRefused, CheckpointUnusable, OSError) as error:
+                self._note_failure(step, error)
+            except Exception as error:  # nothing waits for this task: it must not end unheard
+                log.exception("checkpoint_not_kept", step=step)
                 self._note_failure(step, error)
 
     def _note_failure(self, step: int, error: Exception) -> None:

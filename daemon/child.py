@@ -293,7 +293,12 @@ class Child:
                     continue
                 if not line:
                     return
-                self._hear(line)
+                try:
+                    self._hear(line)
+                except (
+                    Exception
+                ):  # whoever hears it failed: the next ones, the ending among them, are heard all the same
+                    log.exception("event_not_taken", line=line[:200].decode(errors="replace"))
         finally:
             transport.close()
 

@@ -308,7 +308,10 @@ async def _run_download(name: str, target: Path, settings: Settings, on_progress
 
 async def _watch(target: Path, total: int, on_progress: Progress) -> None:
     while True:
-        on_progress(min(await asyncio.to_thread(bytes_on_disk, target), total), total)
+        try:
+            on_progress(min(await asyncio.to_thread(bytes_on_disk, target), total), total)
+        except OSError as error:
+            log.debug("model_download_not_measured", error=str(error))  # a file was moved to its place meanwhile
         await asyncio.sleep(PROGRESS_SECONDS)
 
 

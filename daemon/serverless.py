@@ -222,7 +222,10 @@ class ServerlessHost:
                 await news.wait()
                 news.clear()
                 if newest and not ended:
-                    await send(request, run_output(newest.pop()).model_dump())
+                    try:
+                        await send(request, run_output(newest.pop()).model_dump())
+                    except Exception:  # the next one says more
+                        log.exception("serverless_progress_not_sent")
 
         self._herald.listeners[job_id] = say
         sending = asyncio.create_task(send_in_turn(self._send_progress))

@@ -92,7 +92,6 @@ async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_C
         courier = CallbackCourier(settings)
         environment = pod_environment(settings)
         price = PodPrice(settings.pod_id, keys_of(environment), settings.runpod_api)
-        troubles = Troubles()
         worker = Worker(
             Collaborators(
                 settings=settings,
