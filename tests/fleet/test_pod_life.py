@@ -185,7 +185,8 @@ async def test_an_ending_that_nobody_ever_takes_holds_the_pod_no_longer_than_its
     given = load_settings(database_url="postgresql://nowhere", idle_minutes=0.2 / 60)
     began = time.monotonic()
     await asyncio.wait_for(PodLife(given, worker, endings_wait=waits, end_pod=ended).run(), 30)
-    assert time.monotonic() - began >= 1.0 and asked > 1 and worker.drained
+    # A loop wakes up to a tick of its clock before the time that it was asked for.
+    assert time.monotonic() - began >= 0.99 and asked > 1 and worker.drained
 
 
 class IdleWorker:
