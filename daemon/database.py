@@ -163,6 +163,9 @@ class Database:
                 raise DatabaseAway(_first_line(error)) from error
             if isinstance(error, psycopg.Error) and error.sqlstate == _ROWS_HIDDEN:
                 raise RowsHidden(_first_line(error)) from error
+            if _breaks_a_policy(error) and not is_of_the_app(error):
+                # No right is missing: a policy of somebody's binds the daemon's role as well.
+                raise RowsHidden(f"{_first_line(error)}; doctor names the policy") from error
             if isinstance(error, _NOT_MIGRATED) and not is_of_the_app(error):
                 await self._renew_session()
                 raise self._missing(
@@ -289,6 +292,13 @@ def _is_altered(error: BaseException) -> bool:
     # A column of a prepared statement has another type now, by a migration of the app's: a new session prepares anew.
     return (
         isinstance(error, psycopg.errors.FeatureNotSupported) and error.diag.source_function == "RevalidateCachedQuery"
+    )
+
+
+def _breaks_a_policy(error: BaseException) -> bool:
+    """A new row that row security does not admit: the same SQLSTATE as a missing right, told by where it was raised."""
+    return (
+        isinstance(error, psycopg.errors.InsufficientPrivilege) and error.diag.source_function == "ExecWithCheckOptions"
     )
 
 

@@ -10,9 +10,10 @@ import psycopg
 import pytest
 
 from daemon.database import Database
+from daemon.errors import RowsHidden
 from daemon.store import Claim, Store
 from tests.postgres import AppDatabase
-from tests.sql.claiming import claim
+from tests.sql.claiming import claim, claimed
 
 
 async def claimed_ids(store: Store, **limits: Any) -> list[UUID]:
@@ -222,3 +223,16 @@ def test_a_fresh_claim_cannot_take_a_slot_twice(database: AppDatabase, user: UUI
     database.run(text, (jobs[0], user))
     with pytest.raises(psycopg.errors.UniqueViolation):
         database.run(text, (jobs[1], user))
+
+
+async def test_a_policy_that_admits_no_lease_is_no_missing_right(
+    store: Store, database: AppDatabase, user: UUID
+) -> None:
+    """Before the first claim as well, where a missing right would end the daemon: waiting heals it."""
+    job_id = database.insert_job(user)
+    database.run("CREATE POLICY tenants ON training_leases AS RESTRICTIVE FOR INSERT WITH CHECK (false)")
+    with pytest.raises(RowsHidden, match="row-level security"):
+        await claim(store)
+    assert database.job(job_id)["held"] is False
+    database.run("DROP POLICY tenants ON training_leases")
+    assert (await claimed(store)).id == job_id
