@@ -18,6 +18,8 @@ import psycopg
 _ELSEWHERE = "trainer_reference"
 _PUBLIC = re.compile(r"\bpublic\b")
 _READ = (resources.files("sql.catalogue") / "read_catalogue.sql").read_bytes()
+# The types that another app may have in place of ours (daemon.schema_fit says which for which).
+_SERVED = re.compile(r"(?:text|character varying|numeric|integer|bigint)(?:\([\d,]+\))?")
 _API_ROLES = "anon, authenticated, service_role"
 
 Catalogue = Mapping[tuple[str, str], str]
@@ -40,6 +42,8 @@ def read_expected(db: psycopg.Connection[Any], files: Sequence[Sequence[str]]) -
     with _elsewhere(db) as schema:
         _apply(db, files[:1])
         app = read_catalogue(db, schema)
+        _take_over_types(db, app)
+        before = read_catalogue(db, schema)
         _apply(db, files[1:])
         made = read_catalogue(db, schema)
     # Once more as in an older project, where everything new is everybody's: what is left of that is allowed.
@@ -49,7 +53,11 @@ def read_expected(db: psycopg.Connection[Any], files: Sequence[Sequence[str]]) -
         _apply(db, files)
         generous = read_catalogue(db, schema)
     return Expected(
-        ours={key: definition for key, definition in made.items() if app.get(key) != definition},
+        ours={
+            key: definition
+            for key, definition in made.items()
+            if before.get(key) != definition or key[0] == "publication"
+        },
         app=app,
         admitted=frozenset(name for kind, name in generous if kind == "right"),
     )
@@ -58,9 +66,24 @@ def read_expected(db: psycopg.Connection[Any], files: Sequence[Sequence[str]]) -
 def read_catalogue(db: psycopg.Connection[Any], schema: str = "public") -> dict[tuple[str, str], str]:
     """What a schema holds now: kind and name, with all that is compared."""
     with db.transaction():
+        # The definition of a view waits for whoever holds its tables.
+        db.execute("SET LOCAL lock_timeout = '1s'")
         db.execute("SET LOCAL search_path = ''")
         rows = db.execute(_READ, {"schema": schema}).fetchall()
     return {(kind, name.replace(schema, "public")): text.replace(schema, "public") for kind, name, text in rows}
+
+
+def _take_over_types(db: psycopg.Connection[Any], app: Catalogue) -> None:
+    """What is written about a column depends on its type: a view of a text has no cast where one of a varchar has."""
+    for relation, column, found in db.execute(
+        "SELECT class.relname, attribute.attname, format_type(attribute.atttypid, attribute.atttypmod) "
+        "FROM pg_class AS class JOIN pg_attribute AS attribute ON attribute.attrelid = class.oid "
+        "WHERE class.relnamespace = to_regnamespace('public') AND class.relkind = 'r' AND attribute.attnum > 0"
+    ).fetchall():
+        made = app.get(("column", f"{relation}.{column}"), "")
+        if _SERVED.match(made) and _SERVED.fullmatch(found) and not made.startswith(f"{found} "):
+            alter = f'ALTER TABLE {_ELSEWHERE}."{relation}" ALTER COLUMN "{column}"'
+            db.execute(f"{alter} TYPE {found} USING NULL::{found}".encode())
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from daemon.errors import DatabaseAway, DatabaseUnprepared, HostFault, HostUnfit
 from daemon.finding import Finding, green, red, yellow
 from daemon.fitness import ADVICE
 from daemon.listener import Listener
-from daemon.migrate import MayNotRead, pending
+from daemon.migrate import MayNotRead, faults, pending
 from daemon.pod_end import keys_of
 from daemon.pod_life import pod_environment
 from daemon.runpod_api import RunPod, RunPodError
@@ -76,6 +76,7 @@ async def check_database(settings: Settings) -> AsyncIterator[Finding]:
         async with Database(dsn, application_name="brightrun-trainer doctor") as database:
             yield await _check_role(database)
             yield await _check_rights(database)
+            yield await asyncio.to_thread(_check_installation, dsn)
             yield await _check_sight(Store(database))
             yield await _check_clock(database)
             yield await _check_older_dispatcher(database)
@@ -116,6 +117,20 @@ async def _check_rights(database: Database) -> Finding:
         missing = ", ".join(f"{row['verb']} on {row['relation'].removeprefix('public.')}" for row in rows)
         return red("rights", f"lacks {missing}", "brightrun-trainer migrate, as the administrator")
     return green("rights", f"all that the daemon needs on {len(RIGHTS)} tables")
+
+
+def _check_installation(dsn: str) -> Finding:
+    """Whether all is as `migrate` left it: after a restore the record of what was applied says so, and it is not."""
+    name, advice = "installation", "brightrun-trainer migrate, as the administrator, repairs it"
+    try:
+        wrong = faults(dsn)
+    except MayNotRead as error:
+        return yellow(name, str(error), advice)
+    if wrong is None:
+        return yellow(name, "not verified on this server yet", "brightrun-trainer migrate, as the administrator")
+    if wrong:
+        return red(name, "; ".join(wrong), advice)
+    return green(name, "every role, right, trigger and function is as migrate left it")
 
 
 async def _check_sight(store: Store) -> Finding:

@@ -6,16 +6,20 @@ One transaction a file, a lock against two at once, and retries where the app's 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
 
-from daemon.catalogue import read_expected
+from daemon.catalogue import Expected, read_catalogue, read_expected
 from daemon.errors import DatabaseAway, HostUnfit
+from daemon.installation import add_constraints, differences, in_words, inspect, record, repair_catalogue, repair_rows
 from daemon.login import connect
 from daemon.schema_fit import misfits
+
+T = TypeVar("T")
 
 # Any number will do, as long as every migrating process takes the same one ("brightrun" in base 36, shortened).
 _LOCK = 7_120_451_993
@@ -46,8 +50,21 @@ def migrations() -> list[Migration]:
     ]
 
 
+@dataclass(frozen=True)
+class Migrated:
+    """The names applied, `version_name` each, and in words what was found broken and set right."""
+
+    applied: list[str]
+    repaired: list[str]
+
+
 def migrate(dsn: str, *, local: bool) -> list[str]:
-    """Apply what is missing and return the names applied, `version_name` each.
+    """As `bring_up_to_date`; returns only the names applied."""
+    return bring_up_to_date(dsn, local=local).applied
+
+
+def bring_up_to_date(dsn: str, *, local: bool) -> Migrated:
+    """Apply what is missing, then verify all that was ever applied, and repair what is not as it should be.
 
     `local` first gives a plain Postgres what Supabase has (roles, auth.users, auth.uid()).
     Raises DatabaseAway when Postgres does not answer or a table stays locked, HostUnfit when it is no place for us."""
@@ -56,11 +73,16 @@ def migrate(dsn: str, *, local: bool) -> list[str]:
             if local:
                 _apply_local(db)
             _require_supabase(db)
-            _require_fit(db)
+            expected = _require_fit(db)
             _prepare_record(db)
-            return [
+            _prepare_role(db)
+            applied = [
                 f"{migration.version}_{migration.name}" for migration in migrations() if _apply_patiently(db, migration)
             ]
+            repaired = _patiently("the repair", lambda: _repair(db, expected))
+            repaired += _patiently("the repair of rows", lambda: repair_rows(db))
+            record(db, expected)
+            return Migrated(applied, repaired)
     except psycopg.OperationalError as error:
         raise DatabaseAway(f"the migration could not be finished: {error}") from error
 
@@ -124,8 +146,12 @@ def _says_something(statement: str) -> bool:
 
 
 def _apply_local(db: psycopg.Connection[Any]) -> None:
-    answer = db.execute("SELECT to_regnamespace('auth') IS NULL").fetchone()
-    if answer is None or not answer[0]:
+    # Roles are the cluster's: a dump from another one brings the schema and not them.
+    answer = db.execute(
+        "SELECT to_regnamespace('auth') IS NOT NULL AND count(*) = 3 FROM pg_roles "
+        "WHERE rolname IN ('anon', 'authenticated', 'service_role')"
+    ).fetchone()
+    if answer is None or answer[0]:
         return
     for file in sorted(item.name for item in resources.files("sql.local").iterdir() if item.name.endswith(".sql")):
         with db.transaction():
@@ -146,15 +172,67 @@ def _require_supabase(db: psycopg.Connection[Any]) -> None:
         )
 
 
-def _require_fit(db: psycopg.Connection[Any]) -> None:
+def _require_fit(db: psycopg.Connection[Any]) -> Expected:
     """Nothing is changed in a database that we could not serve afterwards."""
     with db.transaction():
         db.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
-        expected = read_expected(db, [split_statements(migration.sql) for migration in migrations()])
+        try:
+            expected = read_expected(db, _files())
+        except psycopg.DatabaseError as error:
+            raise HostUnfit(f"the migrations cannot be applied here: {error}") from error
         wrong = misfits(db, expected, fresh=not _recorded(db) & {migration.version for migration in migrations()})
     if wrong:
         listed = "\n".join(f"  {line}" for line in wrong)
         raise HostUnfit(f"the tables cannot be served as they are; nothing was changed:\n{listed}")
+    return expected
+
+
+def _files() -> list[list[str]]:
+    return [split_statements(migration.sql) for migration in migrations()]
+
+
+def _prepare_role(db: psycopg.Connection[Any]) -> None:
+    """The role is the cluster's, not the database's: what was applied in another cluster has not made it here."""
+    with db.transaction():
+        for statement in (statement for statements in _files() for statement in statements):
+            if "CREATE ROLE training_daemon" in statement:
+                db.execute(statement.encode())
+
+
+def _repair(db: psycopg.Connection[Any], expected: Expected) -> list[str]:
+    with db.transaction():
+        db.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
+        wrong = differences(expected, read_catalogue(db))
+        try:
+            if wrong:
+                repair_catalogue(db, wrong, _files())
+                add_constraints(db, differences(expected, read_catalogue(db)), expected)
+        except psycopg.errors.LockNotAvailable:
+            raise
+        except psycopg.DatabaseError as error:
+            listed = "; ".join(in_words(wrong))
+            raise HostUnfit(f"what was found broken cannot be repaired ({error}): {listed}") from error
+        left = differences(expected, read_catalogue(db))
+    # What is published is the publication's owner's business, and no fault of the tables.
+    if left := [difference for difference in left if difference.kind != "publication"]:
+        listed = "\n".join(f"  {line}" for line in in_words(left))
+        raise HostUnfit(f"this is not as our migrations make it, and has to be mended by hand:\n{listed}")
+    return in_words(wrong)
+
+
+def faults(dsn: str) -> list[str] | None:
+    """What `migrate` would repair here, found with the daemon's own rights. None: it has never verified this database.
+
+    Raises DatabaseAway, MayNotRead, HostUnfit."""
+    try:
+        with connect(dsn, application_name="brightrun doctor") as db:
+            return inspect(db)
+    except psycopg.OperationalError as error:
+        raise DatabaseAway(f"the database does not answer: {error}") from error
+    except psycopg.errors.InsufficientPrivilege as error:
+        raise MayNotRead(f"this login may not look: {error}") from error
+    except psycopg.DatabaseError as error:
+        raise HostUnfit(f"the database is not as `brightrun-trainer migrate` leaves it: {error}") from error
 
 
 def _recorded(db: psycopg.Connection[Any]) -> set[str]:
@@ -182,17 +260,21 @@ def _prepare_record(db: psycopg.Connection[Any]) -> None:
 
 
 def _apply_patiently(db: psycopg.Connection[Any], migration: Migration) -> bool:
+    return _patiently(f"{migration.version}_{migration.name}", lambda: _apply(db, migration))
+
+
+def _patiently(what: str, change: Callable[[], T]) -> T:
     for tries_left in reversed(range(_LOCK_TRIES)):
         try:
-            return _apply(db, migration)
+            return change()
         except psycopg.errors.LockNotAvailable as error:
             if tries_left == 0:
                 raise DatabaseAway(
-                    f"{migration.version}_{migration.name}: a table stayed locked for "
+                    f"{what}: a table stayed locked for "
                     f"{_LOCK_TRIES} tries; end the long transaction that holds it (pg_stat_activity) and run it again"
                 ) from error
             time.sleep(_LOCK_PAUSE_SECONDS)
-    return False
+    raise AssertionError("the last try returns or raises")
 
 
 def _apply(db: psycopg.Connection[Any], migration: Migration) -> bool:

@@ -105,7 +105,7 @@ def misfits(db: psycopg.Connection[Any], expected: Expected, *, fresh: bool) -> 
     """What we cannot serve, one line a column: what it is, and what to do. Empty where everything fits.
 
     `fresh`: nothing of ours was applied yet, so whatever has one of our names is the app's own."""
-    wanted = {name: text for (kind, name), text in (*expected.app.items(), *expected.ours.items()) if kind == "column"}
+    wanted = {name: text for (kind, name), text in (*expected.ours.items(), *expected.app.items()) if kind == "column"}
     relations = {name.partition(".")[0] for name in wanted}
     with db.cursor(row_factory=class_row(_Column)) as cursor:
         columns = cursor.execute(_COLUMNS, {"relations": sorted(relations)}).fetchall()

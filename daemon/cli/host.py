@@ -62,16 +62,20 @@ def migrate(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Bring the database up to date; keeps its record where `supabase db push` keeps it."""
+    """Bring the database up to date, and repair what a restore has left; safe at any time.
+
+    Keeps its record where `supabase db push` keeps it.
+    """
     from daemon.cli.connection import database_url
     from daemon.cli.terminal import print_json
-    from daemon.migrate import migrate as apply
+    from daemon.migrate import bring_up_to_date
 
-    applied = apply(database_url(), local=local)
+    done = bring_up_to_date(database_url(), local=local)
     if as_json:
-        print_json({"applied": applied})
+        print_json({"applied": done.applied, "repaired": done.repaired})
         return
-    typer.echo("\n".join(f"applied {name}" for name in applied) or "already up to date")
+    lines = [*(f"applied {name}" for name in done.applied), *(f"repaired: {words}" for words in done.repaired)]
+    typer.echo("\n".join(lines) or "already up to date")
 
 
 def doctor(as_json: AsJson = False) -> None:

@@ -31,7 +31,17 @@ rights AS (
     FROM functions AS function
     CROSS JOIN LATERAL aclexplode(coalesce(function.proacl, acldefault('f', function.proowner))) AS acl
 )
-SELECT 'table' AS kind, relation.relname::text AS name, 'row security ' || relation.relrowsecurity AS definition
+SELECT
+    'table' AS kind, relation.relname::text AS name,
+    'row security ' || relation.relrowsecurity || CASE
+        WHEN EXISTS (
+            SELECT
+            FROM pg_trigger AS trigger
+            WHERE trigger.tgrelid = relation.oid AND trigger.tgisinternal AND trigger.tgenabled <> 'O'
+        )
+        THEN ' (foreign keys)'
+        ELSE ''
+    END AS definition
 FROM relations AS relation
 WHERE relation.relkind IN ('r', 'p')
 UNION ALL
@@ -108,3 +118,16 @@ FROM scope
 CROSS JOIN pg_roles AS role
 WHERE role.rolname IN ('anon', 'authenticated', 'service_role', 'training_daemon')
   AND has_schema_privilege(role.oid, scope.oid, 'USAGE')
+UNION ALL
+-- Where there is no publication, or one of all tables, nothing is missing in it.
+SELECT 'publication', member, ''
+FROM unnest(ARRAY['training_jobs', 'training_events', 'metrics_points']) AS member
+WHERE %(schema)s <> 'public'
+   OR NOT EXISTS (SELECT FROM pg_publication WHERE pubname = 'supabase_realtime' AND NOT puballtables)
+   OR EXISTS (
+       SELECT
+       FROM pg_publication_tables AS published
+       WHERE published.pubname = 'supabase_realtime'
+         AND published.schemaname = 'public'
+         AND published.tablename = member
+   )

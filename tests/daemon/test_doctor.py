@@ -191,6 +191,7 @@ async def test_a_database_as_the_guide_sets_it_up_is_green(daemons_url: str, tmp
         "migrations",
         "database role",
         "rights",
+        "installation",
         "row security",
         "clock",
         "older dispatcher",

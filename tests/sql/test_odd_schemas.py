@@ -12,7 +12,7 @@ import pytest
 from daemon.database import Database
 from daemon.errors import HostUnfit
 from daemon.job import Completed, Failed
-from daemon.migrate import migrate, split_statements
+from daemon.migrate import faults, migrate, split_statements
 from daemon.store import MetricPoint, Store
 from tests.postgres import AppDatabase, Server, app_job, insert_statement
 from tests.sql.claiming import claimed
@@ -195,6 +195,7 @@ async def test_what_is_let_through_is_served_through_every_state(living: AppData
     states = living.run("SELECT status FROM training_jobs WHERE lease_epoch > 0 ORDER BY status")
     assert [row["status"] for row in states] == ["cancelled", "completed", "failed"]
     assert living.one("SELECT count(*) AS n FROM model_artifacts")["n"] == 1
+    assert await asyncio.to_thread(faults, living.dsn) == []
 
 
 def test_the_check_is_made_again_before_an_update(living: AppDatabase) -> None:
