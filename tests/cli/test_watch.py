@@ -35,7 +35,9 @@ def test_a_watched_job_that_completes_ends_the_watch_with_success(cli: CommandLi
     process = cli.start("watch", job)
     try:
         assert process.stdout is not None
-        first = process.stdout.readline()
+        first = ""
+        while "waits:" not in first and (line := process.stdout.readline()):
+            first += line
         with queue.daemon(queue.folder):
             out, err = process.communicate(timeout=60)
     finally:

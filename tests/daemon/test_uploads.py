@@ -135,7 +135,7 @@ async def test_nothing_is_deleted_of_a_job_that_is_only_hidden(place: Place, tmp
     job = await place.uploaded()
     await place.kept_checkpoint(job, 10)
     settings = Settings(_env_file=None, database_url=SecretStr(place.app.dsn), work_dir=tmp_path / "jobs")
-    workspace = Workspace.open(settings.work_dir, job.id, job.lease_epoch)
+    workspace = Workspace.open(settings.work_dir, job.lease)
     (workspace.checkpoint_dir / "step").write_text("10")
     before = place.objects()
     place.app.run(HIDE.format(table))
@@ -161,7 +161,7 @@ async def test_orphans_of_a_table_that_was_made_anew_count_only_when_they_are_as
 async def test_a_folder_whose_job_went_with_the_whole_table_is_kept(place: Place, tmp_path: Path) -> None:
     job = await place.uploaded()
     settings = Settings(_env_file=None, database_url=SecretStr(place.app.dsn), work_dir=tmp_path / "jobs")
-    workspace = Workspace.open(settings.work_dir, job.id, job.lease_epoch)
+    workspace = Workspace.open(settings.work_dir, job.lease)
     (workspace.checkpoint_dir / "step").write_text("10")
     place.app.run("TRUNCATE training_jobs CASCADE")
     tidying = Tidying(place.store, place.storage, settings)

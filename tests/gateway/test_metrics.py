@@ -41,6 +41,8 @@ def test_the_queue_its_jobs_and_their_endings_are_counted(queue: Queue, tmp_path
             for job in waiting:
                 queue.wait_for(job, "completed")
             eventually(lambda: queue.row(broken)["status"] == "failed")
+            # What its row says last is what is counted after its end.
+            eventually(lambda: queue.select("SELECT id FROM training_workers WHERE state = 'idle'"))
         told = eventually(
             lambda: (
                 (

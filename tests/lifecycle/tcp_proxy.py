@@ -86,6 +86,10 @@ class TcpProxy:
         """Reset the living connections (of that application); new ones are welcome. Returns how many."""
         return self._call(self._each(_Connection.cut, application))
 
+    def connected(self, application: str | None = None) -> int:
+        """How many connections there are."""
+        return self._call(self._each(lambda _connection: None, application))
+
     def partition(self) -> None:
         """Everything is half open, new connections too, until `heal`."""
         self._partitioned = True

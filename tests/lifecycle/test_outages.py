@@ -182,6 +182,8 @@ def test_cut_connections_are_made_again_and_the_job_does_not_notice(
         daemon.wait_for_log("listener_hears")
         job = own_queue.insert(script=[["steps", 150, 0.02]])
         own_queue.wait_for(job, "running")
+        # The heartbeat's connection is made with the first renewal.
+        eventually(lambda: proxy.connected() == 3)
         assert proxy.cut() == 3
         row = own_queue.wait_for(job, "completed")
         daemon.wait_for_log("listener_hears", count=2)
@@ -193,6 +195,12 @@ def test_backends_that_an_operator_terminates_are_replaced(own_queue: Queue, tmp
         daemon.wait_for_log("listener_hears")
         job = own_queue.insert(script=[["steps", 150, 0.02]])
         own_queue.wait_for(job, "running")
+        eventually(
+            lambda: own_queue.select(
+                "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() "
+                "AND application_name LIKE 'brightrun-trainer%%' HAVING count(*) = 3"
+            )
+        )
         ended = operator.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
             "WHERE datname = current_database() AND application_name LIKE 'brightrun-trainer%'"
