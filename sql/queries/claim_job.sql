@@ -6,8 +6,6 @@ WITH candidates AS MATERIALIZED (
     SELECT job.id, job.priority, job.queued_at, job.base_model
     FROM training_jobs AS job
     WHERE job.due
-      -- What the database would not let this daemon claim a moment ago, nor set aside.
-      AND job.id <> ALL (%(skip)s::uuid[])
       AND (%(free_gpus)s::int IS NULL OR job.need_gpus <= %(free_gpus)s::int)
       AND (%(gpu_memory_gb)s::float8 IS NULL OR job.need_gpu_memory_gb IS NULL
            OR job.need_gpu_memory_gb * 0.95 <= %(gpu_memory_gb)s::float8)
@@ -21,6 +19,8 @@ WITH candidates AS MATERIALIZED (
           GROUP BY lease.user_id
           HAVING count(*) >= %(user_cap)s::int
       )))
+      -- What the database would let us neither claim nor set aside. Last: a capped user's rows are not asked.
+      AND job.id <> ALL (%(skip)s::uuid[])
     ORDER BY job.priority DESC, job.queued_at, job.id
     LIMIT %(window)s
 ),
