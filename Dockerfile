@@ -38,7 +38,7 @@ RUN python3 -m venv --system-site-packages /opt/venv \
     && rm -rf build ./*.egg-info
 
 # The code: seconds, and no network, since nothing above depends on it.
-COPY README.md supervisord.conf container.sh ./
+COPY README.md supervisord.conf ./
 COPY daemon ./daemon
 COPY training ./training
 COPY sql ./sql
@@ -69,4 +69,4 @@ HEALTHCHECK --interval=30s --timeout=10s --start-period=30s --retries=3 \
 
 # The base image's own start script writes the environment, secrets included, to a readable file and sleeps for ever.
 ENTRYPOINT []
-CMD ["bash", "/opt/brightrun/container.sh"]
+CMD ["bash", "/opt/brightrun/daemon/container.sh"]

@@ -37,7 +37,7 @@ from tests.daemon_process import children_of, eventually
 from tests.storage_double import SERVICE_KEY, Bucket, StorageDouble
 from tests.tiny_models import write_conversations
 
-COMMAND = ("bash", "/opt/brightrun/container.sh")
+COMMAND = ("bash", "/opt/brightrun/daemon/container.sh")
 HEALTHCHECK = ("supervisorctl", "-c", "/opt/brightrun/supervisord.conf", "status", "trainer")
 MODEL = "check/tiny"
 MODEL_SECONDS = 300.0
