@@ -17,7 +17,7 @@ from typing import Any
 import structlog
 from tenacity import AsyncRetrying, retry_if_exception, wait_exponential_jitter
 
-from daemon.errors import TrainerError
+from daemon.errors import DatabaseAway, HostUnfit
 from daemon.troubles import Troubles
 
 log = structlog.get_logger()
@@ -126,9 +126,9 @@ class _Chore:
         said = f"{type(error).__name__}: {error}"
         if said != self._said or time.monotonic() - self._said_at >= LOG_SECONDS:
             again = said == self._said
-            on_purpose = isinstance(error, TrainerError)  # its words say all that there is to say
+            said_all = isinstance(error, DatabaseAway | HostUnfit)
             self._said, self._said_at = said, time.monotonic()
-            log.error("chore_failed", chore=self._name, error=said, exc_info=None if again or on_purpose else error)
+            log.error("chore_failed", chore=self._name, error=said, exc_info=None if again or said_all else error)
 
 
 def _is_leaving() -> bool:

@@ -362,6 +362,8 @@ def test_a_database_that_is_away_is_asked_for_again_and_again_but_not_hammered(
     late = 2.0  # on a busy machine
     with DaemonProcess(proxy.dsn(own_queue.dsn), tmp_path, poll_seconds=1) as daemon:
         daemon.wait_for_log("listener_hears")
+        # The listener's first word and the daemon's first look are two reasons to claim in the same moment.
+        own_queue.wait_for(own_queue.insert(), "completed")
         before = proxy.asked
         server.stop()
         try:
