@@ -32,7 +32,7 @@ playground: $(STAMP) ## a database, a host and the dashboard on this machine unt
 	@$(PY) -m daemon playground
 
 # Most of a test's time is spent waiting for processes and leases: four workers keep two cores busy.
-test: $(STAMP) ## the tests that need nothing beyond pip (under ten minutes)
+test: $(STAMP) ## the tests that need nothing beyond pip (about thirteen minutes on two cores)
 	@$(PY) -m pytest -m "not system and not gpu" --numprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-system: $(STAMP) ## the slower tests; installs what they need from Debian
