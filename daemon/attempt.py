@@ -303,7 +303,7 @@ class Attempt:
             return failed
         detail: str | None = failed.message
         if part in ("trainer", "GPU"):
-            detail = await _until_stopped(self._with.fitness.confirm(part), self._stop)
+            detail = await _until_stopped(self._with.fitness.probe(part), self._stop)
             if detail is None:
                 return replace(failed, host=None)
         self._with.fitness.report(part, f"{failed.message} ({detail})" if detail != failed.message else detail)

@@ -57,17 +57,13 @@ class Fitness:
         self._troubles.begin(part, f"{detail}. {ADVICE[part]}; this host claims nothing until a probe of it passes")
         self._changed.set()
 
-    async def confirm(self, part: HostPart) -> str | None:
-        """Probe a part that may have failed a job; what is wrong with it, or None: then it was the job."""
-        return await self._probe(part)
-
     async def look(self) -> None:
         """Before the first claim: can the disks be written at all?"""
         on_disk: list[HostPart] = ["work folder"]
         if self._settings.effective_storage == "folder":
             on_disk.append("storage folder")
         for part in on_disk:
-            if (fault := await self._probe(part)) is not None:
+            if (fault := await self.probe(part)) is not None:
                 self.report(part, fault)
 
     async def run(self) -> None:
@@ -83,7 +79,7 @@ class Fitness:
             await asyncio.sleep(pause)
             pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
             for part in list(self._broken):
-                fault = await self._probe(part)
+                fault = await self.probe(part)
                 if fault is not None:
                     self.report(part, fault)
                 elif self._broken.pop(part, None) is not None:
@@ -91,7 +87,7 @@ class Fitness:
         log.info("host_mended")
         self.on_mended()
 
-    async def _probe(self, part: HostPart) -> str | None:
+    async def probe(self, part: HostPart) -> str | None:
         """What is wrong with this part; None when it works."""
         match part:
             case "work folder":
