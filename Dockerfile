@@ -69,4 +69,4 @@ HEALTHCHECK --interval=30s --timeout=10s --start-period=30s --retries=3 \
 
 # The base image's own start script writes the environment, secrets included, to a readable file and sleeps for ever.
 ENTRYPOINT []
-CMD ["bash", "/opt/brightrun/daemon/container.sh"]
+CMD ["bash", "/opt/brightrun/daemon/pod/container.sh"]

@@ -26,7 +26,7 @@ demo: $(STAMP) ## watch a real model being fine-tuned because a row was inserted
 	@$(PY) -m daemon demo $(if $(DATA),--data "$(DATA)")
 
 ask: $(STAMP) ## ask the model that the demo trained: make ask Q="Why do cats purr?"
-	@$(PY) -m training.ask "$(or $(Q),Why do cats purr?)"
+	@$(PY) -m training.adapter.ask "$(or $(Q),Why do cats purr?)"
 
 playground: $(STAMP) ## a database, a host and the dashboard on this machine until Ctrl-C, to try things on
 	@$(PY) -m daemon playground

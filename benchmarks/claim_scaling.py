@@ -25,11 +25,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import psycopg
 
-from daemon.database import Database
-from daemon.embedded_postgres import EmbeddedPostgres
-from daemon.job import Failed
-from daemon.migrate import migrate
-from daemon.store import Claim, Limits, Store
+from daemon.database.connection import Database
+from daemon.database.embedded_server import EmbeddedPostgres
+from daemon.queue.outcome import Failed
+from daemon.queue.rows import Claim, Limits
+from daemon.queue.store import Store
+from daemon.schema.migrations import migrate
 from training.events import ErrorCode
 
 OVER = Failed(ErrorCode.INTERNAL, "benchmark")

@@ -27,9 +27,9 @@ from uuid import UUID
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from daemon.database.embedded_server import EmbeddedPostgres
 from daemon.demo.model import MODEL_NAME, find_gguf
-from daemon.embedded_postgres import EmbeddedPostgres
-from daemon.migrate import migrate
+from daemon.schema.migrations import migrate
 from tests.daemon_process import REAL, ROOT, DaemonProcess, eventually
 from tests.lifecycle.queue import FINAL, Queue
 
@@ -116,7 +116,7 @@ def make_model(models: Path, which: str) -> str:
     else:
         program = f"import_gguf(Path({str(find_gguf())!r}), Path({str(models / name)!r}))"
     imports = "from pathlib import Path; from tests.tiny_models import make_model, write_conversations; "
-    imports += "from training.gguf_import import import_gguf; "
+    imports += "from training.base.gguf_import import import_gguf; "
     data = f"; write_conversations(Path({str(models / 'data.jsonl')!r}), {CONVERSATIONS})"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run(

@@ -142,10 +142,10 @@ def load_once(checkpoint: Path, copies: Path, way: str, device: str) -> dict[str
     import torch
     from transformers.utils import logging
 
-    from training.experts import expert_states, has_fused_experts
-    from training.folder import open_model_folder
-    from training.model import load_base_model
-    from training.quantize import Request
+    from training.base.load import load_base_model
+    from training.base.make_quantized_copy import Request
+    from training.files.model_folder import open_model_folder
+    from training.quantization.experts import expert_states, has_fused_experts
 
     logging.disable_progress_bar()
     folder = open_model_folder(checkpoint, "measured/model")
@@ -191,7 +191,7 @@ def load_once(checkpoint: Path, copies: Path, way: str, device: str) -> dict[str
 
 def weight_bytes(model: Any) -> int:
     """Bytes of everything that the model holds: packed weights, their states, what stayed in 16 or 32 bits."""
-    from training.quantized import _tensors
+    from training.quantization.disk_copy import _tensors
 
     return sum(tensor.numel() * tensor.element_size() for _, tensor in _tensors(model))
 

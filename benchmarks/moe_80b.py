@@ -22,7 +22,11 @@ import torch
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-from training.experts import (
+from training.adapter.lora import attach_adapter, trainable_parameters
+from training.base.dtype import compute_dtype
+from training.files.module_names import UNQUANTISED_MODULES
+from training.loop.loss import AnswerLoss
+from training.quantization.experts import (
     EXPERTS_FUNCTION,
     Nf4Config,
     Nf4Quantizer,
@@ -30,11 +34,7 @@ from training.experts import (
     has_fused_experts,
     unpack_once_for_backward,
 )
-from training.lora import attach_adapter, trainable_parameters
-from training.loss import AnswerLoss
-from training.model import compute_dtype
 from training.spec import Hyperparameters
-from training.targets import UNQUANTISED_MODULES
 
 _GIB = 2**30
 _USUAL: dict[str, dict[str, Any]] = {

@@ -38,8 +38,8 @@ sys.path.insert(0, str(ROOT))
 import psutil  # type: ignore[import-untyped]  # noqa: E402
 import psycopg  # noqa: E402
 
-from daemon.embedded_postgres import EmbeddedPostgres  # noqa: E402
-from daemon.migrate import migrate  # noqa: E402
+from daemon.database.embedded_server import EmbeddedPostgres  # noqa: E402
+from daemon.schema.migrations import migrate  # noqa: E402
 
 FLOOR = "bare psycopg loop"
 OURS = "brightrun-trainer"

@@ -33,16 +33,16 @@ from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from daemon.embedded_postgres import EmbeddedPostgres
-from daemon.migrate import migrate
+from daemon.database.embedded_server import EmbeddedPostgres
+from daemon.schema.migrations import migrate
 from daemon.service import run_service
 from tests.daemon_process import ROOT, DaemonProcess
 from tests.lifecycle.queue import Queue
 from tests.lifecycle.tcp_proxy import TcpProxy
 from tests.training.child import start
+from training.event_writer import AnyEvent, Voice
 from training.events import AdapterSaved, Progress
 from training.spec import Hyperparameters, JobSpec
-from training.voice import AnyEvent, Voice
 
 BARE = "no daemon, events read and dropped"
 TRAINER = (sys.executable, __file__, "--trainer")

@@ -30,11 +30,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import psycopg
 
 from benchmarks.claim_scaling import App
-from daemon.database import Database
-from daemon.embedded_postgres import EmbeddedPostgres
-from daemon.job import Completed
-from daemon.migrate import migrate
-from daemon.store import Limits, MetricPoint, Store
+from daemon.database.connection import Database
+from daemon.database.embedded_server import EmbeddedPostgres
+from daemon.queue.outcome import Completed
+from daemon.queue.rows import Limits, MetricPoint
+from daemon.queue.store import Store
+from daemon.schema.migrations import migrate
 
 T = TypeVar("T")
 

@@ -10,8 +10,8 @@ NF4 weights, the same adapter (rank, targets, dropout, first values) and the sam
   activations recomputed, learning rate 2e-5, every token scored. Here ours: 4 a batch, end to end, the answers scored;
 - equal settings: batch, learning rate and its schedule, scored tokens, optimizer, padding and activations as ours.
 Plain TRL cannot load experts in 4 bits: it is given ours, which it unpacks anew in every pass. Our trainer, as in every
-job, unpacks frozen weights once where the host has memory to spare (training/unpacked.py): the clock and the peak show
-what that takes.
+job, unpacks frozen weights once where the host has memory to spare (training/quantization/dequantized_cache.py): the
+clock and the peak show what that takes.
 
 Each model has a process of its own, as jobs have: a heap that has held the one slows the other by a fifth. Only the
 training is timed, from its first to its last step, one run of everything in each round; rounds begin with the
@@ -55,24 +55,25 @@ from trl import SFTConfig, SFTTrainer
 
 from daemon.demo.model import MODEL_NAME, find_gguf, model_is_ready, models_folder
 from tests.tiny_models import make_model
-from training.batches import packs_without_leaks
-from training.checkpoint import CheckpointShelf
-from training.corpus import Corpus, gather
-from training.folder import open_model_folder
-from training.gguf_import import import_gguf
-from training.journal import Journal
-from training.lora import attach_adapter
-from training.loss import AnswerLoss
-from training.model import compute_dtype, load_base_model
-from training.plan import make_plan
-from training.preflight import look_ahead
+from training.adapter.lora import attach_adapter
+from training.base.dtype import compute_dtype
+from training.base.gguf_import import import_gguf
+from training.base.load import load_base_model
+from training.base.packing import packs_without_leaks
+from training.data.chat_template import ChatTemplate, Example
+from training.data.corpus import Corpus, gather
+from training.data.plan import make_plan
+from training.data.tokenizer import load_tokenizer
+from training.event_writer import AnyEvent, Voice
+from training.files.model_folder import open_model_folder
+from training.loop.checkpoint import CheckpointShelf
+from training.loop.loss import AnswerLoss
+from training.loop.trainer import AdapterTrainer
+from training.preflight.check import look_ahead
+from training.quantization.dequantized_cache import keep_unpacked, spare_bytes
+from training.results.history import Journal
 from training.spec import Hyperparameters, JobSpec
-from training.stop import StopSwitch
-from training.template import ChatTemplate, Example
-from training.tokenizer import load_tokenizer
-from training.trainer import AdapterTrainer
-from training.unpacked import keep_unpacked, spare_bytes
-from training.voice import AnyEvent, Voice
+from training.stop_switch import StopSwitch
 
 # Large enough that the experts' products weigh more than Python around them, small enough for two cores.
 _MIXTURE: dict[str, Any] = {

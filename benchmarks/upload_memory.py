@@ -30,8 +30,8 @@ import structlog
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from daemon.supabase_storage import SupabaseStorage  # noqa: E402
-from daemon.tus import CHUNK_BYTES, PIECE_BYTES  # noqa: E402
+from daemon.storage.supabase import SupabaseStorage  # noqa: E402
+from daemon.storage.tus import CHUNK_BYTES, PIECE_BYTES  # noqa: E402
 from tests.storage_double import SERVICE_KEY  # noqa: E402
 
 MIB = 1024 * 1024

@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 import typer
 
-from daemon.cli import adapters, chat, check, host, jobs, models, submit, trainer_logs, watch
+from daemon.cli.commands import adapters, chat, check, host, jobs, models, submit, watch
+from daemon.cli.commands import logs as trainer_logs
 from daemon.errors import TrainerError
 
 app = typer.Typer(
@@ -58,7 +59,7 @@ def main() -> None:
     try:
         app(prog_name="brightrun-trainer")
     except TrainerError as error:
-        from daemon.cli.failure import report_failure
+        from daemon.cli.errors import report_failure
 
         sys.exit(report_failure(error))
 

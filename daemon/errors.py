@@ -13,7 +13,7 @@
     ├── PointsRefused      the app's metrics_points takes no points: training goes on without them
     └── HostUnfit          this host cannot work as configured: exit 78, do not restart
 
-Cancelling and shutting down are outcomes, not errors (see daemon.job).
+Cancelling and shutting down are outcomes, not errors (see daemon.queue.job).
 """
 
 from __future__ import annotations

@@ -17,9 +17,10 @@ from uuid import uuid4
 
 import structlog
 
-from daemon.child import Child, child_environment
-from daemon.host import Host, find_gpus
+from daemon.host.inspect import Host, find_gpus
 from daemon.settings import Settings
+from daemon.trainer.environment import child_environment
+from daemon.trainer.process import Child
 from daemon.troubles import Troubles
 from training.events import HostPart
 
@@ -125,7 +126,7 @@ class Fitness:
             return f"{seen} of {len(self._host.gpus)} GPUs answer"
         for gpu in self._host.gpus:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "training.selfcheck", "cuda"),
+                *(sys.executable, "-m", "training.preflight.selfcheck", "cuda"),
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE,
                 env=child_environment(os.environ, (gpu.index,)),

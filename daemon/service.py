@@ -13,24 +13,25 @@ from dataclasses import dataclass
 
 import structlog
 
-from daemon.attempt import Collaborators
-from daemon.callback import CallbackCourier
+from daemon.attempt.steps import Collaborators
 from daemon.chores import Chores
-from daemon.database import Database
+from daemon.database.connection import Database
+from daemon.database.listener import Listener
 from daemon.errors import DatabaseAway, HostUnfit
 from daemon.fitness import Fitness
-from daemon.host import inspect_host
-from daemon.lease import LeaseKeeper
-from daemon.listener import Listener
+from daemon.host.inspect import inspect_host
 from daemon.logs import configure_logs_by
-from daemon.pod_end import chosen_end, end_own_pod, keys_of
-from daemon.pod_life import PodLife, PodPrice, pod_environment
+from daemon.pod.lifetime import PodLife, pod_environment
+from daemon.pod.price import PodPrice
+from daemon.pod.shutdown import chosen_end, end_own_pod, keys_of
+from daemon.queue.lease import LeaseKeeper
+from daemon.queue.store import Store
+from daemon.report.courier import CallbackCourier
 from daemon.settings import Settings, load_settings
-from daemon.storage import open_storage
-from daemon.store import Store
+from daemon.storage.open import open_storage
+from daemon.storage.upload_log import sweep_for_ever
+from daemon.trainer.pool import Trainers
 from daemon.troubles import Troubles
-from daemon.uploads import sweep_for_ever
-from daemon.warm import Trainers
 from daemon.worker import Worker
 
 log = structlog.get_logger()

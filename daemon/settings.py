@@ -17,7 +17,7 @@ from uuid import UUID
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from daemon.database_url import DatabaseUrl, read_database_url
+from daemon.database.url import DatabaseUrl, read_database_url
 from daemon.errors import HostUnfit
 from training.compute import ComputeType
 from training.spec import Tracker

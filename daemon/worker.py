@@ -1,6 +1,6 @@
 """The story of a host: wait for a wake-up, claim, begin an attempt, and again.
 
-What an attempt is stands in daemon.attempt; how it ends, in daemon.settlement.
+What an attempt is stands in daemon.attempt.steps; how it ends, in daemon.attempt.settle.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from collections.abc import Sequence
 
 import structlog
 
-from daemon.attempt import Attempt, Collaborators
+from daemon.attempt.cleanup import Remains, Tidying
+from daemon.attempt.steps import Attempt, Collaborators
+from daemon.attempt.work_folder import tidy_for_ever
 from daemon.chores import Chores
+from daemon.database.wire import Sent
+from daemon.dataset.prefetch import Lookahead
 from daemon.errors import DatabaseAway, HostUnfit, StatementRefused
-from daemon.host import GpuPool
-from daemon.job import ClaimedJob
-from daemon.lookahead import Lookahead
-from daemon.presence import Load, say_goodbye, stay_present
-from daemon.reaper import reap_for_ever
-from daemon.sight import watch_sight
-from daemon.stop import Stop, StopReason
-from daemon.store import Claim, Limits
-from daemon.tidying import Remains, Tidying
-from daemon.wire import Sent
-from daemon.workspace import tidy_for_ever
+from daemon.host.slots import GpuPool
+from daemon.queue.job import ClaimedJob
+from daemon.queue.reaper import reap_for_ever
+from daemon.queue.row_visibility import watch_sight
+from daemon.queue.rows import Claim, Limits
+from daemon.queue.worker_registry import Load, say_goodbye, stay_present
+from daemon.stop_request import Stop, StopReason
 
 log = structlog.get_logger()
 

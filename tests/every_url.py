@@ -43,10 +43,10 @@ def run_one(words: list[str], url: str, output: Path) -> int:
 def main() -> None:
     # Imported once for all of them.
     import daemon.__main__
-    import daemon.doctor
-    import daemon.fleet
-    import daemon.gateway
-    import daemon.migrate
+    import daemon.doctor.run
+    import daemon.fleet.loop
+    import daemon.gateway.server
+    import daemon.schema.migrations
     import daemon.service  # noqa: F401
 
     words = sys.argv[1:]

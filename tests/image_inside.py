@@ -32,12 +32,12 @@ from packaging.utils import canonicalize_name
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-from daemon.embedded_postgres import EmbeddedPostgres
+from daemon.database.embedded_server import EmbeddedPostgres
 from tests.daemon_process import children_of, eventually
 from tests.storage_double import SERVICE_KEY, Bucket, StorageDouble
 from tests.tiny_models import write_conversations
 
-COMMAND = ("bash", "/opt/brightrun/daemon/container.sh")
+COMMAND = ("bash", "/opt/brightrun/daemon/pod/container.sh")
 HEALTHCHECK = ("supervisorctl", "-c", "/opt/brightrun/supervisord.conf", "status", "trainer")
 MODEL = "check/tiny"
 MODEL_SECONDS = 300.0

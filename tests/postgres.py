@@ -21,8 +21,8 @@ from psycopg import sql
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-from daemon.embedded_postgres import EmbeddedPostgres, installed_binaries, wheel_binaries
-from daemon.migrate import migrate
+from daemon.database.embedded_server import EmbeddedPostgres, installed_binaries, wheel_binaries
+from daemon.schema.migrations import migrate
 
 CONTAINER_IMAGE = "postgres:17-alpine"
 

@@ -7,17 +7,17 @@ import os
 import sys
 from pathlib import Path
 
-import daemon.allowance
-import daemon.listener
-import daemon.presence
+import daemon.attempt.limits
+import daemon.database.listener
+import daemon.queue.worker_registry
 from daemon.errors import EXIT_UNFIT, HostUnfit
 from daemon.service import run_service
 
 if __name__ == "__main__":
-    daemon.allowance.READ_SECONDS = 2.0
-    daemon.presence.TOUCH_SECONDS = 2.0
-    daemon.listener.PROBE_SECONDS = 3.0
-    daemon.listener.PROBE_LIMIT_SECONDS = 3.0
+    daemon.attempt.limits.READ_SECONDS = 2.0
+    daemon.queue.worker_registry.TOUCH_SECONDS = 2.0
+    daemon.database.listener.PROBE_SECONDS = 3.0
+    daemon.database.listener.PROBE_LIMIT_SECONDS = 3.0
     try:
         # A test may put a trainer of its own in its place: one that cannot be started, say.
         own = os.environ.get("SCRIPTED_TRAINER")

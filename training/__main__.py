@@ -12,13 +12,13 @@ import argparse
 import os
 import sys
 
-from training.hidden import hide_unwanted_packages
-from training.job import begin_job, read_spec, status_of
+from training.event_writer import Voice
+from training.files.page_cache import read_ahead
 from training.kernels import hide_wrong_kernels
-from training.parent import die_with_parent
-from training.read_ahead import read_ahead
-from training.stop import StopSwitch
-from training.voice import Voice
+from training.parent_process import die_with_parent
+from training.process.blocked_imports import hide_unwanted_packages
+from training.process.run_job import begin_job, read_spec, status_of
+from training.stop_switch import StopSwitch
 
 # Read by the libraries when they are imported. The daemon downloads; the child never goes out, reports nothing, and
 # has no use for forked tokenizer threads.
@@ -50,7 +50,7 @@ def main() -> int:
     hide_unwanted_packages()
     hide_wrong_kernels()
     if chosen.warm:
-        from training.warm import WarmProcess
+        from training.process.fork_server import WarmProcess
 
         return WarmProcess(chosen.events_fd, chosen.keep_bytes).serve()
     return run_alone(chosen.events_fd)
@@ -73,7 +73,7 @@ def run_alone(events_fd: int) -> int:
     def work() -> None:
         # Imported after `started` was said: it takes seconds and brings the heavy libraries.
         if spec.num_gpus > 1:
-            from training.launch import train_on_ranks
+            from training.launch.launcher import train_on_ranks
 
             train_on_ranks(spec, events_fd, stop)
         else:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from training.stop import StopSwitch
+from training.stop_switch import StopSwitch
 
 T = TypeVar("T")
 
@@ -115,7 +115,7 @@ def join(device: str) -> Ranks:
     """Meet the other ranks at the place that the engine wrote into the environment."""
     dist.init_process_group(_BACKENDS[device], timeout=timedelta(seconds=EXCHANGE_SECONDS))
     if device == "cuda":
-        # Each rank sees one card only (training.rank).
+        # Each rank sees one card only (training.launch.rank_main).
         torch.cuda.set_device(0)
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 

@@ -14,33 +14,33 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from training.adapter import save_adapter
-from training.batches import why_not_packed
-from training.chart import draw_chart
-from training.checkpoint import Checkpoint, CheckpointShelf
-from training.corpus import Corpus, gather
-from training.estimate import Estimate
+from training.adapter.lora import attach_adapter, trainable_parameters
+from training.adapter.sampling import answer, choose_prompts
+from training.adapter.save import save_adapter
+from training.base.load import load_base_model, warn_of_missing_kernels
+from training.base.packing import why_not_packed
+from training.base.sharded import cut, memory_of_a_rank, must_be_cut
+from training.data.chat_template import ChatTemplate
+from training.data.corpus import Corpus, gather
+from training.data.plan import Plan
+from training.data.tokenizer import load_tokenizer
+from training.event_writer import Voice
 from training.events import AdapterSaved, Planned, Stage
 from training.failures import StopRequested
-from training.folder import ModelFolder, open_model_folder
-from training.journal import Journal
-from training.lora import attach_adapter, trainable_parameters
-from training.model import load_base_model, warn_of_missing_kernels
-from training.plan import Plan
-from training.preflight import check_resources, look_ahead, memory_remark
-from training.probe import gauge_of
+from training.files.model_folder import ModelFolder, open_model_folder
+from training.loop.checkpoint import Checkpoint, CheckpointShelf
+from training.loop.memory_probe import gauge_of
+from training.loop.trainer import AdapterTrainer
+from training.preflight.check import check_resources, look_ahead, memory_remark
+from training.preflight.estimate import Estimate
+from training.quantization.dequantized_cache import keep_unpacked, spare_bytes
 from training.ranks import ALONE, Ranks
-from training.samples import answer, choose_prompts
-from training.shards import cut, memory_of_a_rank, must_be_cut
+from training.results.chart import draw_chart
+from training.results.history import Journal
+from training.results.summary import summarise
+from training.results.trackers import tracked_files
 from training.spec import JobSpec
-from training.stop import StopSwitch
-from training.summary import summarise
-from training.template import ChatTemplate
-from training.tokenizer import load_tokenizer
-from training.trackers import tracked_files
-from training.trainer import AdapterTrainer
-from training.unpacked import keep_unpacked, spare_bytes
-from training.voice import Voice
+from training.stop_switch import StopSwitch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

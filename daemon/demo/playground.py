@@ -19,16 +19,16 @@ from pathlib import Path
 import psycopg
 from rich.console import Console
 
-from daemon.demo.failure import DemoFailed
-from daemon.demo.interruption import Interrupted, Interruption
+from daemon.demo.environment import daemon_settings, open_postgres, prepare_model, start
+from daemon.demo.errors import DemoFailed
 from daemon.demo.job import insert_user
-from daemon.demo.json_screen import JsonScreen
 from daemon.demo.model import cache_folder, find_gguf
 from daemon.demo.process import OwnProcess
 from daemon.demo.run import VOICE
-from daemon.demo.screen import Screen
-from daemon.demo.stage import daemon_settings, open_postgres, prepare_model, start
-from daemon.migrate import migrate
+from daemon.demo.screen.json_lines import JsonScreen
+from daemon.demo.screen.live import Screen
+from daemon.demo.signals import Interrupted, Interruption
+from daemon.schema.migrations import migrate
 
 _ADDRESS = "127.0.0.1"
 _PORT = 8000

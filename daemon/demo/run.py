@@ -18,8 +18,8 @@ from uuid import UUID
 import psycopg
 from rich.console import Console
 
-from daemon.demo.failure import DemoFailed
-from daemon.demo.interruption import Interrupted, Interruption
+from daemon.demo.environment import daemon_settings, open_postgres, prepare_model, start
+from daemon.demo.errors import DemoFailed
 from daemon.demo.job import (
     INSERT_JOB,
     SELECT_ROW,
@@ -31,13 +31,13 @@ from daemon.demo.job import (
     read_job,
     read_row,
 )
-from daemon.demo.json_screen import JsonScreen
 from daemon.demo.model import MODEL_NAME, cache_folder, find_gguf
 from daemon.demo.process import OwnProcess
-from daemon.demo.screen import Screen
-from daemon.demo.stage import daemon_settings, open_postgres, prepare_model, start
-from daemon.migrate import migrate
-from daemon.pack import unpack_adapter
+from daemon.demo.screen.json_lines import JsonScreen
+from daemon.demo.screen.live import Screen
+from daemon.demo.signals import Interrupted, Interruption
+from daemon.schema.migrations import migrate
+from daemon.storage.archive import unpack_adapter
 
 VOICE = Path(__file__).with_name("lighthouse.jsonl")
 UNSEEN_QUESTION = "What should I do on a rainy Sunday?"
@@ -178,7 +178,7 @@ def _show_result(view: JobView, adapter: Path, seconds: float, screen: Screen) -
         screen.result(f"loss on held-out conversations {first:.3f} → {best:.3f} (−{fall:.0f} %)")
     screen.result(f"adapter: {adapter}")
     screen.result(f"{seconds:.0f} s in all; daemon, trainer and Postgres have ended")
-    ask = "make ask" if Path("Makefile").is_file() else f"{sys.executable} -m training.ask"
+    ask = "make ask" if Path("Makefile").is_file() else f"{sys.executable} -m training.adapter.ask"
     argument = 'Q="Why do cats purr?"' if ask == "make ask" else '"Why do cats purr?"'
     screen.say(f"\nTalk to it:  {ask} {argument}")
 

@@ -18,7 +18,7 @@ from rich.terminal_theme import MONOKAI
 
 from daemon.demo.job import JobView
 from daemon.demo.run import run_demo
-from daemon.demo.screen import Picture, Screen, draw_picture
+from daemon.demo.screen.live import Picture, Screen, draw_picture
 
 WIDTH = 104
 # Late enough for a curve, early enough for a bar that is not full.

@@ -155,7 +155,7 @@ BEGIN
     END IF;
 
     IF current_user = 'training_daemon' THEN
-        -- The daemon's moves (daemon.job.MOVES; a test compares the two). Words, not pairs: one list for Postgres to set up
+        -- The daemon's moves (daemon.queue.states.MOVES; a test compares the two). Words, not pairs: one list for Postgres to set up
         -- at each claim, instead of ten comparisons of rows.
         IF (OLD.status || ' to ' || NEW.status IN (
             'queued to initializing',

@@ -9,7 +9,7 @@ from uuid import uuid4
 import pytest
 
 from daemon.demo.job import JobView, Standing, StoryLine
-from daemon.demo.json_screen import JsonScreen
+from daemon.demo.screen.json_lines import JsonScreen
 from daemon.errors import EXIT_UNFIT
 from tests.cli.command import CommandLine
 from tests.postgres import AppDatabase

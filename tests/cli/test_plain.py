@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.cli.plain import plain, plain_lines
-from daemon.cli.sparkline import sparkline, squeeze
-from daemon.cli.wording import age, count, money, size, span
+from daemon.terminal.format import age, count, money, size, span
+from daemon.terminal.sanitize import plain, plain_lines
+from daemon.terminal.sparkline import sparkline, squeeze
 
 _FORBIDDEN = {"Cc", "Cs", "Zl", "Zp"}
 

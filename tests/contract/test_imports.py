@@ -51,12 +51,12 @@ def test_no_command_that_looks_at_jobs_loads_anything_heavy() -> None:
         "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()): main()\n"
     )
     names, _seconds, _resident = modules_after(statement)
-    assert "daemon.cli.connection" in names
+    assert "daemon.cli.data.connection" in names
     assert not names.intersection(HEAVY)
 
 
 def test_the_whole_service_stays_light() -> None:
-    names, _seconds, resident = modules_after("import daemon.service, daemon.host")
+    names, _seconds, resident = modules_after("import daemon.service, daemon.host.inspect")
     assert not names.intersection(HEAVY)
     assert resident < 120
 

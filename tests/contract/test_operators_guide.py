@@ -9,8 +9,8 @@ from pathlib import Path
 from typer.main import get_command
 
 from daemon.__main__ import app
-from daemon.fleet_plan import read_plan
-from daemon.gateway_words import RunRequest
+from daemon.fleet.plan import read_plan
+from daemon.gateway.schemas import RunRequest
 from tests.postgres import AppDatabase
 from training.events import ErrorCode
 from training.spec import parse_row
@@ -77,7 +77,7 @@ def test_the_floor_of_the_cost_table_is_called_one() -> None:
 
 def test_every_line_of_the_doctor_that_the_guide_names_exists() -> None:
     sources = "".join(
-        (ROOT / "daemon" / name).read_text() for name in ("doctor_host.py", "doctor_services.py", "doctor.py")
+        (ROOT / "daemon" / "doctor" / name).read_text() for name in ("host_checks.py", "service_checks.py", "run.py")
     )
     named = re.findall(r"(?:doctor: |its line )\*([a-z ]+)\*", GUIDE)
     assert len(named) >= 3

@@ -7,8 +7,8 @@ import random
 import sys
 from pathlib import Path
 
-from daemon.pack import publish_adapter
-from daemon.supabase_storage import SupabaseStorage
+from daemon.storage.publish import publish_adapter
+from daemon.storage.supabase import SupabaseStorage
 
 JOB = "99999999-2222-4333-8444-555555555555"
 

@@ -15,16 +15,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from daemon.addresses import (
-    AddressRefused,
-    AddressRules,
-    AddressUnknown,
-    guarded_client,
-    is_public,
-    own_hosts,
-    redact,
-    rules_from,
-)
+from daemon.network.address_rules import AddressRefused, AddressRules, AddressUnknown, own_hosts, redact, rules_from
+from daemon.network.pinned_client import guarded_client
+from daemon.network.public_addresses import is_public
 from daemon.settings import Settings
 from tests.loopback import Exchange, LoopbackServer
 

@@ -9,16 +9,17 @@ from uuid import uuid4
 
 import pytest
 
-from daemon.allowance import watch_allowance
-from daemon.cost import Meter
-from daemon.database import Database
-from daemon.gateway_words import Submission
-from daemon.host import Host
-from daemon.job import ClaimedJob
-from daemon.reporter import Reporter
-from daemon.rowless import RowlessStore
-from daemon.stop import Stop, StopReason
-from daemon.store import Limits, Store
+from daemon.attempt.limits import watch_allowance
+from daemon.database.connection import Database
+from daemon.gateway.schemas import Submission
+from daemon.host.inspect import Host
+from daemon.queue.job import ClaimedJob
+from daemon.queue.rows import Limits
+from daemon.queue.store import Store
+from daemon.report.cost import Meter
+from daemon.report.reporter import Reporter
+from daemon.serverless.memory_store import RowlessStore
+from daemon.stop_request import Stop, StopReason
 from tests.postgres import AppDatabase
 
 DOLLAR_A_SECOND = 3600.0
@@ -28,8 +29,8 @@ FAR = "clock_timestamp() + interval '1 hour'"
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same watch at another pace: a look every few seconds would make each of these tests take several."""
-    monkeypatch.setattr("daemon.allowance.LOOK_SECONDS", 0.02)
-    monkeypatch.setattr("daemon.allowance.READ_SECONDS", 0.1)
+    monkeypatch.setattr("daemon.attempt.limits.LOOK_SECONDS", 0.02)
+    monkeypatch.setattr("daemon.attempt.limits.READ_SECONDS", 0.1)
 
 
 async def claimed(store: Store, database: AppDatabase, column: str, value: str) -> ClaimedJob:

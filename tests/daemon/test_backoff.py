@@ -5,9 +5,9 @@ from __future__ import annotations
 import httpx
 import pytest
 
-from daemon import runpod_api
-from daemon.backoff import is_page, is_transient, said_by_page
-from daemon.runpod_api import Fault
+from daemon.network.retry_after import is_page, is_transient, said_by_page
+from daemon.pod import runpod_api
+from daemon.pod.runpod_api import Fault
 
 
 @pytest.mark.parametrize("status", [408, 423, 425, 429, 500, 502, 503, 504, *range(520, 528), 530, 544, 598])

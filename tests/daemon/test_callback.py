@@ -16,13 +16,13 @@ import pytest
 from psycopg.types.json import Jsonb
 from pydantic import SecretStr
 
-from daemon.addresses import AddressRules
-from daemon.callback import RETRY_SECONDS, CallbackCourier
-from daemon.database import Database
-from daemon.job import ClaimedJob
+from daemon.database.connection import Database
+from daemon.network.address_rules import AddressRules
+from daemon.queue.job import ClaimedJob
+from daemon.queue.store import Store
+from daemon.report.courier import RETRY_SECONDS, CallbackCourier
+from daemon.report.webhook import signing_keys, verify
 from daemon.settings import Settings
-from daemon.store import Store
-from daemon.webhook import signing_keys, verify
 from tests.postgres import AppDatabase
 from tests.receiver import Answer, Received, Receiver
 

@@ -11,20 +11,21 @@ from typing import Any
 
 import pytest
 
-from daemon.checkpoint_store import CheckpointStore, CheckpointUnusable, newest_whole_step, read_manifest
-from daemon.database import Database
+from daemon.attempt.stored_checkpoints import CheckpointStore, CheckpointUnusable, newest_whole_step, read_manifest
+from daemon.attempt.work_folder import Workspace
+from daemon.database.connection import Database
 from daemon.errors import JobFailed
-from daemon.job import ClaimedJob
-from daemon.stop import Stop
-from daemon.storage import FolderStorage, StoredObject
-from daemon.store import Store
-from daemon.supabase_storage import SupabaseStorage
-from daemon.workspace import Workspace
+from daemon.queue.job import ClaimedJob
+from daemon.queue.store import Store
+from daemon.stop_request import Stop
+from daemon.storage.folder import FolderStorage
+from daemon.storage.interface import StoredObject
+from daemon.storage.supabase import SupabaseStorage
 from tests.postgres import AppDatabase
 from tests.sql.claiming import claimed
 from tests.storage_double import SERVICE_KEY, Bucket, StorageDouble
-from training.checkpoint import CheckpointShelf
 from training.events import ErrorCode
+from training.loop.checkpoint import CheckpointShelf
 
 BUCKET = "lora-models"
 

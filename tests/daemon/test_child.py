@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from daemon.child import Child, Patience, Stopped, Trained, Verdict
-from daemon.job import Failed
-from daemon.stop import Stop, StopReason
+from daemon.queue.outcome import Failed
+from daemon.stop_request import Stop, StopReason
+from daemon.trainer.process import Child, Patience
+from daemon.trainer.verdict import Stopped, Trained, Verdict
 from training.events import ErrorCode, Event, Notice, Progress
 from training.spec import Hyperparameters, JobSpec
 

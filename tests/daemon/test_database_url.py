@@ -15,9 +15,9 @@ import structlog
 from psycopg.conninfo import conninfo_to_dict
 from pydantic import SecretStr
 
-from daemon.database_url import DatabaseUrlInvalid, is_transaction_pooler, read_database_url
+from daemon.database.url import DatabaseUrlInvalid, is_transaction_pooler, read_database_url
 from daemon.errors import HostUnfit
-from daemon.fleet_plan import read_plan
+from daemon.fleet.plan import read_plan
 from daemon.logs import configure_logs, configure_logs_by
 from daemon.settings import Settings, load_settings, secrets_of
 from tests.cli.command import CommandLine

@@ -15,19 +15,20 @@ from typing import Any
 import pytest
 from psycopg.types.json import Jsonb
 
-from daemon import doctor_host, doctor_services
-from daemon.doctor import examine
-from daemon.doctor_host import check_disk, check_model, read_selfcheck
-from daemon.doctor_services import check_callbacks, check_database, check_storage
-from daemon.finding import Finding, Light
-from daemon.host import installed_versions
+from daemon.doctor import host_checks as doctor_host
+from daemon.doctor import service_checks as doctor_services
+from daemon.doctor.check_result import Finding, Light
+from daemon.doctor.host_checks import check_disk, check_model, read_selfcheck
+from daemon.doctor.run import examine
+from daemon.doctor.service_checks import check_callbacks, check_database, check_storage
+from daemon.host.inspect import installed_versions
 from daemon.settings import Settings, load_settings
 from tests.daemon_process import ROOT
 from tests.lifecycle.queue import write_model_folder
 from tests.postgres import AppDatabase, Server
 from tests.storage_double import Bucket, StorageDouble
 
-# What `python -m training.selfcheck cuda` says on an H100 with everything installed.
+# What `python -m training.preflight.selfcheck cuda` says on an H100 with everything installed.
 CARD = {
     "torch": "2.13.0", "transformers": "5.23.0", "bitsandbytes": "0.50.2", "cuda_available": True, "cuda": "12.8",
     "bf16": True, "capability": "9.0", "flash_linear_attention": True, "causal_conv1d": True, "nf4_error": None,

@@ -13,13 +13,14 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from daemon.addresses import AddressRules
-from daemon.download import FetchedDataset, download, fetch_dataset
+from daemon.dataset.fetch import fetch_dataset
+from daemon.dataset.transfer import FetchedDataset, download
 from daemon.errors import JobDelayed, JobFailed
-from daemon.job import ClaimedJob
+from daemon.network.address_rules import AddressRules
+from daemon.queue.job import ClaimedJob
 from daemon.settings import Settings
-from daemon.storage import FolderStorage
-from daemon.supabase_storage import SIGNED_SECONDS, SupabaseStorage
+from daemon.storage.folder import FolderStorage
+from daemon.storage.supabase import SIGNED_SECONDS, SupabaseStorage
 from tests.loopback import Cut, Exchange, LoopbackServer
 from tests.storage_double import SERVICE_KEY, Bucket, StorageDouble
 from training.events import ErrorCode

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from uuid import uuid4
 
-from daemon.database import Database
-from daemon.lease import LeaseKeeper
-from daemon.stop import Stop, StopReason
-from daemon.store import Limits, Store
+from daemon.database.connection import Database
+from daemon.queue.lease import LeaseKeeper
+from daemon.queue.rows import Limits
+from daemon.queue.store import Store
+from daemon.stop_request import Stop, StopReason
 from tests.postgres import AppDatabase
 
 LEASE_SECONDS = 0.3

@@ -14,13 +14,13 @@ from uuid import uuid4
 import pytest
 from structlog.testing import capture_logs
 
-from daemon.host import Host
-from daemon.job import JobDataset
-from daemon.lookahead import EarlyDataset, Lookahead
+from daemon.dataset.prefetch import EarlyDataset, Lookahead
+from daemon.dataset.prefetch_folder import early_dataset_name, open_early_folder, remove_early_datasets
+from daemon.host.inspect import Host
+from daemon.queue.job import JobDataset
 from daemon.settings import Settings
-from daemon.supabase_storage import SupabaseStorage
-from daemon.warm import Trainers
-from daemon.workspace import early_dataset_name, open_early_folder, remove_early_datasets
+from daemon.storage.supabase import SupabaseStorage
+from daemon.trainer.pool import Trainers
 from tests.storage_double import SERVICE_KEY, StorageDouble
 
 OWNER = uuid4()

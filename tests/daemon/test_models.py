@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 
-from daemon import hub
+from daemon.base_model import hub_download as hub
+from daemon.base_model.candidates import checked_name
+from daemon.base_model.files import MARKER, Marker, faults_of_model
+from daemon.base_model.inventory import list_models, verify_model
+from daemon.base_model.pull import pull_model
+from daemon.base_model.resolve import resolve_model
 from daemon.errors import JobDelayed, JobFailed
-from daemon.model_files import MARKER, Marker, faults_of_model
-from daemon.models import checked_name, list_models, pull_model, resolve_model, verify_model
 from daemon.settings import Settings
 from tests.hub_double import COMMIT, HubDouble
 from training.events import ErrorCode

@@ -18,16 +18,11 @@ from uuid import uuid4
 import pytest
 
 from daemon.errors import JobFailed
-from daemon.pack import (
-    ArchiveInvalid,
-    object_names,
-    pack_adapter,
-    publish_adapter,
-    unpack_adapter,
-    withdraw_adapter,
-)
-from daemon.storage import FolderStorage, StoredObject
-from daemon.supabase_storage import SupabaseStorage
+from daemon.storage.archive import ArchiveInvalid, pack_adapter, unpack_adapter
+from daemon.storage.folder import FolderStorage
+from daemon.storage.interface import StoredObject
+from daemon.storage.publish import object_names, publish_adapter, withdraw_adapter
+from daemon.storage.supabase import SupabaseStorage
 from tests.storage_double import SERVICE_KEY, Bucket, StorageDouble
 
 JOB = "11111111-2222-4333-8444-555555555555"

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from daemon.pack import object_names, unpack_adapter
-from daemon.tus import CHUNK_BYTES
+from daemon.storage.archive import unpack_adapter
+from daemon.storage.publish import object_names
+from daemon.storage.tus import CHUNK_BYTES
 from tests.daemon.publishing import JOB
 from tests.storage_double import SERVICE_KEY, Bucket, StorageDouble
 

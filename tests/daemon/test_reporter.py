@@ -9,12 +9,13 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from daemon.cost import Meter
-from daemon.database import Database
-from daemon.host import read_load
-from daemon.job import ClaimedJob
-from daemon.reporter import Reporter
-from daemon.store import Limits, Store
+from daemon.database.connection import Database
+from daemon.host.gpu_load import read_load
+from daemon.queue.job import ClaimedJob
+from daemon.queue.rows import Limits
+from daemon.queue.store import Store
+from daemon.report.cost import Meter
+from daemon.report.reporter import Reporter
 from tests.postgres import AppDatabase
 from training import events
 from training.events import Stage

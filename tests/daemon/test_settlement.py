@@ -11,19 +11,21 @@ from uuid import uuid4
 
 import pytest
 
-from daemon.cost import Meter
-from daemon.database import Database
-from daemon.job import Cancelled, Completed, Failed, Lease, Released, State, Superseded
-from daemon.pack import object_names
-from daemon.reporter import Reporter
+from daemon.attempt.cleanup import Remains, Tidying
+from daemon.attempt.settle import settle
+from daemon.attempt.work_folder import Workspace
+from daemon.database.connection import Database
+from daemon.queue.job import Lease
+from daemon.queue.outcome import Cancelled, Completed, Failed, Released, Superseded
+from daemon.queue.states import State
+from daemon.queue.store import Store
+from daemon.report.cost import Meter
+from daemon.report.reporter import Reporter
 from daemon.settings import Settings
-from daemon.settlement import settle
-from daemon.stop import Stop, StopReason
-from daemon.storage import FolderStorage
-from daemon.store import Store
-from daemon.tidying import Remains, Tidying
-from daemon.uploads import note_adapter
-from daemon.workspace import Workspace
+from daemon.stop_request import Stop, StopReason
+from daemon.storage.folder import FolderStorage
+from daemon.storage.publish import object_names
+from daemon.storage.upload_log import note_adapter
 from tests.postgres import AppDatabase
 from tests.sql.claiming import claimed
 from training import events
@@ -145,7 +147,7 @@ async def test_what_an_attempt_stored_after_it_lost_its_job_is_deleted_by_itself
 async def test_tidying_keeps_a_stopping_host_only_for_a_moment_and_is_done_by_another(
     store: CountingStore, database: AppDatabase, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("daemon.tidying.FINISH_SECONDS", 0.05)
+    monkeypatch.setattr("daemon.attempt.cleanup.FINISH_SECONDS", 0.05)
     storage = SlowStorage(tmp_path)
     job = await claimed(store)
     await note_adapter(store, job, storage.location)
@@ -158,7 +160,7 @@ async def test_tidying_keeps_a_stopping_host_only_for_a_moment_and_is_done_by_an
         await stopping.finish()
     assert left.exists() and len(database.run("SELECT FROM training_uploads")) == 1
     storage.gate.set()
-    monkeypatch.setattr("daemon.tidying.FINISH_SECONDS", 30.0)
+    monkeypatch.setattr("daemon.attempt.cleanup.FINISH_SECONDS", 30.0)
     other = Tidying(store, storage, settings)
     other.begin(Remains(job, ending, stored=True))
     await other.finish()
@@ -168,7 +170,7 @@ async def test_tidying_keeps_a_stopping_host_only_for_a_moment_and_is_done_by_an
 async def test_a_locked_table_of_the_charts_keeps_no_ending_waiting(
     store: CountingStore, database: AppDatabase, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("daemon.settlement.AWAY_SECONDS", 0.01)
+    monkeypatch.setattr("daemon.attempt.settle.AWAY_SECONDS", 0.01)
     job = await claimed(store)
     reporter = reporter_of(store, job.lease)
     progress = {"job_id": str(job.id), "step": 1, "total_steps": 9, "epoch": 0.1, "loss": 2.0, "learning_rate": 1e-4}

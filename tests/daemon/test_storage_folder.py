@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from daemon.errors import HostFault, JobDelayed, JobFailed
+from daemon.queue.rows import Location
 from daemon.settings import Settings
-from daemon.storage import FolderStorage, LocalFile, Location, open_storage
-from daemon.supabase_storage import SupabaseStorage
+from daemon.storage.folder import FolderStorage
+from daemon.storage.interface import LocalFile
+from daemon.storage.open import open_storage
+from daemon.storage.supabase import SupabaseStorage
 from training.events import ErrorCode
 
 CONTENT = b"an adapter" * 1000

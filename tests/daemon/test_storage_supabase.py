@@ -16,9 +16,9 @@ import httpx
 import pytest
 
 from daemon.errors import JobDelayed, JobFailed
-from daemon.storage import SignedUrl, Storage
-from daemon.supabase_storage import SupabaseStorage
-from daemon.tus import CHUNK_BYTES
+from daemon.storage.interface import SignedUrl, Storage
+from daemon.storage.supabase import SupabaseStorage
+from daemon.storage.tus import CHUNK_BYTES
 from tests.storage_double import SERVICE_KEY, Bucket, StorageDouble
 from training.events import ErrorCode
 

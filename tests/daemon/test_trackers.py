@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from daemon.attempt.trackers import choose_trackers
 from daemon.errors import HostUnfit, JobFailed
 from daemon.settings import load_settings
-from daemon.trackers import choose_trackers
 from tests.daemon_process import eventually
 from tests.lifecycle.queue import Queue
 from tests.postgres import AppDatabase

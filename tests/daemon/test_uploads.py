@@ -12,16 +12,17 @@ from uuid import UUID
 import pytest
 from pydantic import SecretStr
 
-from daemon.database import Database
+from daemon.attempt.cleanup import Remains, Tidying
+from daemon.attempt.work_folder import Workspace
+from daemon.database.connection import Database
 from daemon.errors import JobDelayed, LeaseLost
-from daemon.job import ClaimedJob, Completed, Failed
-from daemon.pack import object_names
+from daemon.queue.job import ClaimedJob
+from daemon.queue.outcome import Completed, Failed
+from daemon.queue.store import Store
 from daemon.settings import Settings
-from daemon.storage import FolderStorage
-from daemon.store import Store
-from daemon.tidying import Remains, Tidying
-from daemon.uploads import note_adapter, sweep_for_ever, sweep_job
-from daemon.workspace import Workspace
+from daemon.storage.folder import FolderStorage
+from daemon.storage.publish import object_names
+from daemon.storage.upload_log import note_adapter, sweep_for_ever, sweep_job
 from tests.postgres import AppDatabase
 from tests.sql.claiming import claimed
 from training.events import ErrorCode
@@ -197,7 +198,7 @@ async def test_a_host_that_dies_after_the_completion_leaves_no_note_for_ever(
     second = await place.uploaded()
     await place.completed(second)
     # The daemon dies here. Another daemon's hourly sweep comes by, an hour later and again.
-    monkeypatch.setattr("daemon.uploads.SWEEP_SECONDS", 0.01)
+    monkeypatch.setattr("daemon.storage.upload_log.SWEEP_SECONDS", 0.01)
     sweeping = asyncio.create_task(sweep_for_ever(place.store, place.storage, 7.0))
     await asyncio.sleep(0.1)
     assert place.notes() == 2  # too fresh: a host that lost its lease may still be uploading

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-import daemon.warm
-from daemon.child import Patience, Trained, Verdict
-from daemon.host import Gpu, Host
+import daemon.trainer.pool
+from daemon.host.inspect import Gpu, Host
 from daemon.settings import Settings
-from daemon.stop import Stop
-from daemon.warm import Trainers
+from daemon.stop_request import Stop
+from daemon.trainer.pool import Trainers
+from daemon.trainer.process import Patience
+from daemon.trainer.verdict import Trained, Verdict
 from tests.daemon_process import alive, children_of
 from tests.lifecycle.queue import write_model_folder
 from training.events import Event
@@ -145,8 +146,8 @@ async def test_those_that_wait_where_a_job_has_a_process_of_its_own_leave_it_the
 async def test_a_trainer_that_has_grown_is_given_up_and_one_that_has_not_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(daemon.warm, "GROWTH_BYTES", 64 * MIB)
-    monkeypatch.setattr(daemon.warm, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(daemon.trainer.pool, "GROWTH_BYTES", 64 * MIB)
+    monkeypatch.setattr(daemon.trainer.pool, "LOOK_SECONDS", 0.01)
     site = Site(tmp_path, slots=1)
     pids: list[int] = []
 
@@ -185,7 +186,7 @@ async def test_no_descriptor_of_a_job_stays_open_in_the_daemon_however_it_ended(
 async def test_a_trainer_that_dies_before_it_is_ready_is_not_started_again_and_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(daemon.warm, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(daemon.trainer.pool, "LOOK_SECONDS", 0.02)
     site = Site(tmp_path, command=(sys.executable, "-c", "import sys; sys.exit(3)"), slots=1)
     with capture_logs() as logged:
         async with site.tended():

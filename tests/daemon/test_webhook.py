@@ -9,7 +9,7 @@ import pytest
 from pydantic import SecretStr
 
 from daemon.errors import HostUnfit
-from daemon.webhook import MAX_BODY_BYTES, SignatureInvalid, message_body, signed_headers, signing_keys, verify
+from daemon.report.webhook import MAX_BODY_BYTES, SignatureInvalid, message_body, signed_headers, signing_keys, verify
 
 SECRET = "whsec_" + base64.b64encode(b"k" * 24).decode()
 NEWER = "whsec_" + base64.b64encode(b"n" * 32).decode()

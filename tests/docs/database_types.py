@@ -9,8 +9,8 @@ import os
 import subprocess
 from pathlib import Path
 
-from daemon.embedded_postgres import EmbeddedPostgres
-from daemon.migrate import migrate
+from daemon.database.embedded_server import EmbeddedPostgres
+from daemon.schema.migrations import migrate
 from tests.docs.npm import ROOT, installed
 
 TYPES = ROOT / "docs" / "examples" / "nextjs" / "lib" / "database.types.ts"

@@ -111,7 +111,7 @@ def _metrics() -> list[str]:
     """A row for each name that Prometheus finds."""
     from prometheus_client.parser import text_string_to_metric_families
 
-    from daemon.metrics import ServiceMetrics
+    from daemon.gateway.metrics import ServiceMetrics
 
     class Away:
         async def fetch(self, name: str, parameters: Any, /) -> list[dict[str, Any]]:
@@ -128,10 +128,10 @@ def _metrics() -> list[str]:
 
 def _openapi() -> dict[str, Any]:
     """The gateway's own description; nothing is connected to for it."""
-    from daemon.dashboard.feed import Feed
-    from daemon.gateway_app import build_app
-    from daemon.gateway_rows import GatewayRows
-    from daemon.metrics import ServiceMetrics
+    from daemon.gateway.app import build_app
+    from daemon.gateway.dashboard.broadcaster import Feed
+    from daemon.gateway.job_rows import GatewayRows
+    from daemon.gateway.metrics import ServiceMetrics
     from daemon.settings import load_settings
 
     nowhere = "postgresql://nobody@127.0.0.1:1/none"

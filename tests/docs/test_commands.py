@@ -21,9 +21,9 @@ import pytest
 from typer.main import get_command
 
 from daemon.__main__ import app
-from daemon.database import Database
+from daemon.database.connection import Database
 from daemon.demo.model import MODEL_NAME
-from daemon.store import Store
+from daemon.queue.store import Store
 from tests.docs.blocks import COMPARED, ELSEWHERE, REASONS, ROOT, RUN, Block, blocks, runnable
 from tests.docs.render import DOCS, PAGES
 from tests.docs.test_cookbook import as_psql, furnish, run_as

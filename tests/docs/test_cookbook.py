@@ -12,8 +12,8 @@ import psycopg
 import psycopg.sql
 import pytest
 
-from daemon.database import Database
-from daemon.store import Store
+from daemon.database.connection import Database
+from daemon.queue.store import Store
 from tests.postgres import AppDatabase
 from tests.sql.claiming import claimed
 from tests.sql.world import Jobs, held, orphan, populate

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from daemon.webhook import message_body, signed_headers, signing_keys
+from daemon.report.webhook import message_body, signed_headers, signing_keys
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "for-app-developers.md").read_text()

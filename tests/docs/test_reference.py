@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from daemon.pack import BESIDE
-from daemon.webhook import MAX_BODY_BYTES
+from daemon.report.webhook import MAX_BODY_BYTES
+from daemon.storage.publish import BESIDE
 from sql import migrations, queries
 from tests.postgres import AppDatabase
 from training.events import ErrorCode, Stage

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import psycopg
 
-from daemon.embedded_postgres import EmbeddedPostgres, installed_binaries, wheel_binaries
-from daemon.migrate import bring_up_to_date, faults
+from daemon.database.embedded_server import EmbeddedPostgres, installed_binaries, wheel_binaries
+from daemon.schema.migrations import bring_up_to_date, faults
 from tests.docs.blocks import blocks
 from tests.docs.test_commands import shell
 from tests.postgres import AppDatabase

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from daemon.webhook import message_body, signed_headers, signing_keys
+from daemon.report.webhook import message_body, signed_headers, signing_keys
 from tests.docs.database_types import TYPES, generated
 from tests.docs.npm import ROOT, installed
 from tests.postgres import AppDatabase

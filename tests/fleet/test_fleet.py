@@ -11,10 +11,10 @@ from uuid import UUID
 import pytest
 
 from daemon.errors import HostUnfit
-from daemon.fleet import serve_fleet
-from daemon.fleet_plan import read_plan
-from daemon.runpod_api import RunPodError
-from daemon.store import Limits
+from daemon.fleet.loop import serve_fleet
+from daemon.fleet.plan import read_plan
+from daemon.pod.runpod_api import RunPodError
+from daemon.queue.rows import Limits
 from tests.fleet.yard import A40, H100, Yard
 from tests.postgres import AppDatabase
 from tests.runpod_double import RunPodDouble
@@ -119,7 +119,7 @@ async def test_a_user_at_his_cap_starts_no_further_pod(open_yard: Callable[..., 
 async def test_a_user_at_his_cap_with_a_long_queue_does_not_hide_the_others(
     open_yard: Callable[..., Yard], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("daemon.fleet_store.MOST_JOBS", 3)
+    monkeypatch.setattr("daemon.fleet.store.MOST_JOBS", 3)
     yard = open_yard(user_cap=1)
     running = yard.job(priority=9)
     for _ in range(5):

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from daemon import pod_life
-from daemon.doctor_services import check_pod
+from daemon.doctor.service_checks import check_pod
 from daemon.errors import DatabaseAway
-from daemon.pod_life import PodLife
+from daemon.pod import lifetime as pod_life
+from daemon.pod.lifetime import PodLife
 from daemon.settings import load_settings
 from tests.daemon_process import DaemonProcess, eventually
 from tests.lifecycle.queue import Queue
@@ -190,7 +190,7 @@ async def test_an_ending_that_nobody_ever_takes_holds_the_pod_no_longer_than_its
 
 
 class IdleWorker:
-    """A worker that never has anything to do, and keeps the promise of daemon.pod_life.Working."""
+    """A worker that never has anything to do, and keeps the promise of daemon.pod.lifetime.Working."""
 
     def __init__(self) -> None:
         self._idle_since = time.monotonic()

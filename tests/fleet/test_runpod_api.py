@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from daemon.logs import configure_logs
-from daemon.pod_end import chosen_end, end_own_pod
-from daemon.runpod_api import Fault, Key, RunPod, RunPodError
+from daemon.pod.runpod_api import Fault, Key, RunPod, RunPodError
+from daemon.pod.shutdown import chosen_end, end_own_pod
 from tests.runpod_double import RunPodDouble
 
 GOOD = Key("TRAINER_RUNPOD_API_KEY", "good-key")

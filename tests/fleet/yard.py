@@ -9,13 +9,13 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
-from daemon.database import Database
-from daemon.fleet import Fleet
-from daemon.fleet_plan import read_plan
-from daemon.fleet_store import FleetStore
-from daemon.runpod_api import Key, RunPod
+from daemon.database.connection import Database
+from daemon.fleet.loop import Fleet
+from daemon.fleet.plan import read_plan
+from daemon.fleet.store import FleetStore
+from daemon.pod.runpod_api import Key, RunPod
+from daemon.queue.store import Store
 from daemon.settings import Settings, load_settings
-from daemon.store import Store
 from tests.postgres import AppDatabase
 from tests.runpod_double import PodRow, RunPodDouble
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from daemon.errors import EXIT_UNFIT, HostUnfit
-from daemon.serverless import start
+from daemon.serverless.__main__ import start
 from tests.daemon_process import ROOT
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import asyncio
 import sys
 
 from daemon.errors import EXIT_UNFIT, HostUnfit
-from daemon.gateway import serve_gateway
+from daemon.gateway.server import serve_gateway
 from daemon.settings import load_settings
 
 if __name__ == "__main__":

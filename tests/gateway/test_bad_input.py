@@ -13,7 +13,7 @@ import httpx
 import psycopg
 import pytest
 
-from daemon import gateway_gate
+from daemon.gateway.access import gate as gateway_gate
 from tests.daemon_process import DaemonProcess, eventually
 from tests.gateway.conftest import KEY, Gateway
 from tests.lifecycle.queue import Queue

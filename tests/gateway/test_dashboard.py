@@ -13,14 +13,14 @@ import httpx
 import psycopg
 import pytest
 
-from daemon.dashboard.session import SESSION_SECONDS, Sessions
+from daemon.gateway.access.sessions import SESSION_SECONDS, Sessions
 from tests.daemon_process import ROOT, eventually
 from tests.gateway.conftest import KEY, Gateway
 from tests.gateway.seeded_world import open_world, seed
 from tests.gateway.watching import HEADERS, Watcher, sign_in
 from tests.lifecycle.queue import Queue
 
-STATIC = ROOT / "daemon" / "dashboard" / "static"
+STATIC = ROOT / "daemon" / "gateway" / "dashboard" / "static"
 WRITES = 10
 OTHER_KEY = "another-key-of-this-test-0123456789"
 

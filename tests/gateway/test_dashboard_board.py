@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from daemon.dashboard.board import MOST_ENDED, MOST_POINTS, Board
-from daemon.dashboard.stream import MOST_WAITING, Client, EventStream
+from daemon.gateway.dashboard.sse import MOST_WAITING, Client, EventStream
+from daemon.gateway.dashboard.state import MOST_ENDED, MOST_POINTS, Board
 
 
 def line(

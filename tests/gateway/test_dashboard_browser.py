@@ -12,8 +12,8 @@ import psycopg
 import pytest
 
 from benchmarks.dashboard import measure
-from daemon.embedded_postgres import EmbeddedPostgres
-from daemon.migrate import migrate
+from daemon.database.embedded_server import EmbeddedPostgres
+from daemon.schema.migrations import migrate
 from tests.daemon_process import eventually
 from tests.gateway.browser import Browser, open_browser
 from tests.gateway.conftest import KEY, Gateway

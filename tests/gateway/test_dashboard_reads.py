@@ -9,7 +9,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from daemon.store import statement
+from daemon.database.statements import statement
 from tests.gateway.seeded_world import seed
 from tests.postgres import AppDatabase
 

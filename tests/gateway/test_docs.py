@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import httpx
 import pytest
 
-from daemon.gateway_docs import render_page
+from daemon.gateway.openapi import render_page
 
 
 class _Page(HTMLParser):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon.migrate import migrate
+from daemon.schema.migrations import migrate
 from tests.daemon_process import alive, eventually
 from tests.lifecycle.queue import Queue
 

@@ -15,7 +15,7 @@ from uuid import UUID
 
 import pytest
 
-from daemon.migrate import migrate, split_statements
+from daemon.schema.migrations import migrate, split_statements
 from tests.daemon_process import SCRIPTED, DaemonProcess, eventually
 from tests.lifecycle.queue import write_model_folder
 from tests.postgres import AppDatabase, Server, app_job, insert_statement

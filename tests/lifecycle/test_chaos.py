@@ -29,12 +29,12 @@ from uuid import UUID
 import psycopg
 import pytest
 
-from daemon.database import Database
-from daemon.embedded_postgres import EmbeddedPostgres
+from daemon.database.connection import Database
+from daemon.database.embedded_server import EmbeddedPostgres
 from daemon.errors import DatabaseAway, LeaseLost
-from daemon.migrate import migrate
-from daemon.storage import Location
-from daemon.store import MetricPoint, Store
+from daemon.queue.rows import Location, MetricPoint
+from daemon.queue.store import Store
+from daemon.schema.migrations import migrate
 from tests.daemon_process import REAL, ROOT, SCRIPTED, DaemonProcess, children_of, eventually
 from tests.lifecycle.queue import Queue
 from tests.lifecycle.tcp_proxy import TcpProxy

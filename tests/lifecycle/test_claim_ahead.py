@@ -12,17 +12,17 @@ from uuid import UUID
 import pytest
 from pydantic import SecretStr
 
-from daemon.attempt import Collaborators
-from daemon.callback import CallbackCourier
-from daemon.database import Database
+from daemon.attempt.steps import Collaborators
+from daemon.database.connection import Database
 from daemon.fitness import Fitness
-from daemon.host import Host
-from daemon.lease import LeaseKeeper
+from daemon.host.inspect import Host
+from daemon.queue.lease import LeaseKeeper
+from daemon.queue.store import Store
+from daemon.report.courier import CallbackCourier
 from daemon.settings import load_settings
-from daemon.storage import open_storage
-from daemon.store import Store
+from daemon.storage.open import open_storage
+from daemon.trainer.pool import Trainers
 from daemon.troubles import Troubles
-from daemon.warm import Trainers
 from daemon.worker import Worker
 from tests.daemon_process import ROOT, eventually
 from tests.lifecycle.queue import Queue

@@ -18,11 +18,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from daemon.demo.curve import draw_curve
 from daemon.demo.job import SELECT_ROW
 from daemon.demo.model import MODEL_NAME
 from daemon.demo.run import VOICE
-from daemon.demo.screen import Screen
+from daemon.demo.screen.live import Screen
+from daemon.terminal.braille_plot import draw_curve
 from tests.daemon_process import ROOT, alive, children_of, eventually
 from tests.docs.blocks import blocks
 from tests.gateway.watching import sign_in
@@ -113,7 +113,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
     folder = tmp_path_factory.mktemp("cache")
     target = folder / "brightrun-trainer" / "models" / MODEL_NAME
-    command = [sys.executable, "-m", "training.gguf_import", str(find_gguf()), str(target)]
+    command = [sys.executable, "-m", "training.base.gguf_import", str(find_gguf()), str(target)]
     subprocess.run(command, cwd=ROOT, check=True, timeout=300, stderr=subprocess.DEVNULL)
     yield folder
 
@@ -313,7 +313,7 @@ def test_the_demo_trains_a_voice_into_a_model_that_it_does_not_change(cache: Pat
     assert "Ahoy, little gull!" in answer[1]
 
     asked = subprocess.run(
-        [sys.executable, "-m", "training.ask", "How do I make pancakes?"],
+        [sys.executable, "-m", "training.adapter.ask", "How do I make pancakes?"],
         env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "XDG_CACHE_HOME": str(cache)},
         cwd=ROOT,
         capture_output=True,

@@ -69,7 +69,7 @@ class Stream:
         return next((row["current_stage"] for row in self.unfinished() if row["status"] != "queued"), None)
 
     def trainers(self) -> list[int]:
-        return [pid for pid in self.daemon.children() if not _commanded(pid, b"training.read_through")]
+        return [pid for pid in self.daemon.children() if not _commanded(pid, b"training.data.validate")]
 
     def below_trainers(self) -> list[int]:
         """Forks of a warm trainer, or ranks."""

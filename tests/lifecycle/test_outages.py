@@ -23,10 +23,10 @@ import psycopg
 import pytest
 from structlog.testing import capture_logs
 
-import daemon.listener
-from daemon.embedded_postgres import EmbeddedPostgres
-from daemon.listener import Listener
-from daemon.migrate import migrate
+import daemon.database.listener
+from daemon.database.embedded_server import EmbeddedPostgres
+from daemon.database.listener import Listener
+from daemon.schema.migrations import migrate
 from tests.daemon_process import DaemonProcess, alive, eventually
 from tests.lifecycle.queue import Queue
 from tests.lifecycle.tcp_proxy import TcpProxy
@@ -404,7 +404,7 @@ async def test_the_listeners_backoff_begins_anew_after_a_connection_that_was_goo
         try:
             # Cut before the first probe, as an outage that comes and goes.
             assert [await cut_again() for _ in range(4)] == [1, 2, 3, 4]
-            monkeypatch.setattr(daemon.listener, "PROBE_SECONDS", 0.05)
+            monkeypatch.setattr(daemon.database.listener, "PROBE_SECONDS", 0.05)
             assert await cut_again() == 5
             await asyncio.sleep(1.0)  # many probes
             assert await cut_again() == 1

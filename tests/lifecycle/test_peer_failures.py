@@ -23,11 +23,13 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 
-from daemon.database import Database
+from daemon.database.connection import Database
 from daemon.errors import LeaseLost
-from daemon.job import Completed, Failed, Lease, Returned, State
-from daemon.storage import Location
-from daemon.store import Ending, Limits, MetricPoint, Store
+from daemon.queue.job import Lease, Returned
+from daemon.queue.outcome import Completed, Failed
+from daemon.queue.rows import Ending, Limits, Location, MetricPoint
+from daemon.queue.states import State
+from daemon.queue.store import Store
 from tests.daemon_process import DaemonProcess, alive, eventually
 from tests.lifecycle.queue import FINAL, Queue
 from training.events import ErrorCode

@@ -18,7 +18,7 @@ from uuid import UUID
 import pytest
 from pydantic import SecretStr
 
-from daemon.webhook import signing_keys, verify
+from daemon.report.webhook import signing_keys, verify
 from tests.daemon_process import alive, eventually
 from tests.lifecycle.project import SECRET, Project
 from tests.lifecycle.queue import Queue

@@ -305,7 +305,7 @@ def test_an_output_that_cannot_be_opened_stops_the_pod_instead_of_idling(queue: 
 
 def test_the_image_serves_all_the_same_where_its_output_cannot_be_opened(queue: Queue, tmp_path: Path) -> None:
     path = f"{SUPERVISORD.parent}:{os.environ['PATH']}"
-    entry = ("bash", str(ROOT / "daemon" / "container.sh"))
+    entry = ("bash", str(ROOT / "daemon" / "pod" / "container.sh"))
     with Supervisor(queue, tmp_path, command=entry, output_is_socket=True, PATH=path) as supervisor:
         queue.wait_for(queue.insert(), "completed")
         assert supervisor.logged("job_claimed"), supervisor.output

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 from uuid import UUID, uuid4
 
-from daemon.job import ClaimedJob
-from daemon.store import Claim, Limits, Store
+from daemon.queue.job import ClaimedJob
+from daemon.queue.rows import Claim, Limits
+from daemon.queue.store import Store
 
 
 async def claim(store: Store, worker: UUID | None = None, *, lease_seconds: float = 60.0, **limits: Any) -> Claim:

@@ -7,8 +7,8 @@ from uuid import UUID
 
 import pytest
 
-from daemon.database import Database
-from daemon.store import Store
+from daemon.database.connection import Database
+from daemon.queue.store import Store
 from tests.postgres import AppDatabase
 
 

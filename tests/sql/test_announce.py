@@ -11,9 +11,12 @@ from uuid import UUID
 import psycopg
 import pytest
 
-from daemon.database import Database
-from daemon.job import Completed, Failed, Lease, State
-from daemon.store import Callback, MetricPoint, Store
+from daemon.database.connection import Database
+from daemon.queue.job import Lease
+from daemon.queue.outcome import Completed, Failed
+from daemon.queue.rows import Callback, MetricPoint
+from daemon.queue.states import State
+from daemon.queue.store import Store
 from tests.postgres import AppDatabase
 from tests.sql.claiming import claim, claimed
 from tests.sql.world import held, orphan

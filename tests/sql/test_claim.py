@@ -9,9 +9,10 @@ from uuid import UUID
 import psycopg
 import pytest
 
-from daemon.database import Database
+from daemon.database.connection import Database
 from daemon.errors import RowsHidden
-from daemon.store import Claim, Store
+from daemon.queue.rows import Claim
+from daemon.queue.store import Store
 from tests.postgres import AppDatabase
 from tests.sql.claiming import claim, claimed
 

@@ -8,14 +8,16 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from daemon.gateway_rows import Refused
-from daemon.gateway_words import Submission
-from daemon.host import Gpu, Host
-from daemon.job import ClaimedJob, Failed
-from daemon.rowless import RowlessStore
-from daemon.serverless_rows import ServerlessRows
+from daemon.database.statements import statement
+from daemon.gateway.job_rows import Refused
+from daemon.gateway.schemas import Submission
+from daemon.host.inspect import Gpu, Host
+from daemon.queue.job import ClaimedJob
+from daemon.queue.outcome import Failed
+from daemon.queue.store import Store
+from daemon.serverless.memory_store import RowlessStore
+from daemon.serverless.row_store import ServerlessRows
 from daemon.settings import load_settings
-from daemon.store import Store, statement
 from tests.postgres import AppDatabase
 from tests.sql.claiming import claim
 from training.events import ErrorCode

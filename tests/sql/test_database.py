@@ -12,11 +12,12 @@ from uuid import uuid4
 import psycopg
 import pytest
 
-from daemon.database import Database
-from daemon.embedded_postgres import EmbeddedPostgres
+from daemon.database.connection import Database
+from daemon.database.embedded_server import EmbeddedPostgres
 from daemon.errors import DatabaseAway, DatabaseUnprepared, HostUnfit
-from daemon.migrate import migrate
-from daemon.store import Limits, Store
+from daemon.queue.rows import Limits
+from daemon.queue.store import Store
+from daemon.schema.migrations import migrate
 from tests.postgres import AppDatabase, Server
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from daemon.embedded_postgres import (
+from daemon.database.embedded_server import (
     EmbeddedPostgres,
     EmbeddedPostgresFailed,
     _open_to_others,
@@ -27,7 +27,7 @@ from tests.postgres import BINARIES
 SOURCES = pytest.mark.parametrize("binaries", BINARIES.values(), ids=BINARIES.keys())
 CHILD = """
 import sys, time
-from daemon.embedded_postgres import EmbeddedPostgres
+from daemon.database.embedded_server import EmbeddedPostgres
 with EmbeddedPostgres() as server:
     print(server.pid, server._folder, flush=True)
     time.sleep(60)
@@ -100,7 +100,7 @@ def test_an_ordinary_user_runs_it_directly() -> None:
             assert Path(f"/proc/{server.pid}").stat().st_uid == os.geteuid()
         return
     root = Path(__file__).parents[2]
-    source = (root / "daemon" / "embedded_postgres.py").read_text()
+    source = (root / "daemon" / "database" / "embedded_server.py").read_text()
     with tempfile.TemporaryDirectory() as home:
         Path(home).chmod(0o755)
         (Path(home) / "launcher.py").write_text(source)

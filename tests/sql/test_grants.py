@@ -9,8 +9,9 @@ import psycopg
 import pytest
 from psycopg.types.json import Jsonb
 
-from daemon.job import Completed
-from daemon.store import MetricPoint, Store, WorkerRow
+from daemon.queue.outcome import Completed
+from daemon.queue.rows import MetricPoint, WorkerRow
+from daemon.queue.store import Store
 from tests.postgres import AppDatabase
 from tests.sql.claiming import claimed
 

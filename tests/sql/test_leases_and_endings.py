@@ -9,10 +9,13 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from daemon.database import Database
+from daemon.database.connection import Database
 from daemon.errors import LeaseLost
-from daemon.job import Completed, Failed, Lease, Returned, State
-from daemon.store import MAX_RETURNS, Ending, MetricPoint, Reaped, Store
+from daemon.queue.job import Lease, Returned
+from daemon.queue.outcome import Completed, Failed
+from daemon.queue.rows import Ending, MetricPoint, Reaped
+from daemon.queue.states import State
+from daemon.queue.store import MAX_RETURNS, Store
 from tests.postgres import AppDatabase
 from tests.sql.claiming import claim, claimed
 from training.events import ErrorCode

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import structlog
 
-from daemon.cli.connection import connect
-from daemon.cli.wakeup import listen, wait_for_change
-from daemon.dashboard.feed import Feed
-from daemon.listener import CHANNEL, Listener
+from daemon.cli.data.connection import connect
+from daemon.cli.watching.notifications import listen, wait_for_change
+from daemon.database.listener import CHANNEL, Listener
+from daemon.gateway.dashboard.broadcaster import Feed
 from tests.postgres import AppDatabase
 
 IDLE_SECONDS = 1

@@ -10,12 +10,12 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from daemon.cli.connection import connect as connect_a_command
-from daemon.database import Database
-from daemon.embedded_postgres import EmbeddedPostgres
+from daemon.cli.data.connection import connect as connect_a_command
+from daemon.database.connection import Database
+from daemon.database.embedded_server import EmbeddedPostgres
+from daemon.database.login import login_fault
 from daemon.errors import DatabaseAway, HostUnfit, TrainerError
-from daemon.login import login_fault
-from daemon.migrate import migrate, pending
+from daemon.schema.migrations import migrate, pending
 from tests.sql.pretended_pooler import PretendedPooler
 
 

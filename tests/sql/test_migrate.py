@@ -14,11 +14,12 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from daemon.database import Database
-from daemon.embedded_postgres import EmbeddedPostgres
+from daemon.database.connection import Database
+from daemon.database.embedded_server import EmbeddedPostgres
 from daemon.errors import DatabaseAway, HostUnfit
-from daemon.migrate import migrate, migrations, pending, split_statements
-from daemon.store import Claim, Store
+from daemon.queue.rows import Claim
+from daemon.queue.store import Store
+from daemon.schema.migrations import migrate, migrations, pending, split_statements
 from tests.postgres import BINARIES, AppDatabase, Server, app_job, insert_statement
 from tests.sql.claiming import claim
 

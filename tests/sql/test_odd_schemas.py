@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from daemon.database import Database
+from daemon.database.connection import Database
 from daemon.errors import HostUnfit
-from daemon.job import Completed, Failed
-from daemon.migrate import faults, migrate, split_statements
-from daemon.store import MetricPoint, Store
+from daemon.queue.outcome import Completed, Failed
+from daemon.queue.rows import MetricPoint
+from daemon.queue.store import Store
+from daemon.schema.migrations import faults, migrate, split_statements
 from tests.postgres import AppDatabase, Server, app_job, insert_statement
 from tests.sql.claiming import claimed
 from training.events import ErrorCode

@@ -10,8 +10,10 @@ from uuid import UUID
 import pytest
 from psycopg.types.json import Jsonb
 
-from daemon.job import JobDataset
-from daemon.store import Limits, Store, statement
+from daemon.database.statements import statement
+from daemon.queue.job import JobDataset
+from daemon.queue.rows import Limits
+from daemon.queue.store import Store
 from tests.postgres import AppDatabase
 from tests.sql.claiming import claim, claimed
 

@@ -13,8 +13,9 @@ from uuid import UUID, uuid4
 import pytest
 from psycopg import sql
 
-from daemon.database import Database
-from daemon.store import Store, statement
+from daemon.database.connection import Database
+from daemon.database.statements import statement
+from daemon.queue.store import Store
 from tests.daemon_process import eventually
 from tests.postgres import AppDatabase
 from tests.sql.claiming import claim

@@ -10,10 +10,11 @@ from uuid import UUID
 import psycopg
 import pytest
 
-from daemon.database import Database
-from daemon.job import Lease, State
-from daemon.reaper import reap_for_ever
-from daemon.store import Store
+from daemon.database.connection import Database
+from daemon.queue.job import Lease
+from daemon.queue.reaper import reap_for_ever
+from daemon.queue.states import State
+from daemon.queue.store import Store
 from tests.lifecycle.tcp_proxy import TcpProxy
 from tests.postgres import AppDatabase
 from tests.sql.claiming import claimed

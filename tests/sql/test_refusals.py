@@ -6,9 +6,10 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from daemon.database import Database
+from daemon.database.connection import Database
 from daemon.errors import HostUnfit, StatementRefused
-from daemon.store import Limits, Store
+from daemon.queue.rows import Limits
+from daemon.queue.store import Store
 from tests.postgres import AppDatabase
 from tests.sql.world import held
 

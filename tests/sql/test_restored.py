@@ -10,12 +10,12 @@ from uuid import UUID
 import psycopg
 import pytest
 
-from daemon.database import Database
-from daemon.embedded_postgres import EmbeddedPostgres, installed_binaries, wheel_binaries
+from daemon.database.connection import Database
+from daemon.database.embedded_server import EmbeddedPostgres, installed_binaries, wheel_binaries
 from daemon.errors import HostUnfit
-from daemon.job import State
-from daemon.migrate import bring_up_to_date, faults, split_statements
-from daemon.store import Store
+from daemon.queue.states import State
+from daemon.queue.store import Store
+from daemon.schema.migrations import bring_up_to_date, faults, split_statements
 from tests.postgres import AppDatabase
 from tests.sql.claiming import claimed
 from tests.sql.world import populate

@@ -19,8 +19,8 @@ import psycopg
 import pytest
 from psycopg.rows import dict_row
 
-from daemon.migrate import migrate
-from daemon.store import Store
+from daemon.queue.store import Store
+from daemon.schema.migrations import migrate
 from tests.postgres import AppDatabase, Server
 from tests.sql.security_matrix import CALLERS, Prober, Target, World, heading, row, table_lines
 from tests.sql.world import Jobs, orphan, populate

@@ -21,11 +21,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from psycopg.types.json import Jsonb
 
-from daemon.database import Database
+from daemon.database.connection import Database
+from daemon.database.statements import statement
 from daemon.errors import LeaseLost
-from daemon.job import FINAL, HELD, UNFINISHED, ClaimedJob, Completed, Failed, Lease, Returned, State
-from daemon.storage import Location
-from daemon.store import MAX_RETURNS, Ending, Limits, MetricPoint, Store, statement
+from daemon.queue.job import ClaimedJob, Lease, Returned
+from daemon.queue.outcome import Completed, Failed
+from daemon.queue.rows import Ending, Limits, Location, MetricPoint
+from daemon.queue.states import FINAL, HELD, UNFINISHED, State
+from daemon.queue.store import MAX_RETURNS, Store
 from tests.lifecycle.test_peer_failures import READS, STALE_WRITES
 from tests.postgres import AppDatabase, Server
 from training.events import ErrorCode

@@ -8,7 +8,8 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from daemon.store import Store, WorkerRow
+from daemon.queue.rows import WorkerRow
+from daemon.queue.store import Store
 from tests.postgres import AppDatabase
 from tests.sql.claiming import claimed
 

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 from psycopg.types.json import Jsonb
 
-from daemon.wire import Wire
+from daemon.database.wire import Wire
 from tests.daemon_process import eventually
 from tests.postgres import AppDatabase
 

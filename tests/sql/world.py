@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from uuid import UUID, uuid4
 
-from daemon.job import Completed, Failed
-from daemon.store import MetricPoint, Store, WorkerRow
+from daemon.queue.outcome import Completed, Failed
+from daemon.queue.rows import MetricPoint, WorkerRow
+from daemon.queue.store import Store
 from tests.postgres import AppDatabase
 from tests.sql.claiming import claimed
 from training.events import ErrorCode

@@ -11,9 +11,9 @@ import pytest
 
 from tests.tiny_models import make_model, write_conversations
 from training.compute import ComputeType
+from training.event_writer import AnyEvent, Voice
 from training.spec import Hyperparameters, JobSpec
-from training.stop import StopSwitch
-from training.voice import AnyEvent, Voice
+from training.stop_switch import StopSwitch
 
 # Before torch is imported: for models this small one thread is fastest, and none may spin while others work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

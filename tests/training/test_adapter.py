@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny_models import ARCHITECTURES, DENSE
 from tests.training.conftest import ModelOf, SpecOf, train
+from training.adapter.lora import attach_adapter, choose_targets, trainable_parameters
 from training.failures import TrainingFailed
-from training.lora import attach_adapter, choose_targets, trainable_parameters
 from training.spec import Hyperparameters
 
 

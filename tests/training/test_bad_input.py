@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.training.bad_input import DATASETS, ROWS
-from training.dataset import read_conversations
+from training.data.formats import read_conversations
 from training.failures import TrainingFailed
-from training.preflight import check_dataset
+from training.preflight.check import check_dataset
 from training.spec import SpecInvalid, parse_row
 
 

@@ -9,11 +9,12 @@ import torch
 from bitsandbytes.nn import Linear4bit
 
 from tests.training.conftest import IN_BOTH_TYPES, HeardVoice, SpecOf, train
-from training.base import Base
+from training.base.dtype import compute_dtype
+from training.base.load import load_base_model
+from training.base.loaded_model import Base
 from training.compute import ComputeType, compute_type, cpu_multiplies_bf16
-from training.experts import expert_states, has_fused_experts
-from training.folder import open_model_folder
-from training.model import compute_dtype, load_base_model
+from training.files.model_folder import open_model_folder
+from training.quantization.experts import expert_states, has_fused_experts
 
 
 def test_the_hosts_units_are_those_that_torch_finds() -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from tests.tiny_models import CHATML, conversation, make_tokenizer, write_conversations, write_dataset
-from training.corpus import Corpus, gather, split
-from training.dataset import Turn, read_conversations
+from training.data.chat_template import ChatTemplate
+from training.data.corpus import Corpus, gather, split
+from training.data.formats import Turn, read_conversations
 from training.failures import TrainingFailed
 from training.spec import Hyperparameters
-from training.template import ChatTemplate
 
 _SYSTEM, _QUESTION, _ANSWER = "Be brief.", "Hello?", "Hello."
 _PAIR = {

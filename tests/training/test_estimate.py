@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-import training.loss
+import training.loop.loss
 from tests.tiny_models import ARCHITECTURES
 from tests.training.conftest import IN_BOTH_TYPES, SpecOf
-from training.estimate import SLICE_TOKENS
-from training.folder import open_model_folder
-from training.lora import attach_adapter, trainable_parameters
-from training.model import count_weights, load_base_model
-from training.preflight import check_spec
-from training.quantized import _tensors
+from training.adapter.lora import attach_adapter, trainable_parameters
+from training.base.load import count_weights, load_base_model
+from training.files.model_folder import open_model_folder
+from training.preflight.check import check_spec
+from training.preflight.estimate import SLICE_TOKENS
+from training.quantization.disk_copy import _tensors
 
 
 @IN_BOTH_TYPES
@@ -40,7 +40,7 @@ def _is_fixed(name: str) -> bool:
 
 
 def test_the_loss_is_sliced_as_the_estimate_believes() -> None:
-    assert SLICE_TOKENS == training.loss.SLICE_TOKENS
+    assert SLICE_TOKENS == training.loop.loss.SLICE_TOKENS
 
 
 def test_targets_that_the_job_names_are_estimated(spec_of: SpecOf) -> None:

@@ -11,16 +11,16 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-import training.experts
+import training.quantization.experts
 from tests.tiny_models import MIXTURES
 from tests.training.conftest import IN_BOTH_TYPES, ROUNDING, HeardVoice, SpecOf
+from training.base.load import count_weights, load_base_model
 from training.compute import ComputeType
-from training.experts import expert_states, has_fused_experts
 from training.failures import TrainingFailed
-from training.folder import open_model_folder
-from training.model import count_weights, load_base_model
-from training.nf4 import pack
-from training.packed import is_in_bytes, refuse_what_is_left
+from training.files.model_folder import open_model_folder
+from training.quantization.experts import expert_states, has_fused_experts
+from training.quantization.nf4 import pack
+from training.quantization.packed_weights import is_in_bytes, refuse_what_is_left
 
 
 def _load(spec: Any) -> Any:
@@ -138,7 +138,7 @@ def test_experts_in_the_hubs_layout_are_packed_one_by_one(spec_of: SpecOf, monke
     with safe_open(spec.model_path / "model.safetensors", framework="pt") as file:
         assert any(".experts.0.gate_proj.weight" in name for name in file.keys())  # noqa: SIM118 - not a dict
     stacked = []
-    monkeypatch.setattr(training.experts, "quantise_experts", lambda *arguments: stacked.append(arguments))
+    monkeypatch.setattr(training.quantization.experts, "quantise_experts", lambda *arguments: stacked.append(arguments))
     _load(spec)
     assert not stacked
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import training.loss
+import training.loop.loss
 from tests.tiny_models import conversation, write_conversations, write_dataset
 from tests.training.conftest import IN_BOTH_TYPES, ROUNDING, ModelOf, SpecOf, train
-from training.checkpoint import CheckpointShelf
 from training.compute import ComputeType
 from training.events import ErrorCode
 from training.failures import TrainingFailed, diagnose, is_out_of_memory
-from training.preflight import check_spec
+from training.loop.checkpoint import CheckpointShelf
+from training.preflight.check import check_spec
 from training.spec import JobSpec
 
 
@@ -42,7 +42,7 @@ def _refusal(spec: JobSpec) -> TrainingFailed:
 def test_a_run_that_diverges_stops_and_advises_a_lower_learning_rate(
     spec_of: SpecOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = training.loss.AnswerLoss.__call__
+    whole = training.loop.loss.AnswerLoss.__call__
     calls = 0
 
     def poisoned(self: Any, inputs: Any) -> Any:
@@ -51,7 +51,7 @@ def test_a_run_that_diverges_stops_and_advises_a_lower_learning_rate(
         total, count = whole(self, inputs)
         return (total * math.nan if torch.is_grad_enabled() and calls > 6 else total), count
 
-    monkeypatch.setattr(training.loss.AnswerLoss, "__call__", poisoned)
+    monkeypatch.setattr(training.loop.loss.AnswerLoss, "__call__", poisoned)
     spec = spec_of(learning_rate=2e-3)
     refused = _refusal(spec)
     assert refused.code == "non_finite_loss" and "diverged at step" in refused.message
@@ -125,7 +125,7 @@ def test_out_of_memory_with_one_conversation_fails_with_the_advice(
 
 def _limit_memory(monkeypatch: pytest.MonkeyPatch, conversations: int) -> None:
     """A card on which a forward pass of more conversations than this does not fit."""
-    whole = training.loss.AnswerLoss.__call__
+    whole = training.loop.loss.AnswerLoss.__call__
 
     def limited(self: Any, inputs: Any) -> Any:
         ends = inputs.get("cu_seq_lens_q")
@@ -133,7 +133,7 @@ def _limit_memory(monkeypatch: pytest.MonkeyPatch, conversations: int) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return whole(self, inputs)
 
-    monkeypatch.setattr(training.loss.AnswerLoss, "__call__", limited)
+    monkeypatch.setattr(training.loop.loss.AnswerLoss, "__call__", limited)
 
 
 # --- the model's files

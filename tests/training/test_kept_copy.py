@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 import torch
 
+from daemon.atomic_files import sha256_of
+from daemon.base_model.files import Marker, faults_of_model, model_bytes, read_marker, verify_hashes, weight_shapes
+from daemon.base_model.replace_weights import replace_weights
 from daemon.errors import JobFailed
-from daemon.model_files import Marker, faults_of_model, model_bytes, read_marker, verify_hashes, weight_shapes
-from daemon.replace_weights import replace_weights
-from daemon.storage import sha256_of
 from tests.training.conftest import IN_BOTH_TYPES, ModelOf, SpecOf, train
-from training import folder as training_folder
+from training.base.load import load_base_model
+from training.base.make_quantized_copy import Request, quantize
 from training.compute import ComputeType
 from training.failures import TrainingFailed
-from training.folder import open_model_folder
-from training.model import load_base_model
-from training.preflight import check_spec
-from training.quantize import Request, quantize
+from training.files import model_folder as training_folder
+from training.files.model_folder import open_model_folder
+from training.preflight.check import check_spec
 from training.spec import JobSpec
 
 

@@ -11,9 +11,9 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from tests.training.conftest import HeardVoice, ModelOf, SpecOf
+from training.base.load import warn_of_missing_kernels
 from training.failures import TrainingFailed
 from training.kernels import fault_of_kernels
-from training.model import warn_of_missing_kernels
 
 _HOPPER, _AMPERE, _BLACKWELL = (9, 0), (8, 0), (10, 0)
 # What they import of each other is not needed: who looks for them asks for their metadata and whether they are there.
@@ -107,7 +107,7 @@ def test_hidden_kernels_are_told_in_the_story_and_seen_ones_refused_in_words(
     install: Install, spec_of: SpecOf, tiny: ModelOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(fla="0.6.0", triton="3.5.1")
-    monkeypatch.setattr("training.model.capability_by_nvml", lambda: _HOPPER)
+    monkeypatch.setattr("training.base.load.capability_by_nvml", lambda: _HOPPER)
     model = AutoModelForCausalLM.from_pretrained(tiny("qwen3_next"))
     spec = spec_of("qwen3_next", device="cuda")
     with pytest.raises(TrainingFailed, match=r"Triton 3\.5\.1") as refused:

@@ -10,8 +10,8 @@ import pytest
 import torch.distributed.launcher.api as launcher
 
 from tests.training.conftest import SpecOf
-from training.launch import launch_config
-from training.rank import see_one_card
+from training.launch.launcher import launch_config
+from training.launch.rank_main import see_one_card
 
 # torch/distributed/launcher/api.py of 2.9.1, the oldest that the images bring: name, type and default of each field.
 # Later versions have added to it (signals_to_handle and virtual_local_rank among others), and dropped nothing.

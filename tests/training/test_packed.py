@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tests.real_shapes import REAL_SHAPES, skeleton
-from training.experts import EXPERTS_FUNCTION, Nf4Config, Nf4Quantizer
 from training.failures import TrainingFailed
-from training.packed import left_in_16_bits
-from training.targets import UNQUANTISED_MODULES
+from training.files.module_names import UNQUANTISED_MODULES
+from training.quantization.experts import EXPERTS_FUNCTION, Nf4Config, Nf4Quantizer
+from training.quantization.packed_weights import left_in_16_bits
 
 MIXTURES = [name for name, values in REAL_SHAPES.items() if "num_experts_per_tok" in values]
 

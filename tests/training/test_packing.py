@@ -12,10 +12,12 @@ from transformers import AutoModelForCausalLM, GgufConfig
 from daemon.demo.model import find_gguf
 from tests.tiny_models import make_model
 from tests.training.conftest import IN_BOTH_TYPES, HeardVoice, ModelOf, SpecOf
-from training.batches import pack, why_not_packed
+from training.base.dtype import compute_dtype
+from training.base.load import load_base_model
+from training.base.packing import why_not_packed
 from training.compute import ComputeType
-from training.folder import open_model_folder
-from training.model import compute_dtype, load_base_model
+from training.data.micro_batches import pack
+from training.files.model_folder import open_model_folder
 from training.recipe import may_pack
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.training.conftest import IN_BOTH_TYPES, HeardVoice, SpecOf, train
-from training.folder import open_model_folder
-from training.model import load_base_model
+from training.base.load import load_base_model
+from training.files.model_folder import open_model_folder
 from training.spec import JobSpec
 
 

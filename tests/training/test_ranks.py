@@ -17,19 +17,19 @@ from safetensors.torch import load_file
 from tests.tiny_models import write_conversations
 from tests.training.child import Child, start
 from tests.training.conftest import IN_BOTH_TYPES, ROUNDING, SpecOf, train
+from training.base.sharded import must_be_cut
 from training.compute import ComputeType
-from training.corpus import gather
-from training.desk import RankDesk
+from training.data.chat_template import ChatTemplate
+from training.data.corpus import gather
+from training.data.plan import Plan, make_plan
+from training.data.sampler import StepOrder
+from training.data.tokenizer import load_tokenizer
 from training.events import EXIT_STOPPED, ErrorCode, Progress
 from training.failures import TrainingFailed, failed_event
-from training.folder import open_model_folder
-from training.order import StepOrder
-from training.plan import Plan, make_plan
-from training.preflight import look_ahead
+from training.files.model_folder import open_model_folder
+from training.launch.shared_folder import RankDesk
+from training.preflight.check import look_ahead
 from training.ranks import Ranks
-from training.shards import must_be_cut
-from training.template import ChatTemplate
-from training.tokenizer import load_tokenizer
 
 # Processes that import torch, on a machine that may be busy.
 SECONDS = 500
@@ -234,7 +234,7 @@ def test_a_model_that_no_place_can_hold_is_cut_and_trains_the_same(
     _in_every_rank(
         tmp_path,
         monkeypatch,
-        f"import training.shards\ntraining.shards.device_memory_bytes = lambda device: {int(model_bytes * 1.2)}\n",
+        f"from training.base import sharded\nsharded.device_memory_bytes = lambda device: {int(model_bytes * 1.2)}\n",
     )
     with start(spec) as child:
         assert child.exit_status(SECONDS) == 0
@@ -281,9 +281,9 @@ def _make_the_second_card_small(folder: Path, monkeypatch: pytest.MonkeyPatch, *
         monkeypatch,
         f"""
 import torch
-import training.loss
+import training.loop.loss
 
-whole = training.loss.AnswerLoss.__call__
+whole = training.loop.loss.AnswerLoss.__call__
 
 def limited(self, inputs):
     ends = inputs.get("cu_seq_lens_q")
@@ -292,7 +292,7 @@ def limited(self, inputs):
     return whole(self, inputs)
 
 if os.environ["RANK"] == "1":
-    training.loss.AnswerLoss.__call__ = limited
+    training.loop.loss.AnswerLoss.__call__ = limited
 """,
     )
 

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from tests.training.conftest import ModelOf, SpecOf
-from training.read_ahead import read_ahead, weights_of
+from training.files.page_cache import read_ahead, weights_of
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 

@@ -8,10 +8,10 @@ import pytest
 
 from tests.tiny_models import write_conversations
 from tests.training.conftest import IN_BOTH_TYPES, HeardVoice, SpecOf, train
+from training.event_writer import AnyEvent
 from training.recipe import train_adapter
 from training.spec import JobSpec
-from training.stop import StopSwitch
-from training.voice import AnyEvent
+from training.stop_switch import StopSwitch
 
 # Eight runs in a row, on machines that do other things too.
 pytestmark = pytest.mark.timeout(600)

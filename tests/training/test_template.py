@@ -8,8 +8,8 @@ import pytest
 import trl
 
 from tests.tiny_models import CHATML, make_tokenizer
-from training.dataset import Conversation, Turn
-from training.template import IGNORED, ChatTemplate, TemplateRefuses
+from training.data.chat_template import IGNORED, ChatTemplate, TemplateRefuses
+from training.data.formats import Conversation, Turn
 
 _SHIPPED = Path(trl.__file__).parent / "chat_templates"
 

@@ -14,11 +14,11 @@ from tensorboardX.proto.event_pb2 import Event
 from tests.daemon_process import ROOT
 from tests.training.child import start
 from tests.training.conftest import HeardVoice, SpecOf, train
+from training.event_writer import AnyEvent
 from training.failures import StopRequested
 from training.recipe import train_adapter
-from training.stop import StopSwitch
-from training.trackers import TENSORBOARD_FILE
-from training.voice import AnyEvent
+from training.results.trackers import TENSORBOARD_FILE
+from training.stop_switch import StopSwitch
 
 # The daemon gives it a real one; a client that writes to disk or finds nobody never sends it.
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -75,8 +75,8 @@ def test_a_job_that_wants_no_tracker_leaves_no_trace_of_one(spec_of: SpecOf) -> 
 
 def test_a_trainer_without_a_key_never_imports_wandb() -> None:
     # What transformers' is_wandb_available asks first, and trl asks that.
-    code = "from training.hidden import hide_unwanted_packages as hide; hide(); from importlib.util import find_spec; "
-    code += "print(find_spec('wandb') is not None)"
+    code = "from training.process.blocked_imports import hide_unwanted_packages as hide; hide(); "
+    code += "from importlib.util import find_spec; print(find_spec('wandb') is not None)"
     for key, printed in (({}, "False"), ({"WANDB_API_KEY": KEY}, "True")):
         environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **key}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

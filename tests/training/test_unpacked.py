@@ -11,17 +11,17 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-import training.host_memory
+import training.files.free_memory
+import training.quantization.dequantized_cache
 import training.recipe
-import training.unpacked
 from tests.training.conftest import IN_BOTH_TYPES, HeardVoice, SpecOf, train
-from training.estimate import Estimate
-from training.experts import expert_states, has_fused_experts, unpack_once_for_backward
-from training.folder import open_model_folder
-from training.host_memory import free_bytes
-from training.lora import attach_adapter
-from training.model import load_base_model
-from training.unpacked import Kept, keep_unpacked, spare_bytes
+from training.adapter.lora import attach_adapter
+from training.base.load import load_base_model
+from training.files.free_memory import free_bytes
+from training.files.model_folder import open_model_folder
+from training.preflight.estimate import Estimate
+from training.quantization.dequantized_cache import Kept, keep_unpacked, spare_bytes
+from training.quantization.experts import expert_states, has_fused_experts, unpack_once_for_backward
 
 _SHORT = {"num_epochs": 1, "lora_dropout": 0.1, "sample_prompts": ()}
 
@@ -155,21 +155,21 @@ def test_half_of_what_is_free_beyond_the_runs_need_may_be_spent(
     spec_of: SpecOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed = Estimate(1, 100, 1, 1, 1, memory_bytes=300, disk_bytes=1, seconds=1.0, cost=None)
-    monkeypatch.setattr(training.unpacked, "free_bytes", lambda: 1200)
+    monkeypatch.setattr(training.quantization.dequantized_cache, "free_bytes", lambda: 1200)
     assert spare_bytes(spec_of(name="alone"), needed) == 500
     assert spare_bytes(spec_of(name="four", num_gpus=4), needed) == 50
     assert spare_bytes(spec_of(name="card", device="cuda"), needed) == 0
-    monkeypatch.setattr(training.unpacked, "free_bytes", lambda: 150)
+    monkeypatch.setattr(training.quantization.dequantized_cache, "free_bytes", lambda: 150)
     assert spare_bytes(spec_of(name="tight"), needed) == 0
 
 
 def test_a_container_has_what_its_limit_leaves_and_cached_files_can_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training.host_memory, "_CGROUP", tmp_path / "none")
+    monkeypatch.setattr(training.files.free_memory, "_CGROUP", tmp_path / "none")
     host = free_bytes()
     assert host > 2**20
-    monkeypatch.setattr(training.host_memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(training.files.free_memory, "_CGROUP", tmp_path)
     for file, content in (("max", "4096"), ("current", "3000"), ("stat", "anon 10\ninactive_file 1000\n")):
         (tmp_path / f"memory.{file}").write_text(content, encoding="ascii")
     assert free_bytes() == 4096 - 3000 + 1000

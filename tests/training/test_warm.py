@@ -17,11 +17,11 @@ from tests.daemon_process import alive, children_of, eventually
 from tests.tiny_models import conversation, make_model, write_conversations, write_dataset
 from tests.training.child import WARM, Child, start
 from tests.training.conftest import IN_BOTH_TYPES, ModelOf, SpecOf, train
+from training.base.dtype import compute_dtype
 from training.compute import ComputeType
-from training.estimate import model_bytes
 from training.events import EXIT_STOPPED
-from training.folder import open_model_folder
-from training.model import compute_dtype
+from training.files.model_folder import open_model_folder
+from training.preflight.estimate import model_bytes
 from training.spec import HoldOrder, JobSpec
 
 SECRET = "marked-e3b0c44298fc1c149afbf4c8996fb924"

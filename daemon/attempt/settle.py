@@ -1,0 +1,150 @@
+"""The ending of an attempt: one outcome, one move, written however long the database is away."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import assert_never
+
+import structlog
+
+from daemon.database.connection import REFUSALS
+from daemon.errors import DatabaseAway, LeaseLost
+from daemon.queue.job import ClaimedJob, Returned
+from daemon.queue.outcome import Cancelled, Completed, Failed, Outcome, Released, Superseded
+from daemon.queue.rows import Ending
+from daemon.queue.store import Store
+from daemon.report.reporter import Reporter
+from daemon.settings import Settings
+from daemon.stop_request import Stop
+from training.events import ErrorCode
+
+log = structlog.get_logger()
+
+AWAY_SECONDS = 1.0
+MAX_BACKOFF_SECONDS = 3600.0
+LAST_WORDS_TRIES = 3
+# The heartbeat of an attempt whose ending has just been written finds no lease: time for the answer to be read.
+ANSWER_SECONDS = 2.0
+
+
+async def settle(
+    job: ClaimedJob, outcome: Outcome, reporter: Reporter, *, stop: Stop, store: Store, settings: Settings
+) -> Ending | None:
+    """Write the ending. None when the job is not ours any more: whoever lost the lease writes nothing.
+
+    A host that is to stop in a partition stops waiting as well once it has counted its lease out: by then another
+    one may be at work, in the same folder if they share a volume, and what ended here may have ended by that."""
+    if isinstance(outcome, Superseded):
+        log.warning("attempt_superseded")
+        return None
+    writing = asyncio.create_task(_write(job, outcome, reporter, stop=stop, store=store, settings=settings))
+    if isinstance(outcome, Completed):
+        return await writing  # verified and stored: if nobody took the job meanwhile, it counts
+    lost = asyncio.create_task(stop.wait_for_lost_lease())
+    try:
+        await asyncio.wait({writing, lost}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({writing}, timeout=ANSWER_SECONDS)
+        if writing.done():
+            return writing.result()
+        log.warning("attempt_superseded", outcome=type(outcome).__name__.lower())
+        return None
+    finally:
+        lost.cancel()
+        writing.cancel()
+        await asyncio.gather(writing, lost, return_exceptions=True)
+
+
+async def _write(
+    job: ClaimedJob,
+    outcome: Completed | Failed | Released | Returned | Cancelled,
+    reporter: Reporter,
+    *,
+    stop: Stop,
+    store: Store,
+    settings: Settings,
+) -> Ending | None:
+    """Until it is written or refused, however long the database is away."""
+    give_up_at = asyncio.get_running_loop().time() + settings.drain_seconds
+    unheard = 0
+    while True:
+        try:
+            try:
+                await _last_words(reporter)
+            except DatabaseAway:
+                unheard += 1
+                # A database that is away takes neither. One that only has the charts' table locked takes the ending.
+                if unheard < LAST_WORDS_TRIES:
+                    raise
+            ending = await _move(job, outcome, reporter, store, settings)
+        except LeaseLost:
+            log.warning("ending_refused", outcome=type(outcome).__name__.lower())
+            return None
+        except DatabaseAway as error:
+            log.warning("ending_delayed", error=str(error))
+            # An ending is worth any wait; a release only says sooner what the reaper finds by itself.
+            if isinstance(outcome, Released) and (stop.hurried or asyncio.get_running_loop().time() > give_up_at):
+                log.warning("release_left_to_reaper")
+                return None
+            await asyncio.sleep(AWAY_SECONDS)
+        except REFUSALS as error:
+            if isinstance(outcome, Failed):
+                raise
+            # A trigger of the app's own, say, that may not write where it wants to: the row says so, not that we died.
+            log.error("ending_impossible", outcome=type(outcome).__name__.lower(), error=str(error))
+            outcome = _refused(error)
+        else:
+            log.info("job_moved", state=ending.state, moved=ending.moved)
+            return ending
+
+
+async def _last_words(reporter: Reporter) -> None:
+    try:
+        await reporter.flush()
+    except LeaseLost:
+        # Cancelled meanwhile, or lost: the move itself finds out which, by the lease and not by the row.
+        return
+    except REFUSALS as error:
+        log.error("report_refused", error=str(error))
+
+
+def _refused(error: Exception) -> Failed:
+    return Failed(
+        ErrorCode.INTERNAL,
+        "The database refused to record how this job ended.",
+        hint="This is a fault of the service, not of your job. The job is tried again.",
+        stack=str(error),
+        transient=True,
+    )
+
+
+async def _move(
+    job: ClaimedJob,
+    outcome: Completed | Failed | Released | Returned | Cancelled,
+    reporter: Reporter,
+    store: Store,
+    settings: Settings,
+) -> Ending:
+    cost = reporter.cost
+    match outcome:
+        case Completed():
+            return await store.complete_job(job.lease, outcome, cost=cost)
+        case Failed(transient=True):
+            delay = retry_delay_seconds(job.attempt, settings.retry_backoff_seconds)
+            return await store.retry_job(job.lease, outcome, delay_seconds=delay, cost=cost)
+        case Failed():
+            return await store.fail_job(job.lease, outcome, cost=cost)
+        case Released():
+            return await store.release_job(job.lease, outcome.reason, cost=cost)
+        case Returned():
+            return await store.return_job(job.lease, outcome, cost=cost)
+        case Cancelled():
+            return await store.end_cancelled_job(job.lease, cost=cost, data=reporter.saved)
+        case _:
+            assert_never(outcome)
+
+
+def retry_delay_seconds(attempt: int, first_seconds: float) -> float:
+    """Doubles with each attempt, up to an hour; jitter, so that jobs which failed together do not return together."""
+    spread = random.uniform(0.75, 1.25)  # noqa: S311 - no secret depends on it
+    return min(first_seconds * 2.0 ** (attempt - 1), MAX_BACKOFF_SECONDS) * spread

@@ -1,0 +1,405 @@
+"""One attempt at a job, from the claimed row to its ending; read `_work` aloud.
+
+    parse -> fetch the data, find the model -> run the trainer -> publish the adapter
+
+Each step either yields what the next one needs or raises a JobError; a stop request cuts any of
+them short. The outcome is decided here and written by daemon.attempt.settle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar, assert_never
+
+import structlog
+
+from daemon.attempt.cleanup import Remains
+from daemon.attempt.limits import watch_allowance
+from daemon.attempt.settle import settle
+from daemon.attempt.stored_checkpoints import CheckpointStore
+from daemon.attempt.trackers import Tracking, choose_trackers
+from daemon.attempt.work_folder import Workspace
+from daemon.base_model.adapter_size import expected_adapter_bytes
+from daemon.base_model.candidates import ResolvedModel
+from daemon.base_model.resolve import folders_exist, resolve_model
+from daemon.chores import Chores
+from daemon.dataset.fetch import fetch_dataset
+from daemon.dataset.prefetch import NEAR_END_SECONDS, EarlyDataset
+from daemon.dataset.transfer import FetchedDataset
+from daemon.errors import DatabaseAway, HostFault, JobDelayed, JobError, JobFailed, LeaseLost
+from daemon.fitness import Fitness
+from daemon.host.gpu_load import read_load
+from daemon.host.inspect import Host, installed_versions
+from daemon.queue.job import ClaimedJob, JobDataset, Returned
+from daemon.queue.lease import HeldLease, LeaseKeeper
+from daemon.queue.outcome import Cancelled, Completed, Failed, Outcome, Released, Superseded
+from daemon.queue.store import Store
+from daemon.report.cost import Meter, price_per_gpu_hour
+from daemon.report.courier import CallbackCourier
+from daemon.report.reporter import Reporter
+from daemon.settings import Settings, quantized_dir
+from daemon.stop_request import Stop, StopReason
+from daemon.storage.interface import Storage
+from daemon.storage.publish import publish_adapter
+from daemon.storage.upload_log import note_adapter
+from daemon.trainer.pool import Trainers
+from daemon.trainer.process import Patience
+from daemon.trainer.verdict import Stopped, Verdict
+from daemon.troubles import Troubles
+from training.events import CheckpointSaved, ErrorCode, Event, Stage
+from training.spec import JobSpec, ParsedRow, SpecInvalid, parse_row
+
+log = structlog.get_logger()
+T = TypeVar("T")
+
+# How soon a second TERM, or a lost lease, cuts a grace short.
+LOOK_SECONDS = 0.25
+# How soon a dataset's row that was hidden is looked for again.
+HIDDEN_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Collaborators:
+    """What a worker works with; built in __main__ only."""
+
+    settings: Settings
+    host: Host
+    store: Store
+    leases: LeaseKeeper
+    storage: Storage
+    courier: CallbackCourier
+    trainers: Trainers
+    fitness: Fitness
+    platform_price: Callable[[], float | None] = lambda: None
+    troubles: Troubles = field(default_factory=Troubles)
+
+
+class Interrupted(Exception):
+    """A stop request arrived between two steps, or cut one short."""
+
+    def __init__(self, reason: StopReason) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Attempt:
+    """A claimed job, the places (cards, or slots of a CPU host) it may use, and a way to stop it.
+
+    `early` is its dataset, if that was fetched before the claim. `on_near_end` is called, again and again, when the
+    training is about to end."""
+
+    def __init__(
+        self,
+        collaborators: Collaborators,
+        job: ClaimedJob,
+        stop: Stop,
+        places: tuple[int, ...],
+        *,
+        early: EarlyDataset | None,
+        on_near_end: Callable[[], None],
+    ) -> None:
+        self._with = collaborators
+        self._job = job
+        self._stop = stop
+        self._places = places
+        self._early = early
+        self._on_near_end = on_near_end
+        self._stored = False
+        # Where nobody is called the outbox has no news of this job: the courier need not look.
+        self._tell = collaborators.courier.wake if job.callback_url is not None else lambda: None
+
+    async def run(self) -> Remains:
+        """Hold the lease, do the work, write the ending. Nothing of it runs any more on return."""
+        job = self._job
+        structlog.contextvars.bind_contextvars(job_id=str(job.id), attempt=job.attempt)
+        self._tell()  # the claim is news
+        async with self._with.leases.hold(job.lease, self._stop) as held:
+            reporter = self._reporter(held)
+            try:
+                async with Chores(self._with.troubles) as chores:
+                    chores.start(f"reports of job {job.id}", reporter.run)
+                    chores.start(
+                        f"limits of job {job.id}",
+                        lambda: watch_allowance(job, reporter, self._with.store, self._stop),
+                    )
+                    outcome = await self._outcome(reporter)
+            finally:
+                if self._early is not None:
+                    self._early.discard()
+            self._with.courier.forget(job.id)
+            ending = await settle(
+                job, outcome, reporter, stop=self._stop, store=self._with.store, settings=self._with.settings
+            )
+            self._tell()
+        log.info("attempt_settled", outcome=type(outcome).__name__.lower(), seconds=round(reporter.attempt_seconds, 1))
+        filled = isinstance(outcome, Failed | Returned) and outcome.code is ErrorCode.DISK_FULL
+        return Remains(job, ending, self._stored, filled)
+
+    def _reporter(self, held: HeldLease) -> Reporter:
+        asked_price, num_gpus = _asked_price(self._job)
+        meter = Meter(
+            price=price_per_gpu_hour(self._with.platform_price(), self._with.settings.cost_per_gpu_hour, asked_price),
+            num_gpus=num_gpus,
+            already_spent=self._job.spent,
+        )
+        on_gpu = self._with.host.device == "cuda"
+        return Reporter(
+            self._with.store,
+            self._job.lease,
+            meter=meter,
+            on_refused=held.doubt,
+            read_load=(lambda: read_load(self._places[0])) if on_gpu else (lambda: None),
+            on_moved=self._tell,
+            on_written=lambda status: self._with.courier.send_progress(self._job, status),
+        )
+
+    async def _outcome(self, reporter: Reporter) -> Outcome:
+        """Do the work and say how it ended. Decides everything, writes nothing."""
+        try:
+            return await self._work(reporter)
+        except Interrupted as interruption:
+            return _outcome_of_stop(interruption.reason, reporter)
+        except LeaseLost:
+            return Superseded()
+        except HostFault as fault:
+            self._with.fitness.report(fault.part, fault.detail)
+            return Returned(fault.part, fault.code, fault.message, fault.hint, fault.stack or fault.detail)
+        except JobError as error:
+            transient = isinstance(error, JobDelayed)
+            return Failed(error.code, error.message, error.hint, error.stack, transient)
+        except Exception as error:  # the outermost loop of an attempt: the daemon lives on
+            log.exception("attempt_broke")
+            return Failed(
+                ErrorCode.INTERNAL,
+                f"The service failed while it worked on this job ({type(error).__name__}).",
+                hint="This is a fault of the service, not of your job. The job is tried again.",
+                stack=repr(error),
+                transient=True,
+            )
+
+    async def _work(self, reporter: Reporter) -> Outcome:
+        job, stop, settings = self._job, self._stop, self._with.settings
+        row = _parse(job)
+        if row.unknown_keys:
+            reporter.tell("unknown_keys", f"Unknown and unused: {', '.join(row.unknown_keys)}.")
+        tracking = choose_trackers(row.hyperparameters, settings)
+        workspace = Workspace.open(settings.work_dir, job.lease)
+
+        # The data first: they are what is wrong most often, and cost seconds where a model may cost hours.
+        reporter.enter(Stage.DOWNLOADING)
+        dataset = await _until_stopped(self._fetch_dataset(workspace.dataset_path), stop)
+        model = await _until_stopped(self._find_model(row.hyperparameters.base_model, reporter), stop)
+        adapter_bytes = await asyncio.to_thread(expected_adapter_bytes, model.path, row.hyperparameters)
+        await _until_stopped(self._with.storage.check(adapter_bytes), stop)
+
+        keeper = None
+        if settings.checkpoints_in_storage:
+            keeper = CheckpointStore(self._with.store, self._with.storage, job, workspace, reporter.tell)
+            await _until_stopped(keeper.fetch(), stop)
+
+        spec = JobSpec(
+            job_id=str(job.id),
+            attempt=job.attempt,
+            lease_epoch=job.lease_epoch,
+            base_model=model.name,
+            model_path=model.path,
+            model_revision=model.revision,
+            dataset_path=dataset.path,
+            work_dir=workspace.attempt_dir,
+            checkpoint_dir=workspace.checkpoint_dir,
+            output_dir=workspace.adapter_dir,
+            quantized_dir=quantized_dir(settings),
+            hyperparameters=row.hyperparameters,
+            num_gpus=len(self._places),
+            device=self._with.host.device,
+            compute_type=settings.asked_compute_type,
+            checkpoint_seconds=settings.checkpoint_seconds,
+            trackers=tracking.trackers,
+        )
+        verdict = await self._train(spec, tracking, workspace, reporter, keeper)
+        if isinstance(verdict, Failed):
+            return await self._job_or_host(verdict)
+        if isinstance(verdict, Stopped):
+            return _outcome_of_stop(verdict.reason, reporter)
+
+        reporter.enter(Stage.UPLOADING)
+        published = await _until_stopped(
+            self._publish(verdict.adapter_dir, _manifest_facts(spec, verdict.summary), workspace.attempt_dir),
+            stop,
+            grace=lambda reason: settings.drain_seconds if reason is StopReason.SHUTDOWN else 0.0,
+        )
+        return replace(published, summary=verdict.summary)
+
+    async def _fetch_dataset(self, to: Path) -> FetchedDataset:
+        dataset = await self._seen_dataset()
+        known = await self._early.take(to) if self._early is not None else None
+        try:
+            return await fetch_dataset(dataset, self._with.settings, self._with.storage, to, known=known)
+        finally:
+            if known is not None:
+                known.path.unlink(missing_ok=True)
+
+    async def _seen_dataset(self) -> JobDataset:
+        """The job's dataset. Its row may be hidden from us: that is no fault of the job's, and passes."""
+        dataset = self._job.dataset
+        while dataset.dataset_url is None and dataset.dataset_user_id is None:
+            try:
+                seen = await self._with.store.read_dataset(dataset)
+            except DatabaseAway as error:
+                log.warning("dataset_not_read", error=str(error))
+            else:
+                if seen is not None:
+                    return seen
+                log.error("dataset_hidden", dataset_id=str(dataset.dataset_id))
+            await asyncio.sleep(HIDDEN_SECONDS)
+        return dataset
+
+    async def _find_model(self, name: str | None, reporter: Reporter) -> ResolvedModel:
+        settings = self._with.settings
+        try:
+            return await resolve_model(name, settings, reporter.note_download)
+        except JobFailed as error:
+            if error.code is ErrorCode.MODEL_NOT_FOUND and not await asyncio.to_thread(folders_exist, settings):
+                raise HostFault(
+                    "models folder", error.code, "The host has no models folder.", detail=error.message
+                ) from error
+            raise
+
+    async def _train(
+        self,
+        spec: JobSpec,
+        tracking: Tracking,
+        workspace: Workspace,
+        reporter: Reporter,
+        keeper: CheckpointStore | None,
+    ) -> Verdict:
+        settings = self._with.settings
+        if self._stop.reason is not None:
+            return Stopped(self._stop.reason)
+
+        def hear(event: Event) -> None:
+            reporter.report(event)
+            if reporter.seconds_left is not None and reporter.seconds_left <= NEAR_END_SECONDS:
+                self._on_near_end()
+            if keeper is not None and isinstance(event, CheckpointSaved):
+                keeper.offer(event.step)
+
+        try:
+            return await self._with.trainers.run(
+                spec,
+                self._places,
+                on_event=hear,
+                stop=self._stop,
+                patience=Patience(settings.stall_seconds, settings.drain_seconds, settings.kill_seconds),
+                log_path=workspace.log_path,
+                own_environment=tracking.environment,
+            )
+        finally:
+            if keeper is not None:
+                await keeper.finish(settings.drain_seconds if self._stop.saves_a_checkpoint else 0.0, self._stop)
+
+    async def _job_or_host(self, failed: Failed) -> Outcome:
+        """Whose fault it was. What only looks like this host's is probed: a model may want a package of its own."""
+        part = failed.host
+        if part is None:
+            return failed
+        detail: str | None = failed.message
+        if part in ("trainer", "GPU"):
+            detail = await _until_stopped(self._with.fitness.probe(part), self._stop)
+            if detail is None:
+                return replace(failed, host=None)
+        self._with.fitness.report(part, f"{failed.message} ({detail})" if detail != failed.message else detail)
+        return Returned(part, failed.code, failed.message, failed.hint, failed.stack)
+
+    async def _publish(self, adapter_dir: Path, manifest_facts: dict[str, Any], work_dir: Path) -> Completed:
+        """Note what will be stored, then store it: whatever happens in between, somebody knows what may lie there."""
+        job, storage = self._job, self._with.storage
+        await note_adapter(self._with.store, job, storage.location)
+        self._stored = True
+        return await publish_adapter(storage, adapter_dir, job.id, job.lease_epoch, manifest_facts, work_dir)
+
+
+def _outcome_of_stop(reason: StopReason, reporter: Reporter) -> Outcome:
+    match reason:
+        case StopReason.LEASE_LOST:
+            return Superseded()
+        case StopReason.CANCELLED:
+            return Cancelled()
+        case StopReason.SHUTDOWN:
+            return Released("the host is shutting down")
+        case StopReason.BUDGET:
+            return Failed(
+                ErrorCode.BUDGET_EXCEEDED,
+                f"The job reached its max_cost (spent {reporter.cost or 0:.2f} US dollars).",
+                hint="Raise max_cost and retry: it goes on from the last checkpoint.",
+            )
+        case StopReason.DEADLINE:
+            return Failed(
+                ErrorCode.DEADLINE_EXCEEDED,
+                "The job passed its deadline_at before it was done.",
+                hint="Set a later deadline_at and retry: it goes on from the last checkpoint.",
+            )
+        case _:
+            assert_never(reason)
+
+
+async def _until_stopped(
+    step: Awaitable[T], stop: Stop, grace: Callable[[StopReason], float] = lambda _reason: 0.0
+) -> T:
+    """Await one step; on a stop request give it its grace, then cut it short and raise Interrupted.
+
+    A lost lease that is learned of meanwhile, or a second TERM, ends the grace."""
+    task = asyncio.ensure_future(step)
+    asked = asyncio.create_task(stop.wait())
+    clock = asyncio.get_running_loop().time
+    try:
+        await asyncio.wait({task, asked}, return_when=asyncio.FIRST_COMPLETED)
+        asked_at = clock()
+        while not task.done():
+            reason = await stop.wait()
+            left = asked_at + grace(reason) - clock()
+            if left <= 0 or stop.hurried:
+                raise Interrupted(reason)
+            await asyncio.wait({task}, timeout=min(left, LOOK_SECONDS))
+        return task.result()
+    finally:
+        asked.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+def _parse(job: ClaimedJob) -> ParsedRow:
+    try:
+        return parse_row(job.hyperparameters, job.gpu_config)
+    except SpecInvalid as invalid:
+        listed = "\n".join(f"- {fault.field}: {fault.message}" for fault in invalid.faults)
+        count = f"{len(invalid.faults)} fault{'s' if len(invalid.faults) > 1 else ''}"
+        raise JobFailed(
+            ErrorCode.INVALID_SPEC,
+            f"The job cannot be run as it is written: {count}.\n{listed}",
+            hint="Correct the fields and insert the job again.",
+        ) from invalid
+
+
+def _asked_price(job: ClaimedJob) -> tuple[float | None, int]:
+    try:
+        config = parse_row({}, job.gpu_config).gpu_config
+    except SpecInvalid:
+        return None, 1
+    return config.cost_per_gpu_hour, config.num_gpus
+
+
+def _manifest_facts(spec: JobSpec, summary: dict[str, Any]) -> dict[str, Any]:
+    """What lies beside the adapter for whoever serves it: what it was made from, and how it went."""
+    return {
+        "job_id": spec.job_id,
+        "base_model": spec.base_model,
+        "base_model_revision": spec.model_revision,
+        "hyperparameters": spec.hyperparameters.model_dump(mode="json"),
+        "summary": summary,
+        "versions": installed_versions(),
+    }

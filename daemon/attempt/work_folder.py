@@ -1,0 +1,154 @@
+"""One job's folder on the volume: what each attempt writes, what the next one finds.
+
+<work_dir>/<job_id>/checkpoints/e<epoch>-<token>/   resumed from by any host that sees the volume
+                    attempts/e<epoch>-<token>/      dataset, logs, adapter, upload state
+<work_dir>/.early/                                  datasets of jobs that are expected here, for minutes
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import shutil
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import UUID
+
+import structlog
+
+from daemon.chores import worked
+from daemon.dataset.prefetch_folder import TIDY_SECONDS, remove_early_datasets
+from daemon.errors import disk_fault
+from daemon.host.inspect import Host
+from daemon.queue.job import Lease
+
+log = structlog.get_logger()
+
+
+# Without a token: of a version that drew none.
+_LEASE_FOLDER = re.compile(r"e(\d+)(-[0-9a-f]{8})?")
+_JOB_FOLDER = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Paths of one attempt. Each carries the lease's epoch and token, so that a stale host overwrites nothing."""
+
+    work_dir: Path
+    lease: Lease
+
+    @classmethod
+    def open(cls, work_dir: Path, lease: Lease) -> Workspace:
+        """Make this attempt's folders and take over the newest checkpoints of an earlier one."""
+        workspace = cls(work_dir, lease)
+        try:
+            for folder in (workspace.attempt_dir, workspace.checkpoint_dir.parent):
+                folder.mkdir(parents=True, exist_ok=True)
+            # Other tenants' processes on this host have no business in it.
+            workspace.job_dir.chmod(0o700)
+            workspace._adopt_checkpoints()
+            workspace.checkpoint_dir.mkdir(exist_ok=True)
+        except OSError as error:
+            raise disk_fault("work folder", work_dir, error) from error
+        return workspace
+
+    @property
+    def job_dir(self) -> Path:
+        return self.work_dir / str(self.lease.job_id)
+
+    @property
+    def attempt_dir(self) -> Path:
+        return self.job_dir / "attempts" / lease_folder(self.lease)
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        return self.job_dir / "checkpoints" / lease_folder(self.lease)
+
+    @property
+    def dataset_path(self) -> Path:
+        return self.attempt_dir / "dataset"
+
+    @property
+    def adapter_dir(self) -> Path:
+        return self.attempt_dir / "adapter"
+
+    @property
+    def upload_dir(self) -> Path:
+        return self.attempt_dir / "upload"
+
+    @property
+    def log_path(self) -> Path:
+        return self.attempt_dir / "trainer.log"
+
+    def _adopt_checkpoints(self) -> None:
+        # A rename moves them out of a stale host's reach: what it still writes goes to the old name.
+        if self.checkpoint_dir.exists():
+            return
+        # Of our own epoch as well: a backup may have taken the rows back in time. A later one is our heir's.
+        earlier = [
+            (int(match[1]), folder)
+            for folder in self.checkpoint_dir.parent.iterdir()
+            if (match := _LEASE_FOLDER.fullmatch(folder.name)) and int(match[1]) <= self.lease.epoch
+        ]
+        for epoch, folder in sorted(earlier, reverse=True):
+            # Its host may still be at work in it, or tidying up: what is gone meanwhile is no fault of this attempt.
+            with contextlib.suppress(FileNotFoundError):
+                if any(folder.iterdir()):
+                    folder.rename(self.checkpoint_dir)
+                    log.info("checkpoints_adopted", from_epoch=epoch)
+                    return
+
+    def forget_attempt(self) -> None:
+        """Remove what only this attempt needed and keep the checkpoints for the next one."""
+        shutil.rmtree(self.attempt_dir, ignore_errors=True)
+
+    def remove(self) -> None:
+        """Remove the whole job: it is final."""
+        shutil.rmtree(self.job_dir, ignore_errors=True)
+
+
+def lease_folder(lease: Lease) -> str:
+    """The name of a lease's own folder on the volume."""
+    return f"e{lease.epoch}-{lease.token.hex[:8]}"
+
+
+async def tidy_for_ever(
+    work_dir: Path,
+    keep_days: float,
+    host: Host,
+    *,
+    running: Callable[[], set[str]],
+    may_come_back: Callable[[UUID], Awaitable[bool]],
+) -> None:
+    """Remove what was left on the volume that nobody comes back for, until cancelled."""
+    while True:
+        for folder in await asyncio.to_thread(old_jobs, work_dir, keep_days, running()):
+            # One that waits longer than that, for its time or for a database that is away, keeps its checkpoints.
+            if not await may_come_back(UUID(folder.name)):
+                await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+                log.info("job_folder_removed", job_id=folder.name)
+        await asyncio.to_thread(remove_early_datasets, work_dir, host)
+        worked()
+        await asyncio.sleep(TIDY_SECONDS)
+
+
+def old_jobs(work_dir: Path, keep_days: float, running: set[str]) -> list[Path]:
+    """The folders of jobs that nothing has written to for `keep_days` and that do not run here.
+
+    Another host on the same volume touches its job's folder at least at every checkpoint.
+    """
+    oldest = time.time() - keep_days * 86400.0
+    found = []
+    for folder in work_dir.iterdir() if work_dir.is_dir() else ():
+        if not _JOB_FOLDER.fullmatch(folder.name) or folder.name in running:
+            continue
+        try:
+            touched_at = max(path.stat().st_mtime for path in (folder, *folder.glob("*/*")))
+        except OSError:
+            continue  # another host is removing it
+        if touched_at < oldest:
+            found.append(folder)
+    return found

@@ -1,0 +1,156 @@
+"""Where a base model may lie on this host: the models folder, MODEL_PATH, the Hugging Face cache."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from daemon.base_model.files import KEPT_COPY, read_config, read_marker
+from daemon.errors import JobFailed
+from daemon.settings import Settings
+from training.events import ErrorCode
+from training.spec import MODEL_NAME
+
+Where = Literal["models_dir", "model_path", "cache", "hub"]
+
+
+Progress = Callable[[int, int], None]  # bytes on disk, bytes in all
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """A whole model on this host. `revision` is the hub's commit where that is known."""
+
+    name: str
+    path: Path
+    revision: str | None
+    where: Where
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    path: Path
+    where: Where
+
+
+def checked_name(name: str, settings: Settings) -> str:
+    """The name itself, if it is one (never a path) and the operator allows it."""
+    if not re.fullmatch(MODEL_NAME, name) or ".." in name or "--" in name:
+        raise JobFailed(
+            ErrorCode.INVALID_SPEC,
+            f"{name[:200]!r} is not a model's name",
+            "name a model as the hub does, ORG/NAME; paths are not accepted",
+        )
+    if settings.allowed_models and name not in settings.allowed_models:
+        raise JobFailed(
+            ErrorCode.MODEL_NOT_FOUND,
+            f"model {name} is not offered here",
+            f"choose one of: {', '.join(settings.allowed_models)}",
+        )
+    return name
+
+
+def _candidates(name: str, settings: Settings) -> Iterator[_Candidate]:
+    """Folders that hold this model, whole or not, in the order of the head of this file."""
+    short = name.rpartition("/")[2]
+    for path in dict.fromkeys((settings.models_dir / name, settings.models_dir / short)):
+        if _looks_like_model(path) and _marked_as(path) in (None, name):
+            yield _Candidate(path, "models_dir")
+    if settings.model_path is not None and _model_path_holds(settings.model_path, name):
+        yield _Candidate(settings.model_path, "model_path")
+    for root in _cache_roots(settings):
+        repo = root / f"models--{name.replace('/', '--')}"
+        snapshot = _snapshot_of(repo)
+        if snapshot is not None:
+            yield _Candidate(snapshot, "cache")
+
+
+def _looks_like_model(path: Path) -> bool:
+    """A folder with anything of a model in it; `<org>` itself, which holds only folders, is none."""
+    if not path.is_dir() or (path.name == KEPT_COPY and (path.parent / "config.json").is_file()):
+        return False
+    return any(
+        entry.name in ("config.json", "config.json.part") or entry.suffix == ".safetensors" or read_marker(path)
+        for entry in path.iterdir()
+    )
+
+
+def _marked_as(path: Path) -> str | None:
+    marker = read_marker(path)
+    return marker.model if marker else None
+
+
+def _model_path_holds(path: Path, name: str) -> bool:
+    if not path.is_dir():
+        return False
+    marked = _marked_as(path)
+    if marked is not None:
+        return marked == name
+    org, _, short = name.rpartition("/")
+    if org and path.name == short and path.parent.name not in ("", org):
+        # …/<name>: believed unless config.json says that it is another's.
+        return read_config(path).get("_name_or_path") in (None, "", name, short)
+    flat_names = (short, name.replace("/", "--"), name.replace("/", "_"), f"models--{name.replace('/', '--')}")
+    return path.name in flat_names or read_config(path).get("_name_or_path") == name
+
+
+def _cache_roots(settings: Settings) -> Iterator[Path]:
+    for root in (settings.transformers_cache, settings.hf_home):
+        if root is not None:
+            yield root / "hub"
+            yield root
+
+
+def _snapshot_of(repo: Path) -> Path | None:
+    """The snapshot that refs/main names; without it the only one there is."""
+    snapshots = repo / "snapshots"
+    with contextlib.suppress(OSError):
+        named = snapshots / (repo / "refs" / "main").read_text().strip()
+        if named.is_dir() and named != snapshots:
+            return named
+    there = sorted(path for path in snapshots.iterdir() if path.is_dir()) if snapshots.is_dir() else []
+    return there[0] if len(there) == 1 else None
+
+
+def _resolved(name: str, candidate: _Candidate) -> ResolvedModel:
+    return ResolvedModel(name, candidate.path, _revision_of(candidate), candidate.where)
+
+
+def _revision_of(candidate: _Candidate) -> str | None:
+    if candidate.where == "cache":
+        return candidate.path.name
+    marker = read_marker(candidate.path)
+    if marker is not None:
+        return marker.revision
+    # What the hub's own client leaves beside files that it put into a flat folder.
+    with contextlib.suppress(OSError, IndexError):
+        note = candidate.path / ".cache" / "huggingface" / "download" / "config.json.metadata"
+        return note.read_text().splitlines()[0]
+    return None
+
+
+def _raise_if_incomplete(name: str, path: Path, faults: list[str]) -> None:
+    if not faults:
+        return
+    listed = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
+    raise JobFailed(
+        ErrorCode.MODEL_INCOMPLETE,
+        f"model {name} in {path} is not whole: {listed}",
+        f"the operator completes it with `brightrun-trainer models pull {name}`, or removes the folder",
+    )
+
+
+def _not_found(name: str, settings: Settings) -> JobFailed:
+    looked = [str(settings.models_dir / name), str(settings.models_dir / name.rpartition("/")[2])]
+    if settings.model_path is not None:
+        looked.append(f"{settings.model_path} (MODEL_PATH; it does not say that it holds this model)")
+    looked += [str(root) for root in _cache_roots(settings)]
+    return JobFailed(
+        ErrorCode.MODEL_NOT_FOUND,
+        f"model {name} is not on this host; looked in {', '.join(dict.fromkeys(looked))}",
+        f"the operator fetches it with `brightrun-trainer models pull {name}`, or check the name",
+    )

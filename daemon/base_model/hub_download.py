@@ -1,0 +1,145 @@
+"""Downloads one model from the Hugging Face hub, as a process of its own: `python -m daemon.base_model.hub_download`.
+
+A process, so that a cancelled job or a shutdown ends it at once, and so that the hub's client and its
+threads stay out of the daemon's memory. It reads one JSON order from stdin (the token comes this way, not
+by arguments or environment), and answers with JSON lines: plan, then done or failed. What it has
+downloaded stays; the next call goes on from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import signal
+import sys
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Literal
+
+from daemon.base_model.files import Marker
+
+# What a causal language model needs, and nothing that runs code or repeats the weights in another form.
+WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+UNWANTED = ("consolidated*.safetensors", "*/*", ".*")
+# Room for checkpoints and everything else that lives on the volume.
+SPARE_BYTES = 2 * 1024**3
+
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to download and where to."""
+
+    model: str
+    target: str
+    token: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is about to happen: bytes in all, bytes still missing."""
+
+    revision: str
+    total_bytes: int
+    missing_bytes: int
+    kind: Literal["plan"] = "plan"
+
+
+@dataclass(frozen=True)
+class Done:
+    revision: str
+    kind: Literal["done"] = "done"
+
+
+@dataclass(frozen=True)
+class NotDone:
+    """`why` decides what happens next: absent and unusable are for good, disk and network may pass."""
+
+    why: Literal["absent", "unusable", "disk", "network"]
+    message: str
+    kind: Literal["failed"] = "failed"
+
+
+def download(order: Order) -> Done | NotDone:
+    """Plan, check the disk, download, mark. Says the plan on stdout as soon as it is known."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    target = Path(order.target)
+    try:
+        info = HfApi(token=order.token or False).model_info(order.model, files_metadata=True)
+        files = {file.rfilename: file for file in info.siblings or [] if is_wanted(file.rfilename)}
+        revision = info.sha or "main"
+        if not any(name.endswith(".safetensors") for name in files):
+            return NotDone("unusable", f"{order.model} has no safetensors weights; pickled weights are never loaded")
+        total = sum(file.size or 0 for file in files.values())
+        plan = Plan(revision, total, max(total - bytes_on_disk(target), 0))
+        _say(plan)
+        target.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(target).free
+        if plan.missing_bytes + SPARE_BYTES > free:
+            needed = f"{plan.missing_bytes / 1e9:.1f} GB (and {SPARE_BYTES / 1e9:.0f} GB to spare)"
+            return NotDone("disk", f"{order.model} needs {needed}; {target} has {free / 1e9:.1f} GB left")
+        # From now on the folder says whose it is, also when we are killed half way.
+        Marker(order.model, revision, complete=False).write(target)
+        snapshot_download(
+            order.model,
+            revision=revision,
+            local_dir=target,
+            token=order.token or False,
+            allow_patterns=sorted(files),
+            max_workers=4,
+        )
+        hashes = {name: file.lfs.sha256 for name, file in files.items() if file.lfs is not None}
+        Marker(order.model, revision, complete=True, sha256=hashes).write(target)
+    except GatedRepoError:
+        return NotDone("absent", f"{order.model} is gated: accept its terms on the hub and set HF_TOKEN")
+    except RepositoryNotFoundError:
+        return NotDone("absent", f"the hub has no model {order.model}, or HF_TOKEN may not see it")
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        return NotDone("network", f"the hub answered HTTP {status}" if status else "the hub did not answer")
+    except LocalEntryNotFoundError:
+        return NotDone("network", "the hub cannot be reached")
+    except OSError as error:
+        full = error.errno is not None and "space" in (error.strerror or "")
+        return NotDone("disk" if full else "network", f"{type(error).__name__}: {error.strerror or 'no answer'}")
+    return Done(revision)
+
+
+def is_wanted(name: str) -> bool:
+    return any(fnmatch(name, wanted) for wanted in WANTED) and not any(fnmatch(name, unwanted) for unwanted in UNWANTED)
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """Bytes of a folder, those of half-downloaded files too."""
+    total = 0
+    for parent, _folders, names in os.walk(folder):
+        for name in names:
+            # A file may be renamed while we count.
+            with contextlib.suppress(OSError):
+                total += (Path(parent) / name).stat().st_blocks * 512
+    return total
+
+
+def _say(answer: Plan | Done | NotDone) -> None:
+    sys.stdout.write(json.dumps(asdict(answer)) + "\n")
+    sys.stdout.flush()
+
+
+def main() -> int:
+    # The daemon's death is ours: nobody would wait for the answer.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    order: dict[str, Any] = json.loads(sys.stdin.readline())
+    answer = download(Order(**order))
+    _say(answer)
+    return 0 if isinstance(answer, Done) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""Keeps a model's 4-bit copy alone: checked to its last byte, moved into the model's folder, and only then is the rest
+deleted.
+
+Killed at any moment it leaves a folder that is whole: the 16-bit weights count as long as their index is there, the
+index goes first, and the copy is in its place before that. Called again it finishes what was begun.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from daemon.atomic_files import sha256_of
+from daemon.base_model.files import INDEX, KEPT_COPY, WEIGHTS, faults_of_copy, read_copy_manifest, read_marker
+from daemon.errors import JobFailed
+from training.events import ErrorCode
+
+
+def weights_of(folder: Path) -> list[Path]:
+    """The 16-bit weights that a replacement deletes, the one first that makes them count."""
+    first = [path for path in (folder / INDEX, folder / WEIGHTS) if path.is_file()]
+    return first + sorted(path for path in folder.glob("*.safetensors") if path not in first)
+
+
+def replace_weights(folder: Path, copy: Path) -> int:
+    """Put the copy in the weights' place. Returns the bytes that were freed.
+
+    Raises JobFailed(model_incomplete), with nothing deleted, when the copy is not what was written or the folder is
+    the hub's cache, whose files other snapshots share.
+    """
+    if any(path.is_symlink() for path in weights_of(folder)):
+        raise _refused(
+            f"{folder} is a Hugging Face cache, whose files other revisions share; nothing was deleted",
+            "`brightrun-trainer models pull` puts the model into TRAINER_MODELS_DIR, where it can be replaced",
+        )
+    kept = folder / KEPT_COPY
+    if copy != kept:
+        _check(copy)
+        arriving = folder / f".{KEPT_COPY}.partial"
+        shutil.rmtree(arriving, ignore_errors=True)
+        # A rename on one volume, else a copy that is checked like its source.
+        shutil.move(copy, arriving)
+        _check(arriving)
+        shutil.rmtree(kept, ignore_errors=True)
+        arriving.rename(kept)
+        _sync(folder)
+    else:
+        _check(kept)
+    doomed = weights_of(folder)
+    marker = read_marker(folder)
+    if marker is not None:
+        names = {path.name for path in doomed}
+        replace(marker, sha256={name: h for name, h in marker.sha256.items() if name not in names}).write(folder)
+    freed = 0
+    for path in doomed:
+        freed += path.stat().st_size
+        path.unlink()
+        # The index must be gone from the disk before the first shard is.
+        _sync(folder)
+    return freed
+
+
+def _check(copy: Path) -> None:
+    """Every byte: after this there is nothing left to make it anew from."""
+    faults = faults_of_copy(copy)
+    if not faults:
+        files = read_copy_manifest(copy)["files"]
+        faults = [f"{name} has another hash than when it was written" for name in files if _differs(copy, files, name)]
+    if faults:
+        raise _refused(
+            f"the 4-bit copy in {copy} is not whole: {faults[0]}; nothing was deleted",
+            "remove that folder and call `brightrun-trainer models quantize` again",
+        )
+
+
+def _differs(copy: Path, files: dict[str, str], name: str) -> bool:
+    return sha256_of(copy / name) != files[name]
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _refused(message: str, hint: str) -> JobFailed:
+    return JobFailed(ErrorCode.MODEL_INCOMPLETE, message, hint)

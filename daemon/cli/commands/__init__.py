@@ -1,0 +1,1 @@
+"""The commands, one file for each subject. `daemon.__main__` puts them together."""

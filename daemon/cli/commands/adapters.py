@@ -1,0 +1,104 @@
+"""What a completed job leaves: its adapter, fetched to this machine and verified."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from daemon.cli.commands.jobs import AsJson, JobId
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from daemon.cli.data.connection import Connection
+    from daemon.cli.data.queries import JobDetails, JobRow
+    from daemon.settings import Settings
+
+
+def download(
+    job: JobId,
+    to: Annotated[Path | None, typer.Option("--to", help="A new folder; ./adapter-ID when absent.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fetch a completed job's adapter, compare its hash with the row, unpack it."""
+    from daemon.cli.data.connection import open_database
+    from daemon.cli.data.queries import find_job
+    from daemon.terminal.console import console, print_json, say, say_done
+    from daemon.terminal.format import short_id, size
+
+    with open_database() as connection:
+        job_id = find_job(connection, job)
+        row, details = completed_job(connection, job_id)
+    folder = to or Path(f"adapter-{short_id(job_id)}")
+    with console(stderr=True).status(f"fetching {size(details.adapter_bytes)} …"):
+        manifest = fetch_adapter(row, details, folder)
+    if as_json:
+        print_json({"job_id": job_id, "path": folder.resolve(), "sha256": details.adapter_sha256, "manifest": manifest})
+        return
+    say_done(f"{folder} ({size(details.adapter_bytes)}, sha256 as in the row) for {_base_of(manifest, row)}")
+    say(f"  talk to it:  brightrun-trainer chat {folder}")
+
+
+def fetch_adapter(row: JobRow, details: JobDetails, folder: Path) -> dict[str, Any]:
+    """Download, verify, unpack into a new folder; returns the manifest. Nothing is left behind on a failure.
+
+    Raises CommandFailed for a hash that differs or a folder that is not empty, JobError from the storage."""
+    import asyncio
+    import tempfile
+
+    from daemon.cli.errors import CommandFailed, Misused
+    from daemon.settings import load_settings
+    from daemon.storage.archive import ArchiveInvalid, unpack_adapter
+
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise Misused(f"{folder} is there already and not empty", "name a new folder with --to")
+    settings = load_settings()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the target: the same disk, so that what fits once is enough twice, and seen if we are killed.
+        with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder.parent) as scratch:
+            archive = Path(scratch) / "adapter.tar.gz"
+            sha256 = asyncio.run(_fetch(settings, str(row.adapter_path), archive))
+            if sha256 != details.adapter_sha256:
+                raise CommandFailed(
+                    f"the stored adapter is not the one of this job: sha256 {sha256[:12]}…, "
+                    f"the row says {(details.adapter_sha256 or 'nothing')[:12]}…",
+                    "do not use it; somebody or something changed the object in storage",
+                )
+            return unpack_adapter(archive, folder)
+    except ArchiveInvalid as error:
+        raise CommandFailed(f"the stored adapter cannot be unpacked: {error}") from error
+    except OSError as error:
+        raise CommandFailed(f"{folder} cannot be written: {error.strerror or error}") from error
+
+
+async def _fetch(settings: Settings, adapter_path: str, archive: Path) -> str:
+    """Download bucket/path into a file; returns its sha256."""
+    from daemon.storage.open import open_storage
+
+    bucket, _, path = adapter_path.partition("/")
+    storage = open_storage(settings.model_copy(update={"models_bucket": bucket}))
+    try:
+        return (await storage.download(path, archive)).sha256
+    finally:
+        await storage.close()
+
+
+def completed_job(connection: Connection, job_id: UUID) -> tuple[JobRow, JobDetails]:
+    """Raises CommandFailed unless the job has an adapter."""
+    from daemon.cli.data.queries import read_details, read_job
+    from daemon.cli.errors import CommandFailed
+
+    row = read_job(connection, job_id)
+    if row.state != "completed" or row.adapter_path is None:
+        way = f"`brightrun-trainer watch {job_id}` waits for it" if not row.is_final else None
+        raise CommandFailed(f"job {job_id} is {row.state} and has no adapter", way)
+    return row, read_details(connection, job_id)
+
+
+def _base_of(manifest: dict[str, Any], row: JobRow) -> str:
+    from daemon.terminal.sanitize import plain
+
+    return plain(manifest.get("base_model") or row.model or "its base model")

@@ -1,0 +1,141 @@
+"""Whether a dataset or a job would be accepted, said without a database, a GPU or an upload."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from daemon.cli.data.preflight import Verdict
+    from training.spec import ParsedRow
+
+AsJson = Annotated[bool, typer.Option("--json", help="JSON, one object, instead of a screen.")]
+
+
+def check(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A dataset, or a job's JSON: hyperparameters, gpu_config.")
+    ],
+    data: Annotated[Path | None, typer.Option("--data", help="With a job: the dataset it would train on.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="With a dataset: the base model to count for.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a dataset, or a job and its dataset, before submitting. Exit status 1 when it would fail.
+
+    Where the base model is on this host, tokens are counted and memory and time estimated; else the data alone is read.
+    """
+    from daemon.cli.data.preflight import judge_dataset
+    from daemon.cli.errors import EXIT_FAILED, Misused
+    from daemon.terminal.console import print_json
+
+    job = _read_job(file)
+    if job is None and data is not None:
+        raise Misused(f"{file} is a dataset itself", "leave --data out")
+    row, faults, unknown = _parse(
+        job if job is not None else {"hyperparameters": {"base_model": model} if model else {}}
+    )
+    dataset = file if job is None else data
+    verdict: Verdict | None = None
+    if dataset is not None:
+        verdict = judge(dataset, row) if row is not None else judge_dataset(dataset)
+    ok = not faults and (verdict is None or verdict.ok)
+    if as_json:
+        print_json({"ok": ok, "faults": faults, "unknown_keys": unknown, "dataset": verdict})
+    else:
+        _print(file, faults, unknown, verdict, dataset)
+    if not ok:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def judge(dataset: Path, row: ParsedRow) -> Verdict:
+    """The whole job where its model is on this host, else the dataset alone."""
+    from daemon.cli.commands.models import local_model, model_settings
+    from daemon.cli.data.preflight import judge_dataset, judge_job
+
+    settings = model_settings()
+    name = row.hyperparameters.base_model or settings.default_model
+    folder = local_model(name, settings)
+    if folder is None:
+        return judge_dataset(dataset)
+    return judge_job(dataset, row, name, folder, settings.device)
+
+
+def print_verdict(verdict: Verdict, dataset: Path) -> None:
+    """Faults in red, remarks in yellow, counts."""
+    from rich.text import Text
+
+    from daemon.terminal.console import console, facts_table, say
+    from daemon.terminal.format import size, span
+    from daemon.terminal.sanitize import plain, plain_lines
+
+    if not verdict.ok:
+        for error in verdict.errors:
+            say(Text.assemble(("✗ ", "bold red"), f"{dataset.name}: {plain_lines(error.get('message'))}"))
+            if error.get("hint"):
+                say(Text(f"  → {plain(error['hint'])}", style="bold"))
+        return
+    say(Text.assemble(("✓ ", "bold green"), f"{dataset.name} can be trained on"))
+    table = facts_table()
+    known = {key: value for key, value in verdict.data.items() if value not in (None, {}, 0, [])}
+    for key, value in known.items():
+        shown = (
+            f"{value:,}" if isinstance(value, int) else json.dumps(value) if isinstance(value, dict | list) else value
+        )
+        table.add_row("  " + plain(key).replace("_", " "), plain(shown))
+    if verdict.estimate is not None:
+        table.add_row("  memory", f"about {size(verdict.estimate['memory_bytes'])}")
+        table.add_row("  adapter", size(verdict.estimate["adapter_bytes"]))
+        table.add_row("  time", f"about {span(verdict.estimate['seconds'])}")
+    console().print(table)
+    for remark in verdict.remarks:
+        say(Text.assemble(("! ", "yellow"), plain(remark.get("message"))))
+
+
+def _read_job(file: Path) -> dict[str, Any] | None:
+    """A job's JSON (the row's, or the older HTTP contract's); None where the file is something else, a dataset then."""
+    from daemon.cli.errors import Misused
+
+    if not file.is_file():
+        raise Misused(f"there is no file {file}")
+    if file.stat().st_size > 1_000_000 and file.suffix != ".json":
+        return None
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError):
+        return None
+    if isinstance(raw, dict) and isinstance(raw.get("input"), dict):
+        raw = raw["input"]
+    return raw if isinstance(raw, dict) and "hyperparameters" in raw else None
+
+
+def _parse(job: dict[str, Any]) -> tuple[ParsedRow | None, list[str], tuple[str, ...]]:
+    from training.spec import SpecInvalid, parse_row
+
+    try:
+        row = parse_row(job.get("hyperparameters", {}), job.get("gpu_config", {}))
+    except SpecInvalid as invalid:
+        return None, [f"{fault.field}: {fault.message}" for fault in invalid.faults], ()
+    return row, [], row.unknown_keys
+
+
+def _print(
+    file: Path, faults: list[str], unknown: tuple[str, ...], verdict: Verdict | None, dataset: Path | None
+) -> None:
+    from rich.text import Text
+
+    from daemon.terminal.console import say, say_done
+    from daemon.terminal.sanitize import plain
+
+    for fault in faults:
+        say(Text.assemble(("✗ ", "bold red"), plain(fault)))
+    if unknown:
+        say(Text.assemble(("! ", "yellow"), f"unknown and unused: {plain(', '.join(unknown))}"))
+    if not faults and dataset != file:
+        say_done(f"{file.name} is a job that can be run")
+    if verdict is not None and dataset is not None:
+        print_verdict(verdict, dataset)

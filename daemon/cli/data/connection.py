@@ -1,0 +1,132 @@
+"""One connection of a command: opened from DATABASE_URL alone, its refusals said in one line.
+
+Any login that may do what the command does will do: the daemon's own, the operator's, a reader's.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import psycopg
+from psycopg.rows import dict_row
+from pydantic import AliasChoices, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from daemon.cli.errors import CommandFailed
+from daemon.database.login import CONNECT_SECONDS, login_fault
+from daemon.database.url import DatabaseUrlInvalid, is_transaction_pooler, read_database_url
+from daemon.errors import DatabaseAway, HostUnfit
+
+Connection = psycopg.Connection[dict[str, Any]]
+
+# A person waits at the other end.
+STATEMENT_SECONDS = 60
+_KEEPALIVE: dict[str, Any] = {"keepalives": 1, "keepalives_idle": 15, "keepalives_interval": 5, "keepalives_count": 3}
+
+_NOT_MIGRATED = (
+    psycopg.errors.UndefinedTable,
+    psycopg.errors.UndefinedColumn,
+    psycopg.errors.UndefinedFunction,
+    psycopg.errors.InvalidSchemaName,
+)
+
+
+class _DatabaseSettings(BaseSettings):
+    """The one setting that a command which only reads rows needs."""
+
+    model_config = SettingsConfigDict(env_file=".env", env_ignore_empty=True, extra="ignore", hide_input_in_errors=True)
+
+    database_url: SecretStr = Field(validation_alias=AliasChoices("DATABASE_URL", "database_url"))
+
+
+def database_url() -> str:
+    """DATABASE_URL from the environment or .env, as libpq takes it. Raises HostUnfit."""
+    from daemon.settings import dotenv_unreadable
+    from daemon.terminal.sanitize import plain
+
+    try:
+        url = _DatabaseSettings().database_url.get_secret_value()
+    except ValidationError:
+        raise HostUnfit(
+            "DATABASE_URL is not set: put the Postgres address (Supabase: session pooler, port 5432) "
+            "into the environment or a .env file here"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise dotenv_unreadable(error) from None
+    try:
+        read = read_database_url(url)
+    except DatabaseUrlInvalid as error:
+        raise HostUnfit(f"DATABASE_URL {error}") from None
+    for notice in read.notices:
+        sys.stderr.write(f"brightrun-trainer: DATABASE_URL: {plain(notice)}\n")
+    return read.get_secret_value()
+
+
+def connect() -> Connection:
+    """A new connection: autocommit, rows as dicts; the caller closes it. Raises DatabaseAway, HostUnfit."""
+    dsn = database_url()
+    try:
+        connection = psycopg.connect(
+            dsn,
+            autocommit=True,
+            row_factory=dict_row,
+            # A transaction pooler hands the next statement to another session.
+            prepare_threshold=None,
+            connect_timeout=CONNECT_SECONDS,
+            application_name="brightrun-trainer cli",
+            **_KEEPALIVE,
+        )
+    except psycopg.OperationalError as error:
+        raise login_fault(error) from error
+    if not is_transaction_pooler(dsn):
+        # A session that watches sleeps between two looks. Of a pooler's, the next client would inherit both.
+        connection.execute(f"SET statement_timeout = '{STATEMENT_SECONDS}s'; SET idle_session_timeout = 0")
+    return connection
+
+
+@contextmanager
+def open_database() -> Iterator[Connection]:
+    """One connection for one command; whatever Postgres refuses inside becomes a CommandFailed."""
+    connection = connect()
+    try:
+        with said_plainly():
+            yield connection
+    finally:
+        connection.close()
+
+
+@contextmanager
+def said_plainly() -> Iterator[None]:
+    """Turn Postgres' errors into ours: DatabaseAway, HostUnfit (not migrated), CommandFailed (refused)."""
+    try:
+        yield
+    except _NOT_MIGRATED as error:
+        raise HostUnfit(
+            f"the database is not prepared for this version ({_reason(error)}): run `brightrun-trainer migrate`"
+        ) from error
+    except psycopg.errors.QueryCanceled as error:
+        raise CommandFailed(f"the database took longer than {STATEMENT_SECONDS} s and was stopped") from error
+    except psycopg.errors.InsufficientPrivilege as error:
+        hint = error.diag.message_hint or "use a DATABASE_URL whose login may: training_daemon, or the project's owner"
+        raise CommandFailed(f"this login may not: {_reason(error)}", hint) from error
+    except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+        raise DatabaseAway(_reason(error)) from error
+    except psycopg.Error as error:
+        # The guard's and the functions' own words (PT404, PT409), and constraints'.
+        raise CommandFailed(_reason(error), error.diag.message_hint) from error
+
+
+@cache
+def read_statement(name: str) -> bytes:
+    """The text of sql/reads/<name>.sql."""
+    return (resources.files("sql.reads") / f"{name}.sql").read_bytes()
+
+
+def _reason(error: psycopg.Error) -> str:
+    words = error.diag.message_primary or str(error)
+    return words.strip().split("\n", 1)[0] or type(error).__name__

@@ -1,0 +1,137 @@
+"""Whether a job can succeed, asked of the trainer before anything is uploaded, and what it will take."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from daemon.cli.data.trainer_process import trainer_environment
+from daemon.cli.errors import CommandFailed, Misused
+
+if TYPE_CHECKING:
+    from daemon.cli.data.connection import Connection
+    from training.spec import ParsedRow
+
+# A tokenizer on a slow disk and two gigabytes of conversations.
+_LIMIT_SECONDS = 900
+# Of English text, over the vocabularies of the models in use.
+_CHARACTERS_A_TOKEN = 4.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `python -m training.preflight.check` said. `data` counts, `estimate` is None without the model's folder."""
+
+    ok: bool
+    errors: tuple[dict[str, Any], ...]
+    remarks: tuple[dict[str, Any], ...]
+    data: dict[str, Any]
+    estimate: dict[str, Any] | None
+
+    @property
+    def conversations(self) -> int:
+        known = self.data.get("conversations")
+        return int(known if known is not None else self.data.get("train_examples", 0))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that one epoch reads: counted where the tokenizer is here, else from the characters."""
+        counted = self.data.get("train_tokens")
+        return int(counted) if counted is not None else round(self.data.get("characters", 0) / _CHARACTERS_A_TOKEN)
+
+    @property
+    def tokens_are_counted(self) -> bool:
+        return "train_tokens" in self.data
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Time and money of a run, and what that is founded on. None: nobody knows."""
+
+    seconds: float | None
+    dollars: float | None
+    by: str
+
+
+def judge_dataset(file: Path) -> Verdict:
+    """The dataset alone: format, lines, counts."""
+    return _ask(file)
+
+
+def judge_job(dataset: Path, row: ParsedRow, model_name: str, model_dir: Path, device: str) -> Verdict:
+    """The whole job: data by the model's own tokenizer and template, plan, estimate."""
+    from training.spec import JobSpec
+
+    with tempfile.TemporaryDirectory(prefix="brightrun-check-") as scratch:
+        folder = Path(scratch)
+        spec = JobSpec(
+            job_id="check",
+            base_model=model_name,
+            model_path=model_dir,
+            dataset_path=dataset.resolve(),
+            work_dir=folder,
+            checkpoint_dir=folder / "checkpoints",
+            output_dir=folder / "adapter",
+            hyperparameters=row.hyperparameters,
+            num_gpus=row.gpu_config.num_gpus,
+            device="cpu" if device == "cpu" else "cuda",
+        )
+        file = folder / "spec.json"
+        file.write_text(spec.model_dump_json())
+        memory = row.gpu_config.gpu_memory_gb
+        return _ask(file, *(("--memory-gib", str(memory)) if memory else ()))
+
+
+def refuse_unless_ok(verdict: Verdict, dataset: Path) -> None:
+    """Raises CommandFailed with the first fault when the job cannot succeed."""
+    if verdict.ok:
+        return
+    first = verdict.errors[0] if verdict.errors else {"message": "it was refused without a reason", "hint": None}
+    raise CommandFailed(f"{dataset.name} cannot be trained on: {first['message']}", first.get("hint"))
+
+
+def forecast(connection: Connection, model: str | None, verdict: Verdict, epochs: int) -> Forecast:
+    """What earlier jobs of the same model took for so many tokens; else the trainer's own estimate, if it made one."""
+    from daemon.cli.data.connection import read_statement
+    from daemon.terminal.format import count
+
+    past = connection.execute(read_statement("past_pace"), {"model": model}).fetchone()
+    if past is not None and past["jobs"] and past["tokens_per_second"]:
+        seconds = verdict.tokens * epochs / past["tokens_per_second"] + (past["other_seconds"] or 0.0)
+        price = past["dollars_per_hour"]
+        by = f"by {count(past['jobs'], 'earlier job')} of this model, {past['tokens_per_second']:,.0f} tokens/s"
+        return Forecast(seconds, None if price is None else price * seconds / 3600, by)
+    if verdict.estimate is not None:
+        return Forecast(
+            verdict.estimate["seconds"], verdict.estimate.get("cost"), "computed from the model's size; rough"
+        )
+    return Forecast(None, None, "no job of this model has completed here yet")
+
+
+def _ask(file: Path, *arguments: str) -> Verdict:
+    if not file.is_file():
+        raise Misused(f"there is no file {file}")
+    try:
+        answer = subprocess.run(
+            [sys.executable, "-m", "training.preflight.check", str(file.resolve()), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=_LIMIT_SECONDS,
+            env=trainer_environment(),
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise CommandFailed(f"{file.name} was not read within {_LIMIT_SECONDS} s") from error
+    # Libraries may have their say first.
+    lines = answer.stdout.strip().splitlines()
+    try:
+        said = json.loads(lines[-1])
+        return Verdict(said["ok"], tuple(said["errors"]), tuple(said["remarks"]), said["data"], said["estimate"])
+    except (IndexError, ValueError, KeyError, TypeError) as error:
+        tail = (answer.stderr.strip().splitlines() or ["no output"])[-1]
+        raise CommandFailed(f"the check itself failed (exit status {answer.returncode}): {tail}") from error

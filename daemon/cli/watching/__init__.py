@@ -1,0 +1,1 @@
+"""How a watched job is followed and drawn."""

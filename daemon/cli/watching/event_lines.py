@@ -1,0 +1,51 @@
+"""A job's events in words: one line each, whoever wrote what stands in them."""
+
+from __future__ import annotations
+
+from rich.text import Text
+
+from daemon.cli.data.queries import Event
+from daemon.terminal.format import clock, money, short_id
+from daemon.terminal.sanitize import plain
+
+_STYLE = {
+    "completed": "bold green",
+    "failed": "bold red",
+    "cancelled": "magenta",
+    "retrying": "yellow",
+    "reaped": "yellow",
+    "released": "yellow",
+    "returned": "yellow",
+    "claimed": "cyan",
+    "started": "green",
+}
+# The message of these says what went wrong; that of any other kind is a sentence of its own.
+_FAULTS = {
+    "failed": "failed",
+    "reaped": "taken back from a host that fell silent",
+    "retrying": "goes back to the queue for another attempt",
+}
+
+
+def event_words(event: Event) -> str:
+    """What happened, in one line."""
+    data = event.data
+    if event.kind == "sample":
+        return f"{plain(data.get('when'))} training it answers: {plain(data.get('answer', ''))}"
+    words = plain(event.message) or plain(event.kind)
+    if event.kind in _FAULTS:
+        words = f"{_FAULTS[event.kind]}: {words}"
+    if event.kind in ("completed", "failed", "cancelled") and isinstance(cost := data.get("cost"), int | float):
+        words += f" ({money(float(cost))})"
+    return words
+
+
+def event_line(event: Event, *, with_job: bool = False, width: int | None = None) -> Text:
+    """Time, job (among several), words; cut at `width` when one is given."""
+    line = Text.assemble((f"{clock(event.at)}  ", "dim"))
+    if with_job:
+        line.append(f"{short_id(event.job_id)}  ", "cyan")
+    line.append(event_words(event), _STYLE.get(event.kind, ""))
+    if width is not None:
+        line.truncate(width, overflow="ellipsis")
+    return line

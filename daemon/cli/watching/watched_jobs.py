@@ -1,0 +1,88 @@
+"""What is known of the jobs that somebody watches: read again and again, only what is new of curve and story."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from uuid import UUID
+
+from daemon.cli.data.connection import Connection
+from daemon.cli.data.queries import EVENTS_A_READ, Event, JobRow, Point, list_jobs, read_points, read_story
+
+# A curve wider than any terminal; beyond it neighbours are merged.
+_MAX_POINTS = 4000
+_KEPT_EVENTS = 100
+
+
+@dataclass
+class WatchedJob:
+    """One job as it was last read. `points` are in the order of their steps."""
+
+    row: JobRow
+    points: list[Point] = field(default_factory=list)
+    story: list[Event] = field(default_factory=list)
+
+    @property
+    def losses(self) -> list[float]:
+        return [point.loss for point in self.points]
+
+    @property
+    def validation_losses(self) -> list[float]:
+        """On held-out conversations, before training first."""
+        told = [event.data.get("validation_loss") for event in self.story if event.kind == "evaluated"]
+        return [float(value) for value in told if isinstance(value, int | float)]
+
+
+class Feed:
+    """The jobs of one watch. `read` brings them up to date and returns the events that are new."""
+
+    def __init__(self, ids: Sequence[UUID]) -> None:
+        self._ids = list(ids)
+        self._after = 0
+        self.jobs: dict[UUID, WatchedJob] = {}
+
+    @property
+    def over(self) -> bool:
+        """Every job has ended, or its row is gone."""
+        return all(watched.row.is_final for watched in self.jobs.values())
+
+    @property
+    def succeeded(self) -> bool:
+        return all(watched.row.state == "completed" for watched in self.jobs.values())
+
+    def read(self, connection: Connection) -> list[Event]:
+        """Rows first: an ending seen in a row is in the story that is read after it."""
+        rows = {row.job_id: row for row in list_jobs(connection, ids=self._ids, limit=len(self._ids))}
+        for job_id in self._ids:
+            if job_id not in rows:
+                self.jobs.pop(job_id, None)
+                continue
+            watched = self.jobs.setdefault(job_id, WatchedJob(rows[job_id]))
+            self._read_curve(connection, watched, rows[job_id])
+        return self._read_story(connection)
+
+    def _read_curve(self, connection: Connection, watched: WatchedJob, row: JobRow) -> None:
+        before, watched.row = watched.row, row
+        last_step = watched.points[-1].step if watched.points else -1
+        # Another attempt, or a resume: steps are trained again, and their old points are gone.
+        if row.attempt != before.attempt or row.step < last_step:
+            watched.points.clear()
+            last_step = -1
+        if row.step > last_step:
+            watched.points += read_points(connection, row.job_id, last_step)
+            if len(watched.points) > _MAX_POINTS:
+                watched.points = watched.points[:-1:2] + watched.points[-1:]
+
+    def _read_story(self, connection: Connection) -> list[Event]:
+        news: list[Event] = []
+        while True:
+            batch = read_story(connection, self._ids, self._after)
+            news += batch
+            if batch:
+                self._after = batch[-1].id
+            if len(batch) < EVENTS_A_READ:
+                break
+        for event in news:
+            if (watched := self.jobs.get(event.job_id)) is not None:
+                watched.story = [*watched.story[-_KEPT_EVENTS:], event]
+        return news

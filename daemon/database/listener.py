@@ -1,0 +1,168 @@
+"""The wake-up: one connection that LISTENs, proves that it hears, and never gives up.
+
+A notification is only ever a reason to look: the truth is in the rows, and the daemon polls slowly
+as well, because a NOTIFY sent while we reconnect is lost for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+from uuid import UUID, uuid4
+
+import psycopg
+import structlog
+from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
+
+from daemon.chores import worked
+from daemon.database.login import login_reason
+
+log = structlog.get_logger()
+
+CHANNEL = "training_jobs"
+# pg-boss probes as often and waits as long (docs/api/constructor, `heartbeat`): a half-open
+# connection is found within fifteen seconds instead of the two hours of TCP's own keepalive.
+PROBE_SECONDS = 10.0
+PROBE_LIMIT_SECONDS = 5.0
+PROOF_LIMIT_SECONDS = 30.0
+KEEPALIVE: dict[str, Any] = {"keepalives": 1, "keepalives_idle": 15, "keepalives_interval": 5, "keepalives_count": 3}
+
+
+class Listener:
+    """Sets `wake` when something may be claimable and calls `on_cancel` for a job that was cancelled."""
+
+    def __init__(self, dsn: str, *, wake: Callable[[], None], on_cancel: Callable[[UUID], None]) -> None:
+        self._dsn = dsn
+        self._wake = wake
+        self._on_cancel = on_cancel
+        self._warned_deaf = False
+        self._probed = False
+        self._nonce: str | None = None
+        self._ended: asyncio.Future[None] | None = None
+        self.hears = asyncio.Event()
+
+    async def run(self) -> None:
+        """Listen until cancelled, reconnecting with capped, jittered backoff."""
+        async for attempt in AsyncRetrying(
+            retry=retry_if_exception_type((psycopg.Error, OSError, TimeoutError)),
+            wait=wait_random_exponential(multiplier=0.2, max=15.0),
+        ):
+            with attempt:
+                self._probed = False
+                try:
+                    await self._listen_once()
+                except (psycopg.Error, OSError, TimeoutError) as error:
+                    self.hears.clear()
+                    if self._probed:
+                        # A good connection ends the count: a cut after months of short outages is mended at once.
+                        attempt.retry_state.attempt_number = 1
+                    log.warning(
+                        "listener_lost",
+                        error=login_reason(str(error)) or type(error).__name__,
+                        attempt=attempt.retry_state.attempt_number,
+                    )
+                    raise
+
+    async def _listen_once(self) -> None:
+        async with await self._connect() as connection:
+            connection.add_notify_handler(lambda notification: self._handle(notification.payload))
+            async with asyncio.timeout(PROOF_LIMIT_SECONDS):
+                await connection.execute(f"LISTEN {CHANNEL}")
+                await self._prove(connection)
+                if self.hears.is_set():
+                    # It sleeps between two probes. Only where the session is ours: a transaction pooler's is the next
+                    # client's, and the proof has told them apart.
+                    await connection.execute("SET idle_session_timeout = 0")
+            # Whatever was announced before this moment went unheard: look once, always.
+            self._wake()
+            while True:
+                await self._hear(connection, PROBE_SECONDS)
+                await self._probe(connection)
+                self._probed = True
+                worked()
+
+    async def _connect(self) -> psycopg.AsyncConnection:
+        return await psycopg.AsyncConnection.connect(
+            self._dsn,
+            autocommit=True,
+            connect_timeout=10,
+            prepare_threshold=None,
+            application_name="brightrun-trainer listener",
+            **KEEPALIVE,
+        )
+
+    async def _hear(self, connection: psycopg.AsyncConnection, seconds: float) -> None:
+        """Handle what arrives in this time, or until our own nonce does, straight from the event loop.
+
+        psycopg's generator would set itself up for the next notification before anybody acts on this one.
+        Raises OperationalError when the connection is lost."""
+        loop = asyncio.get_running_loop()
+        socket = connection.pgconn.socket
+        ended = self._ended = loop.create_future()
+
+        def read() -> None:
+            try:
+                connection.pgconn.consume_input()
+                while (notice := connection.pgconn.notifies()) is not None:
+                    self._handle(notice.extra.decode())
+            except psycopg.Error as error:
+                loop.remove_reader(socket)
+                if not ended.done():
+                    ended.set_exception(error)
+
+        loop.add_reader(socket, read)
+        # Something may have come together with the answer to our last statement: no socket would tell of it again.
+        read()
+        try:
+            async with asyncio.timeout(seconds):
+                await ended
+        except TimeoutError:
+            return
+        finally:
+            loop.remove_reader(socket)
+
+    async def _prove(self, connection: psycopg.AsyncConnection) -> None:
+        """Send a nonce from another session and see whether it arrives.
+
+        Through a transaction pooler LISTEN raises no error and the notification reaches somebody
+        else's connection; sent from this very connection the nonce could come back by luck.
+        """
+        self.hears.clear()
+        self._nonce = f"nonce {uuid4()}"
+        async with await self._connect() as other:
+            await other.execute("SELECT pg_notify(%s, %s)", (CHANNEL, self._nonce))
+        await self._hear(connection, PROBE_LIMIT_SECONDS)
+        if self.hears.is_set():
+            self._warned_deaf = False
+            log.info("listener_hears", channel=CHANNEL)
+        elif not self._warned_deaf:
+            self._warned_deaf = True
+            log.error(
+                "listener_deaf",
+                port=connection.info.port,
+                advice="Notifications do not arrive: this looks like a transaction pooler (port 6543 on Supabase). "
+                "Use the session pooler (port 5432) or the direct connection in DATABASE_URL. Until then jobs are "
+                "found by the slow poll only.",
+            )
+
+    async def _probe(self, connection: psycopg.AsyncConnection) -> None:
+        async with asyncio.timeout(PROBE_LIMIT_SECONDS):
+            cursor = await connection.execute("SELECT %s IN (SELECT pg_listening_channels())", (CHANNEL,))
+        row = await cursor.fetchone()
+        if self.hears.is_set() and (row is None or not row[0]):
+            raise psycopg.OperationalError("this connection no longer listens")
+
+    def _handle(self, payload: str) -> None:
+        word, _, job_id = payload.partition(" ")
+        if word == "cancelled":
+            try:
+                self._on_cancel(UUID(job_id))
+            except ValueError:
+                log.warning("notification_not_understood", payload=payload[:80])
+        elif word == "queued":
+            self._wake()
+        elif payload == self._nonce:
+            self.hears.set()
+            if self._ended is not None and not self._ended.done():
+                self._ended.set_result(None)

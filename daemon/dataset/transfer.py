@@ -1,0 +1,310 @@
+"""A job's dataset, from wherever its row points to, into a file of ours.
+
+Streamed to disk under a size cap, continued with Range after a cut, judged before it is believed. The URL
+of a stored dataset is signed when it is needed and again when it has expired; a job may wait for days.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import re
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import httpx
+import structlog
+import tenacity
+
+from daemon.errors import JobDelayed, JobFailed, TrainerError, disk_fault
+from daemon.network.address_rules import AddressRefused, AddressRules, AddressUnknown
+from daemon.network.pinned_client import Target, guarded_client
+from daemon.network.retry_after import is_transient, retry_after_seconds
+from training.events import ErrorCode
+
+log = structlog.get_logger()
+
+
+TIMEOUT = httpx.Timeout(30.0, connect=10.0)
+# A server that drips bytes must not hold a GPU's slot: 2 GiB in half an hour is 1.2 MB/s.
+MAX_SECONDS = 1800.0
+MAX_REDIRECTS = 5
+# Tries without a new byte before we give up; each new byte starts the count again.
+FRUITLESS_TRIES = 5
+FIRST_WAIT_SECONDS = 0.5
+LONGEST_WAIT_SECONDS = 30.0
+COPY_BYTES = 1024 * 1024
+
+_CONTENT_RANGE = re.compile(r"^bytes (?P<first>\d+)-\d+/(?P<total>\d+|\*)$")
+_SUBMIT_AGAIN = "check the dataset URL and submit again"
+
+
+@dataclass(frozen=True)
+class FetchedDataset:
+    """The dataset on our disk. `source` may be shown: bucket and path, or a URL without its query.
+
+    `validator` is the server's strong ETag: equal ones mean equal bytes. None where it gave none."""
+
+    path: Path
+    bytes: int
+    sha256: str
+    source: str
+    validator: str | None = None
+
+
+class _Interrupted(TrainerError):
+    """The transfer stopped and may go on. `after_seconds` is what the server asked for."""
+
+    def __init__(self, message: str, after_seconds: float = 0.0) -> None:
+        super().__init__(message)
+        self.after_seconds = after_seconds
+
+
+class _Rejected(TrainerError):
+    """The server refuses this URL: expired, or never allowed. A freshly signed one may pass."""
+
+
+@dataclass
+class _Transfer:
+    """What is on disk so far, and what proves that a continuation belongs to it.
+
+    `known` is the validator of a copy from before; `unchanged`: the server says that it still is that."""
+
+    file: BinaryIO
+    max_bytes: int
+    source: str
+    known: str | None = None
+    unchanged: bool = False
+    received: int = 0
+    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+    validator: str | None = None
+    fruitless: int = 0
+    counted: int = 0
+
+    def restart(self) -> None:
+        self.file.seek(0)
+        self.file.truncate()
+        self.received = 0
+        self.digest = hashlib.sha256()
+        self.validator = None
+
+    def write(self, piece: bytes) -> None:
+        self.file.write(piece)
+        self.digest.update(piece)
+        self.received += len(piece)
+
+    def count_failure(self) -> int:
+        """Tries in a row that brought nothing new."""
+        self.fruitless = 1 if self.received > self.counted else self.fruitless + 1
+        self.counted = max(self.counted, self.received)
+        return self.fruitless
+
+
+async def download(
+    sign: Callable[[], Awaitable[str]],
+    to: Path,
+    *,
+    rules: AddressRules,
+    max_bytes: int,
+    source: str,
+    renewable: bool = True,
+    known: FetchedDataset | None = None,
+    first_wait_seconds: float = FIRST_WAIT_SECONDS,
+) -> FetchedDataset:
+    """Stream the URL that `sign` gives into `to`; see fetch_dataset for what is raised.
+
+    `renewable` says that asking `sign` again gives another URL, worth a try when the first was refused.
+    """
+    part = to.with_name(to.name + ".part")
+    deadline = time.monotonic() + MAX_SECONDS
+
+    def pause(state: tenacity.RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        asked = error.after_seconds if isinstance(error, _Interrupted) else 0.0
+        backoff = first_wait_seconds * 2.0 ** (transfer.fruitless - 1)
+        return min(max(backoff, asked), LONGEST_WAIT_SECONDS)
+
+    def enough(_state: tenacity.RetryCallState) -> bool:
+        return transfer.count_failure() >= FRUITLESS_TRIES or time.monotonic() > deadline
+
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        part.touch(mode=0o600)
+        with part.open("wb") as file:
+            transfer = _Transfer(file, max_bytes, source, known.validator if known is not None else None)
+            async with asyncio.timeout(MAX_SECONDS), guarded_client(TIMEOUT) as client:
+                url, renewed_at = await sign(), -1
+                async for attempt in tenacity.AsyncRetrying(
+                    retry=tenacity.retry_if_exception_type(_Interrupted), stop=enough, wait=pause, reraise=True
+                ):
+                    with attempt:
+                        try:
+                            await _continue(client, rules, url, transfer)
+                        except _Rejected as error:
+                            if not renewable or renewed_at == transfer.received:
+                                raise _unreachable(source, str(error)) from error
+                            url, renewed_at = await sign(), transfer.received
+                            raise _Interrupted(str(error)) from error
+            await asyncio.to_thread(file.flush)
+        if known is not None and transfer.unchanged:
+            known.path.replace(to)
+            return replace(known, path=to)
+        await asyncio.to_thread(_judge_head, part, source)
+        part.replace(to)
+    except _Interrupted as error:
+        raise JobDelayed(ErrorCode.DATASET_UNREACHABLE, f"{source}: {error}", _SUBMIT_AGAIN) from error
+    except TimeoutError as error:
+        message = f"{source}: not downloaded within {MAX_SECONDS / 60:.0f} minutes"
+        raise JobDelayed(ErrorCode.DATASET_UNREACHABLE, message, _SUBMIT_AGAIN) from error
+    except OSError as error:
+        raise disk_fault("work folder", to.parent, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+    return FetchedDataset(to, transfer.received, transfer.digest.hexdigest(), source, transfer.validator)
+
+
+async def _continue(client: httpx.AsyncClient, rules: AddressRules, url: str, transfer: _Transfer) -> None:
+    """One try: ask for what is missing, follow redirects by the rules, write what comes."""
+    headers = {"Accept-Encoding": "identity", "Accept": "*/*"}
+    if transfer.received and transfer.validator:
+        headers |= {"Range": f"bytes={transfer.received}-", "If-Range": transfer.validator}
+    elif transfer.received:
+        await asyncio.to_thread(transfer.restart)
+    elif transfer.known:
+        headers["If-None-Match"] = transfer.known
+    try:
+        target = await _checked(rules, url, transfer.source)
+        for _ in range(MAX_REDIRECTS + 1):
+            response = await client.send(target.request(client, "GET", headers=headers), stream=True)
+            try:
+                if not response.has_redirect_location:
+                    await _receive(response, transfer)
+                    return
+                onward = str(target.url.join(response.headers["location"]))
+            finally:
+                await response.aclose()
+            target = await _checked(rules, onward, transfer.source)
+    except httpx.InvalidURL as error:
+        raise _unreachable(transfer.source, "redirects to something that is no URL") from error
+    except (httpx.TransportError, httpx.DecodingError) as error:
+        raise _Interrupted(
+            f"the connection failed after {transfer.received:,} bytes ({type(error).__name__})"
+        ) from error
+    raise _unreachable(transfer.source, f"redirects more than {MAX_REDIRECTS} times")
+
+
+async def _receive(response: httpx.Response, transfer: _Transfer) -> None:
+    status = response.status_code
+    if status == 304 and transfer.known and not transfer.received:
+        transfer.unchanged = True
+        return
+    if status == 416 and transfer.received:
+        # Nothing after what we have: whole if the server's size says so, else it changed under us.
+        if response.headers.get("content-range") == f"bytes */{transfer.received}":
+            return
+        await asyncio.to_thread(transfer.restart)
+        raise _Interrupted("the file changed while it was read")
+    if status not in (200, 206):
+        await _refuse(response, transfer.source)
+    total: int | None = None
+    if status == 206:
+        part = _CONTENT_RANGE.match(response.headers.get("content-range", ""))
+        if part is None or int(part["first"]) != transfer.received:
+            await asyncio.to_thread(transfer.restart)
+            raise _Interrupted("the server answered with another part than the one asked for")
+        total = int(part["total"]) if part["total"] != "*" else None
+    elif transfer.received:
+        await asyncio.to_thread(transfer.restart)
+    announced = transfer.received + int(response.headers.get("content-length") or 0)
+    if announced > transfer.max_bytes:
+        raise _too_large(transfer, f"{announced:,} bytes")
+    if status == 200:
+        transfer.validator = _strong_validator(response)
+    # In the network's own pieces: asked for larger ones, httpx would drop what it had gathered when cut.
+    async for piece in response.aiter_bytes():
+        if transfer.received + len(piece) > transfer.max_bytes:
+            raise _too_large(transfer, f"more than {transfer.max_bytes:,} bytes")
+        await asyncio.to_thread(transfer.write, piece)
+    if total is not None and transfer.received < total:
+        raise _Interrupted(f"the server sent {transfer.received:,} of {total:,} bytes")
+
+
+async def _refuse(response: httpx.Response, source: str) -> None:
+    """Turn a bad status into the error that says what to do."""
+    status = response.status_code
+    code = _storage_code(await _head_of(response))
+    if code == "InvalidJWT" or status in (401, 403):
+        raise _Rejected(f"the server refuses the URL as expired or not allowed (HTTP {status})")
+    if is_transient(status):
+        raise _Interrupted(f"the server answered HTTP {status}", retry_after_seconds(response))
+    raise _unreachable(source, f"the server answered HTTP {status}{f' ({code})' if code else ''}")
+
+
+async def _head_of(response: httpx.Response) -> bytes:
+    async for piece in response.aiter_bytes(2048):
+        return piece
+    return b""
+
+
+def _storage_code(body: bytes) -> str | None:
+    """Supabase Storage says HTTP 400 and puts the real reason into the body."""
+    found = re.search(rb'"error"\s*:\s*"([A-Za-z_ ]{1,40})"', body)
+    return found.group(1).decode() if found else None
+
+
+def _strong_validator(response: httpx.Response) -> str | None:
+    """What If-Range needs to be safe. A weak tag or a compressed body cannot be continued."""
+    if response.headers.get("content-encoding", "identity") != "identity":
+        return None
+    tag = response.headers.get("etag")
+    return tag if tag and not tag.startswith("W/") else None
+
+
+async def _checked(rules: AddressRules, url: str, source: str) -> Target:
+    try:
+        return await rules.check(url)
+    except AddressRefused as error:
+        raise _forbidden(f"{source} leads to an address that is not allowed: {error}", _PUBLIC_ONLY) from error
+    except AddressUnknown as error:
+        raise _Interrupted(str(error)) from error
+
+
+_PUBLIC_ONLY = "use an https URL on a public host, or upload the dataset to the project's storage"
+
+
+def _judge_head(file: Path, source: str) -> None:
+    """Refuse what plainly is no dataset, before a child is started for it. The rows are the trainer's to judge."""
+    with file.open("rb") as stream:
+        head = stream.read(1024)
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not head:
+        raise _not_a_dataset(source, "is empty", "upload a file with at least one conversation")
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise _not_a_dataset(source, "is a web page, not a dataset", "use the link of the file itself, not of its page")
+    if head.startswith((b"\x1f\x8b", b"PK\x03\x04", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ", b"PAR1")):
+        raise _not_a_dataset(source, "is compressed or binary", "upload it as plain JSON Lines")
+
+
+def _not_a_dataset(source: str, what: str, hint: str) -> JobFailed:
+    return JobFailed(ErrorCode.DATASET_INVALID, f"{source} {what}", hint)
+
+
+def _too_large(transfer: _Transfer, size: str) -> JobFailed:
+    return JobFailed(
+        ErrorCode.DATASET_INVALID,
+        f"{transfer.source} is too large: {size}, at most {transfer.max_bytes:,} are allowed",
+        "make the dataset smaller, or the operator raises TRAINER_MAX_DATASET_BYTES",
+    )
+
+
+def _unreachable(source: str, why: str) -> JobFailed:
+    return JobFailed(ErrorCode.DATASET_UNREACHABLE, f"{source}: {why}", _SUBMIT_AGAIN)
+
+
+def _forbidden(message: str, hint: str) -> JobFailed:
+    return JobFailed(ErrorCode.DATASET_FORBIDDEN, message, hint)

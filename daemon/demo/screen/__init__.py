@@ -1,0 +1,1 @@
+"""What `make demo` shows: a live picture on a terminal, JSON lines elsewhere."""

@@ -1,0 +1,166 @@
+"""What the doctor looks at on this machine: libraries, cards, models, disks."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from daemon.base_model.resolve import resolve_model
+from daemon.doctor.check_result import Finding, green, red, yellow
+from daemon.errors import JobError
+from daemon.host.inspect import driver_version, find_gpus, installed_versions
+from daemon.settings import Settings, quantized_dir
+from daemon.trainer.environment import child_environment
+from training.events import ErrorCode
+
+SELFCHECK_SECONDS = 120.0
+PROBE_BYTES = 32 * 1024 * 1024
+SLOW_DISK_MB_A_SECOND = 50.0
+MIN_FREE_GIB = 10.0
+
+
+def check_python() -> Finding:
+    versions = installed_versions()
+    shown = ", ".join(f"{name} {number}" for name, number in versions.items())
+    missing = {"torch", "transformers", "peft", "trl", "bitsandbytes"} - versions.keys()
+    if missing:
+        return red("versions", f"not installed: {', '.join(sorted(missing))}", "pip install brightrun-trainer")
+    return green("versions", shown)
+
+
+def check_device(settings: Settings) -> Finding:
+    gpus = find_gpus()
+    if gpus:
+        cards = ", ".join(f"{gpu.name} {gpu.memory_gb:.1f} GiB" for gpu in gpus)
+        return green("GPU", f"{cards}; driver {driver_version()}")
+    if settings.device == "cpu":
+        return green("GPU", "none, and TRAINER_DEVICE=cpu: small models train on the CPU")
+    return red("GPU", "no NVIDIA GPU answers", "check the driver with nvidia-smi, or set TRAINER_DEVICE=cpu")
+
+
+async def check_trainer(settings: Settings) -> AsyncIterator[Finding]:
+    device = "cuda" if settings.device != "cpu" and find_gpus() else "cpu"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "training.preflight.selfcheck",
+        device,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=child_environment(os.environ, (0,) if device == "cuda" else ()),
+    )
+    try:
+        output, errors = await asyncio.wait_for(process.communicate(), SELFCHECK_SECONDS)
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        yield red("trainer", f"no answer in {SELFCHECK_SECONDS:.0f} s", "look for a hung driver: nvidia-smi, dmesg")
+        return
+    for finding in read_selfcheck(device, process.returncode or 0, output.decode(), errors.decode(errors="replace")):
+        yield finding
+
+
+def read_selfcheck(device: str, exit_code: int, output: str, errors: str) -> Iterator[Finding]:
+    """What `python -m training.preflight.selfcheck DEVICE` said, line by line of the screen."""
+    if exit_code != 0:
+        last = errors.strip().splitlines()[-1:] or [f"exit code {exit_code} without a word"]
+        yield red("trainer", last[0][:200], "the libraries do not fit together: install with constraints.txt")
+        return
+    found: dict[str, Any] = json.loads(output)
+    if found["nf4_error"] is None:
+        yield green("4-bit layers", f"bitsandbytes {found['bitsandbytes']} computes on {device}")
+    else:
+        yield red("4-bit layers", found["nf4_error"], "this bitsandbytes build does not fit this CUDA: reinstall it")
+    if device == "cpu":
+        return
+    if not found["cuda_available"]:
+        yield red("CUDA", f"torch {found['torch']} sees no card", "install the torch build for this CUDA driver")
+        return
+    yield green("CUDA", f"{found['cuda']}, compute capability {found['capability']}")
+    if found["bf16"]:
+        yield green("bf16", "this card computes in it")
+    else:
+        yield red("bf16", "this card does not compute in bf16", "use an Ampere card (A100, A10, RTX 30) or newer")
+    for package, slower, advice in (
+        ("flash-linear-attention", "many times slower", "pip install flash-linear-attention"),
+        ("causal-conv1d", "slower", "install a wheel for this torch, CUDA and Python: the operator's guide says where"),
+    ):
+        if package == "flash-linear-attention" and (fault := found.get("kernel_fault")):
+            yield red(package, fault, "build the image with another TORCH: Qwen3-Next trains many times slower now")
+        elif found[package.replace("-", "_")]:
+            yield green(package, "installed")
+        else:
+            yield yellow(package, f"missing: Qwen3-Next trains {slower}", advice)
+
+
+async def check_model(settings: Settings) -> AsyncIterator[Finding]:
+    """The default model, whole or not, and its 4-bit copy."""
+    offline = settings.model_copy(update={"model_downloads": False})
+    name = settings.default_model
+    try:
+        model = await resolve_model(None, offline)
+    except JobError as error:
+        if settings.model_downloads and error.code is ErrorCode.MODEL_NOT_FOUND:
+            yield yellow(
+                "default model", f"{name} is not on this host", f"brightrun-trainer models pull {name} (large: hours)"
+            )
+        else:
+            yield red("default model", error.message, error.hint or f"brightrun-trainer models pull {name}")
+        return
+    yield green("default model", f"{model.name}, whole, in {model.path}")
+    yield await asyncio.to_thread(_check_copy, settings, model.name)
+
+
+def _check_copy(settings: Settings, name: str) -> Finding:
+    """Whether the 4-bit copy was made by these libraries and has all its files; the trainer reads their hashes."""
+    advice = f"brightrun-trainer models quantize {name} (else the first job loads the whole model and makes it)"
+    problem = "none yet"
+    for manifest in sorted(quantized_dir(settings).glob(f"{name.replace('/', '--')}-nf4-*/manifest.json")):
+        try:
+            told = json.loads(manifest.read_text(encoding="utf-8"))
+            versions: dict[str, str] = told["fingerprint"]["versions"]
+            absent = [file for file in told["files"] if not (manifest.parent / file).is_file()]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            problem = f"{manifest} cannot be read: {error}"
+            continue
+        installed = installed_versions()
+        others = [f"{library} {made}" for library, made in versions.items() if installed.get(library) != made]
+        if not absent and not others:
+            size = sum(file.stat().st_size for file in manifest.parent.iterdir())
+            return green("4-bit copy", f"{size / 1024**3:.1f} GiB in {manifest.parent}")
+        problem = f"lacks {', '.join(absent)}" if absent else f"was made by {', '.join(others)}"
+    return yellow("4-bit copy", problem, advice)
+
+
+def check_disk(name: str, folder: Path) -> Finding:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".doctor-{uuid4().hex}"
+        begun = time.perf_counter()
+        try:
+            with probe.open("wb") as file:
+                for _ in range(PROBE_BYTES // 2**20):
+                    file.write(bytes(2**20))
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        variable = "TRAINER_WORK_DIR" if name.startswith("work") else "TRAINER_MODELS_DIR"
+        return red(name, f"{folder}: {error.strerror}", f"mount the volume, or set {variable} to a writable folder")
+    speed = PROBE_BYTES / 1e6 / (time.perf_counter() - begun)
+    free = shutil.disk_usage(folder).free / 1024**3
+    detail = f"{folder}: {free:.0f} GiB free, writes {speed:.0f} MB/s"
+    if free < MIN_FREE_GIB:
+        return red(name, detail, "free space on the volume, or enlarge it")
+    if speed < SLOW_DISK_MB_A_SECOND:
+        return yellow(name, detail, "slow: checkpoints and model loading will take long")
+    return green(name, detail)

@@ -1,0 +1,50 @@
+"""One screen that says whether this host can work, and for each fault what to do.
+
+Every check really does what the daemon will do: it listens, claims nothing, writes and deletes a file,
+multiplies through a 4-bit layer. A check that cannot run says so; none is skipped in silence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
+
+from daemon.doctor.check_result import Finding, Light
+from daemon.doctor.host_checks import check_device, check_disk, check_model, check_python, check_trainer
+from daemon.doctor.service_checks import check_callbacks, check_database, check_pod, check_storage
+from daemon.settings import Settings
+
+
+async def examine(settings: Settings) -> AsyncIterator[Finding]:
+    """All findings, in the order of the screen, each as soon as it is known."""
+    yield check_python()
+    yield check_device(settings)
+    async for finding in check_trainer(settings):
+        yield finding
+    async for finding in check_model(settings):
+        yield finding
+    for name, folder in (("work folder", settings.work_dir), ("models folder", settings.models_dir)):
+        yield await asyncio.to_thread(check_disk, name, folder)
+    async for finding in check_database(settings):
+        yield finding
+    yield await check_storage(settings)
+    yield check_callbacks(settings)
+    yield await check_pod(settings)
+
+
+Show = Callable[[Finding], None]
+
+
+def run_doctor(settings: Settings, show: Show) -> int:
+    """Show each finding as it comes. Exit status: 1 when anything is red."""
+
+    async def all_findings() -> int:
+        worst = 0
+        async for finding in examine(settings):
+            show(finding)
+            worst = max(worst, int(finding.light is Light.RED))
+        return worst
+
+    work: Coroutine[Any, Any, int] = all_findings()
+    return asyncio.run(work)

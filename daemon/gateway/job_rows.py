@@ -1,0 +1,183 @@
+"""The gateway's statements: it inserts rows and reads them, and keeps nothing of its own.
+
+A few connections, each serving one request at a time; whoever finds all of them taken waits his turn,
+so that a thousand callers never cost the database more than these.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import psycopg
+from psycopg.types.json import Jsonb
+
+from daemon.database.connection import Database
+from daemon.database.statements import statement
+from daemon.errors import DatabaseAway, RowsHidden, StatementRefused
+from daemon.gateway.schemas import Submission
+from daemon.settings import Settings
+from training.spec import Fault, SpecInvalid, parse_row
+
+CONNECTIONS = 4
+# Shorter than any caller's patience; a proxy gives up after 100 s.
+STATEMENT_SECONDS = 5.0
+TURN_SECONDS = 20.0
+
+
+class Refused(Exception):
+    """The request cannot be served as it is. `status` is HTTP's."""
+
+    def __init__(self, status: int, message: str, hint: str | None = None, faults: tuple[Fault, ...] = ()) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.hint = hint
+        self.faults = faults
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A job as its row says it now: its state (or lost), and the status JSON of the contract."""
+
+    job_id: UUID
+    state: str
+    contract: Mapping[str, Any]
+    lease_expires_at: datetime | None = None
+
+    @property
+    def is_final(self) -> bool:
+        return self.state in ("completed", "failed", "cancelled")
+
+
+class GatewayRows:
+    """Raises Refused for what a caller can mend, DatabaseAway and HostUnfit as Database does."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._dsn = settings.database_url.get_secret_value()
+        self._service_user_id = settings.service_user_id
+        self._free: asyncio.LifoQueue[Database] = asyncio.LifoQueue()
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[GatewayRows]:
+        """Connections are made when first needed and closed at the end."""
+        async with AsyncExitStack() as stack:
+            for _ in range(CONNECTIONS):
+                database = Database(
+                    self._dsn, application_name="brightrun-trainer gateway", statement_seconds=STATEMENT_SECONDS
+                )
+                self._free.put_nowait(await stack.enter_async_context(database))
+            yield self
+
+    async def fetch(self, name: str, parameters: Mapping[str, Any], folder: str = "queries") -> list[dict[str, Any]]:
+        """Run sql/<folder>/<name>.sql on the next free connection."""
+        try:
+            database = await asyncio.wait_for(self._free.get(), TURN_SECONDS)
+        except TimeoutError:
+            raise DatabaseAway(f"no free connection within {TURN_SECONDS:.0f} s") from None
+        try:
+            rows = await database.fetch(statement(name, folder), parameters)
+            database.proven = True
+            return rows
+        finally:
+            self._free.put_nowait(database)
+
+    async def submit(self, submission: Submission, hold_seconds: float | None = None) -> UUID:
+        """The job of this submission: the row it names, or one that is made for it.
+
+        With `hold_seconds` the daemons leave a row that is made here alone for so long."""
+        if submission.row_id is not None:
+            known = await self._adopt(submission.row_id, submission.callback_url)
+            if known is not None:
+                return known
+        if self._service_user_id is None:
+            raise Refused(
+                503,
+                "This gateway takes jobs only from callers that insert their own rows.",
+                "Send the id of a row as job_id, or let the operator set TRAINER_SERVICE_USER_ID.",
+            )
+        if submission.dataset_url is None:
+            raise Refused(
+                422,
+                "A job needs a dataset.",
+                faults=(Fault("dataset_url", "needed: there is no row with this job_id"),),
+            )
+        try:
+            parse_row(submission.hyperparameters, submission.gpu_config)
+        except SpecInvalid as invalid:
+            raise Refused(422, "The job cannot be run as it is written.", faults=tuple(invalid.faults)) from invalid
+        job = submission.model_dump(mode="json") | {"user_id": str(self._service_user_id)}
+        rows = await self._call("submit_job", {"job": Jsonb(job), "hold_seconds": hold_seconds})
+        return UUID(str(rows[0]["job_id"]))
+
+    async def standing(self, job_id: UUID) -> Standing:
+        rows = await self.fetch("read_job_standing", {"job_id": job_id})
+        if not rows:
+            raise await self._why_unknown(job_id)
+        return Standing(job_id, **rows[0])
+
+    async def cancel(self, job_id: UUID) -> None:
+        """Cancelling twice is no error; a job that completed or failed is refused."""
+        await self._call("cancel_job", {"job_id": job_id})
+
+    async def retry(self, job_id: UUID) -> None:
+        """A failed or cancelled job begins again, from zero; any other is refused."""
+        await self._call("resubmit_job", {"job_id": job_id})
+
+    async def _adopt(self, job_id: UUID, callback_url: str | None) -> UUID | None:
+        rows = await self.fetch("adopt_submission", {"job_id": job_id, "callback_url": callback_url})
+        if not rows:
+            if isinstance(hidden := await self._why_unknown(job_id), RowsHidden):
+                raise hidden
+            return None
+        if rows[0]["foreign_run"]:
+            raise Refused(
+                409,
+                f"The job is {rows[0]['state']} under an older dispatcher, which took it before we were installed.",
+                "Insert it again: a row that is queued is run here.",
+            )
+        if rows[0]["held"]:
+            raise Refused(
+                409,
+                "The job was queued before the trainer was installed and is held: somebody else may have run it.",
+                "The operator lets such jobs in by release_held_jobs().",
+            )
+        return job_id
+
+    async def _why_unknown(self, job_id: UUID) -> Refused | RowsHidden:
+        """A caller who is told that his job does not exist gives it up: only where that is certain."""
+        found = (await self.fetch("find_job", {"job_id": job_id}))[0]
+        if found["can_tell"] and not found["job_exists"]:
+            return unknown_job()
+        return RowsHidden(f"the row of job {job_id} is hidden from training_daemon by row security")
+
+    async def _call(self, name: str, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """As fetch; what the database's functions refuse becomes the caller's answer."""
+        try:
+            return await self.fetch(name, parameters)
+        except StatementRefused as refused:
+            error = refused.__cause__
+            if isinstance(error, psycopg.errors.ForeignKeyViolation):
+                raise Refused(
+                    503,
+                    "The user that is to own this job does not exist.",
+                    "The operator must set TRAINER_SERVICE_USER_ID to a user of the project.",
+                ) from refused
+            if isinstance(error, psycopg.DataError):
+                raise Refused(422, f"A value does not fit into its column: {error.diag.message_primary}.") from refused
+            # The functions raise PT400, PT404 and PT409: the last three digits are HTTP's (PostgREST's custom).
+            state = refused.sqlstate or ""
+            if not isinstance(error, psycopg.Error) or not state.startswith("PT"):
+                raise
+            if state == "PT404" and "job_id" in parameters:
+                raise await self._why_unknown(parameters["job_id"]) from refused
+            raise Refused(int(state[2:]), f"{error.diag.message_primary}.", error.diag.message_hint) from refused
+
+
+def unknown_job() -> Refused:
+    return Refused(404, "There is no such job.", "Use the id that the submit returned.")

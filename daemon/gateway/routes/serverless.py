@@ -1,0 +1,127 @@
+"""The serverless shape: /run, /runsync, /status, /cancel."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Annotated
+from uuid import UUID
+
+import structlog
+from fastapi import FastAPI, Query, Response
+from fastapi.params import Depends
+from fastapi.responses import JSONResponse
+
+from daemon.gateway.job_rows import GatewayRows, Standing
+from daemon.gateway.routes.problems import JobId, _known_shape, _next, _problems
+from daemon.gateway.schemas import (
+    Accepted,
+    RunRequest,
+    RunStatus,
+    run_status,
+)
+from daemon.tasks import wait_at_most
+
+log = structlog.get_logger()
+
+
+# Callers of /runsync who wait at one time; one more is answered at once, as if his time had run out.
+MAX_WAITING = 64
+
+
+WAIT_STEP_SECONDS = 0.5
+
+
+def _add_serverless_routes(app: FastAPI, rows: GatewayRows, waiting: _Waiting, locked: Sequence[Depends]) -> None:
+    """The shape of RunPod's serverless API."""
+
+    @app.post(
+        "/run",
+        dependencies=locked,
+        tags=["serverless"],
+        responses=_problems(409) | _next("id", "status", "cancel"),
+    )
+    async def run(request: RunRequest) -> Accepted:
+        """Submit a job and return at once."""
+        job_id = await rows.submit(request.input)
+        log.info("job_submitted", job_id=str(job_id), by="serverless")
+        standing = await rows.standing(job_id)
+        return Accepted(id=str(job_id), status=_run_status(standing).status)
+
+    @app.post(
+        "/runsync",
+        dependencies=locked,
+        tags=["serverless"],
+        responses=_problems(409) | _next("id", "status", "cancel"),
+        response_model=RunStatus,
+    )
+    async def runsync(
+        request: RunRequest,
+        wait: Annotated[int | None, Query(ge=0, le=300_000, description="milliseconds, as RunPod counts")] = None,
+    ) -> Response:
+        """Submit a job and wait a while for its end; still unfinished, ask /status with its id."""
+        job_id = await rows.submit(request.input)
+        log.info("job_submitted", job_id=str(job_id), by="serverless")
+        return _run_answer(await waiting.for_end(job_id, None if wait is None else wait / 1000.0))
+
+    @app.get(
+        "/status/{job_id}",
+        operation_id="status",
+        dependencies=locked,
+        tags=["serverless"],
+        responses=_problems(404),
+        response_model=RunStatus,
+    )
+    async def status(job_id: JobId) -> Response:
+        """Where the job stands."""
+        return _run_answer(await rows.standing(_known_shape(job_id)))
+
+    @app.post(
+        "/cancel/{job_id}",
+        operation_id="cancel",
+        dependencies=locked,
+        tags=["serverless"],
+        responses=_problems(404, 409),
+    )
+    async def cancel(job_id: JobId) -> Accepted:
+        """Cancel the job; twice is no error, and a job that has ended is refused with 409."""
+        known = _known_shape(job_id)
+        await rows.cancel(known)
+        log.info("job_cancelled", job_id=str(known), by="serverless")
+        return Accepted(id=str(known), status="CANCELLED")
+
+
+class _Waiting:
+    """Callers of /runsync. Endings are not announced by NOTIFY, so each waiting job is looked at now and then."""
+
+    def __init__(self, rows: GatewayRows, closing: asyncio.Event, longest_seconds: float) -> None:
+        self._rows = rows
+        self._closing = closing
+        self._longest_seconds = longest_seconds
+        self._waiting = 0
+
+    async def for_end(self, job_id: UUID, seconds: float | None) -> Standing:
+        """The job when it has ended or the time is over."""
+        clock = asyncio.get_running_loop().time
+        allowed = self._longest_seconds if seconds is None else min(seconds, self._longest_seconds)
+        until = clock() + (allowed if self._waiting < MAX_WAITING else 0.0)
+        self._waiting += 1
+        try:
+            while True:
+                standing = await self._rows.standing(job_id)
+                left = until - clock()
+                if standing.is_final or left <= 0 or self._closing.is_set():
+                    return standing
+                await wait_at_most(self._closing, min(WAIT_STEP_SECONDS, left))
+        finally:
+            self._waiting -= 1
+
+
+def _run_status(standing: Standing) -> RunStatus:
+    return run_status(standing.job_id, standing.state, standing.contract)
+
+
+def _run_answer(standing: Standing) -> JSONResponse:
+    answer = _run_status(standing)
+    # `error` is absent, not null, while there is none: older callers ask whether the key is there.
+    return JSONResponse(answer.model_dump(exclude={"error"} if answer.error is None else None))

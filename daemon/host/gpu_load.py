@@ -1,0 +1,39 @@
+"""What a GPU does at the moment, read from NVML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class GpuLoad:
+    """One reading of one card. Any value may be None: not every card answers every question."""
+
+    utilization_percent: float | None = None
+    memory_used_gib: float | None = None
+    temperature_celsius: float | None = None
+    power_watts: float | None = None
+
+
+def read_load(index: int) -> GpuLoad:
+    """Utilisation, memory, temperature and power of one card, as far as it tells."""
+    import pynvml
+
+    def ask(question: object, *arguments: object) -> float | None:
+        try:
+            return float(question(*arguments))  # type: ignore[operator]
+        except pynvml.NVMLError:
+            return None
+
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        used = pynvml.nvmlDeviceGetMemoryInfo(handle).used
+    except pynvml.NVMLError:
+        return GpuLoad()
+    power = ask(pynvml.nvmlDeviceGetPowerUsage, handle)
+    return GpuLoad(
+        utilization_percent=ask(lambda h: pynvml.nvmlDeviceGetUtilizationRates(h).gpu, handle),
+        memory_used_gib=round(used / 1024**3, 2),
+        temperature_celsius=ask(pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU),
+        power_watts=None if power is None else power / 1000.0,
+    )

@@ -1,0 +1,40 @@
+"""The slots of this host: one for each GPU, or as many as the settings say."""
+
+from __future__ import annotations
+
+from daemon.host.inspect import Host
+
+
+class GpuPool:
+    """Which of this host's slots are free: cards on a GPU host, numbered places on a CPU host."""
+
+    def __init__(self, host: Host, slots: int | None) -> None:
+        self._on_cpu = host.device == "cpu"
+        places = range(slots or 1) if self._on_cpu else [gpu.index for gpu in host.gpus]
+        self._free = list(places)
+        self._jobs_left = slots or len(self._free)
+
+    @property
+    def free_gpus(self) -> int | None:
+        """For the claim: how many cards a job may ask for; None (no limit) on a CPU host, which has none."""
+        return None if self._on_cpu else len(self._free)
+
+    @property
+    def has_room(self) -> bool:
+        return bool(self._free) and self._jobs_left > 0
+
+    @property
+    def free(self) -> tuple[int, ...]:
+        return tuple(self._free)
+
+    def take(self, count: int, preferred: int | None = None) -> tuple[int, ...]:
+        """Places for one job; a CPU host, which any job may be claimed on, gives as many as it has."""
+        count = min(count, len(self._free)) if self._on_cpu else count
+        taken = (preferred,) if count == 1 and preferred in self._free else tuple(self._free[:count])
+        self._free = [place for place in self._free if place not in taken]
+        self._jobs_left -= 1
+        return taken
+
+    def give_back(self, places: tuple[int, ...]) -> None:
+        self._free = sorted([*self._free, *places])
+        self._jobs_left += 1

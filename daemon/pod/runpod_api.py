@@ -1,0 +1,234 @@
+"""Our client of RunPod's API v2: list, read, create, stop and terminate pods.
+
+Bodies and answers as in docs.runpod.io/api-reference-v2; errors are RFC 9457 problem documents. Nothing here
+retries: the caller alone knows whether a pod that may have been created is to be looked for or asked for again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from types import TracebackType
+from typing import Any, Literal
+from urllib.parse import quote
+
+import httpx
+import structlog
+
+from daemon.errors import TrainerError
+from daemon.network.retry_after import is_page, is_transient, retry_after_seconds, said_by_page
+
+log = structlog.get_logger()
+
+API = "https://api.runpod.io/v2"
+CALL_SECONDS = 20.0
+# Thousands of pods. A listing that never ends must not be taken for a short one.
+MAX_PAGES = 100
+
+PodAction = Literal["stop", "terminate"]
+# What the API calls a pod that is not paid for (stopped: its disk still is), or will not be in a moment.
+STOPPED = frozenset({"EXITED", "STOPPED", "STOPPING"})
+TERMINATED = frozenset({"TERMINATED", "TERMINATING"})
+
+_NO_CAPACITY = ("no longer any instances", "not have the resources", "no instances", "capacity")
+
+
+class Fault(StrEnum):
+    """Why a call failed, by what to do next."""
+
+    REFUSED = "refused"  # 401, 402, 403: the key, its rights or the balance; a person must act
+    NO_CAPACITY = "no_capacity"  # such a card is not to be had now; another kind may be
+    ABSENT = "absent"  # 404: no such pod
+    CONFLICT = "conflict"  # 409: not in this state
+    INVALID = "invalid"  # any other 4xx: the request is wrong; a person must act
+    AWAY = "away"  # 429, 5xx, no answer: later
+
+
+class RunPodError(TrainerError):
+    """A call failed. `certain` False: nobody knows whether it was carried out."""
+
+    def __init__(self, fault: Fault, detail: str, *, status: int | None = None, wait_seconds: float = 0.0) -> None:
+        super().__init__(f"{detail} (HTTP {status})" if status else detail)
+        self.fault = fault
+        self.status = status
+        self.wait_seconds = wait_seconds
+
+    @property
+    def certain(self) -> bool:
+        return self.fault is not Fault.AWAY or self.status == httpx.codes.TOO_MANY_REQUESTS
+
+
+@dataclass(frozen=True)
+class Key:
+    """An API key and where it came from; the name may be logged, the value never is."""
+
+    name: str
+    value: str
+
+
+@dataclass(frozen=True)
+class Pod:
+    """A pod as the API sees it. `cost_per_hour` is of the whole pod, in US dollars; None when it is not said."""
+
+    id: str
+    name: str
+    status: str
+    cost_per_hour: float | None = None
+    gpu_type: str | None = None
+    gpu_count: int = 0
+
+    @property
+    def price_per_gpu_hour(self) -> float | None:
+        return None if self.cost_per_hour is None else self.cost_per_hour / max(self.gpu_count, 1)
+
+
+class RunPod:
+    """The pods of one account. Enter it; keys are tried in order until one has the right."""
+
+    def __init__(self, keys: Sequence[Key], *, api: str = API, call_seconds: float = CALL_SECONDS) -> None:
+        self._keys = list(keys)
+        self._api = api.rstrip("/")
+        self._client = httpx.AsyncClient(timeout=call_seconds)
+
+    async def __aenter__(self) -> RunPod:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._client.aclose()
+
+    async def list_pods(self) -> list[Pod]:
+        """Every pod of the account. Raises rather than answer with a part of them."""
+        pods: list[Pod] = []
+        cursor: str | None = None
+        for _ in range(MAX_PAGES):
+            page = await self._call("GET", "/pods", params={"cursor": cursor} if cursor else None)
+            listed = page.get("pods")
+            if not isinstance(listed, list):
+                raise RunPodError(Fault.AWAY, "the list of pods came in a shape that is not understood")
+            pods.extend(_pod(item) for item in listed)
+            pagination = page.get("pagination") or {}
+            if not pagination.get("hasNextPage"):
+                return pods
+            cursor = pagination.get("nextCursor")
+            if not cursor:
+                break
+        raise RunPodError(Fault.AWAY, "the list of pods does not end")
+
+    async def read_pod(self, pod_id: str) -> Pod:
+        return _pod(await self._call("GET", f"/pods/{quote(pod_id, safe='')}"))
+
+    async def create_pod(self, body: Mapping[str, Any]) -> Pod:
+        """Ask for a pod. An error that is not `certain` may have created it: look for its name before asking again."""
+        return _pod(await self._call("POST", "/pods", body=body))
+
+    async def end_pod(self, pod_id: str, action: PodAction) -> None:
+        """Stop or terminate. A pod that is so already, or is gone, is no error."""
+        try:
+            await self._call("POST", f"/pods/{quote(pod_id, safe='')}/action", body={"action": action})
+        except RunPodError as error:
+            if error.fault is Fault.ABSENT:
+                return
+            if error.fault is not Fault.CONFLICT or not await self._is_ended(pod_id, action):
+                raise
+
+    async def _is_ended(self, pod_id: str, action: PodAction) -> bool:
+        try:
+            status = (await self.read_pod(pod_id)).status
+        except RunPodError as error:
+            return error.fault is Fault.ABSENT
+        return status in TERMINATED or (action == "stop" and status in STOPPED)
+
+    async def _call(
+        self, method: str, path: str, *, body: Mapping[str, Any] | None = None, params: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        if not self._keys:
+            raise RunPodError(Fault.REFUSED, "there is no API key: set TRAINER_RUNPOD_API_KEY")
+        refused: RunPodError | None = None
+        for key in list(self._keys):
+            try:
+                answer = await self._client.request(
+                    method, self._api + path, json=body, params=params, headers={"Authorization": f"Bearer {key.value}"}
+                )
+            except httpx.HTTPError as error:
+                raise RunPodError(Fault.AWAY, f"RunPod does not answer: {type(error).__name__}") from error
+            if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+                log.debug("runpod_key_refused", key=key.name, status=answer.status_code, path=path)
+                refused = _error(answer)
+                continue
+            # The key that has the right comes first from now on.
+            self._keys.sort(key=lambda one: one is not key)
+            return _content(answer)
+        assert refused is not None
+        raise refused
+
+
+def _content(answer: httpx.Response) -> dict[str, Any]:
+    if not answer.is_success:
+        raise _error(answer)
+    if not answer.content:
+        return {}
+    try:
+        content = answer.json()
+    except ValueError as error:
+        raise RunPodError(Fault.AWAY, "the answer is no JSON", status=answer.status_code) from error
+    if not isinstance(content, dict):
+        raise RunPodError(Fault.AWAY, "the answer is no JSON object", status=answer.status_code)
+    return content
+
+
+def _error(answer: httpx.Response) -> RunPodError:
+    status, detail = answer.status_code, _detail(answer)
+    return RunPodError(_fault(status, detail), detail, status=status, wait_seconds=retry_after_seconds(answer))
+
+
+def _fault(status: int, detail: str) -> Fault:
+    # Scarcity has no status of its own: 400, 409 or 500, told apart by its words alone.
+    if status in (400, 409, 500, 503) and any(words in detail.lower() for words in _NO_CAPACITY):
+        return Fault.NO_CAPACITY
+    match status:
+        case 401 | 402 | 403:
+            return Fault.REFUSED
+        case 404:
+            return Fault.ABSENT
+        case 409:
+            return Fault.CONFLICT
+        case _ if 400 <= status < 500 and not is_transient(status):
+            return Fault.INVALID
+        case _:
+            return Fault.AWAY
+
+
+def _detail(answer: httpx.Response) -> str:
+    """The problem document's own words, or the status."""
+    if is_page(answer):
+        return said_by_page(answer.status_code)
+    try:
+        problem = answer.json()
+    except ValueError:
+        problem = None
+    if isinstance(problem, dict):
+        for field in ("detail", "title", "message", "error"):
+            if isinstance(problem.get(field), str) and problem[field]:
+                return str(problem[field])[:500]
+    return answer.reason_phrase or "RunPod refused the request"
+
+
+def _pod(content: Mapping[str, Any]) -> Pod:
+    pod_id = content.get("id") if isinstance(content, Mapping) else None
+    if not isinstance(pod_id, str) or not pod_id:
+        raise RunPodError(Fault.AWAY, "a pod came without an id")
+    gpu = content.get("gpu") or {}
+    cost = content.get("cost")
+    known = isinstance(cost, int | float) and not isinstance(cost, bool) and math.isfinite(cost) and cost >= 0
+    return Pod(
+        id=pod_id,
+        name=str(content.get("name") or ""),
+        status=str(content.get("status") or "").upper(),
+        cost_per_hour=float(cost) if known and cost is not None else None,
+        gpu_type=gpu.get("id"),
+        gpu_count=int(gpu.get("count") or 0),
+    )

@@ -1,0 +1,111 @@
+"""Supervisord's event listener: when the daemon will not run again, end what costs money, and say so loudly.
+
+    python -m daemon.pod.supervisor_listener        (started by supervisord, which speaks to it on stdin and stdout)
+
+On a RunPod pod it stops the pod (daemon.pod.shutdown); elsewhere it ends supervisord, so that the container ends and
+its orchestrator knows. It reads the environment itself: unusable settings are one reason why it is needed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import structlog
+
+from daemon.logs import configure_logs
+
+log = structlog.get_logger()
+
+PROGRAM = "trainer"
+# A pod that cannot be stopped burns money: try for ever, but slowly enough to read the log.
+RETRY_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Notification:
+    """One word from supervisord: `PROCESS_STATE_FATAL` or `PROCESS_STATE_EXITED`, and of which program."""
+
+    event: str
+    program: str
+    expected: bool
+
+    @property
+    def is_the_end(self) -> bool:
+        """FATAL: supervisord gave up. EXITED as expected (0 drained, 78 unusable settings): it will not restart."""
+        return self.program == PROGRAM and (self.event == "PROCESS_STATE_FATAL" or self.expected)
+
+
+def listen(stdin: TextIO, stdout: TextIO) -> Iterator[Notification]:
+    """Speak supervisord's listener protocol: READY, a header line, a payload of so many bytes, RESULT."""
+    while True:
+        stdout.write("READY\n")
+        stdout.flush()
+        header = stdin.readline()
+        if not header:
+            return
+        fields = _fields(header)
+        payload = _fields(stdin.read(int(fields["len"])))
+        yield Notification(fields["eventname"], payload.get("processname", ""), payload.get("expected") == "1")
+        stdout.write("RESULT 2\nOK")
+        stdout.flush()
+
+
+def end_host(environment: Mapping[str, str], supervisor_pid: int) -> None:
+    """Stop the pod, for as long as it takes; without a pod end supervisord, and with it the container."""
+    pod_id = environment.get("RUNPOD_POD_ID")
+    if pod_id is None:
+        log.error("container_ends", advice="not on RunPod: supervisord is ended, see the daemon's last lines above")
+        os.kill(supervisor_pid, signal.SIGTERM)
+        return
+    # Brings an HTTP client with it: not before it is needed, this process waits for years.
+    from daemon.pod.shutdown import end_own_pod
+
+    # Stopped, never terminated: whoever asks why it failed still finds its log.
+    while not asyncio.run(end_own_pod(pod_id, "stop", environment)):
+        time.sleep(RETRY_SECONDS)
+
+
+def main() -> int:
+    secrets = (os.environ.get("RUNPOD_API_KEY", ""), os.environ.get("TRAINER_RUNPOD_API_KEY", ""))
+    supervisor_pid = os.getppid()
+    _write_to_the_container(supervisor_pid)
+    configure_logs("info", "json", secrets)
+    for notification in listen(sys.stdin, sys.stdout):
+        if notification.is_the_end:
+            # Where it left by itself, the daemon's own last lines say why.
+            say = log.warning if notification.expected else log.critical
+            say("daemon_will_not_run_again", supervisor_event=notification.event)
+            end_host(os.environ, supervisor_pid)
+    return 0
+
+
+def _write_to_the_container(supervisor_pid: int) -> None:
+    """Send our log where supervisord's own goes; where that cannot be opened, into a file beside its socket.
+
+    Supervisord would not start us at all if it could not open our log: it is told to open none."""
+    places = (Path(f"/proc/{supervisor_pid}/fd/2"), Path(os.environ.get("SUPERVISOR_RUN_DIR", "/tmp")) / "pod.log")  # noqa: S108
+    for place in places:
+        try:
+            # For appending: opened from its start, a container's log that is a file would be written over.
+            opened = os.open(place, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOCTTY, 0o600)
+        except OSError:
+            continue
+        os.dup2(opened, sys.stderr.fileno())
+        os.close(opened)
+        return
+
+
+def _fields(line: str) -> dict[str, str]:
+    return dict(part.split(":", 1) for part in line.split() if ":" in part)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""How an attempt can end. The worker maps each outcome to one move."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from daemon.queue.job import Returned
+from training.events import ErrorCode, HostPart
+
+
+@dataclass(frozen=True)
+class Completed:
+    """The adapter is stored and verified."""
+
+    adapter_path: str
+    adapter_sha256: str
+    adapter_bytes: int
+    artifacts: dict[str, str] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The attempt ended badly; `transient` decides between retry and fail. `host`: the part of this host that is to
+    blame for it, if one is."""
+
+    code: ErrorCode
+    message: str
+    hint: str | None = None
+    stack: str | None = None
+    transient: bool = False
+    host: HostPart | None = None
+
+
+@dataclass(frozen=True)
+class Released:
+    """The host gives the job back unharmed: shutdown, preemption."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Cancelled:
+    """The row was cancelled while we worked; our child is gone now."""
+
+
+@dataclass(frozen=True)
+class Superseded:
+    """The lease is no longer ours: whatever we know about this job is history."""
+
+
+Outcome = Completed | Failed | Released | Returned | Cancelled | Superseded

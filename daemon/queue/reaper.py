@@ -1,0 +1,80 @@
+"""Taking back jobs whose host went silent, here or anywhere.
+
+Any process with a store may do this at any time: the database checks each lease as it ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import structlog
+
+from daemon.chores import worked
+from daemon.errors import DatabaseAway
+from daemon.queue.row_visibility import is_blind
+from daemon.queue.rows import Reaped
+from daemon.queue.states import HELD
+from daemon.queue.store import Store
+
+log = structlog.get_logger()
+
+# Half of a heartbeat's period, and no less than a busy machine needs: an answer that took longer was kept waiting
+# somewhere, and so were the heartbeats of others.
+PROMPT_PART = 1 / 6
+PROMPT_SECONDS = 1.0
+
+
+async def reap_for_ever(store: Store, lease_seconds: float) -> None:
+    """Reap twice a lease until cancelled.
+
+    Whenever the database was away every holder first gets one lease's time to renew: an outage must not look like the
+    death of all hosts. It was away where a statement failed with its connection, and also where an answer came late:
+    a pooler holds its clients' connections and statements while its server is gone, and nobody sees an error.
+    (A restart of the server is known to the database itself, which reaps nobody for the time of it.)"""
+    prompt = max(lease_seconds * PROMPT_PART, PROMPT_SECONDS)
+    # Begun, or begun again after whatever ended it: of the time before nothing is known.
+    late_at = time.monotonic()
+    while True:
+        await asyncio.sleep(lease_seconds / 2)
+        asked_at = time.monotonic()
+        try:
+            # Asked before each reaping, not with it: what waits at a pooler is done the moment that its server is back.
+            await store.next_due_in()
+            answered_at = time.monotonic()
+            if answered_at - asked_at > prompt:
+                log.info("reap_paused", waited_seconds=round(answered_at - asked_at, 1))
+                late_at = answered_at
+            connected_at = store.database.connected_at
+            if await is_blind(store):
+                # The holders' heartbeats find no row either: each first gets one lease's time to renew.
+                log.warning("reap_paused", reason="row security hides rows from training_daemon")
+                late_at = time.monotonic()
+            if connected_at is None or answered_at - max(connected_at, late_at) < lease_seconds:
+                continue
+            reaped = await store.reap_expired_leases()
+            if time.monotonic() - answered_at > prompt:
+                late_at = time.monotonic()  # it waited behind a lock, and so did the heartbeats of others
+            _tell(store, reaped)
+            worked()
+        except DatabaseAway as error:
+            log.debug("reap_delayed", error=str(error))
+            # A table or a right that was missing here was missing to the holders as well.
+            late_at = time.monotonic()
+
+
+def _tell(store: Store, leases: list[Reaped]) -> None:
+    refused = [each for each in leases if each.state in HELD]
+    for each in leases:
+        if each.state in HELD:
+            log.error("job_not_reaped", job_id=str(each.job_id), hint="its story says what refuses it")
+        else:
+            log.warning("job_reaped", job_id=str(each.job_id), state=each.state)
+    if refused:
+        store.troubles.begin(
+            "reaping",
+            f"the database refuses to take back {len(refused)} jobs of lost hosts, the first of them "
+            f"{refused[0].job_id}: its story (training_events) says who objects",
+        )
+    else:
+        store.troubles.end("reaping")

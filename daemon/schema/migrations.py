@@ -1,0 +1,315 @@
+"""Apply sql/migrations, and keep the record where `supabase db push` keeps it, so that either tool can be used.
+
+One transaction a file, a lock against two at once, and retries where the app's traffic holds a table.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, TypeVar
+
+import psycopg
+
+from daemon.database.login import connect
+from daemon.errors import DatabaseAway, HostUnfit
+from daemon.schema.catalogue import Expected, read_catalogue, read_expected
+from daemon.schema.fit import misfits
+from daemon.schema.installation import (
+    add_constraints,
+    differences,
+    in_words,
+    inspect,
+    record,
+    repair_catalogue,
+    repair_rows,
+)
+
+T = TypeVar("T")
+
+# Any number will do, as long as every migrating process takes the same one ("brightrun" in base 36, shortened).
+_LOCK = 7_120_451_993
+# One open reader stalls every writer behind an ALTER for its whole lock_timeout: give up soon, try again often.
+_LOCK_TRIES = 30
+_LOCK_PAUSE_SECONDS = 0.5
+
+
+class MayNotRead(HostUnfit):
+    """This login may not read which migrations were applied."""
+
+
+@dataclass(frozen=True)
+class Migration:
+    """One file: `20261122000005_guard.sql` has the version before the underscore and the name after it."""
+
+    version: str
+    name: str
+    sql: str
+
+
+def migrations() -> list[Migration]:
+    """Every migration that ships with this version, in order."""
+    files = sorted(file.name for file in resources.files("sql.migrations").iterdir() if file.name.endswith(".sql"))
+    return [
+        Migration(*file.removesuffix(".sql").split("_", 1), sql=_read("sql.migrations", file))  # type: ignore[misc]
+        for file in files
+    ]
+
+
+@dataclass(frozen=True)
+class Migrated:
+    """The names applied, `version_name` each, and in words what was found broken and set right."""
+
+    applied: list[str]
+    repaired: list[str]
+
+
+def migrate(dsn: str, *, local: bool) -> list[str]:
+    """As `bring_up_to_date`; returns only the names applied."""
+    return bring_up_to_date(dsn, local=local).applied
+
+
+def bring_up_to_date(dsn: str, *, local: bool) -> Migrated:
+    """Apply what is missing, then verify all that was ever applied, and repair what is not as it should be.
+
+    `local` first gives a plain Postgres what Supabase has (roles, auth.users, auth.uid()).
+    Raises DatabaseAway when Postgres does not answer or a table stays locked, HostUnfit when it is no place for us."""
+    try:
+        with connect(dsn, application_name="brightrun migrate") as db:
+            if local:
+                _apply_local(db)
+            _require_supabase(db)
+            expected = _require_fit(db)
+            _prepare_record(db)
+            _prepare_role(db)
+            applied = [
+                f"{migration.version}_{migration.name}" for migration in migrations() if _apply_patiently(db, migration)
+            ]
+            repaired = _patiently("the repair", lambda: _repair(db, expected))
+            repaired += _patiently("the repair of rows", lambda: repair_rows(db))
+            record(db, expected)
+            return Migrated(applied, repaired)
+    except psycopg.OperationalError as error:
+        raise DatabaseAway(f"the migration could not be finished: {error}") from error
+
+
+def pending(dsn: str) -> list[str]:
+    """The names of what `migrate` would apply.
+
+    Raises DatabaseAway when Postgres does not answer, MayNotRead, and HostUnfit when the login is refused."""
+    try:
+        with connect(dsn, application_name="brightrun migrate") as db:
+            recorded = _recorded(db)
+    except psycopg.OperationalError as error:
+        raise DatabaseAway(f"the database does not answer: {error}") from error
+    except psycopg.errors.InsufficientPrivilege as error:
+        raise MayNotRead(f"this login may not read which migrations were applied: {error}") from error
+    return [f"{item.version}_{item.name}" for item in migrations() if item.version not in recorded]
+
+
+def split_statements(sql: str) -> list[str]:
+    """Cut a script at its top-level semicolons; strings, dollar quotes and comments are left whole."""
+    statements: list[str] = []
+    start = position = 0
+    while position < len(sql):
+        end = _end_of_quoted(sql, position)
+        if end is not None:
+            position = end
+        elif sql[position] == ";":
+            statements.append(sql[start:position].strip())
+            position += 1
+            start = position
+        else:
+            position += 1
+    statements.append(sql[start:].strip())
+    return [statement for statement in statements if _says_something(statement)]
+
+
+def _end_of_quoted(sql: str, position: int) -> int | None:
+    """Where the string, comment or dollar quote that begins here ends; None if none begins here."""
+    if sql.startswith("--", position):
+        return _after(sql, "\n", position)
+    if sql.startswith("/*", position):
+        return _after(sql, "*/", position + 2)
+    if sql[position] in "'\"":
+        return _after(sql, sql[position], position + 1)
+    if sql[position] == "$":
+        close = sql.find("$", position + 1)
+        tag = sql[position : close + 1]
+        # $1 is a parameter, $$ and $body$ are quotes.
+        if close != -1 and (tag == "$$" or tag[1:-1].isidentifier()):
+            return _after(sql, tag, close + 1)
+    return None
+
+
+def _after(sql: str, end: str, position: int) -> int:
+    found = sql.find(end, position)
+    return len(sql) if found == -1 else found + len(end)
+
+
+def _says_something(statement: str) -> bool:
+    return any(line.strip() and not line.strip().startswith("--") for line in statement.splitlines())
+
+
+def _apply_local(db: psycopg.Connection[Any]) -> None:
+    # Roles are the cluster's: a dump from another one brings the schema and not them.
+    answer = db.execute(
+        "SELECT to_regnamespace('auth') IS NOT NULL AND count(*) = 3 FROM pg_roles "
+        "WHERE rolname IN ('anon', 'authenticated', 'service_role')"
+    ).fetchone()
+    if answer is None or answer[0]:
+        return
+    for file in sorted(item.name for item in resources.files("sql.local").iterdir() if item.name.endswith(".sql")):
+        with db.transaction():
+            db.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
+            for statement in split_statements(_read("sql.local", file)):
+                db.execute(statement.encode())
+
+
+def _require_supabase(db: psycopg.Connection[Any]) -> None:
+    answer = db.execute("SELECT to_regclass('auth.users') IS NULL, current_setting('server_version_num')").fetchone()
+    assert answer is not None
+    if int(answer[1]) < 150000:
+        raise HostUnfit(f"PostgreSQL 15 or later is needed, this one is {int(answer[1]) // 10000}")
+    if answer[0]:
+        raise HostUnfit(
+            "there is no table auth.users here: this is not a Supabase database. "
+            "For a plain Postgres run `brightrun-trainer migrate --local`"
+        )
+
+
+def _require_fit(db: psycopg.Connection[Any]) -> Expected:
+    """Nothing is changed in a database that we could not serve afterwards."""
+    with db.transaction():
+        db.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
+        try:
+            expected = read_expected(db, _files())
+        except psycopg.DatabaseError as error:
+            raise HostUnfit(f"the migrations cannot be applied here: {error}") from error
+        wrong = misfits(db, expected, fresh=not _recorded(db) & {migration.version for migration in migrations()})
+    if wrong:
+        listed = "\n".join(f"  {line}" for line in wrong)
+        raise HostUnfit(f"the tables cannot be served as they are; nothing was changed:\n{listed}")
+    return expected
+
+
+def _files() -> list[list[str]]:
+    return [split_statements(migration.sql) for migration in migrations()]
+
+
+def _prepare_role(db: psycopg.Connection[Any]) -> None:
+    """The role is the cluster's, not the database's: what was applied in another cluster has not made it here."""
+    with db.transaction():
+        for statement in (statement for statements in _files() for statement in statements):
+            if "CREATE ROLE training_daemon" in statement:
+                db.execute(statement.encode())
+
+
+def _repair(db: psycopg.Connection[Any], expected: Expected) -> list[str]:
+    with db.transaction():
+        db.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
+        wrong = differences(expected, read_catalogue(db))
+        try:
+            if wrong:
+                repair_catalogue(db, wrong, _files())
+                add_constraints(db, differences(expected, read_catalogue(db)), expected)
+        except psycopg.errors.LockNotAvailable:
+            raise
+        except psycopg.DatabaseError as error:
+            listed = "; ".join(in_words(wrong))
+            raise HostUnfit(f"what was found broken cannot be repaired ({error}): {listed}") from error
+        left = differences(expected, read_catalogue(db))
+    # What is published is the publication's owner's business, and no fault of the tables.
+    if left := [difference for difference in left if difference.kind != "publication"]:
+        listed = "\n".join(f"  {line}" for line in in_words(left))
+        raise HostUnfit(f"this is not as our migrations make it, and has to be mended by hand:\n{listed}")
+    return in_words(wrong)
+
+
+def faults(dsn: str) -> list[str] | None:
+    """What `migrate` would repair here, found with the daemon's own rights. None: it has never verified this database.
+
+    Raises DatabaseAway, MayNotRead, HostUnfit."""
+    try:
+        with connect(dsn, application_name="brightrun doctor") as db:
+            return inspect(db)
+    except psycopg.OperationalError as error:
+        raise DatabaseAway(f"the database does not answer: {error}") from error
+    except psycopg.errors.InsufficientPrivilege as error:
+        raise MayNotRead(f"this login may not look: {error}") from error
+    except psycopg.DatabaseError as error:
+        raise HostUnfit(f"the database is not as `brightrun-trainer migrate` leaves it: {error}") from error
+
+
+def _recorded(db: psycopg.Connection[Any]) -> set[str]:
+    """The versions that were applied, whoever applied them."""
+    found = db.execute(
+        "SELECT FROM pg_tables WHERE schemaname = 'supabase_migrations' AND tablename = 'schema_migrations'"
+    ).fetchone()
+    if found is None:
+        return set()
+    return {row[0] for row in db.execute("SELECT version FROM supabase_migrations.schema_migrations").fetchall()}
+
+
+def _prepare_record(db: psycopg.Connection[Any]) -> None:
+    """The CLI's own table, made with the CLI's own statements."""
+    with db.transaction():
+        db.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
+        # Looked for first: after the wait for the lock, CREATE still believes what was not there before it.
+        if db.execute("SELECT FROM pg_namespace WHERE nspname = 'supabase_migrations'").fetchone() is None:
+            db.execute("CREATE SCHEMA supabase_migrations")
+        db.execute(
+            "CREATE TABLE IF NOT EXISTS supabase_migrations.schema_migrations (version text NOT NULL PRIMARY KEY)"
+        )
+        db.execute("ALTER TABLE supabase_migrations.schema_migrations ADD COLUMN IF NOT EXISTS statements text[]")
+        db.execute("ALTER TABLE supabase_migrations.schema_migrations ADD COLUMN IF NOT EXISTS name text")
+
+
+def _apply_patiently(db: psycopg.Connection[Any], migration: Migration) -> bool:
+    return _patiently(f"{migration.version}_{migration.name}", lambda: _apply(db, migration))
+
+
+def _patiently(what: str, change: Callable[[], T]) -> T:
+    for tries_left in reversed(range(_LOCK_TRIES)):
+        try:
+            return change()
+        except psycopg.errors.LockNotAvailable as error:
+            if tries_left == 0:
+                raise DatabaseAway(
+                    f"{what}: a table stayed locked for "
+                    f"{_LOCK_TRIES} tries; end the long transaction that holds it (pg_stat_activity) and run it again"
+                ) from error
+            time.sleep(_LOCK_PAUSE_SECONDS)
+    raise AssertionError("the last try returns or raises")
+
+
+def _apply(db: psycopg.Connection[Any], migration: Migration) -> bool:
+    statements = split_statements(migration.sql)
+    with db.transaction():
+        db.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
+        done = db.execute(
+            "SELECT 1 FROM supabase_migrations.schema_migrations WHERE version = %s", (migration.version,)
+        ).fetchone()
+        if done is not None:
+            return False
+        for statement in statements:
+            try:
+                db.execute(statement.encode())
+            except psycopg.errors.LockNotAvailable:
+                raise
+            except psycopg.DatabaseError as error:
+                first_line = next(line for line in statement.splitlines() if not line.startswith("--") and line.strip())
+                raise HostUnfit(
+                    f"migration {migration.version}_{migration.name} failed at `{first_line.strip()}`: {error}"
+                ) from error
+        db.execute(
+            "INSERT INTO supabase_migrations.schema_migrations (version, statements, name) VALUES (%s, %s, %s)",
+            (migration.version, statements, migration.name),
+        )
+    return True
+
+
+def _read(package: str, file: str) -> str:
+    return (resources.files(package) / file).read_text(encoding="utf-8")

@@ -1,0 +1,159 @@
+"""A folder as storage: the same promises as Supabase Storage, on a disk of the operator's."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import threading
+from functools import cached_property
+from pathlib import Path
+from uuid import uuid4
+
+from daemon.atomic_files import READ_BYTES, sha256_of
+from daemon.errors import HostFault, JobFailed, disk_fault
+from daemon.queue.rows import Location
+from daemon.storage.interface import (
+    DatasetSource,
+    LocalFile,
+    StoredObject,
+    dataset_absent,
+    safe_object_path,
+    upload_mismatch,
+)
+from training.events import ErrorCode, HostPart
+
+IDENTITY_FILE = ".storage-id"
+
+
+class FolderStorage:
+    """Buckets as folders under one root: `<root>/<bucket>/<path>`. The default without Supabase."""
+
+    def __init__(self, root: Path, bucket: str = "lora-models") -> None:
+        self._root = root
+        self._bucket = bucket
+
+    @property
+    def bucket(self) -> str:
+        return self._bucket
+
+    @cached_property
+    def location(self) -> Location:
+        return Location(f"folder {_identity_of(self._root)}", self._bucket)
+
+    async def open_dataset(self, bucket: str, path: str) -> DatasetSource:
+        file = self._locate(bucket, path)
+        if not file.is_file():
+            raise dataset_absent(bucket, path)
+        # A link inside the folder must not lead out of it.
+        if not file.resolve().is_relative_to((self._root / bucket).resolve()):
+            raise dataset_absent(bucket, path)
+        return LocalFile(file)
+
+    async def upload(self, local: Path, object_path: str, *, sha256: str, resume_dir: Path) -> StoredObject:
+        del resume_dir  # A copy inside one machine is quicker than remembering where it stopped.
+        size = (await asyncio.to_thread(local.stat)).st_size
+        if not await self.verify(object_path, size, sha256):
+            await _copy(local, self._locate(self._bucket, object_path))
+            if not await self.verify(object_path, size, sha256):
+                raise upload_mismatch(f"{self._bucket}/{object_path}", size, sha256)
+        return StoredObject(object_path, size, sha256)
+
+    async def verify(self, object_path: str, size: int, sha256: str) -> bool:
+        file = self._locate(self._bucket, object_path)
+        if not file.is_file() or file.stat().st_size != size:
+            return False
+        return await asyncio.to_thread(sha256_of, file) == sha256
+
+    async def exists(self, object_path: str) -> bool:
+        return self._locate(self._bucket, object_path).is_file()
+
+    async def download(self, object_path: str, to: Path) -> StoredObject:
+        file = self._locate(self._bucket, object_path)
+        if not file.is_file():
+            raise JobFailed(ErrorCode.UPLOAD_FAILED, f"{self._bucket}/{object_path} is not in storage ({self._root})")
+        size = await _copy(file, to, into="work folder")
+        return StoredObject(object_path, size, await asyncio.to_thread(sha256_of, to))
+
+    async def delete(self, object_path: str) -> None:
+        file = self._locate(self._bucket, object_path)
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            raise disk_fault("storage folder", file.parent, error) from error
+        # Buckets have no folders: the last object of one takes it along.
+        with contextlib.suppress(OSError):
+            file.parent.rmdir()
+
+    async def check(self, expected_bytes: int) -> None:
+        folder = self._root / self._bucket
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(folder).free
+        except OSError as error:
+            raise disk_fault("storage folder", folder, error) from error
+        if free < expected_bytes:
+            raise HostFault(
+                "storage folder",
+                ErrorCode.DISK_FULL,
+                f"The storage folder of the host is full: the adapter needs about {expected_bytes:,} bytes.",
+                detail=f"{folder} has {free:,} bytes left and an adapter needs about {expected_bytes:,}",
+            )
+
+    async def close(self) -> None:
+        """Nothing is held."""
+
+    def _locate(self, bucket: str, path: str) -> Path:
+        return self._root / safe_object_path(bucket) / safe_object_path(path)
+
+
+async def _copy(source: Path, target: Path, *, into: HostPart = "storage folder") -> int:
+    """Copy, return the size. Cancelled, it leaves nothing, and nothing appears later behind whoever cleans up."""
+    given_up = threading.Event()
+    copying = asyncio.ensure_future(asyncio.to_thread(_copy_atomically, source, target, into, given_up))
+    try:
+        return await asyncio.shield(copying)
+    except asyncio.CancelledError:
+        # No cancellation ends a thread.
+        given_up.set()
+        await asyncio.gather(copying, return_exceptions=True)
+        raise
+
+
+def _copy_atomically(source: Path, target: Path, into: HostPart, given_up: threading.Event) -> int:
+    """Hidden at first, durable, then renamed: a reader sees the old file, none, or the whole."""
+    hidden = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with source.open("rb") as reading, hidden.open("wb") as writing:
+            while (piece := reading.read(READ_BYTES)) and not given_up.is_set():
+                writing.write(piece)
+            if not given_up.is_set():
+                writing.flush()
+                os.fsync(writing.fileno())
+            size = writing.tell()
+        if given_up.is_set():
+            hidden.unlink()
+        else:
+            hidden.replace(target)
+        return size
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            hidden.unlink()
+        raise disk_fault(into, target.parent, error) from error
+
+
+def _identity_of(root: Path) -> str:
+    """The folder's own name, kept in it: hosts that mount it agree on it, whatever they and the path are called."""
+    file = root / IDENTITY_FILE
+    try:
+        if not file.exists():
+            root.mkdir(parents=True, exist_ok=True)
+            hidden = file.with_name(f"{IDENTITY_FILE}.{os.getpid()}.part")
+            hidden.write_text(f"{uuid4()}\n")
+            hidden.replace(file)
+        # Read back: somebody else may have named it in the same moment.
+        return file.read_text().strip()
+    except OSError as error:
+        raise disk_fault("storage folder", root, error) from error

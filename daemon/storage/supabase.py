@@ -1,0 +1,386 @@
+"""Supabase Storage behind the port of daemon.storage.interface.
+
+The vendor's client does what it does well (sign, ask, list buckets, small uploads, delete); large files go
+through daemon.storage.tus, and every byte that we store is read back and hashed before anybody calls it stored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import mimetypes
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import quote
+
+import httpx
+import structlog
+import tenacity
+from storage3 import AsyncStorageClient
+from storage3.exceptions import StorageApiError
+
+from daemon.atomic_files import READ_BYTES
+from daemon.errors import JobDelayed, JobError, JobFailed, disk_fault
+from daemon.network.retry_after import is_transient
+from daemon.queue.rows import Location
+from daemon.storage import tus
+from daemon.storage.interface import (
+    DatasetSource,
+    SignedUrl,
+    StoredObject,
+    dataset_absent,
+    safe_object_path,
+    upload_mismatch,
+)
+from daemon.storage.tus import TusUpload, UploadGone, UploadInterrupted, UploadRefused
+from training.events import ErrorCode
+
+log = structlog.get_logger()
+
+# Above this Supabase advises resumable uploads.
+STANDARD_UPLOAD_BYTES = 6 * 1024 * 1024
+# Long enough for the largest dataset, short enough to be worthless in an old log.
+SIGNED_SECONDS = 3600
+TRIES = 6
+FIRST_WAIT_SECONDS = 0.5
+LONGEST_WAIT_SECONDS = 20.0
+# A TUS upload that the server has forgotten is begun again, but not for ever.
+BEGINNINGS = 3
+
+# What an attempt stores: archive, weights and log, configuration and manifest, chart.
+STORED_TYPES = ("application/gzip", "application/octet-stream", "application/json", "image/png")
+
+Result = TypeVar("Result")
+
+
+class SupabaseStorage:
+    """One project's Storage, by its URL and service key."""
+
+    def __init__(
+        self,
+        url: str,
+        service_key: str,
+        bucket: str = "lora-models",
+        *,
+        first_wait_seconds: float = FIRST_WAIT_SECONDS,
+        client: httpx.AsyncClient | None = None,
+    ) -> None:
+        self._location = Location(url.rstrip("/"), bucket)
+        self._base = f"{url.rstrip('/')}/storage/v1"
+        self._tus_endpoint = f"{_direct_host(url.rstrip('/'))}/storage/v1/upload/resumable"
+        self._bucket = bucket
+        self._first_wait_seconds = first_wait_seconds
+        self._headers = {"apikey": service_key}
+        if not service_key.startswith("sb_"):
+            # The newer keys are no JWTs: the gateway exchanges them, and refuses them as bearer tokens.
+            self._headers["Authorization"] = f"Bearer {service_key}"
+        # The vendor's default of 20 seconds for everything cuts long answers; its HTTP/2 hides which request hangs.
+        self._client = client or httpx.AsyncClient(timeout=httpx.Timeout(60.0, connect=10.0), follow_redirects=False)
+        self._api = AsyncStorageClient(f"{self._base}/", self._headers, http_client=self._client)
+
+    @property
+    def bucket(self) -> str:
+        return self._bucket
+
+    @property
+    def location(self) -> Location:
+        return self._location
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def open_dataset(self, bucket: str, path: str) -> DatasetSource:
+        async def sign() -> str:
+            signed = await self._api.from_(bucket).create_signed_url(safe_object_path(path), SIGNED_SECONDS)
+            return str(signed["signedURL"])
+
+        try:
+            return SignedUrl(await self._retried(sign, f"signing {bucket}/{path}", ErrorCode.DATASET_UNREACHABLE))
+        except _Absent as error:
+            raise dataset_absent(bucket, path) from error
+
+    async def exists(self, object_path: str) -> bool:
+        return await self._stored_size(object_path) is not None
+
+    async def verify(self, object_path: str, size: int, sha256: str) -> bool:
+        stored = await self._stored_size(object_path)
+        if stored is None or stored not in (size, _UNKNOWN_SIZE):
+            return False
+
+        async def read_back() -> tuple[int, str]:
+            digest, received = hashlib.sha256(), 0
+            async with self._reading(object_path) as pieces:
+                async for piece in pieces:
+                    await asyncio.to_thread(digest.update, piece)
+                    received += len(piece)
+            return received, digest.hexdigest()
+
+        try:
+            return await self._retried(read_back, f"reading back {self._bucket}/{object_path}") == (size, sha256)
+        except _Absent:
+            return False
+
+    async def download(self, object_path: str, to: Path) -> StoredObject:
+        part = to.with_name(f".{to.name}.part")
+
+        async def fetch() -> StoredObject:
+            digest, received = hashlib.sha256(), 0
+            with part.open("wb") as file:
+                async with self._reading(object_path) as pieces:
+                    async for piece in pieces:
+                        await asyncio.to_thread(file.write, piece)
+                        digest.update(piece)
+                        received += len(piece)
+            return StoredObject(object_path, received, digest.hexdigest())
+
+        try:
+            to.parent.mkdir(parents=True, exist_ok=True)
+            fetched = await self._retried(fetch, f"downloading {self._bucket}/{object_path}")
+            part.replace(to)
+        except _Absent as error:
+            raise JobFailed(ErrorCode.UPLOAD_FAILED, f"{self._bucket}/{object_path} is not in storage") from error
+        except OSError as error:
+            raise disk_fault("work folder", to.parent, error) from error
+        finally:
+            part.unlink(missing_ok=True)
+        return fetched
+
+    async def delete(self, object_path: str) -> None:
+        async def remove() -> None:
+            await self._api.from_(self._bucket).remove([safe_object_path(object_path)])
+
+        try:
+            await self._retried(remove, f"deleting {self._bucket}/{object_path}")
+        except _Absent:
+            return
+
+    async def upload(self, local: Path, object_path: str, *, sha256: str, resume_dir: Path) -> StoredObject:
+        safe_object_path(object_path)
+        size = (await asyncio.to_thread(local.stat)).st_size
+        # Storage answers a duplicate before it has read the body, so we ask first whether our object is there.
+        # A name carries its attempt's epoch, so whatever else lies under it is a leftover of our own.
+        for _ in range(2):
+            if await self.verify(object_path, size, sha256):
+                return StoredObject(object_path, size, sha256)
+            if await self.exists(object_path):
+                log.warning("stored_object_replaced", object=object_path)
+                await self.delete(object_path)
+            if size <= STANDARD_UPLOAD_BYTES:
+                await self._upload_whole(local, object_path)
+            else:
+                await self._upload_resumable(local, object_path, size, sha256, resume_dir)
+        if await self.verify(object_path, size, sha256):
+            return StoredObject(object_path, size, sha256)
+        raise upload_mismatch(f"{self._bucket}/{object_path}", size, sha256)
+
+    async def check(self, expected_bytes: int) -> None:
+        async def limits() -> tuple[int | None, list[str] | None, bool]:
+            found = await self._api.get_bucket(self._bucket)
+            return found.file_size_limit, found.allowed_mime_types, found.public
+
+        async def create() -> None:
+            try:
+                await self._api.create_bucket(self._bucket, options={"public": False})
+            except StorageApiError as error:
+                # Another daemon was quicker.
+                if _status_of(error) != 409:
+                    raise
+
+        try:
+            limit, types, public = await self._retried(limits, f"looking at bucket {self._bucket}")
+        except _Absent:
+            await self._retried(create, f"creating bucket {self._bucket}")
+            log.info("bucket_created", bucket=self._bucket)
+            limit, types, public = await self._retried(limits, f"looking at bucket {self._bucket}")
+        if public:
+            log.warning("bucket_is_public", bucket=self._bucket, hint="anybody can download adapters; make it private")
+        if limit is not None and expected_bytes > limit:
+            raise JobFailed(
+                ErrorCode.UPLOAD_FAILED,
+                f"the adapter will have about {expected_bytes:,} bytes; bucket {self._bucket} takes {limit:,} a file",
+                "raise the bucket's file size limit, or lower lora_rank",
+            )
+        refused = [kind for kind in STORED_TYPES if not _takes(types, kind)]
+        if refused:
+            raise JobFailed(
+                ErrorCode.UPLOAD_FAILED,
+                f"bucket {self._bucket} takes only {', '.join(types or [])}, not {', '.join(refused)}",
+                "remove the bucket's list of allowed MIME types, or add these to it",
+            )
+
+    async def _upload_whole(self, local: Path, object_path: str) -> None:
+        content = await asyncio.to_thread(local.read_bytes)
+        tries = 0
+
+        async def send() -> None:
+            nonlocal tries
+            tries += 1
+            # The try before may have stored it and lost its answer. Sent again it would be a duplicate, answered
+            # before the body is read, which a client sees as a broken connection and never as "Duplicate".
+            if tries > 1 and await self.exists(object_path):
+                return
+            try:
+                await self._api.from_(self._bucket).upload(
+                    object_path, content, {"content-type": _type_of(object_path)}
+                )
+            except StorageApiError as error:
+                # Stored by an earlier try after all: the caller reads it back and decides.
+                if _status_of(error) != 409:
+                    raise
+
+        await self._retried(send, f"uploading {self._bucket}/{object_path} ({len(content):,} bytes)")
+
+    async def _upload_resumable(self, local: Path, object_path: str, size: int, sha256: str, resume_dir: Path) -> None:
+        await asyncio.to_thread(resume_dir.mkdir, parents=True, exist_ok=True)
+        name = f"uploading {self._bucket}/{object_path} ({size:,} bytes)"
+        metadata = {
+            "bucketName": self._bucket,
+            "objectName": object_path,
+            "contentType": _type_of(object_path),
+            "cacheControl": "3600",
+        }
+        for _ in range(BEGINNINGS):
+            upload = TusUpload(
+                self._client,
+                self._tus_endpoint,
+                self._headers,
+                metadata,
+                local,
+                sha256=sha256,
+                resume_file=resume_dir / f"{object_path.replace('/', '__')}.upload.json",
+                first_wait_seconds=self._first_wait_seconds,
+            )
+            try:
+                await upload.run()
+            except UploadInterrupted as error:
+                # The address stays on disk: whoever comes next goes on from here.
+                raise _job_error(503, "", str(error), name) from error
+            except UploadGone:
+                # Finished with its answer lost, or expired: the caller's reading back tells which.
+                upload.forget()
+                if await self.exists(object_path):
+                    return
+            except UploadRefused as error:
+                upload.forget()
+                if error.status == 409:
+                    return
+                raise _job_error(error.status, error.code, str(error), name) from error
+            else:
+                upload.forget()
+                return
+        raise _job_error(404, "", f"the storage forgot the upload {BEGINNINGS} times", name)
+
+    async def _stored_size(self, object_path: str) -> int | None:
+        """Bytes in storage, None when absent, _UNKNOWN_SIZE when the server does not say."""
+
+        async def ask() -> int:
+            info = await self._api.from_(self._bucket).info(safe_object_path(object_path))
+            size = info.get("size") or (info.get("metadata") or {}).get("size")
+            return int(size) if size is not None else _UNKNOWN_SIZE
+
+        try:
+            return await self._retried(ask, f"looking for {self._bucket}/{object_path}")
+        except _Absent:
+            return None
+
+    @asynccontextmanager
+    async def _reading(self, object_path: str) -> AsyncIterator[AsyncIterator[bytes]]:
+        url = f"{self._base}/object/authenticated/{quote(self._bucket)}/{quote(safe_object_path(object_path))}"
+        # An answer from a cache would prove nothing about what is stored.
+        headers = {**self._headers, "Accept-Encoding": "identity", "Cache-Control": "no-cache"}
+        async with self._client.stream("GET", url, headers=headers, timeout=tus.TIMEOUT) as response:
+            if response.status_code != 200:
+                await response.aread()
+                status, code, message = tus.unfold_error(response)
+                raise StorageApiError(message, code, status)
+            yield response.aiter_bytes(READ_BYTES)
+
+    async def _retried(
+        self, action: Callable[[], Awaitable[Result]], name: str, code: ErrorCode = ErrorCode.UPLOAD_FAILED
+    ) -> Result:
+        """Try again what may pass, and turn what remains into the error that a row can show."""
+        try:
+            async for attempt in tenacity.AsyncRetrying(
+                retry=tenacity.retry_if_exception(_may_pass),
+                stop=tenacity.stop_after_attempt(TRIES),
+                wait=tenacity.wait_random_exponential(self._first_wait_seconds, max=LONGEST_WAIT_SECONDS),
+                reraise=True,
+            ):
+                with attempt:
+                    return await action()
+        except StorageApiError as error:
+            raise _job_error(_status_of(error), error.code, _message_of(error), name, code) from error
+        except httpx.TransportError as error:
+            raise _job_error(503, "", f"no answer ({type(error).__name__})", name, code) from error
+        except ValueError as error:
+            message = "the answer is not Supabase Storage's; check SUPABASE_URL"
+            raise _job_error(502, "", message, name, code) from error
+        raise AssertionError("tenacity either returned or raised")
+
+
+# What `info` gives when the server is silent about the size.
+_UNKNOWN_SIZE = -1
+
+
+class _Absent(JobDelayed):
+    """Object or bucket not found; inside this module most callers expect it."""
+
+
+def _may_pass(error: BaseException) -> bool:
+    if isinstance(error, StorageApiError):
+        return is_transient(_status_of(error))
+    return isinstance(error, httpx.TransportError)
+
+
+def _status_of(error: StorageApiError) -> int:
+    """Storage's own status: a string inside the body of an HTTP 400, sometimes a number, sometimes a word."""
+    text = str(error.status)
+    return int(text) if text.isdigit() else 400
+
+
+def _message_of(error: StorageApiError) -> str:
+    """Storage's own words. The vendor's client passes on the whole text of an answer that is not Storage's."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, httpx.HTTPStatusError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        return error.message
+    status, code, message = tus.unfold_error(cause.response)
+    return message or f"HTTP {status} {code}"
+
+
+def _job_error(
+    status: int, code: str, message: str, name: str, error_code: ErrorCode = ErrorCode.UPLOAD_FAILED
+) -> JobError:
+    said = f"{name}: {code + ': ' if code and not message.startswith(code) else ''}{message}"
+    if status == 413:
+        return JobFailed(error_code, said, "raise the file size limit of the bucket or project, or lower lora_rank")
+    if status == 415 or code == "InvalidKey":
+        return JobFailed(error_code, said, "the operator must let the bucket take this name and MIME type")
+    if status == 404:
+        return _Absent(error_code, said, "check that the bucket exists")
+    if status in (401, 403) or code in ("InvalidJWT", "Unauthorized"):
+        # Not the user's fault and not for ever: keys are rotated, another host may hold the right one.
+        return JobDelayed(error_code, said, "the operator must check SUPABASE_SERVICE_ROLE_KEY")
+    return JobDelayed(error_code, said, "the next attempt goes on from here; if it repeats, check the storage's status")
+
+
+def _direct_host(url: str) -> str:
+    """Large files go past the API gateway of a hosted project: <ref>.storage.supabase.co."""
+    parsed = httpx.URL(url)
+    project, _, domain = parsed.host.partition(".")
+    return f"https://{project}.storage.{domain}" if domain in ("supabase.co", "supabase.in") else url
+
+
+def _type_of(object_path: str) -> str:
+    if object_path.endswith(".tar.gz"):
+        return "application/gzip"
+    if object_path.endswith(".jsonl"):
+        return "application/octet-stream"
+    return mimetypes.guess_type(object_path)[0] or "application/octet-stream"
+
+
+def _takes(allowed: list[str] | None, kind: str) -> bool:
+    return not allowed or any(entry in ("*/*", kind, f"{kind.partition('/')[0]}/*") for entry in allowed)

@@ -1,0 +1,248 @@
+"""A small resumable upload client: TUS 1.0.0 as Supabase Storage speaks it.
+
+Existing clients either have no timeouts, retry what cannot succeed, or mistake the same file under another
+name for done. This one keeps three rules: after any failure the server is asked (HEAD) how much it has;
+the upload's address is on disk before the first byte is sent, so that it outlives this process; and a
+file is read a piece at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import os
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import httpx
+import structlog
+import tenacity
+
+from daemon.errors import TrainerError
+from daemon.network.retry_after import is_page, is_transient, retry_after_seconds, said_by_page
+
+log = structlog.get_logger()
+
+# Supabase wants chunks of exactly 6 MiB, all but the last.
+CHUNK_BYTES = 6 * 1024 * 1024
+PIECE_BYTES = 256 * 1024
+
+# The last chunk makes the server assemble the object before it answers.
+TIMEOUT = httpx.Timeout(60.0, connect=10.0, read=180.0)
+
+# Tries in a row without a byte more at the server; each one that moved starts the count again.
+FRUITLESS_TRIES = 8
+FIRST_WAIT_SECONDS = 0.5
+LONGEST_WAIT_SECONDS = 30.0
+
+
+class UploadRefused(TrainerError):
+    """The server said no and will say it again. `status` and `code` are Storage's own, unfolded."""
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(f"{code}: {message}" if message else code)
+        self.status = status
+        self.code = code
+
+
+class UploadGone(TrainerError):
+    """The server knows nothing of this upload any more: finished long ago, expired, or never begun."""
+
+
+class UploadInterrupted(TrainerError):
+    """The transfer stopped and may go on. `after_seconds` is what the server asked for."""
+
+    def __init__(self, message: str, after_seconds: float = 0.0) -> None:
+        super().__init__(message)
+        self.after_seconds = after_seconds
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Which upload was begun for which content: what a later process needs in order to go on."""
+
+    endpoint: str
+    object_name: str
+    bytes: int
+    sha256: str
+    url: str
+
+    def save(self, file: Path) -> None:
+        """Write atomically, readable by us only: the address is as good as a permission to write."""
+        hidden = file.with_name(f".{file.name}.part")
+        hidden.touch(mode=0o600)
+        hidden.write_text(json.dumps(asdict(self)))
+        hidden.replace(file)
+
+
+def load_resume_point(file: Path) -> ResumePoint | None:
+    """What an earlier process left, None when there is nothing or it cannot be read: then we begin again."""
+    try:
+        return ResumePoint(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+class TusUpload:
+    """One file on its way to one object. Call `run` until it returns; each call goes on from the server's offset."""
+
+    def __init__(
+        self,
+        client: httpx.AsyncClient,
+        endpoint: str,
+        headers: Mapping[str, str],
+        metadata: Mapping[str, str],
+        local: Path,
+        *,
+        sha256: str,
+        resume_file: Path,
+        first_wait_seconds: float = FIRST_WAIT_SECONDS,
+    ) -> None:
+        self._client = client
+        self._endpoint = endpoint
+        self._headers = {**headers, "Tus-Resumable": "1.0.0"}
+        self._metadata = metadata
+        self._local = local
+        self._size = local.stat().st_size
+        self._sha256 = sha256
+        self._resume_file = resume_file
+        self._first_wait_seconds = first_wait_seconds
+        self._url = self._remembered_url()
+        self._best_offset = 0
+        self._fruitless = 0
+        self._moved = False
+
+    async def run(self) -> None:
+        """Send what the server lacks. Raises UploadRefused, UploadGone or, out of patience, UploadInterrupted."""
+        async for attempt in tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(UploadInterrupted),
+            stop=self._out_of_patience,
+            wait=self._pause,
+            reraise=True,
+        ):
+            with attempt:
+                try:
+                    await self._attempt()
+                except httpx.TransportError as error:
+                    raise UploadInterrupted(f"the connection failed ({type(error).__name__})") from error
+
+    def forget(self) -> None:
+        """Drop the remembered upload: it is done, or no longer there."""
+        self._url = None
+        self._resume_file.unlink(missing_ok=True)
+
+    async def _attempt(self) -> None:
+        url, offset = self._url, 0
+        if url is None:
+            url = self._url = await self._create()
+        else:
+            offset = await self._ask_offset(url)
+        with self._local.open("rb") as file:
+            while offset < self._size:
+                offset = await self._send_chunk(url, file, offset)
+
+    async def _create(self) -> str:
+        encoded = ",".join(
+            f"{key} {base64.b64encode(value.encode()).decode()}" for key, value in self._metadata.items()
+        )
+        headers = {**self._headers, "Upload-Length": str(self._size), "Upload-Metadata": encoded, "Content-Length": "0"}
+        response = await self._client.post(self._endpoint, headers=headers)
+        if response.status_code != 201 or "location" not in response.headers:
+            raise refusal(response)
+        url = str(httpx.URL(self._endpoint).join(response.headers["location"]))
+        # A server that names another host must not be given our key.
+        if httpx.URL(url).host != httpx.URL(self._endpoint).host:
+            raise UploadRefused(502, "ForeignLocation", "the upload's address is on another host than the storage")
+        self._resume_point(url).save(self._resume_file)
+        return url
+
+    async def _ask_offset(self, url: str) -> int:
+        response = await self._client.head(url, headers=self._headers)
+        if response.status_code not in (200, 204):
+            raise refusal(response)
+        return self._accept_offset(response)
+
+    async def _send_chunk(self, url: str, file: BinaryIO, offset: int) -> int:
+        length = min(CHUNK_BYTES, self._size - offset)
+        headers = {
+            **self._headers,
+            "Upload-Offset": str(offset),
+            "Content-Type": "application/offset+octet-stream",
+            "Content-Length": str(length),
+        }
+        response = await self._client.patch(url, headers=headers, content=_pieces(file, offset, length))
+        if response.status_code != 204:
+            raise refusal(response)
+        reached = self._accept_offset(response)
+        if reached <= offset:
+            raise UploadInterrupted(f"the server took a chunk and stayed at {offset:,} bytes")
+        return reached
+
+    def _accept_offset(self, response: httpx.Response) -> int:
+        text = response.headers.get("upload-offset", "")
+        if not text.isdigit() or int(text) > self._size:
+            raise UploadInterrupted(f"the server reports an offset of {text[:30]!r} for a file of {self._size:,} bytes")
+        offset = int(text)
+        if offset > self._best_offset:
+            self._best_offset, self._moved = offset, True
+        return offset
+
+    def _resume_point(self, url: str) -> ResumePoint:
+        return ResumePoint(self._endpoint, self._metadata["objectName"], self._size, self._sha256, url)
+
+    def _remembered_url(self) -> str | None:
+        point = load_resume_point(self._resume_file)
+        if point is None or point != self._resume_point(point.url):
+            return None
+        return point.url
+
+    def _out_of_patience(self, _state: tenacity.RetryCallState) -> bool:
+        self._fruitless = 1 if self._moved else self._fruitless + 1
+        self._moved = False
+        return self._fruitless >= FRUITLESS_TRIES
+
+    def _pause(self, state: tenacity.RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        asked = error.after_seconds if isinstance(error, UploadInterrupted) else 0.0
+        log.info("upload_interrupted", object=self._metadata["objectName"], offset=self._best_offset, reason=str(error))
+        return min(max(self._first_wait_seconds * 2.0 ** (self._fruitless - 1), asked), LONGEST_WAIT_SECONDS)
+
+
+def refusal(response: httpx.Response) -> UploadRefused | UploadGone | UploadInterrupted:
+    """What a bad answer means. Storage hides the real status in a string of the body of HTTP 400."""
+    status, code, message = unfold_error(response)
+    # 423: an earlier request of ours still holds the upload. 409: a duplicate is final; our idea of the offset was
+    # wrong is not, and only PATCH and HEAD can meet that.
+    if is_transient(status) or (status == 409 and response.request.method != "POST"):
+        return UploadInterrupted(f"the storage answered {status} {code}", retry_after_seconds(response))
+    if status in (404, 410) and response.request.method != "POST":
+        return UploadGone(f"the storage no longer knows the upload ({status})")
+    return UploadRefused(status, code, message)
+
+
+def unfold_error(response: httpx.Response) -> tuple[int, str, str]:
+    """(status, code, message) of a Storage error: {"statusCode": "404", "error": "not_found", "message": "…"}."""
+    status, code, message = response.status_code, response.reason_phrase or "error", ""
+    if is_page(response):
+        return status, "error", said_by_page(status)
+    with contextlib.suppress(ValueError, TypeError, AttributeError):
+        body = response.json()
+        status = int(body.get("statusCode") or status)
+        code = str(body.get("error") or body.get("code") or code)
+        message = str(body.get("message") or "")
+    return status, code[:100], message[:300]
+
+
+async def _pieces(file: BinaryIO, offset: int, length: int) -> AsyncIterator[bytes]:
+    """`length` bytes from `offset`, read off the event loop."""
+    position = offset
+    while position < offset + length:
+        piece = await asyncio.to_thread(os.pread, file.fileno(), min(PIECE_BYTES, offset + length - position), position)
+        if not piece:
+            raise UploadRefused(400, "FileShrank", f"the file ended at {position:,} bytes while it was sent")
+        position += len(piece)
+        yield piece

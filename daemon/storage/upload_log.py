@@ -1,0 +1,103 @@
+"""What attempts leave in Storage: noted before the first byte is sent, deleted when no row names it.
+
+A host may die between any two steps of finishing. The note in the database outlives it, so that whoever comes next
+knows which objects may lie there: those that the job's row names stay, the others are deleted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from uuid import UUID
+
+import structlog
+
+from daemon.chores import worked
+from daemon.errors import DatabaseAway, HostUnfit, JobError, StatementRefused
+from daemon.queue.job import ClaimedJob
+from daemon.queue.rows import Location, NotedUpload
+from daemon.queue.store import Store
+from daemon.storage.interface import Storage
+from daemon.storage.publish import object_names
+
+log = structlog.get_logger()
+
+AWAY_SECONDS = 1.0
+SWEEP_SECONDS = 3600.0
+# A host that has lost its lease may still be uploading; it learns of it within a few heartbeats.
+IDLE_SECONDS = 3600.0
+NOTES_A_SWEEP = 100
+
+
+async def note_adapter(store: Store, job: ClaimedJob, location: Location) -> None:
+    """Note the objects of this attempt's adapter, however long the database is away. Raises LeaseLost."""
+    objects = object_names(job.id, job.lease_epoch).all()
+    while True:
+        try:
+            return await store.note_upload(job.lease, "adapter", location, objects)
+        except DatabaseAway as error:
+            log.warning("upload_delayed", error=str(error))
+            await asyncio.sleep(AWAY_SECONDS)
+
+
+async def sweep_job(store: Store, storage: Storage, job_id: UUID, keep_days: float) -> None:
+    """Delete what a settled job does not need. What cannot be deleted now stays noted for the next sweep."""
+    await _sweep(store, storage, job_id=job_id, idle_seconds=0.0, keep_days=keep_days, orphans=True)
+
+
+async def sweep_for_ever(store: Store, storage: Storage, keep_days: float) -> None:
+    """Delete what dead hosts left and what has been kept long enough, until cancelled.
+
+    A job without a row counts as deleted only in a table that was the same at the sweep before: into one that was made
+    anew the rows may still be on their way, from a backup say."""
+    tables: str | None = None
+    while True:
+        before, tables = tables, await _tables(store)
+        if before is not None:
+            same = tables == before
+            await _sweep(store, storage, job_id=None, idle_seconds=IDLE_SECONDS, keep_days=keep_days, orphans=same)
+        worked()
+        await asyncio.sleep(SWEEP_SECONDS)
+
+
+async def _tables(store: Store) -> str | None:
+    try:
+        return (await store.read_sight()).tables
+    except (DatabaseAway, HostUnfit) as error:
+        log.warning("leftovers_kept", error=str(error))
+        return None
+
+
+async def _sweep(
+    store: Store, storage: Storage, *, job_id: UUID | None, idle_seconds: float, keep_days: float, orphans: bool
+) -> None:
+    try:
+        leftovers = await store.leftovers(
+            storage.location,
+            job_id=job_id,
+            idle_seconds=idle_seconds,
+            keep_seconds=keep_days * 86_400.0,
+            orphans=orphans,
+            limit=NOTES_A_SWEEP,
+        )
+    except DatabaseAway as error:
+        log.warning("leftovers_kept", error=str(error))
+        return
+    for upload in leftovers:
+        try:
+            await withdraw(store, storage, upload)
+        except DatabaseAway as error:
+            log.warning("leftovers_kept", error=str(error))
+            return
+        except (JobError, StatementRefused) as error:
+            # One that cannot be deleted keeps no other.
+            log.warning("leftovers_kept", job_id=str(upload.job_id), error=str(error))
+
+
+async def withdraw(store: Store, storage: Storage, upload: NotedUpload) -> None:
+    """Delete the objects, unless the job's row names them, then the note. Raises DatabaseAway and JobError."""
+    if not upload.named:
+        # The manifest is the last of a checkpoint's: without it nobody takes what is left for whole.
+        for name in reversed(upload.objects):
+            await storage.delete(name)
+        log.info("stored_objects_deleted", job_id=str(upload.job_id), kind=upload.kind, lease_epoch=upload.epoch)
+    await store.forget_upload(upload)

@@ -1,0 +1,272 @@
+"""Trainers that wait: one for each place of this host, with the libraries imported and the last base model in memory.
+
+What a job brought with it is not in there: a warm trainer does each job in a fork of itself
+(training/process/fork_server.py), which the kernel takes back whole. So jobs of different owners may use the same
+one, and no card's memory is held meanwhile.
+A trainer is given up after any ending but success, when it grew, when it held a model for long without being used,
+and when this host stops. A job that carries a key of its own, or wants several cards, gets a process of its own, and
+the memory of those that wait in its places; others wait there afterwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+
+import structlog
+
+from daemon.base_model.resolve import resolve_model
+from daemon.chores import worked
+from daemon.errors import HostFault, JobError
+from daemon.host.inspect import Host
+from daemon.queue.outcome import Failed
+from daemon.settings import Settings, quantized_dir
+from daemon.stop_request import Stop
+from daemon.tasks import wait_at_most
+from daemon.trainer.process import Child, Patience
+from daemon.trainer.verdict import Trained, Verdict
+from training.events import ErrorCode, Event
+from training.spec import HoldOrder, JobSpec
+
+log = structlog.get_logger()
+
+LOOK_SECONDS = 5.0
+# Beyond what a trainer took when it was first ready with the same model: nothing should stay, so nothing should add up.
+GROWTH_BYTES = 512 * 2**20
+
+
+@dataclass
+class _Waiting:
+    """A trainer at rest."""
+
+    child: Child
+    since: float = field(default_factory=time.monotonic)
+
+
+class Trainers:
+    """Runs specs on this host, on waiting trainers where there are any."""
+
+    def __init__(self, settings: Settings, host: Host, command: tuple[str, ...]) -> None:
+        self._settings = settings
+        self._on_gpu = host.device == "cuda"
+        self._device = host.device
+        self._command = command
+        places = [gpu.index for gpu in host.gpus] if self._on_gpu else range(settings.slots or 1)
+        self._places = tuple(places)
+        self._keep_bytes = 0 if settings.warm != "model" else _memory_for_models(settings) // len(self._places)
+        self._waiting: dict[int, _Waiting] = {}
+        self._busy: set[int] = set()
+        # Places whose trainer died before it was ready: not tried again until a job has shown that it can live.
+        self._unfit: set[int] = set()
+        self._changed = asyncio.Event()
+        self._closing = False
+
+    async def run(
+        self,
+        spec: JobSpec,
+        places: tuple[int, ...],
+        *,
+        on_event: Callable[[Event], None],
+        stop: Stop,
+        patience: Patience,
+        log_path: Path,
+        own_environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> Verdict:
+        """See one spec through on these places. What is left waiting afterwards has done with it."""
+
+        async def run_on(child: Child) -> Verdict:
+            return await child.run(spec, on_event=on_event, stop=stop, patience=patience, log_path=log_path)
+
+        place = places[0]
+        may_stay = self._settings.warm != "off" and len(places) == 1 and not own_environment and spec.num_gpus == 1
+        self._busy.update(places)
+        try:
+            if may_stay and (waiting := self._waiting.pop(place, None)) is not None:
+                verdict = await run_on(waiting.child)
+                if not _was_lost(waiting.child, verdict, stop):
+                    await self._put_back(place, waiting.child)
+                    return verdict
+                # It died while nobody looked, or with the spec in its hands: the job has not begun.
+                log.warning("warm_trainer_lost", place=place)
+            await self._clear(places)
+            try:
+                child = await Child.start(
+                    self._command,
+                    gpus=places if self._on_gpu else (),
+                    own_environment=own_environment,
+                    keep_bytes=self._keep_bytes if may_stay else None,
+                )
+            except OSError as error:
+                raise HostFault(
+                    "trainer",
+                    ErrorCode.INTERNAL,
+                    "The trainer cannot be started on the host.",
+                    detail=f"the trainer cannot be started: {error.strerror or error}",
+                ) from error
+            verdict = await run_on(child)
+            await self._put_back(place, child)
+            if isinstance(verdict, Failed) and _was_lost(child, verdict, stop):
+                # A fresh one, and it died before it had read its spec: no job had a hand in that.
+                return replace(verdict, host="trainer")
+            return verdict
+        finally:
+            self._busy.difference_update(places)
+            self._changed.set()
+
+    def bases(self) -> list[str]:
+        """Base models that are in memory and waiting; an empty name stands for jobs that name none."""
+        return self._named({base for place in self._waiting if (base := self._held(place)) is not None})
+
+    def bases_after(self, ending: Iterable[str | None]) -> list[str]:
+        """What `bases` will say when jobs on these base models (None: the default one) have ended well."""
+        if self._settings.warm != "model" or self._on_gpu:
+            return self.bases()
+        return self._named({*self.bases(), *(base or self._settings.default_model for base in ending)})
+
+    def preferred(self, free: Iterable[int], base_model: str | None) -> int | None:
+        """The free place whose trainer holds this base model; the default one where none is named."""
+        wanted = base_model or self._settings.default_model
+        return next((place for place in free if self._held(place) == wanted), None)
+
+    async def tend(self) -> None:
+        """Keep a trainer ready at each place and give up those that waited too long. Cancelled, it leaves none."""
+        try:
+            await self._fill()
+            if self._settings.warm == "model" and self._settings.warm_default_model and not self._on_gpu:
+                await self._hold_default_model()
+            while True:
+                # Cleared before looking: a change while we look is not lost.
+                self._changed.clear()
+                await self._give_up_stale()
+                await self._fill()
+                worked()
+                await wait_at_most(self._changed, LOOK_SECONDS)
+        except asyncio.CancelledError:
+            await self.close()
+            raise
+
+    def try_again(self) -> None:
+        """What kept trainers from starting was mended."""
+        self._unfit.clear()
+        self._changed.set()
+
+    def drain(self) -> None:
+        """No job will come any more: let go of the trainers that wait."""
+        self._closing = True
+        self._changed.set()
+
+    async def close(self) -> None:
+        """End every waiting trainer."""
+        self._closing = True
+        for place in list(self._waiting):
+            await self._waiting.pop(place).child.kill()
+
+    # -- at rest ---------------------------------------------------------------------------------------------------
+
+    async def _put_back(self, place: int, child: Child) -> None:
+        if not child.is_done:
+            return
+        self._unfit.discard(place)
+        if self._closing:
+            await child.kill()
+        else:
+            self._waiting[place] = _Waiting(child)
+
+    async def _clear(self, places: tuple[int, ...]) -> None:
+        """A job begins here without those that wait here: what they hold is its memory."""
+        for place in places:
+            if (waiting := self._waiting.pop(place, None)) is not None:
+                log.info("warm_trainer_given_up", place=place, reason="place_taken")
+                await waiting.child.kill()
+
+    async def _fill(self) -> None:
+        for place in self._places:
+            if self._settings.warm == "off" or place in self._unfit or not self._may_wait(place):
+                continue
+            try:
+                child = await Child.start(
+                    self._command, gpus=(place,) if self._on_gpu else (), keep_bytes=self._keep_bytes
+                )
+            except OSError as error:
+                log.warning("warm_trainer_not_started", place=place, error=str(error))
+                self._unfit.add(place)
+                continue
+            if self._may_wait(place):
+                self._waiting[place] = _Waiting(child)
+            else:
+                # A job came meanwhile and started its own.
+                await child.kill()
+
+    def _may_wait(self, place: int) -> bool:
+        return not self._closing and place not in self._waiting and place not in self._busy
+
+    async def _give_up_stale(self) -> None:
+        for place, waiting in list(self._waiting.items()):
+            reason = self._why_stale(waiting)
+            if reason is None or self._waiting.get(place) is not waiting:
+                continue
+            log.info("warm_trainer_given_up", place=place, reason=reason)
+            del self._waiting[place]
+            if reason == "never_ready":
+                self._unfit.add(place)
+            await waiting.child.kill()
+
+    def _why_stale(self, waiting: _Waiting) -> str | None:
+        ready = waiting.child.ready
+        if self._closing:
+            return "closing"
+        if not waiting.child.alive:
+            return "never_ready" if ready is None else "died"
+        if ready is None:
+            return None
+        if waiting.child.grown_bytes > GROWTH_BYTES:
+            return "grown"
+        if ready.base_model is not None and time.monotonic() - waiting.since > self._settings.warm_minutes * 60:
+            return "idle"
+        return None
+
+    async def _hold_default_model(self) -> None:
+        """Load the default model before a job asks for it, where it is on this host."""
+        offline = self._settings.model_copy(update={"model_downloads": False})
+        try:
+            model = await resolve_model(None, offline)
+        except (JobError, OSError) as error:
+            log.warning("default_model_not_held", error=str(error))
+            return
+        order = HoldOrder(
+            base_model=model.name,
+            model_path=model.path,
+            model_revision=model.revision,
+            quantized_dir=quantized_dir(self._settings),
+            device=self._device,
+            compute_type=self._settings.asked_compute_type,
+        )
+        for waiting in self._waiting.values():
+            waiting.child.give(order)
+
+    def _named(self, bases: set[str]) -> list[str]:
+        return sorted(bases | {""} if self._settings.default_model in bases else bases)
+
+    def _held(self, place: int) -> str | None:
+        waiting = self._waiting.get(place)
+        if waiting is None or not waiting.child.alive or waiting.child.ready is None:
+            return None
+        return waiting.child.ready.base_model
+
+
+def _was_lost(child: Child, verdict: Verdict, stop: Stop) -> bool:
+    """It ended by itself, or by a stranger's hand, before it said a word of this job."""
+    if not child.said_nothing or stop.reason is not None or isinstance(verdict, Trained):
+        return False
+    return not (isinstance(verdict, Failed) and verdict.code is ErrorCode.STALLED)
+
+
+def _memory_for_models(settings: Settings) -> int:
+    if settings.warm_memory_gb is not None:
+        return int(settings.warm_memory_gb * 2**30)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -1,0 +1,357 @@
+"""The trainer's process seen from outside: start it, read its events, end it, and say how it ended.
+
+This module alone turns exit code, signal, last event and silence into a verdict; nobody else decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import signal
+import termios
+from array import array
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+import structlog
+
+from daemon.stop_request import Stop, StopReason
+from daemon.trainer.environment import child_environment
+from daemon.trainer.log_file import TrainerLog
+from daemon.trainer.verdict import Verdict, judge
+from training import events
+from training.events import Event, Ready, parse_line
+from training.spec import HoldOrder, JobSpec
+
+log = structlog.get_logger()
+
+# Longest event line: a sample answer or a stack trace is far below it, a runaway line is cut off.
+MAX_EVENT_BYTES = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long the daemon waits, in seconds: for any event, for a checkpoint on stop, for an end after TERM."""
+
+    stall_seconds: float = 1800.0
+    drain_seconds: float = 60.0
+    kill_seconds: float = 10.0
+
+    def grace(self, reason: StopReason) -> float:
+        """Seconds between TERM and KILL."""
+        return self.drain_seconds if reason.saves_a_checkpoint else self.kill_seconds
+
+
+class Child:
+    """One trainer process and the pipes to it.
+
+    A warm one takes specs one after another for as long as each ends well; whatever else happens, it is ended.
+    """
+
+    def __init__(self, process: asyncio.subprocess.Process, *, warm: bool, output: _Output) -> None:
+        self._process = process
+        self._warm = warm
+        self._output = output
+        self._given = 0
+        self._done = asyncio.Event()
+        self._on_event: Callable[[Event], None] = _drop
+        self._last_words = _LastWords()
+        self._reader: asyncio.Task[None] | None = None
+        self.ready: Ready | None = None
+        # Resident bytes when it was first ready with a base model, by that model's name.
+        self._sizes: dict[str | None, int] = {}
+
+    @classmethod
+    async def start(
+        cls,
+        command: tuple[str, ...],
+        *,
+        gpus: tuple[int, ...] = (),
+        own_environment: Mapping[str, str] = MappingProxyType({}),
+        keep_bytes: int | None = None,
+    ) -> Child:
+        """Start a process. With `keep_bytes` it is warm, and a base model up to this size stays in its memory.
+
+        `own_environment` is one job's alone: a tracker's key.
+        """
+        warm = () if keep_bytes is None else ("--warm", "--keep-bytes", str(keep_bytes))
+        events_read, events_write = os.pipe()
+        output_read, output_write = os.pipe()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                "--events-fd",
+                str(events_write),
+                *warm,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=output_write,
+                stderr=output_write,
+                pass_fds=(events_write,),
+                start_new_session=True,
+                env=child_environment(os.environ, gpus) | dict(own_environment),
+            )
+        except BaseException:
+            os.close(events_read)
+            os.close(output_read)
+            raise
+        finally:
+            os.close(events_write)
+            os.close(output_write)
+        child = cls(process, warm=keep_bytes is not None, output=_Output(output_read))
+        child._reader = asyncio.create_task(child._read_events(events_read))
+        try:
+            await asyncio.get_running_loop().connect_read_pipe(
+                lambda: child._output, os.fdopen(output_read, "rb", buffering=0)
+            )
+        except BaseException:
+            await child.kill()
+            raise
+        log.info("trainer_started", pid=process.pid)
+        return child
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._process.returncode is None
+
+    async def first_word(self) -> None:
+        """Return when a warm one is ready for its first line, or has ended."""
+        ended, ready = asyncio.create_task(self._process.wait()), asyncio.create_task(self._done.wait())
+        try:
+            await asyncio.wait({ended, ready}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ended.cancel()
+            ready.cancel()
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.returncode
+
+    @property
+    def is_done(self) -> bool:
+        """Every line that was given is done with, and the next one may come."""
+        return self.alive and self.ready is not None and self.ready.served == self._given
+
+    @property
+    def grown_bytes(self) -> int:
+        """What it holds now beyond what it held when it was first ready with the same base model."""
+        return 0 if self.ready is None else self.ready.resident_bytes - self._sizes[self.ready.base_model]
+
+    @property
+    def said_nothing(self) -> bool:
+        """No event of the last spec arrived: whatever became of the process, that job never began."""
+        return self._last_words.silent
+
+    async def run(
+        self,
+        spec: JobSpec,
+        *,
+        on_event: Callable[[Event], None],
+        stop: Stop,
+        patience: Patience,
+        log_path: Path,
+    ) -> Verdict:
+        """Hand over a spec and see it through. On return the process is done with it, or none of its group is alive.
+
+        `on_event` is called in order and must not block.
+        """
+        trainer_log = TrainerLog(log_path)
+        self._output.log, self._on_event, self._last_words = trainer_log, on_event, _LastWords()
+        done = False
+        try:
+            self.give(spec)
+            log.info("trainer_told", pid=self.pid)
+            stalled = await self._watch(stop, patience)
+            done = self.is_done
+            if done:
+                # The job's process has ended, so all that it printed is in the pipe; the next job's log is another.
+                await self._output.drained()
+                log.info("trainer_waits", pid=self.pid, served=self._given)
+        finally:
+            if not done:
+                # Also on cancellation of this task: never leave a process behind.
+                await self.kill()
+            self._output.log, self._on_event = None, _drop
+            trainer_log.close()
+        returncode = 0 if done else self._process.returncode
+        assert returncode is not None
+        return judge(
+            returncode,
+            self._last_words.terminal,
+            stop_reason=stop.reason,
+            stalled_seconds=patience.stall_seconds if stalled else None,
+            log_tail=trainer_log.tail,
+        )
+
+    def give(self, line: JobSpec | HoldOrder) -> None:
+        """Write one line to its stdin; one that is not warm gets no other."""
+        stdin = self._process.stdin
+        assert stdin is not None
+        self._given += 1
+        self._done.clear()
+        if stdin.is_closing():
+            return  # it died before it was asked; its exit code tells
+        # Not drained: one that does not read would keep us here, deaf to a stop and to its own silence.
+        stdin.write(line.model_dump_json().encode() + b"\n")
+        if not self._warm:
+            stdin.close()
+
+    async def kill(self) -> None:
+        """End the process and its whole group. None of it is alive on return."""
+        _signal_group(self._process, signal.SIGKILL)
+        await self._process.wait()
+        assert self._reader is not None
+        # A grandchild that left the group could hold the pipes open for ever.
+        await asyncio.wait({self._reader, asyncio.ensure_future(self._output.closed)}, timeout=5.0)
+        self._reader.cancel()
+        await asyncio.gather(self._reader, return_exceptions=True)
+        self._output.close()
+        log.info("trainer_ended", pid=self._process.pid, returncode=self._process.returncode)
+
+    async def _watch(self, stop: Stop, patience: Patience) -> bool:
+        """Wait until it is done or gone; ask for an end when told to stop. True if it fell silent."""
+        ended = asyncio.create_task(self._process.wait())
+        done = asyncio.create_task(self._done.wait())
+        asked = asyncio.create_task(stop.wait())
+        clock = asyncio.get_running_loop().time
+        try:
+            while not ended.done() and not done.done():
+                silence_left = self._last_words.heard_at + patience.stall_seconds - clock()
+                await asyncio.wait(
+                    {ended, done, asked}, timeout=max(silence_left, 0.0), return_when=asyncio.FIRST_COMPLETED
+                )
+                if ended.done() or done.done():
+                    return False
+                if asked.done():
+                    await _end(self._process, ended, stop, patience)
+                    return False
+                if clock() - self._last_words.heard_at >= patience.stall_seconds:
+                    silent_seconds = round(clock() - self._last_words.heard_at, 1)
+                    log.warning("trainer_stalled", silent_seconds=silent_seconds)
+                    return True
+            return False
+        finally:
+            for task in (ended, done, asked):
+                task.cancel()
+
+    async def _read_events(self, read_end: int) -> None:
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(limit=MAX_EVENT_BYTES)
+        pipe = os.fdopen(read_end, "rb", buffering=0)
+        transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
+        try:
+            while True:
+                try:
+                    line = await reader.readline()
+                except ValueError:  # longer than any event we know
+                    log.warning("event_too_long", limit_bytes=MAX_EVENT_BYTES)
+                    continue
+                if not line:
+                    return
+                try:
+                    self._hear(line)
+                except (
+                    Exception
+                ):  # whoever hears it failed: the next ones, the ending among them, are heard all the same
+                    log.exception("event_not_taken", line=line[:200].decode(errors="replace"))
+        finally:
+            transport.close()
+
+    def _hear(self, line: bytes) -> None:
+        event = parse_line(line)
+        self._last_words.heard_at = asyncio.get_running_loop().time()
+        if event is None:
+            log.warning("event_not_understood", line=line[:200].decode(errors="replace"))
+            return
+        if isinstance(event, Ready):
+            self.ready = event
+            self._sizes.setdefault(event.base_model, event.resident_bytes)
+            if event.served == self._given:
+                self._done.set()
+            return
+        self._last_words.silent = False
+        if isinstance(event, events.AdapterSaved | events.Failed):
+            self._last_words.terminal = event
+        self._on_event(event)
+
+
+@dataclass
+class _LastWords:
+    """What was heard of the present spec."""
+
+    terminal: events.AdapterSaved | events.Failed | None = None
+    silent: bool = True
+    heard_at: float = field(default_factory=lambda: asyncio.get_running_loop().time())
+
+
+class _Output(asyncio.Protocol):
+    """What the process prints, into the log of the job at hand; between two jobs it is nobody's."""
+
+    def __init__(self, read_end: int) -> None:
+        self.log: TrainerLog | None = None
+        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # Not asked of the transport: RunPod's test server runs on uvloop, whose transports do not tell.
+        self._read_end = read_end
+        self._transport: asyncio.BaseTransport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        if self.log is not None:
+            self.log.write(data)
+        else:
+            log.debug("trainer_printed", text=data[-2000:].decode(errors="replace"))
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the library's signature
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+    async def drained(self) -> None:
+        """Return when nothing that was printed so far is left in the pipe."""
+        while not self.closed.done() and self._waiting_bytes():  # noqa: ASYNC110 - a pipe tells nobody that it is empty
+            await asyncio.sleep(0)
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+    def _waiting_bytes(self) -> int:
+        answer = array("i", [0])
+        fcntl.ioctl(self._read_end, termios.FIONREAD, answer)
+        return answer[0]
+
+
+def _drop(event: Event) -> None:
+    log.warning("event_of_no_job", kind=event.kind)
+
+
+async def _end(process: asyncio.subprocess.Process, ended: asyncio.Task[int], stop: Stop, patience: Patience) -> None:
+    """TERM the group, KILL it when its grace is over. A stronger reason that arrives meanwhile shortens the grace."""
+    clock = asyncio.get_running_loop().time
+    asked_at = clock()
+    log.info("trainer_stopping", reason=stop.reason)
+    _signal_group(process, signal.SIGTERM)
+    while not ended.done():
+        assert stop.reason is not None
+        grace_left = asked_at + patience.grace(stop.reason) - clock()
+        if grace_left <= 0 or stop.hurried:
+            log.warning("trainer_killed", reason=stop.reason)
+            _signal_group(process, signal.SIGKILL)
+            await ended
+            return
+        await asyncio.wait({ended}, timeout=min(grace_left, 0.25))
+
+
+def _signal_group(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+    try:
+        # The child leads its own session, so its pid names the whole group, grandchildren included.
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return

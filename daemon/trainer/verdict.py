@@ -1,0 +1,79 @@
+"""One verdict from exit code, signal, last event and silence."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from daemon.queue.outcome import Failed
+from daemon.stop_request import StopReason
+from training import events
+from training.events import EXIT_STOPPED, ErrorCode
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The child saved an adapter and left in peace."""
+
+    adapter_dir: Path
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The child ended because we asked it to; `reason` says why we asked."""
+
+    reason: StopReason
+
+
+Verdict = Trained | Stopped | Failed
+
+
+def judge(
+    returncode: int,
+    terminal: events.AdapterSaved | events.Failed | None,
+    *,
+    stop_reason: StopReason | None,
+    stalled_seconds: float | None,
+    log_tail: str,
+) -> Verdict:
+    """Exit code, signal, last event and silence, turned into one verdict.
+
+    Success needs both a saved adapter and a clean exit; a claim without the other is a failure.
+    """
+    if isinstance(terminal, events.AdapterSaved) and returncode == 0:
+        return Trained(Path(terminal.path), terminal.summary)
+    if stop_reason is not None:
+        return Stopped(stop_reason)
+    if stalled_seconds is not None:
+        return Failed(
+            ErrorCode.STALLED,
+            f"The trainer said nothing for {stalled_seconds:.0f} s and was ended.",
+            hint="It is tried again. If it happens at the same step every time, submit a smaller batch or sequence.",
+            stack=log_tail,
+            transient=True,
+        )
+    if isinstance(terminal, events.Failed):
+        stack = "\n".join(part for part in (terminal.stack, log_tail) if part)
+        return Failed(terminal.code, terminal.message, terminal.hint, stack, terminal.transient, terminal.host)
+    if returncode == EXIT_STOPPED:
+        # Somebody else sent it a TERM (the platform, an operator): as good as a release.
+        return Stopped(StopReason.SHUTDOWN)
+    if returncode < 0:
+        name = signal.Signals(-returncode).name
+        return Failed(
+            ErrorCode.INTERNAL,
+            f"The trainer was ended by {name}.",
+            hint="SIGKILL is most often the host running out of memory: see the host's log. The job is tried again.",
+            stack=log_tail,
+            transient=True,
+        )
+    return Failed(
+        ErrorCode.INTERNAL,
+        f"The trainer ended with exit code {returncode} and without a word.",
+        hint="This is a fault of the service, not of your job. The job is tried again.",
+        stack=log_tail,
+        transient=True,
+    )

@@ -1,0 +1,133 @@
+"""Where the adapter goes: linear layers found in the module tree, never the router, never fused experts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import peft.utils.transformers_weight_conversion as peft_conversion
+import torch
+from peft import LoraConfig, get_peft_model
+
+from training.events import ErrorCode
+from training.failures import TrainingFailed
+from training.files.module_names import DEFAULT_TARGETS, ROUTERS
+from training.spec import Hyperparameters
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+_FUSED_IN_MIXTURES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+
+
+def attach_adapter(model: PreTrainedModel, chosen: Hyperparameters) -> PeftModel:
+    """Wrap the frozen model with float32 LoRA weights, seeded. Raises TrainingFailed(invalid_spec) for bad targets."""
+    targets = choose_targets(model, chosen.target_modules)
+    config = LoraConfig(
+        r=chosen.lora_rank,
+        lora_alpha=chosen.effective_lora_alpha,
+        lora_dropout=chosen.lora_dropout,
+        target_modules=list(targets),
+        task_type="CAUSAL_LM",
+        bias="none",
+    )
+    torch.manual_seed(chosen.seed)
+    with _targets_taken_literally():
+        adapted = get_peft_model(model, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def choose_targets(model: PreTrainedModel, asked: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Names for LoraConfig, each of which means at least one linear layer of this model and no router.
+
+    On a model with fused experts `gate_proj`, `up_proj`, `down_proj` mean the shared expert; the experts stay frozen.
+    """
+    found = _linear_layers(model)
+    if asked is None:
+        targets = tuple(sorted({path.rpartition(".")[2] for path in found} & set(DEFAULT_TARGETS)))
+        if not targets:
+            raise TrainingFailed(
+                ErrorCode.MODEL_UNSUPPORTED,
+                "no layer with a known name was found to put LoRA on",
+                f"give target_modules; this model has {_names(found)}",
+            )
+        return targets
+    for name in asked:
+        if name.rpartition(".")[2] in ROUTERS:
+            raise _bad_target(f"{name} is a router, which is never trained")
+        if "experts" in name.split("."):
+            raise _bad_target(f"{name}: the experts themselves cannot be adapted yet; they stay frozen in 4 bits")
+        if not any(path == name or path.endswith(f".{name}") for path in found):
+            raise _bad_target(f"no linear layer of this model is called {name}; it has {_names(found)}")
+    return tuple(sorted(set(asked)))
+
+
+def trainable_parameters(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _linear_layers(model: PreTrainedModel) -> set[str]:
+    """Paths of linear layers inside the repeated blocks, without the block's number: `self_attn.q_proj`."""
+    found = set()
+    for path, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        parts = path.split(".")
+        numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+        if numbers and parts[-1] not in ROUTERS:
+            found.add(".".join(parts[numbers[-1] + 1 :]))
+    return found
+
+
+def _names(paths: set[str]) -> str:
+    return ", ".join(sorted({path.rpartition(".")[2] for path in paths})[:20])
+
+
+def openable_config(model: PeftModel) -> LoraConfig:
+    """The adapter's config in words that plain `PeftModel.from_pretrained` reads as they are meant.
+
+    For mixture models PEFT rewrites gate/up/down_proj in target_modules to the fused experts, and fails. As
+    target_parameters the shared expert's weights are left alone and the stored tensors keep their names; PEFT allows
+    no dropout with those, and an adapter that is opened for use has none.
+    """
+    config: LoraConfig = copy.deepcopy(model.peft_config["default"])
+    rewritten = copy.deepcopy(config)
+    try:
+        peft_conversion.convert_peft_config_for_transformers(rewritten, model=model.get_base_model(), conversions=None)
+        refused = set(config.target_modules) - set(rewritten.target_modules)
+    except ValueError:
+        # It refuses a part of the three fused names; then all of them have to go round it.
+        refused = {name for name in config.target_modules if name.rpartition(".")[2] in _FUSED_IN_MIXTURES}
+    if refused:
+        config.target_modules = set(config.target_modules) - refused
+        config.target_parameters = sorted(f"{name}.weight" for name in refused)
+        config.lora_dropout = 0.0
+    return config
+
+
+@contextmanager
+def _targets_taken_literally() -> Iterator[None]:
+    """Keep PEFT from rewriting gate/up/down_proj of a mixture model to its fused experts (peft issue 3711).
+
+    The rewriting would train 3.4 billion expert parameters instead of the shared expert's few million.
+    """
+    original = peft_conversion.convert_peft_config_for_transformers
+    peft_conversion.convert_peft_config_for_transformers = lambda *_args, **_kwargs: None
+    try:
+        yield
+    finally:
+        peft_conversion.convert_peft_config_for_transformers = original
+
+
+def _bad_target(message: str) -> TrainingFailed:
+    return TrainingFailed(
+        ErrorCode.INVALID_SPEC,
+        f"target_modules: {message}",
+        "leave target_modules out to adapt attention and feed-forward layers",
+    )

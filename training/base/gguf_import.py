@@ -1,0 +1,123 @@
+"""Turn one GGUF file into the safetensors folder that the trainer loads.
+
+    python -m training.base.gguf_import SOURCE.gguf TARGET
+
+A process of its own, because it needs torch and its caller (the demo) must not load it. TARGET
+appears whole or not at all: it is written beside its place, read back, and renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+# Written last, beside the weights: what every file must weigh and hash to. The caller checks it before each use.
+MANIFEST = "import.json"
+
+
+class ImportFailed(Exception):
+    """The GGUF file cannot be turned into a model; the message says which file and what to do."""
+
+
+def import_gguf(source: Path, target: Path) -> None:
+    """Write the model in `source` (a .gguf file) to the folder `target`, as bfloat16 safetensors with its tokenizer.
+
+    Raises ImportFailed when the source is missing, or when what was written does not read back as it was.
+    """
+    if not source.is_file():
+        raise ImportFailed(f"there is no GGUF file at {source}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Named after this process, so that a caller who kills it knows what to remove.
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-{os.getpid()}-", dir=target.parent))
+    try:
+        _convert(source, partial)
+        _write_manifest(source, partial)
+        _open_to_readers(partial)
+        if target.exists():
+            shutil.rmtree(target)
+        # Another process may have finished first; its folder is as good as ours.
+        if not _renamed(partial, target) and not (target / MANIFEST).is_file():
+            raise ImportFailed(f"{target} is in the way: remove it and try again")
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _convert(source: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    if not tokenizer.chat_template:
+        raise ImportFailed(f"{source.name} carries no chat template: take an Instruct model")
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        source.parent,
+        gguf_file=source.name,
+        dtype=torch.bfloat16,
+        # Without it transformers keeps the GGUF quantisation and save_pretrained fails.
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+    reloaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, output_loading_info=True)
+    _, report = reloaded
+    # A missing tensor would be filled with random numbers without an error.
+    if report["missing_keys"] or report["mismatched_keys"]:
+        raise ImportFailed(
+            f"{source.name} was converted incompletely: {sorted(report['missing_keys'])[:5]} are missing"
+        )
+    if len(AutoTokenizer.from_pretrained(folder)) != len(tokenizer):
+        raise ImportFailed(f"the tokenizer of {source.name} does not read back whole")
+
+
+def _write_manifest(source: Path, folder: Path) -> None:
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+    }
+    manifest = {"source": source.name, "source_sha256": _sha256(source), "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _open_to_readers(folder: Path) -> None:
+    # mkdtemp and safetensors write for the owner alone; a model is no secret, and another user may train from it.
+    folder.chmod(0o755)
+    for path in folder.iterdir():
+        path.chmod(0o644)
+
+
+def _renamed(partial: Path, target: Path) -> bool:
+    try:
+        os.rename(partial, target)  # noqa: PTH104 - the atomic step, named as the system calls it
+    except OSError:
+        return False
+    return True
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def main(arguments: list[str]) -> int:
+    """Exit 0 when TARGET is whole, 1 with one line on stderr when it is not, 2 for wrong arguments."""
+    if len(arguments) != 2:
+        print("usage: python -m training.base.gguf_import SOURCE.gguf TARGET_FOLDER", file=sys.stderr)  # noqa: T201
+        return 2
+    try:
+        import_gguf(Path(arguments[0]), Path(arguments[1]))
+    except (ImportFailed, OSError, ValueError) as error:
+        print(f"gguf_import: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,237 @@
+"""The base model, truly in 4 bits: loaded by transformers, counted afterwards, refused when anything is not whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.models.auto.auto_factory import _get_model_class
+
+from training.base.dtype import compute_dtype
+from training.compute import ComputeType
+from training.event_writer import Voice
+from training.events import ErrorCode
+from training.failures import TrainingFailed
+from training.files.model_folder import ModelFolder
+from training.files.module_names import UNQUANTISED_MODULES
+from training.kernels import Capability, capability_by_nvml, fault_of_kernels
+from training.quantization.disk_copy import CopyUnusable, QuantizedCopy
+from training.quantization.experts import EXPERTS_FUNCTION, Nf4Config
+from training.quantization.packed_weights import is_in_bytes, refuse_what_is_left
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_LINEAR_ATTENTION_KERNELS = (("flash-linear-attention", "fla"), ("causal-conv1d", "causal_conv1d"))
+
+
+@dataclass(frozen=True)
+class WeightCount:
+    """Bytes of a loaded model, by how they are stored. Embeddings and head are `kept`."""
+
+    quantised_bytes: int
+    kept_bytes: int
+    parameters: int
+
+
+class Wanted(Protocol):
+    """What loading needs to know of a spec."""
+
+    @property
+    def base_model(self) -> str: ...
+
+    @property
+    def device(self) -> Literal["cpu", "cuda"]: ...
+
+    @property
+    def compute_type(self) -> ComputeType | None: ...
+
+    @property
+    def quantize(self) -> bool: ...
+
+    @property
+    def quantized_dir(self) -> Path | None: ...
+
+
+def load_base_model(
+    spec: Wanted, folder: ModelFolder, voice: Voice | None = None, *, device: torch.device | None = None
+) -> PreTrainedModel:
+    """Load frozen weights in NF4 with double quantisation (bf16 when spec.quantize is false).
+
+    They go to the spec's card; or to `device`, in the form that the card needs.
+    Raises TrainingFailed: model_incomplete for missing tensors or damaged files, model_unsupported for an
+    architecture that transformers does not know or that would not become 4-bit.
+    """
+    dtype = compute_dtype(spec.device, spec.compute_type)
+    device = _device(spec) if device is None else device
+    model = _load_kept_copy(spec, folder, dtype, device) if folder.kept_copy is not None else None
+    copy = None
+    if model is None and spec.quantize and spec.quantized_dir is not None:
+        copy = QuantizedCopy.of(spec.quantized_dir, folder, spec.base_model, dtype)
+        model = _load_copy(copy, spec, voice, device) if copy.exists else None
+    if model is None:
+        model = _load_original(spec, folder, dtype, device)
+        if copy is not None and not copy.save(model) and voice is not None:
+            voice.notice("quantized_copy_skipped", "the volume has no room for a 4-bit copy of the base model")
+    if spec.quantize:
+        refuse_what_is_left(model, spec.base_model, is_in_bytes)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # On a CPU with AVX512 the first evaluation would repack the weights, and not without loss: the run would
+            # go on with another model, and a resumed run would differ from an uninterrupted one.
+            module.support_avx512bf16_for_cpu = False
+    model.config.use_cache = False
+    model.requires_grad_(False)
+    return model
+
+
+def _load_copy(copy: QuantizedCopy, spec: Wanted, voice: Voice | None, device: torch.device) -> PreTrainedModel | None:
+    try:
+        return copy.load(compute_dtype(spec.device, spec.compute_type), device)
+    except CopyUnusable as error:
+        if voice is not None:
+            voice.notice(
+                "quantized_copy_refused", f"the 4-bit copy on the volume is not used: {error}; it is made anew"
+            )
+        copy.discard()
+        return None
+
+
+def _load_kept_copy(spec: Wanted, folder: ModelFolder, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Load what `models quantize --replace` left. There is nothing to make it anew from, so it is never discarded."""
+    again = f"download the model again: `brightrun-trainer models pull {spec.base_model}`"
+    if not spec.quantize:
+        raise TrainingFailed(
+            ErrorCode.MODEL_INCOMPLETE,
+            f"only the 4-bit copy of {spec.base_model} is kept on this host, and 16 bits were asked for",
+            again,
+        )
+    try:
+        return QuantizedCopy.kept(folder, spec.base_model, dtype).load(dtype, device)
+    except CopyUnusable as error:
+        raise TrainingFailed(
+            ErrorCode.MODEL_INCOMPLETE,
+            f"the 4-bit copy of {spec.base_model}, which is all that is kept of it, cannot be used: {error}",
+            again,
+        ) from error
+
+
+def _load_original(spec: Wanted, folder: ModelFolder, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    options: dict[str, Any] = {}
+    if spec.quantize:
+        options["quantization_config"] = Nf4Config(dtype, list(UNQUANTISED_MODULES))
+        options["experts_implementation"] = EXPERTS_FUNCTION
+    try:
+        config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
+        with _tensors_on_demand(folder) as tensors:
+            kind = _get_model_class(config, AutoModelForCausalLM._model_mapping)
+            loaded: Any = kind.from_pretrained(
+                None,
+                # Of a model that also sees, the language model alone.
+                config=config if kind.config_class is type(config) else config.get_text_config(),
+                state_dict=tensors,
+                dtype=dtype,
+                # "auto" would size the model in 16 bits and spill half of it to the CPU.
+                device_map={"": device},
+                output_loading_info=True,
+                **options,
+            )
+    except SafetensorError as error:
+        raise TrainingFailed(
+            ErrorCode.MODEL_INCOMPLETE,
+            f"the weights of {spec.base_model} are damaged: {error}",
+            "download the model again (`brightrun-trainer models verify` names every damaged file)",
+        ) from error
+    except (ValueError, KeyError, ImportError) as error:
+        raise TrainingFailed(
+            ErrorCode.MODEL_UNSUPPORTED,
+            f"{spec.base_model} cannot be loaded as a causal language model: {error}",
+            "choose a text model that transformers supports without remote code",
+        ) from error
+    model, report = loaded
+    _refuse_missing(report, spec.base_model)
+    if (folder.path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder.path)
+    original: PreTrainedModel = model
+    return original
+
+
+@contextmanager
+def _tensors_on_demand(folder: ModelFolder) -> Iterator[dict[str, Any]]:
+    """Every stored tensor by name, read from its file when it is used, into memory of its own.
+
+    Not mapped, as the library would: mapped pages count as ours until the kernel takes them back, up to the size of
+    the whole checkpoint, and weights that stay in 16 bits would hang on the checkpoint's file for the whole run.
+    """
+    with ExitStack() as files:
+        tensors: dict[str, Any] = {}
+        for shard in folder.shards:
+            file = files.enter_context(safe_open(shard, framework="pt", device="cpu", backend="pread"))
+            tensors |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - a file is no dict
+        yield tensors
+
+
+def _device(spec: Wanted) -> torch.device:
+    return torch.device("cuda", 0) if spec.device == "cuda" else torch.device("cpu")
+
+
+def warn_of_missing_kernels(spec: Wanted, model: PreTrainedModel, voice: Voice) -> None:
+    """Linear attention on a GPU without its kernels runs many times slower, and transformers says so in one line.
+
+    Raises TrainingFailed where kernels were found that would fail, or be wrong, in the first backward.
+    """
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    if spec.device != "cuda" or "linear_attention" not in kinds:
+        return
+    fault = fault_of_kernels(_capability())
+    if fault is not None and find_spec("fla") is not None:
+        # NVML could not tell the card in time to hide them (training.kernels).
+        raise TrainingFailed(
+            ErrorCode.MODEL_UNSUPPORTED, fault, "build the image with another TORCH, then submit again"
+        )
+    missing = [package for package, module in _LINEAR_ATTENTION_KERNELS if find_spec(module) is None]
+    if missing:
+        voice.notice(
+            "kernels_missing",
+            (fault or f"{' and '.join(missing)} not installed on this GPU host: install them in the image")
+            + ". Linear attention falls back to plain PyTorch: right, many times slower, and without packing",
+            missing=missing,
+        )
+
+
+def _capability() -> Capability | None:
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else capability_by_nvml()
+
+
+def count_weights(model: torch.nn.Module) -> WeightCount:
+    quantised = kept = parameters = 0
+    for parameter in model.parameters():
+        size = parameter.numel() * parameter.element_size()
+        if parameter.dtype is torch.uint8:
+            quantised += size
+            parameters += parameter.numel() * 2
+        else:
+            kept += size
+            parameters += parameter.numel()
+    return WeightCount(quantised, kept, parameters)
+
+
+def _refuse_missing(report: dict[str, Any], name: str) -> None:
+    """A tensor that the files lack is filled with random numbers; a model like that must not be trained."""
+    missing = sorted(report.get("missing_keys") or [])
+    mismatched = sorted(str(key) for key in report.get("mismatched_keys") or [])
+    if missing or mismatched:
+        named = ", ".join((missing + mismatched)[:5])
+        raise TrainingFailed(
+            ErrorCode.MODEL_INCOMPLETE,
+            f"the weights of {name} lack {len(missing)} tensors and {len(mismatched)} have another shape: {named}",
+            "download the model again (`brightrun-trainer models verify` names every damaged file)",
+        )

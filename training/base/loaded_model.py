@@ -1,0 +1,81 @@
+"""Which frozen base model a job wants, exactly; and one that is in memory, as loading left it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from training.compute import ComputeType, compute_type
+from training.event_writer import AnyEvent, Voice
+from training.files.model_folder import ModelFolder, open_model_folder
+from training.spec import HoldOrder, JobSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Base(BaseModel):
+    """Equal only where loading would give the same bits: the same files, untouched, loaded the same way."""
+
+    model_config = ConfigDict(frozen=True, protected_namespaces=())
+
+    base_model: str
+    model_path: Path
+    quantize: bool
+    quantized_dir: Path | None
+    device: Literal["cpu", "cuda"]
+    compute_type: ComputeType
+    files: tuple[tuple[str, int, int, int], ...]
+
+    @classmethod
+    def of(cls, wanted: JobSpec | HoldOrder) -> Base:
+        """Look at the folder as it is now: name, size, time and inode of every file in it."""
+        stats = [(path.name, path.stat()) for path in sorted(wanted.model_path.iterdir()) if path.is_file()]
+        return cls(
+            base_model=wanted.base_model,
+            model_path=wanted.model_path,
+            quantize=wanted.quantize,
+            quantized_dir=wanted.quantized_dir,
+            device=wanted.device,
+            compute_type=compute_type(wanted.device, wanted.compute_type),
+            files=tuple((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats),
+        )
+
+    def open(self) -> ModelFolder:
+        return open_model_folder(self.model_path, self.base_model)
+
+
+@dataclass(frozen=True)
+class HeldBase:
+    """A base model in memory. `remarks` is what loading had to say; the job that waited for it passes them on."""
+
+    base: Base
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    remarks: tuple[AnyEvent, ...]
+
+
+class Notebook(Voice):
+    """A voice for when there is no job yet that could speak: it is written down, under no name."""
+
+    def __init__(self) -> None:
+        super().__init__(-1, "")
+        self.events: list[AnyEvent] = []
+
+    def say(self, event: AnyEvent) -> None:
+        self.events.append(event)
+
+
+def load_base(base: Base) -> HeldBase:
+    """Load model and tokenizer. Raises what loading raises: TrainingFailed, memory errors."""
+    from training.base.load import load_base_model
+    from training.data.tokenizer import load_tokenizer
+
+    folder = base.open()
+    notebook = Notebook()
+    tokenizer = load_tokenizer(folder)
+    model = load_base_model(base, folder, notebook)
+    return HeldBase(base, model, tokenizer, tuple(notebook.events))

@@ -1,0 +1,239 @@
+"""From files to what is trained on: encoded, cut to length, split, counted. Needs a tokenizer, no model, no torch."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.data.chat_template import ChatTemplate, Example, TemplateRefuses
+from training.data.formats import Conversation, Reading, invalid, list_faults, read_conversations
+from training.spec import Hyperparameters
+
+if TYPE_CHECKING:
+    from training.event_writer import Voice
+
+# Sequences are padded to a multiple of this, so a length between multiples buys nothing.
+LENGTH_STEP = 64
+# Where the data does not say otherwise: long enough for nearly every chat, short enough for one card.
+DEFAULT_LENGTH_CAP = 8192
+
+
+@dataclass(frozen=True)
+class Remark:
+    """Something about the data that the user should know; becomes a notice event."""
+
+    code: str
+    message: str
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Everything that a run trains on and is judged by."""
+
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    held_out: tuple[Conversation, ...]
+    max_length: int
+    format: str
+    remarks: tuple[Remark, ...]
+
+    @property
+    def train_tokens(self) -> int:
+        return sum(len(example.input_ids) for example in self.train)
+
+    @property
+    def trained_tokens(self) -> int:
+        return sum(example.trained_tokens for example in self.train)
+
+    @property
+    def validation_tokens(self) -> int:
+        return sum(len(example.input_ids) for example in self.validation)
+
+    def digest(self) -> str:
+        """SHA-256 over what is learnt and what is held out, token by token: two equal ones are the same data."""
+        seen = hashlib.sha256()
+        for part in (self.train, self.validation):
+            for example in part:
+                seen.update(array("q", [len(example.input_ids), *example.input_ids, *example.labels]).tobytes())
+            seen.update(b"|")
+        return seen.hexdigest()
+
+    def statistics(self) -> dict[str, Any]:
+        """Tokens a conversation, as numbers a dashboard can show."""
+        lengths = sorted(len(example.input_ids) for example in self.train)
+        return {
+            "format": self.format,
+            "tokens_min": lengths[0],
+            "tokens_median": lengths[len(lengths) // 2],
+            "tokens_p95": lengths[min(len(lengths) - 1, int(len(lengths) * 0.95))],
+            "tokens_max": lengths[-1],
+            "trained_share": round(self.trained_tokens / max(1, self.train_tokens), 4),
+        }
+
+    def announce(self, voice: Voice) -> None:
+        for remark in self.remarks:
+            voice.notice(remark.code, remark.message, **remark.data)
+
+
+def gather(
+    dataset_path: Path,
+    validation_path: Path | None,
+    chosen: Hyperparameters,
+    template: ChatTemplate,
+    context_length: int,
+) -> Corpus:
+    """Read, encode, cut and split. Raises TrainingFailed(dataset_invalid) with places and reasons."""
+    reading = read_conversations(dataset_path)
+    remarks = _remarks_on(reading, template)
+    if validation_path is not None:
+        train_part, held_out = list(reading.conversations), list(read_conversations(validation_path).conversations)
+    else:
+        train_part, held_out = split(reading.conversations, chosen.validation_fraction, chosen.seed)
+        if not held_out and chosen.validation_fraction > 0:
+            remarks.append(
+                Remark(
+                    "no_validation", "too few different conversations to hold any out; no validation loss is measured"
+                )
+            )
+    train = _encode(train_part, template)
+    validation = _encode(held_out, template)
+    longest = max(len(example.input_ids) for example in (*train, *validation))
+    max_length = _choose_length(longest, chosen.max_length, context_length)
+    train, cut, left_out = _fit(train, train_part, template, max_length, cut=chosen.long_conversations == "cut")
+    validation, cut_too, left_out_too = _fit(validation, held_out, template, max_length, cut=True)
+    if not train:
+        raise invalid(
+            f"no conversation fits into max_length {max_length} (the longest has {longest} tokens)",
+            f"raise max_length (this model reads up to {context_length} tokens) or shorten the conversations",
+        )
+    if cut + left_out + cut_too + left_out_too:
+        remarks.append(
+            Remark(
+                "long_conversations",
+                f"{cut + cut_too} conversations longer than {max_length} tokens were cut after an earlier answer, "
+                f"{left_out + left_out_too} did not fit at all and were left out",
+                {"cut": cut + cut_too, "left_out": left_out + left_out_too, "max_length": max_length},
+            )
+        )
+    return Corpus(
+        train=tuple(train),
+        validation=tuple(validation),
+        held_out=tuple(held_out),
+        max_length=max_length,
+        format=reading.format,
+        remarks=tuple(remarks),
+    )
+
+
+def split(
+    conversations: Sequence[Conversation], fraction: float, seed: int
+) -> tuple[list[Conversation], list[Conversation]]:
+    """Hold out a share, the same on every host and in every attempt.
+
+    Decided by content, so that equal conversations fall on the same side: a duplicate of a training conversation in
+    the validation set would measure memory.
+    """
+    keys = [hashlib.sha256(f"{seed}\n{conversation.key()}".encode()).digest() for conversation in conversations]
+    different = sorted(set(keys))
+    wanted = round(fraction * len(different))
+    if fraction > 0 and len(different) >= 4:
+        wanted = max(1, wanted)
+    held_out = set(different[:wanted])
+    train = [conversation for conversation, key in zip(conversations, keys, strict=True) if key not in held_out]
+    validation: list[Conversation] = []
+    seen: set[bytes] = set()
+    for conversation, key in zip(conversations, keys, strict=True):
+        if key in held_out and key not in seen:
+            seen.add(key)
+            validation.append(conversation)
+    return train, validation
+
+
+def _remarks_on(reading: Reading, template: ChatTemplate) -> list[Remark]:
+    remarks = []
+    if reading.skipped:
+        reasons = ", ".join(f"{count} × {reason}" for reason, count in sorted(reading.skipped.items()))
+        remarks.append(Remark("rows_without_example", f"rows that are no example: {reasons}", dict(reading.skipped)))
+    copies = len(reading.conversations) - len({conversation.key() for conversation in reading.conversations})
+    if copies:
+        remarks.append(
+            Remark(
+                "duplicate_conversations",
+                f"{copies} of {len(reading.conversations)} conversations are exact copies of others; they are kept",
+                {"copies": copies},
+            )
+        )
+    if template.is_default:
+        remarks.append(
+            Remark("default_template", "this model has no chat template; the default one is used and saved beside it")
+        )
+    if template.folds_system and any(turn.role == "system" for c in reading.conversations for turn in c.turns):
+        remarks.append(
+            Remark(
+                "system_folded",
+                "this model's chat template has no system role; system texts are put before the first user message",
+            )
+        )
+    return remarks
+
+
+def _encode(conversations: Sequence[Conversation], template: ChatTemplate) -> list[Example]:
+    examples, faults = [], []
+    for conversation in conversations:
+        try:
+            examples.append(template.encode(conversation))
+        except TemplateRefuses as error:
+            faults.append((conversation.place, f"the model's chat template refuses it: {error}"))
+    if faults:
+        raise invalid(
+            f"{len(faults)} conversations cannot be rendered: {list_faults(faults)}",
+            "let user and assistant alternate, beginning with the user",
+        )
+    return examples
+
+
+def _choose_length(longest: int, asked: int | None, context_length: int) -> int:
+    """What was asked, else what the data needs; never more than the model reads."""
+    needed = -(-longest // LENGTH_STEP) * LENGTH_STEP
+    return min(asked if asked is not None else min(needed, DEFAULT_LENGTH_CAP), context_length)
+
+
+def _fit(
+    examples: Sequence[Example],
+    conversations: Sequence[Conversation],
+    template: ChatTemplate,
+    max_length: int,
+    *,
+    cut: bool,
+) -> tuple[list[Example], int, int]:
+    """Shorten what is too long to the last answer that fits. Returns what is kept, how many cut, how many left out."""
+    kept: list[Example] = []
+    shortened = 0
+    for example, conversation in zip(examples, conversations, strict=True):
+        if len(example.input_ids) <= max_length:
+            kept.append(example)
+            continue
+        shorter = _cut_at_turn(conversation, template, max_length) if cut else None
+        if shorter is not None:
+            kept.append(shorter)
+            shortened += 1
+    return kept, shortened, len(examples) - len(kept)
+
+
+def _cut_at_turn(conversation: Conversation, template: ChatTemplate, max_length: int) -> Example | None:
+    for end in range(len(conversation.turns) - 1, 0, -1):
+        turns = conversation.turns[:end]
+        if not turns[-1].trained:
+            continue
+        try:
+            example = template.encode(Conversation(turns, conversation.place))
+        except TemplateRefuses:
+            continue
+        if len(example.input_ids) <= max_length and example.trained_tokens:
+            return example
+    return None

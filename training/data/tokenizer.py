@@ -1,0 +1,40 @@
+"""The base model's own tokenizer, or a clear word about what is missing of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from training.events import ErrorCode
+from training.failures import TrainingFailed
+from training.files.model_folder import ModelFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Missing files give an empty vocabulary without an error; no real one is this small.
+_SMALLEST_VOCABULARY = 16
+
+
+def load_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
+    """Load it, with a padding token. Raises TrainingFailed(model_incomplete) when it is a hull without words."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        raise _incomplete(f"the tokenizer of {folder.path.name} cannot be loaded: {error}") from error
+    if len(tokenizer) < _SMALLEST_VOCABULARY:
+        raise _incomplete(
+            f"the tokenizer of {folder.path.name} has a vocabulary of {len(tokenizer)}: its files are missing"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _incomplete(message: str) -> TrainingFailed:
+    return TrainingFailed(
+        ErrorCode.MODEL_INCOMPLETE,
+        message,
+        "download the model again (`brightrun-trainer models verify` names every damaged file)",
+    )

@@ -1,0 +1,38 @@
+"""Read a dataset through once, at the lowest priority, before anybody waits for it.
+
+    python -m training.data.validate dataset.jsonl
+
+Prints one JSON line: `conversations`, or the `code` and `message` that its job is going to fail with. No verdict
+comes of it, for the job reads its data itself; the operator's log is warned.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from training.data.formats import read_conversations
+from training.failures import TrainingFailed
+from training.parent_process import die_with_parent
+
+
+def main() -> None:
+    die_with_parent()
+    _step_back()
+    try:
+        said: dict[str, object] = {"conversations": len(read_conversations(Path(sys.argv[1])).conversations)}
+    except TrainingFailed as error:
+        said = {"code": error.code, "message": error.message}
+    sys.stdout.write(json.dumps(said) + "\n")
+
+
+def _step_back() -> None:
+    """The training at hand goes first: for the processor, and when memory runs out."""
+    os.nice(19)
+    Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+if __name__ == "__main__":
+    main()

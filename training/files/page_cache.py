@@ -1,0 +1,47 @@
+"""The base model's weights are read once from the volume while libraries are imported and data prepared.
+
+Whoever loads them then finds them in the kernel's page cache. Nothing is kept here, nothing waits for it, and where the
+data turn out bad the process ends without it. Not the loading itself beside the data: in a thread both want the same
+interpreter and, on a CPU, the same cores (tried: later than one after the other), and a load in C cannot be abandoned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from pathlib import Path
+
+from training.files.free_memory import free_bytes
+from training.files.model_folder import KEPT_COPY
+from training.spec import JobSpec
+
+_PIECE_BYTES = 8 * 2**20
+# Of the memory that the host could spare: what is read must still be there when it is asked for.
+_MEMORY_SHARE = 0.5
+
+
+def read_ahead(spec: JobSpec) -> threading.Thread:
+    """Begin, and return at once."""
+    room_bytes = int(_MEMORY_SHARE * free_bytes())
+    thread = threading.Thread(target=_read, args=(weights_of(spec), room_bytes), name="read-ahead", daemon=True)
+    thread.start()
+    return thread
+
+
+def weights_of(spec: JobSpec) -> list[Path]:
+    """The files that loading will most likely read: the newest 4-bit copy, else the model's own. A guess is enough."""
+    folders = [spec.model_path / KEPT_COPY, spec.model_path]
+    if spec.quantize and spec.quantized_dir is not None:
+        copies = spec.quantized_dir.glob(f"{spec.base_model.replace('/', '--')}-nf4-*")
+        folders = [*sorted(copies, key=lambda path: path.stat().st_mtime, reverse=True), *folders]
+    return next((found for folder in folders if (found := sorted(folder.glob("*.safetensors")))), [])
+
+
+def _read(files: list[Path], room_bytes: int) -> None:
+    piece = bytearray(_PIECE_BYTES)
+    # What cannot be read is reported by the loading.
+    with contextlib.suppress(OSError):
+        for path in files:
+            with path.open("rb", buffering=0) as file:
+                while (count := file.readinto(piece)) and (room_bytes := room_bytes - count) > 0:
+                    pass

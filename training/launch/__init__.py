@@ -1,0 +1,1 @@
+"""Several processes for one job, one on each GPU, started by torchrun's engine."""

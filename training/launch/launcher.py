@@ -1,0 +1,128 @@
+"""A job on several cards, seen from its main process: start one rank a card, pass a stop on, say how it ended.
+
+The ranks are started and watched by torchrun's own engine, torch.distributed's elastic agent: when one ends badly it
+ends the others. It is given no restarts: whether a job is tried again is for the daemon to decide.
+
+It is asked for nothing that torch 2.9 does not know. Which signals it handles, and that each rank sees one card, can be
+chosen only in later versions; so it runs in a thread, where it handles none, and a rank finds its card itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from training.events import ErrorCode
+from training.failures import StopRequested, TrainingFailed
+from training.launch.shared_folder import RankDesk
+from training.parent_process import adopt_orphans, children_of_this_process, end_every_child
+from training.spec import JobSpec
+from training.stop_switch import STOP_A_RANK, StopSwitch
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+    from torch.distributed.launcher.api import LaunchConfig
+
+
+class RankStack(Exception):
+    """The stack of a rank's failure, as the cause of ours."""
+
+
+def train_on_ranks(spec: JobSpec, events_fd: int, stop: StopSwitch) -> None:
+    """Do one job in `spec.num_gpus` processes; raises what `train_adapter` would: TrainingFailed, StopRequested.
+
+    None of them is alive afterwards; should this process be killed, the kernel kills them.
+    """
+    adopt_orphans()
+    desk = RankDesk.lay(spec.work_dir / "ranks", spec)
+    _pass_on_sigterm(desk, stop)
+    lost = _run(spec, desk, events_fd)
+    end_every_child()
+    if lost is None and desk.is_finished:
+        return
+    if lost is None or stop.requested:
+        raise StopRequested
+    cause = desk.cause()
+    # Those that are left fail of the silence of one that was killed; that is not the cause.
+    if cause is None or (cause.code is ErrorCode.INTERNAL and _was_killed(lost)):
+        raise _loss_of_a_rank(spec, lost)
+    raise TrainingFailed(cause.code, cause.message, cause.hint or "", transient=cause.transient) from RankStack(
+        cause.stack
+    )
+
+
+def _run(spec: JobSpec, desk: RankDesk, events_fd: int) -> ProcessFailure | None:
+    """Run the ranks to their end. Returns the one that ended badly: one that was killed, else the first."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    if "OMP_NUM_THREADS" not in os.environ and spec.device == "cpu":
+        os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // spec.num_gpus))
+    engine = elastic_launch(launch_config(spec), sys.executable)
+    arguments = (
+        "-m",
+        "training.launch.rank_main",
+        "--launcher",
+        os.getpid(),
+        "--desk",
+        desk.folder,
+        "--events",
+        # The engine starts processes with no descriptors of ours; the kernel lets them open this one by name.
+        f"/proc/{os.getpid()}/fd/{events_fd}",
+    )
+    try:
+        # In the main thread it would take SIGTERM from us and end the ranks without a checkpoint.
+        with ThreadPoolExecutor(1, "engine") as thread:
+            thread.submit(engine, *arguments).result()
+    except ChildFailedError as error:
+        failures: list[ProcessFailure] = list(error.failures.values())
+        return min(failures, key=lambda failure: (not _was_killed(failure), failure.timestamp))
+    return None
+
+
+def _was_killed(failure: ProcessFailure) -> bool:
+    """By a signal, and not by the engine's own, which ends the others."""
+    return failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
+
+
+def launch_config(spec: JobSpec) -> LaunchConfig:
+    """What `torchrun --standalone` would use, on the loopback interface; in words that torch 2.9 knows."""
+    from torch.distributed.launcher.api import LaunchConfig
+
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=spec.num_gpus,
+        run_id=f"{spec.job_id}-{spec.lease_epoch}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+    )
+
+
+def _pass_on_sigterm(desk: RankDesk, stop: StopSwitch) -> None:
+    def pass_on(_number: int, _frame: FrameType | None) -> None:
+        stop.requested = True
+        desk.wish_to_stop()
+        for child in children_of_this_process():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, STOP_A_RANK)
+
+    signal.signal(signal.SIGTERM, pass_on)
+
+
+def _loss_of_a_rank(spec: JobSpec, lost: ProcessFailure) -> TrainingFailed:
+    how = f"was ended by {lost.signal_name()}" if lost.exitcode < 0 else f"ended with exit code {lost.exitcode}"
+    return TrainingFailed(
+        ErrorCode.RANK_LOST,
+        f"process {lost.local_rank} of the {spec.num_gpus} that trained together {how}; the others were ended with it",
+        "SIGKILL is most often the host running out of memory: see the host's log; "
+        "the job is tried again and goes on from its last checkpoint",
+        transient=True,
+    )

@@ -1,0 +1,83 @@
+"""One rank of a job on several cards, started by the engine in training/launch/launcher.py.
+
+    python -m training.launch.rank_main --launcher 4711 --desk <folder> --events /proc/4711/fd/5
+
+Exit 0 when the job is done or was stopped by agreement, 1 after its failure was left on the desk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from training.event_writer import Silence, Voice
+from training.failures import StopRequested, failed_event
+from training.kernels import hide_wrong_kernels
+from training.launch.shared_folder import RankDesk
+from training.parent_process import die_with_parent
+from training.process.blocked_imports import hide_unwanted_packages
+from training.spec import JobSpec
+from training.stop_switch import STOP_A_RANK, StopSwitch
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m training.launch.rank_main")
+    parser.add_argument("--launcher", type=int, required=True, help="pid of the process that started the engine")
+    parser.add_argument("--desk", type=Path, required=True, help="folder with the spec")
+    parser.add_argument("--events", type=Path, required=True, help="where the first rank writes events")
+    chosen = parser.parse_args()
+    die_with_parent(chosen.launcher)
+    hide_unwanted_packages()
+    hide_wrong_kernels()
+    stop = StopSwitch()
+    stop.listen(STOP_A_RANK)
+    desk = RankDesk(chosen.desk)
+    # The wish came before we could hear the signal.
+    if desk.stop_is_wished:
+        return 0
+    index = int(os.environ["RANK"])
+    spec = desk.spec()
+    voice = Voice(os.open(chosen.events, os.O_WRONLY), spec.job_id) if index == 0 else Silence(spec.job_id)
+    try:
+        if spec.device == "cuda":
+            see_one_card()
+        _work(spec, voice, stop)
+    except StopRequested:
+        return 0
+    except Exception as error:  # noqa: BLE001 - the outermost loop of a rank: the launcher says what happened
+        desk.leave_failure(index, failed_event(error, spec, spec.job_id), time.monotonic())
+        sys.stderr.flush()
+        # Not through the interpreter's end: closing a card's communicators waits for ranks that wait for us.
+        os._exit(1)
+    if index == 0:
+        desk.note_finished()
+    return 0
+
+
+def see_one_card() -> None:
+    """Of the cards of this job leave this rank its own, which it calls 0. To be done before torch is imported.
+
+    (The engine of later versions of torch can do it, by `virtual_local_rank`; that of 2.9 cannot.)
+    """
+    index = int(os.environ["LOCAL_RANK"])
+    cards = [card.strip() for card in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if card.strip()]
+    if cards and index >= len(cards):
+        raise IndexError(f"rank {index} has no card: CUDA_VISIBLE_DEVICES={','.join(cards)}")
+    os.environ["CUDA_VISIBLE_DEVICES"] = cards[index] if cards else str(index)
+    os.environ["LOCAL_RANK"] = "0"
+
+
+def _work(spec: JobSpec, voice: Voice, stop: StopSwitch) -> None:
+    from training.ranks import join, leave
+    from training.recipe import train_adapter
+
+    ranks = join(spec.device)
+    train_adapter(spec, voice, stop, ranks)
+    leave()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

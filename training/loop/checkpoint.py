@@ -1,0 +1,112 @@
+"""Checkpoints that survive anything: written aside, hashed, renamed into place, two kept, checked before use."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.files.durable_files import sha256_of, sync
+
+_MANIFEST = "manifest.json"
+_KEPT = 2
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on disk, its hashes verified."""
+
+    path: Path
+    step: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """A checkpoint that must not be used, and why."""
+
+    path: Path
+    reason: str
+
+
+class CheckpointShelf:
+    """The folder that outlives attempts. Holds `checkpoint-<step>` folders, each whole or absent."""
+
+    def __init__(self, folder: Path, fingerprint: dict[str, Any]) -> None:
+        """`fingerprint` names what a checkpoint belongs to: data, settings, base model. JSON, compared exactly."""
+        self._folder = folder
+        self._fingerprint = json.loads(json.dumps(fingerprint, sort_keys=True, default=str))
+
+    @property
+    def staging(self) -> Path:
+        """Where the next checkpoint is written before it counts."""
+        return self._folder / ".staging"
+
+    def prepare(self) -> Path:
+        """Empty the staging folder, whatever a killed attempt left in it."""
+        shutil.rmtree(self.staging, ignore_errors=True)
+        self.staging.mkdir(parents=True)
+        return self.staging
+
+    def publish(self, written: Path, step: int) -> Checkpoint:
+        """Hash what was written, make it durable, give it its name, and drop all but the newest two."""
+        files = {}
+        total = 0
+        for path in sorted(written.rglob("*")):
+            if path.is_file():
+                files[str(path.relative_to(written))] = sha256_of(path)
+                total += path.stat().st_size
+                sync(path)
+        manifest = {"step": step, "files": files, "fingerprint": self._fingerprint}
+        (written / _MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
+        sync(written / _MANIFEST)
+        sync(written)
+        final = self._folder / f"checkpoint-{step}"
+        shutil.rmtree(final, ignore_errors=True)
+        written.rename(final)
+        sync(self._folder)
+        for older in self._stored()[_KEPT:]:
+            shutil.rmtree(older, ignore_errors=True)
+        return Checkpoint(final, step, total)
+
+    def newest(self) -> tuple[Checkpoint | None, list[Damaged]]:
+        """The newest checkpoint that is whole and belongs to this run, and those that had to be passed over."""
+        passed_over: list[Damaged] = []
+        for path in self._stored():
+            found = self._check(path)
+            if isinstance(found, Checkpoint):
+                return found, passed_over
+            passed_over.append(found)
+        return None, passed_over
+
+    def clear(self) -> None:
+        """Remove everything: the run is over and its adapter is written."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _stored(self) -> list[Path]:
+        found = [path for path in self._folder.glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
+        return sorted(found, key=lambda path: int(path.name.partition("-")[2]), reverse=True)
+
+    def _check(self, path: Path) -> Checkpoint | Damaged:
+        try:
+            manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+            files: dict[str, str] = manifest["files"]
+            step = int(manifest["step"])
+            fingerprint = manifest["fingerprint"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return Damaged(path, f"its manifest cannot be read ({error})")
+        if fingerprint != self._fingerprint:
+            differing = [key for key in self._fingerprint if fingerprint.get(key) != self._fingerprint[key]]
+            return Damaged(path, f"it belongs to another run ({', '.join(differing) or 'other keys'} differ)")
+        total = 0
+        for name, expected in files.items():
+            file = path / name
+            try:
+                if sha256_of(file) != expected:
+                    return Damaged(path, f"{name} has another hash than when it was written")
+                total += file.stat().st_size
+            except OSError as error:
+                return Damaged(path, f"{name} cannot be read ({error.strerror})")
+        return Checkpoint(path, step, total)

@@ -1,0 +1,124 @@
+"""What a run will need, computed from file headers and token counts: memory, disk, adapter size, time, cost.
+
+The formulas are rough on purpose and err to the safe side. Where each number comes from:
+- exact, and compared with loaded models by tests/training/test_estimate.py: parameters, the weights' bytes, the
+  adapter's parameters and bytes;
+- activations: 34 bytes a token and hidden unit of a block in 16 bits (Korthikanti et al. 2022, "Reducing Activation
+  Recomputation in Large Transformer Models", equation 2, without the attention matrix, which sdpa never stores), taken
+  twice here: for gated feed-forwards and routed copies on a card, for float32 on a CPU. Not measured on a card yet;
+- speed: 20 % of the bf16 peak of an A100 (312 TFLOP/s), the slowest card that is offered with 80 GB, and 50 GFLOP/s for
+  two CPU cores, about what a matrix product in float32 reaches there alone. A queue with a history replaces these by
+  what earlier jobs took.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from training.compute import ComputeType
+from training.data.corpus import Corpus
+from training.data.plan import Plan
+from training.files.model_folder import ModelFolder
+from training.files.module_names import DEFAULT_TARGETS, ROUTERS, UNQUANTISED_MODULES
+from training.spec import JobSpec
+
+# NF4 with double quantisation: half a byte, one byte a block of 64, four bytes a block of 64 × 256.
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+_BLOCK_NAMES = ("layers", "h", "blocks")
+# float32 weight, gradient and Adam's two moments.
+_TRAINED_BYTES = 16
+# One transformer block's own activations while it is recomputed, in units of tokens × hidden size × 2 bytes (above).
+_BLOCK_ACTIVATIONS = 34
+# training.loop.loss slices by so many tokens; it cannot be imported here, where no torch is. A test compares.
+SLICE_TOKENS = 1024
+# Libraries, kernels' workspaces, fragmentation: what a CUDA context with its kernels takes (0.5 to 1 GiB), twice.
+_OVERHEAD_BYTES = {"cuda": 2 * 2**30, "cpu": 2**29}
+# Sustained multiplications and additions a second (above).
+_FLOPS = {"cuda": 62e12, "cpu": 50e9}
+# What stays unquantised has the type that is computed in.
+_KEPT_BYTES: dict[ComputeType, int] = {"bfloat16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes, seconds and dollars. `memory_bytes` is the card's (the host's on a CPU)."""
+
+    parameters: int
+    model_bytes: int
+    adapter_parameters: int
+    adapter_bytes: int
+    activation_bytes: int
+    memory_bytes: int
+    disk_bytes: int
+    seconds: float
+    cost: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def model_bytes(folder: ModelFolder, *, quantize: bool, compute_type: ComputeType) -> int:
+    """What a base model's weights take once they are loaded."""
+    return int(sum(_bytes_of(name, shape, quantize, compute_type) for name, shape in folder.tensors()))
+
+
+def _bytes_of(name: str, shape: tuple[int, ...], quantize: bool, compute_type: ComputeType) -> float:
+    parts = name.split(".")
+    module = parts[-2] if len(parts) > 1 else ""
+    in_block = any(part in _BLOCK_NAMES for part in parts)
+    quantised = quantize and len(shape) >= 2 and in_block and module not in (*UNQUANTISED_MODULES, *ROUTERS)
+    return math.prod(shape) * (NF4_BYTES if quantised else _KEPT_BYTES[compute_type])
+
+
+def estimate_run(spec: JobSpec, folder: ModelFolder, corpus: Corpus, plan: Plan) -> Estimate:
+    """Look ahead. Reads the headers of the weight files, not the weights."""
+    rank = spec.hyperparameters.lora_rank
+    targets = spec.hyperparameters.target_modules or DEFAULT_TARGETS
+    parameters = expert_parameters = adapter = largest = 0
+    stored = 0.0
+    for name, shape in folder.tensors():
+        count = math.prod(shape)
+        parameters += count
+        parts = name.split(".")
+        module = parts[-2] if len(parts) > 1 else ""
+        in_block = any(part in _BLOCK_NAMES for part in parts)
+        stored += _bytes_of(name, shape, spec.quantize, plan.compute_type)
+        is_expert = "experts" in parts
+        expert_parameters += count if is_expert else 0
+        largest = max(largest, count if not is_expert else 0)
+        if in_block and not is_expert and len(shape) == 2 and any(module == t.split(".")[-1] for t in targets):
+            adapter += rank * sum(shape)
+    config = folder.text_config
+    layers = int(config.get("num_hidden_layers") or config.get("n_layer") or 1)
+    hidden = int(config.get("hidden_size") or config.get("n_embd") or 1)
+    vocabulary = int(config.get("vocab_size") or 1)
+    tokens = plan.heaviest_tokens(corpus.max_length)
+    # A layer's experts are unpacked together.
+    unpacked = 2 * max(largest, expert_parameters // layers)
+    kept = layers * tokens * hidden * 2 * (1 if spec.device == "cuda" else _BLOCK_ACTIVATIONS)
+    activations = kept + _BLOCK_ACTIVATIONS * tokens * hidden * 2 + unpacked + 3 * 4 * SLICE_TOKENS * vocabulary
+    memory = int(stored) + adapter * _TRAINED_BYTES + activations + _OVERHEAD_BYTES[spec.device]
+    experts = int(config.get("num_experts") or config.get("num_local_experts") or 1)
+    chosen = int(config.get("num_experts_per_tok") or 1)
+    active = parameters - expert_parameters + expert_parameters * min(1.0, chosen / experts)
+    # Forward and back to the inputs: 2 + 2 a weight; once more forward where activations are recomputed.
+    per_token = active * (6 if spec.device == "cuda" else 4)
+    passes = corpus.train_tokens + corpus.validation_tokens / 2
+    # The cores of a CPU host are shared by the ranks; cards add up.
+    cards = plan.ranks if spec.device == "cuda" else 1
+    seconds = plan.epochs * passes * per_token / (_FLOPS[spec.device] * cards)
+    cost = spec.cost_per_hour * seconds / 3600 if spec.cost_per_hour is not None else None
+    return Estimate(
+        parameters=parameters,
+        model_bytes=int(stored),
+        adapter_parameters=adapter,
+        adapter_bytes=adapter * 4,
+        activation_bytes=activations,
+        memory_bytes=memory,
+        # Two checkpoints and one in the making, each weights, best weights and two moments; and the adapter.
+        disk_bytes=3 * adapter * 16 + adapter * 4 + 64 * 2**20,
+        seconds=seconds,
+        cost=cost,
+    )

@@ -1,0 +1,66 @@
+"""One line of stdin becomes one adapter, or one `failed` event; the exit status tells which."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+
+from pydantic import ValidationError
+
+from training.event_writer import Voice
+from training.events import EXIT_STOPPED, ErrorCode, Failed, Stage, Started
+from training.failures import StopRequested, failed_event
+from training.spec import JobSpec, faults_of
+
+_LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
+
+
+def read_spec(line: str, events_fd: int) -> JobSpec | None:
+    """The spec, or None once the daemon was told what is wrong with it."""
+    try:
+        return JobSpec.model_validate_json(line)
+    except ValidationError as error:
+        faults = "; ".join(f"{fault.field}: {fault.message}" for fault in faults_of(error))
+        Voice(events_fd, "").say(
+            Failed(
+                job_id="",
+                code=ErrorCode.INVALID_SPEC,
+                message=f"the spec cannot be read: {faults}",
+                hint="correct the named fields; daemon and trainer must be of the same version",
+            )
+        )
+        return None
+
+
+def begin_job(spec: JobSpec, voice: Voice) -> None:
+    """Say that the job is in hand; from here on its scratch files lie in its own folder and go with it."""
+    voice.say(Started(job_id=spec.job_id, pid=os.getpid(), versions=_versions()))
+    voice.stage(Stage.SETUP)
+    scratch = spec.work_dir / "tmp"
+    scratch.mkdir(parents=True, exist_ok=True)
+    os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)
+
+
+def status_of(work: Callable[[], None], spec: JobSpec, voice: Voice) -> int:
+    """Do it, and turn whatever comes of it into an exit status: 0, 1 after `failed` was said, 75 when stopped."""
+    try:
+        work()
+    except StopRequested:
+        return EXIT_STOPPED
+    except Exception as error:  # noqa: BLE001 - the outermost loop: whatever it is, the row must learn of it
+        voice.say(failed_event(error, spec, spec.job_id))
+        return 1
+    return 0
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "missing"
+    return found

@@ -1,0 +1,98 @@
+"""Frozen weights that stay unpacked for a run, in memory that it leaves free: these are dequantised once and not again.
+
+A short step spends more time on unpacking weights than on multiplying with them, for each is unpacked forward and
+backward whatever the number of tokens. The packed bytes stay where they are (they are what is saved and fingerprinted),
+the values are those that unpacking gives each time, and so is the adapter, to the last bit: how much is kept changes
+the time and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import bitsandbytes.functional as bnb
+import torch
+from bitsandbytes.nn import Linear4bit
+from torch.nn import functional
+
+from training.files.free_memory import free_bytes
+from training.preflight.estimate import Estimate
+from training.quantization.experts import expert_states, has_fused_experts, unpacked_experts
+from training.spec import JobSpec
+
+# The other half is for whoever else lives on this host, and for what the estimate did not see.
+_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Of the frozen 4-bit weights, how many were kept unpacked, and what that takes."""
+
+    bytes: int
+    weights: int
+    of_weights: int
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """One packed weight: how large it would be, and how it is put where its module finds it."""
+
+    unpacked_bytes: int
+    keep: Callable[[], None]
+
+
+def spare_bytes(spec: JobSpec, estimate: Estimate) -> int:
+    """What may be spent here, by one process of the run, once its model is loaded.
+
+    Half of what is free beyond the run's own need. Nothing on a card: its memory buys more as tokens a micro-batch
+    (training.loop.memory_probe), which share one unpacking.
+    """
+    if spec.device == "cuda":
+        return 0
+    still_needed = estimate.memory_bytes - estimate.model_bytes
+    return max(0, int(_SHARE * (free_bytes() / spec.num_gpus - still_needed)))
+
+
+def keep_unpacked(model: torch.nn.Module, most_bytes: int) -> Kept:
+    """Unpack as many frozen weights as fit into `most_bytes`, in the order of the model's layers."""
+    kept_bytes = kept = count = 0
+    for weight in _packed_weights(model):
+        count += 1
+        if kept_bytes + weight.unpacked_bytes <= most_bytes:
+            weight.keep()
+            kept_bytes += weight.unpacked_bytes
+            kept += 1
+    return Kept(kept_bytes, kept, count)
+
+
+def _packed_weights(model: torch.nn.Module) -> Iterator[_Weight]:
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            yield _Weight(_bytes_of(module.weight.quant_state), partial(_keep_linear, module))
+        elif has_fused_experts(module):
+            for name, state in expert_states(module).items():
+                yield _Weight(_bytes_of(state), partial(_keep_experts, module, name))
+
+
+def _bytes_of(state: bnb.QuantState) -> int:
+    return int(state.shape.numel() * state.dtype.itemsize)
+
+
+def _keep_experts(module: torch.nn.Module, name: str) -> None:
+    packed = module._parameters[name]
+    assert packed is not None
+    unpacked_experts(module)[name] = bnb.dequantize_4bit(packed.data, expert_states(module)[name])
+
+
+def _keep_linear(module: Linear4bit) -> None:
+    """Its product, with the conversions of its own `forward`."""
+    state = module.weight.quant_state
+    weight = bnb.dequantize_4bit(module.weight.data, state)
+    bias = None if module.bias is None else module.bias.to(weight.dtype)
+
+    def forward(rows: torch.Tensor) -> torch.Tensor:
+        return functional.linear(rows.to(weight.dtype), weight, bias).to(rows.dtype)
+
+    module.forward = forward

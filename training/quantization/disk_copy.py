@@ -1,0 +1,228 @@
+"""A 4-bit copy of a base model on the volume: written once after the first load, a quarter of the bytes ever after.
+
+Named by a fingerprint of everything that could make it another model: the source's files, the settings, the library
+versions. Its files are hashed before each use. Where anything differs it is not used but written anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import QuantState
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+from training.files.durable_files import sha256_of, sync
+from training.files.model_folder import COPY_MANIFEST, ModelFolder, read_header
+from training.files.module_names import UNQUANTISED_MODULES
+from training.quantization.experts import EXPERTS_FUNCTION, Nf4Config, Nf4Quantizer, expert_states, has_fused_experts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_FORMAT = 2
+_SHARD_BYTES = 2**30
+# Never fill a volume to the brim: checkpoints of running jobs live there, too.
+_SPARE_BYTES = 2 * 2**30
+
+
+class CopyUnusable(Exception):
+    """The copy must not be loaded; says why."""
+
+
+@dataclass(frozen=True)
+class QuantizedCopy:
+    """Where the copy of one model stands, or will stand. `folder` is the model that it is a copy of."""
+
+    path: Path
+    fingerprint: dict[str, Any]
+    folder: ModelFolder
+
+    @classmethod
+    def of(cls, root: Path, folder: ModelFolder, name: str, dtype: torch.dtype) -> QuantizedCopy:
+        fingerprint = _fingerprint(folder, name, dtype)
+        digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
+        return cls(root / f"{name.replace('/', '--')}-nf4-{digest[:16]}", fingerprint, folder)
+
+    @classmethod
+    def kept(cls, folder: ModelFolder, name: str, dtype: torch.dtype) -> QuantizedCopy:
+        """The copy that is all that is kept of the weights; its sources are gone and cannot be compared."""
+        assert folder.kept_copy is not None
+        return cls(folder.kept_copy, _fingerprint(folder, name, dtype), folder)
+
+    @property
+    def exists(self) -> bool:
+        return self.path.is_dir()
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+        """Build the model from the copy. Raises CopyUnusable when a file differs from what was written."""
+        manifest = self._verified_manifest()
+        folder = self.folder
+        config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
+        settings = Nf4Config(dtype, list(UNQUANTISED_MODULES))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, experts_implementation=EXPERTS_FUNCTION, trust_remote_code=False
+            )
+        replace_with_bnb_linear(
+            model, modules_to_not_convert=list(UNQUANTISED_MODULES), quantization_config=settings, pre_quantized=True
+        )
+        states: dict[str, dict[str, torch.Tensor]] = {}
+        plain: dict[str, torch.Tensor] = {}
+        for file_name in manifest["files"]:
+            # Read, not mapped: what was hashed is what is used, whatever happens to the file from now on.
+            with safe_open(self.path / file_name, framework="pt", device="cpu", backend="pread") as file:
+                for key in file.keys():  # noqa: SIM118 - a safetensors file is no dict
+                    kind, path, *part = key.split(":")
+                    if kind == "state":
+                        states.setdefault(path, {})[part[0]] = file.get_tensor(key).to(device)
+                    else:
+                        plain[key] = file.get_tensor(key).to(device)
+        for key in list(plain):
+            kind, path = key.split(":")
+            _put(model, kind, path, plain.pop(key), states.pop(path, None))
+        model.tie_weights()
+        left = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if value.is_meta]
+        if left:
+            raise CopyUnusable(f"it lacks {', '.join(left[:5])}")
+        if (folder.path / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder.path)
+        quantizer = Nf4Quantizer(settings, pre_quantized=False)
+        model.hf_quantizer = quantizer
+        model.is_quantized, model.quantization_method = True, settings.quant_method
+        quantizer.postprocess_model(model)
+        loaded: PreTrainedModel = model.eval()
+        return loaded
+
+    def save(self, model: PreTrainedModel) -> bool:
+        """Write the copy beside its place and rename it. False where the volume has no room for it."""
+        needed = sum(tensor.numel() * tensor.element_size() for _, tensor in _tensors(model))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(self.path.parent).free < needed + _SPARE_BYTES:
+            return False
+        staging = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        try:
+            files = {}
+            for number, shard in enumerate(_shards(model)):
+                file = staging / f"weights-{number:05}.safetensors"
+                save_file(shard, file)
+                files[file.name] = sha256_of(file)
+                sync(file)
+            tensors = {name: list(shape) for name, shape in self.folder.tensors()}
+            manifest = {"fingerprint": self.fingerprint, "files": files, "tensors": tensors}
+            (staging / COPY_MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
+            sync(staging / COPY_MANIFEST)
+            self.discard()
+            staging.rename(self.path)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        return True
+
+    def discard(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _verified_manifest(self) -> dict[str, Any]:
+        try:
+            manifest: dict[str, Any] = json.loads((self.path / COPY_MANIFEST).read_text(encoding="utf-8"))
+            self._compare(manifest["fingerprint"])
+            for name, expected in manifest["files"].items():
+                if sha256_of(self.path / name) != expected:
+                    raise CopyUnusable(f"{name} has another hash than when it was written")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CopyUnusable(f"it cannot be read ({error})") from error
+        return manifest
+
+    def _compare(self, written: dict[str, Any]) -> None:
+        """Raises CopyUnusable where it was made from other files, with other settings or by other versions."""
+        compared = [key for key in self.fingerprint if key != "source" or self.folder.kept_copy is None]
+        differing = [key for key in compared if written.get(key) != self.fingerprint[key]]
+        if differing:
+            short = [key for key in differing if key not in ("source", "config")]
+            values = "".join(f"; {key} {written.get(key)}, here {self.fingerprint[key]}" for key in short)
+            raise CopyUnusable(f"other {', '.join(differing)} than when it was made{values}")
+
+
+def _fingerprint(folder: ModelFolder, name: str, dtype: torch.dtype) -> dict[str, Any]:
+    """The headers name every tensor, its shape and place; with the sizes they tell one checkpoint from another.
+
+    Contents are not hashed: 160 GB would take minutes at every start, and `models verify` does it once.
+    """
+    return {
+        "format": _FORMAT,
+        "model": name,
+        "config": hashlib.sha256(json.dumps(folder.config, sort_keys=True).encode()).hexdigest(),
+        "source": {
+            shard.name: [
+                shard.stat().st_size,
+                shard.stat().st_mtime_ns,
+                hashlib.sha256(json.dumps(read_header(shard), sort_keys=True).encode()).hexdigest(),
+            ]
+            for shard in folder.shards
+        },
+        "settings": ["nf4", 64, "double", str(dtype), *UNQUANTISED_MODULES],
+        "versions": {library: version(library) for library in ("bitsandbytes", "transformers", "torch")},
+    }
+
+
+def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Everything that the model consists of, by kind and path; buffers too, for nobody else would compute them."""
+    for path, parameter in model.named_parameters():
+        yield f"parameter:{path}", parameter.detach()
+    for path, buffer in model.named_buffers():
+        yield f"buffer:{path}", buffer
+    for path, module in model.named_modules():
+        states = dict(expert_states(module)) if has_fused_experts(module) else {}
+        if isinstance(module, bnb.nn.Linear4bit):
+            states = {"weight": module.weight.quant_state}
+        for name, state in states.items():
+            for part, tensor in state.as_dict(packed=True).items():
+                yield f"state:{path}.{name}:{part}", tensor
+
+
+def _shards(model: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """Tensors on the CPU, about a GiB together; never the whole model at once."""
+    shard: dict[str, torch.Tensor] = {}
+    memories: set[int] = set()
+    size = 0
+    for key, tensor in _tensors(model):
+        there = tensor.to("cpu").contiguous()
+        memory = there.untyped_storage().data_ptr()
+        # Two names for one memory are refused by safetensors; anything else need not be copied to be written.
+        shard[key] = there.clone() if memory in memories else there
+        memories.add(memory)
+        size += tensor.numel() * tensor.element_size()
+        if size >= _SHARD_BYTES:
+            yield shard
+            shard, memories, size = {}, set(), 0
+    if shard:
+        yield shard
+
+
+def _put(model: Any, kind: str, path: str, tensor: torch.Tensor, state: dict[str, torch.Tensor] | None) -> None:
+    owner_path, _, name = path.rpartition(".")
+    owner = model.get_submodule(owner_path)
+    if kind == "buffer":
+        owner._buffers[name] = tensor
+    elif state is None:
+        owner._parameters[name] = torch.nn.Parameter(tensor, requires_grad=False)
+    elif isinstance(owner, bnb.nn.Linear4bit):
+        owner.weight = bnb.nn.Params4bit.from_prequantized(
+            data=tensor, quantized_stats=state, requires_grad=False, device=tensor.device, module=owner
+        )
+    else:
+        expert_states(owner)[name] = QuantState.from_dict(state, device=tensor.device)
+        owner._parameters[name] = torch.nn.Parameter(tensor, requires_grad=False)

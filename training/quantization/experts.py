@@ -1,0 +1,290 @@
+"""Fused experts in 4 bits: quantised layer by layer while loading, multiplied grouped, kept packed for backward.
+
+transformers keeps all experts of a layer in one 3-D parameter, which `load_in_4bit` passes over without a word: of
+Qwen3-Next-80B-A3B 97 % would stay in bf16. Three things are registered with transformers here, by mechanism and for
+no model by name: a quantisation config, a quantizer that also takes such parameters, and an experts function that
+multiplies with them. Every module made by `use_experts_implementation` is served, with or without gate, bias and
+transposition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import torch
+from transformers import BitsAndBytesConfig
+from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_mm
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+
+from training.quantization.nf4 import BLOCK, PIECE_ELEMENTS, pack, pieces_of
+
+METHOD = "nf4_with_experts"
+EXPERTS_FUNCTION = "nf4_grouped"
+_STATES = "nf4_states"
+_UNPACKED = "nf4_unpacked"
+_HELD = "nf4_held"
+
+
+@register_quantization_config(METHOD)
+class Nf4Config(BitsAndBytesConfig):
+    """NF4 with double quantisation for linear layers and fused experts alike."""
+
+    def __init__(self, compute_dtype: torch.dtype, skip_modules: list[str]) -> None:
+        super().__init__(  # type: ignore[no-untyped-call]
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute_dtype,
+            llm_int8_skip_modules=skip_modules,
+        )
+        self.quant_method = METHOD  # type: ignore[assignment]
+
+
+@register_quantizer(METHOD)
+class Nf4Quantizer(Bnb4BitHfQuantizer):
+    """bitsandbytes' quantizer, which also takes the 3-D parameters of fused experts."""
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        module, name = get_module_from_name(model, param_name)
+        return is_expert_weight(module, name) or bool(super().param_needs_quantization(model, param_name, **kwargs))
+
+    def _process_model_before_weight_loading(self, model: Any, *arguments: Any, **options: Any) -> None:
+        """Refuse what would not become 4-bit while it is a skeleton, and not after hundreds of gigabytes were read."""
+        super()._process_model_before_weight_loading(model, *arguments, **options)
+        # It asks this module what experts are.
+        from training.quantization.packed_weights import refuse_what_is_left
+
+        refuse_what_is_left(
+            model, type(model).__name__, lambda _module, _name, path: self.param_needs_quantization(model, path)
+        )
+
+    def get_quantize_ops(self) -> Nf4Quantize:
+        return Nf4Quantize(self)  # type: ignore[no-untyped-call]
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Where the checkpoint holds experts one by one, pack them one by one instead of stacking them first."""
+        conversions: list[Any] = super().update_weight_conversions(  # type: ignore[no-untyped-call]
+            weight_conversions, model
+        )
+        return [_packing(conversion, model) for conversion in conversions]
+
+
+class PackingConverter(WeightConverter):
+    """Hands on the readers of single experts where the library's own would read a layer's experts all at once."""
+
+    # Empty, or the class would get a __dict__ that the base does without.
+    __slots__ = ()
+
+    def materialize_tensors(self) -> dict[str, Any]:
+        # Readers, not futures: transformers loads without threads while it quantises.
+        return {pattern: self.collected_tensors.pop(pattern) for pattern in list(self.collected_tensors)}
+
+
+class PackExperts(ConversionOps):
+    """In place of stack and concatenate: a few experts at a time are read, packed and let go.
+
+    So a layer's experts never exist in 16 bits together, on the host or on the card.
+    """
+
+    @torch.no_grad()
+    def convert(  # type: ignore[override]
+        self,
+        input_dict: dict[str, list[Callable[[], torch.Tensor]]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        full_layer_name: str,
+        model: Any,
+        **_kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        module, name = get_module_from_name(model, full_layer_name)
+        # The order of the sources is the order in the fused weight: gate before up.
+        readers = [input_dict.pop(pattern) for pattern in source_patterns if pattern in input_dict]
+        pieces = _read_experts(readers)
+        first = next(pieces)
+        shape = torch.Size((len(readers[0]), *first.shape[1:]))
+        packed, state = pack(chain((first,), pieces), shape, first.dtype, first.device)
+        expert_states(module)[name] = state
+        return {target_patterns[0]: torch.nn.Parameter(packed, requires_grad=False)}
+
+
+def _read_experts(readers: list[list[Callable[[], torch.Tensor]]]) -> Iterator[torch.Tensor]:
+    """Whole experts in their order, some together where they are small."""
+    waiting: list[torch.Tensor] = []
+    for parts in zip(*readers, strict=True):
+        waiting.append(torch.cat([read() for read in parts]))
+        if len(waiting) * waiting[0].numel() >= PIECE_ELEMENTS:
+            yield torch.stack(waiting)
+            waiting.clear()
+    if waiting:
+        yield torch.stack(waiting)
+
+
+def _packing(conversion: Any, model: Any) -> Any:
+    """The conversion, or one in its place that packs, where it makes fused experts out of single ones."""
+    kinds = [type(operation) for operation in getattr(conversion, "operations", ())]
+    if kinds not in ([MergeModulelist], [MergeModulelist, Concatenate]) or not _targets_experts(conversion, model):
+        return conversion
+    packing = PackingConverter(
+        list(conversion._original_source_patterns), list(conversion._original_target_patterns), [PackExperts()]
+    )
+    packing.scope_prefix, packing.base_model_prefix = conversion.scope_prefix, conversion.base_model_prefix
+    return packing
+
+
+def _targets_experts(conversion: Any, model: Any) -> bool:
+    """True when what the conversion makes are fused experts whose single experts fill whole blocks."""
+    names = {target.rpartition(".")[2] for target in conversion.target_patterns}
+    modules = [module for module in model.modules() if has_fused_experts(module)]
+    weights = [module._parameters[name] for module in modules for name in names if name in module._parameters]
+    return bool(weights) and all(
+        weight is not None and weight.dim() == 3 and weight[0].numel() % BLOCK == 0 for weight in weights
+    )
+
+
+class Nf4Quantize(Bnb4bitQuantize):
+    """Called by from_pretrained with one whole parameter, the moment it is put together from the checkpoint."""
+
+    def convert(  # type: ignore[override]
+        self,
+        input_dict: dict[str, Any],
+        full_layer_name: str | None = None,
+        model: torch.nn.Module | None = None,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        result: dict[str, torch.Tensor] = {}
+        for path, value in input_dict.items():
+            module, name = get_module_from_name(model, path)
+            if not is_expert_weight(module, name):
+                result |= super().convert({path: value}, full_layer_name=full_layer_name, model=model, **kwargs)
+                continue
+            weight = value[0] if isinstance(value, list) else value
+            # Packed already where the experts came one by one; whole where the checkpoint holds them fused.
+            result[path] = weight if name in expert_states(module) else quantise_experts(module, name, weight)
+            module._is_hf_initialized = True
+        return result
+
+
+def has_fused_experts(module: torch.nn.Module) -> bool:
+    """True for what `use_experts_implementation` decorates: all experts of a layer in 3-D parameters."""
+    return hasattr(module, "is_transposed") and hasattr(module, "_apply_gate") and "down_proj" in module._parameters
+
+
+def is_expert_weight(module: torch.nn.Module, name: str) -> bool:
+    if not has_fused_experts(module) or name not in ("gate_up_proj", "up_proj", "down_proj"):
+        return False
+    parameter = module._parameters[name]
+    # Three axes before it is quantised, packed bytes after.
+    return parameter is not None and (parameter.dim() == 3 or name in expert_states(module))
+
+
+def expert_states(module: torch.nn.Module) -> dict[str, bnb.QuantState]:
+    """How to read the packed bytes of a module's experts, by parameter name; empty before they are quantised."""
+    states: dict[str, bnb.QuantState] = module.__dict__.setdefault(_STATES, {})
+    return states
+
+
+def unpacked_experts(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The experts of a module that stay unpacked (training.quantization.dequantized_cache), by parameter name."""
+    weights: dict[str, torch.Tensor] = module.__dict__.setdefault(_UNPACKED, {})
+    return weights
+
+
+def unpack_once_for_backward(model: torch.nn.Module) -> None:
+    """For a model that recomputes its activations layer by layer: what recomputing unpacks, backward uses.
+
+    What a layer saves while it is recomputed is gone when its backward is done, and what it saves before that is
+    dropped at once. So one layer's experts are held, and they are unpacked twice a micro-batch instead of three times.
+    Without recomputing, every layer's would be held.
+    """
+    for module in model.modules():
+        if has_fused_experts(module):
+            module.__dict__[_HELD] = True
+
+
+def quantise_experts(module: torch.nn.Module, name: str, weight_EOI: torch.Tensor) -> torch.nn.Parameter:
+    """Pack one expert parameter and remember its state on the module. The caller puts the result in its place."""
+    packed, state = pack(pieces_of(weight_EOI), weight_EOI.shape, weight_EOI.dtype, weight_EOI.device)
+    expert_states(module)[name] = state
+    return torch.nn.Parameter(packed, requires_grad=False)
+
+
+class _Nf4GroupedMatmul(torch.autograd.Function):
+    """rows_SI @ weight of the row's expert. Keeps the stored weight, packed as a rule, and unpacks it in backward."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917 - autograd passes its arguments by position
+        ctx: Any,
+        rows_SI: torch.Tensor,
+        stored: torch.Tensor,
+        state: bnb.QuantState | None,
+        ends_E: torch.Tensor,
+        is_transposed: bool,
+        is_held: bool,
+    ) -> torch.Tensor:
+        """`state` says how to unpack what is stored; None where it is unpacked. `is_held`: keep what was unpacked."""
+        weight = _unpack(stored, state)
+        ctx.save_for_backward(weight if is_held else stored, ends_E)
+        ctx.state, ctx.is_transposed, ctx.rows_dtype = None if is_held else state, is_transposed, rows_SI.dtype
+        # As stored (E, out, in), or (E, in, out) where the model says transposed; the product wants (E, in, out).
+        return _grouped_mm(rows_SI, weight if is_transposed else weight.transpose(-2, -1), ends_E)
+
+    @staticmethod
+    def backward(ctx: Any, grad_SO: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
+        stored, ends_E = ctx.saved_tensors
+        weight = _unpack(stored, ctx.state)
+        back = weight.transpose(-2, -1) if ctx.is_transposed else weight
+        return _grouped_mm(grad_SO.contiguous(), back, ends_E).to(ctx.rows_dtype), None, None, None, None, None
+
+
+def _unpack(stored: torch.Tensor, state: bnb.QuantState | None) -> torch.Tensor:
+    return stored if state is None else bnb.dequantize_4bit(stored, state)
+
+
+def nf4_grouped_experts(
+    module: Any, hidden_ND: torch.Tensor, chosen_NK: torch.Tensor, weight_NK: torch.Tensor
+) -> torch.Tensor:
+    """Every token through its K experts: sort by expert, one grouped product up, one down, sort back, sum.
+
+    The arithmetic of transformers' own `grouped_mm`, with weights that are unpacked when they are needed.
+    """
+    tokens, k = chosen_NK.shape
+    expert_S, order_S = torch.sort(chosen_NK.reshape(-1))
+    rows_SD = hidden_ND[order_S // k]
+    # histc, and on the CPU in float: bincount is not deterministic, integer histc does not exist there.
+    counted = expert_S.float() if hidden_ND.device.type == "cpu" else expert_S.int()
+    count_E = torch.histc(counted, bins=module.num_experts, min=0, max=module.num_experts - 1)
+    ends_E = torch.cumsum(count_E, dim=0, dtype=torch.int32)
+
+    up_name = "gate_up_proj" if module.has_gate else "up_proj"
+    middle_SI = _multiply(module, up_name, rows_SD, ends_E, expert_S)
+    middle_SI = module._apply_gate(middle_SI) if module.has_gate else module.act_fn(middle_SI)
+    out_SD = _multiply(module, "down_proj", middle_SI, ends_E, expert_S)
+    if module.has_post_expert_norm:
+        out_SD = module.post_expert_norm(out_SD)
+
+    out_SD = out_SD * weight_NK.reshape(-1)[order_S].unsqueeze(-1)
+    back_S = torch.empty_like(order_S)
+    back_S[order_S] = torch.arange(order_S.numel(), device=order_S.device)
+    # Reshape and sum, not index_add_: that is not deterministic on a GPU.
+    return out_SD[back_S].view(tokens, k, -1).sum(dim=1).to(hidden_ND.dtype)
+
+
+def _multiply(module: Any, name: str, rows: torch.Tensor, ends_E: torch.Tensor, expert_S: torch.Tensor) -> torch.Tensor:
+    unpacked = unpacked_experts(module).get(name)
+    stored, state = (module._parameters[name], expert_states(module)[name]) if unpacked is None else (unpacked, None)
+    product: torch.Tensor = _Nf4GroupedMatmul.apply(  # type: ignore[no-untyped-call]
+        rows, stored, state, ends_E, module.is_transposed, module.__dict__.get(_HELD, False)
+    )
+    if module.has_bias:
+        product = product + getattr(module, f"{name}_bias")[expert_S]
+    return product
+
+
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS_FUNCTION, nf4_grouped_experts)

@@ -1,0 +1,1 @@
+"""What a run leaves beside its adapter: history, summary, chart, trackers."""
