@@ -14,8 +14,6 @@ BASE    ?= runpod/pytorch:1.0.3-cu1281-torch291-ubuntu2404
 DATA    ?=
 # A CPU needs no more than the CPU build of torch; on a machine with an NVIDIA driver pip takes the default one.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# What is imported is compiled then; of two gigabytes most never is.
-export PIP_NO_COMPILE := 1
 
 .PHONY: help demo ask playground test test-system lint bench chaos types image image-check clean install
 
@@ -31,9 +29,10 @@ ask: $(STAMP) ## ask the model that the demo trained: make ask Q="Why do cats pu
 playground: $(STAMP) ## a database, a host and the dashboard on this machine until Ctrl-C, to try things on
 	@$(PY) -m daemon playground
 
-# Most of a test's time is spent waiting for processes and leases: four workers keep two cores busy.
+# Much of a test's time is spent waiting for processes and leases: four workers keep two cores busy. Each has a part of
+# the files, so that what a file shares is made once, and helps the others when it is through.
 test: $(STAMP) ## the tests that need nothing beyond pip (about thirteen minutes on two cores)
-	@$(PY) -m pytest -m "not system and not gpu" --numprocesses 4 --dist loadfile --no-loadscope-reorder
+	@$(PY) -m pytest -m "not system and not gpu" --numprocesses 4 --dist worksteal
 
 test-system: $(STAMP) ## the slower tests; installs what they need from Debian
 	@.ci/system-packages

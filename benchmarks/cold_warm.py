@@ -30,8 +30,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from daemon.database.embedded_server import EmbeddedPostgres
 from daemon.demo.model import MODEL_NAME, find_gguf
 from daemon.schema.migrations import migrate
-from tests.daemon_process import REAL, ROOT, DaemonProcess, eventually
+from tests.daemon_process import REAL, DaemonProcess, eventually
 from tests.lifecycle.queue import FINAL, Queue
+from tests.paths import ROOT
 
 MODES = ("off", "libraries", "model")
 # Small on purpose: what is measured is everything but the training.

@@ -32,9 +32,9 @@ sys.path.insert(0, str(ROOT))
 import psycopg  # noqa: E402
 
 from tests.daemon_process import eventually  # noqa: E402
-from tests.gateway.browser import Browser, open_browser  # noqa: E402
 from tests.gateway.conftest import KEY, Gateway  # noqa: E402
-from tests.gateway.seeded_world import seed  # noqa: E402
+from tests.gateway.dashboard.browser import Browser, open_browser  # noqa: E402
+from tests.gateway.dashboard.seeded_world import seed  # noqa: E402
 from tests.gateway.watching import Watcher  # noqa: E402
 from tests.lifecycle.queue import Queue  # noqa: E402
 from tests.postgres import Server, migrated, open_server  # noqa: E402

@@ -16,10 +16,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import structlog
 
+from tests.doubles.runpod_api import RunPodDouble
 from tests.fleet.day import Day, table
 from tests.fleet.yard import Yard
 from tests.postgres import AppDatabase, migrated, open_server
-from tests.runpod_double import RunPodDouble
 
 
 def main() -> None:

@@ -36,10 +36,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from daemon.database.embedded_server import EmbeddedPostgres
 from daemon.schema.migrations import migrate
 from daemon.service import run_service
-from tests.daemon_process import ROOT, DaemonProcess
+from tests.daemon_process import DaemonProcess
+from tests.doubles.tcp_proxy import TcpProxy
 from tests.lifecycle.queue import Queue
-from tests.lifecycle.tcp_proxy import TcpProxy
-from tests.training.child import start
+from tests.paths import ROOT
+from tests.training.process.child import start
 from training.event_writer import AnyEvent, Voice
 from training.events import AdapterSaved, Progress
 from training.spec import Hyperparameters, JobSpec

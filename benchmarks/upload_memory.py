@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from daemon.storage.supabase import SupabaseStorage  # noqa: E402
 from daemon.storage.tus import CHUNK_BYTES, PIECE_BYTES  # noqa: E402
-from tests.storage_double import SERVICE_KEY  # noqa: E402
+from tests.doubles.storage import SERVICE_KEY  # noqa: E402
 
 MIB = 1024 * 1024
 KEY = {"apikey": SERVICE_KEY}
@@ -106,7 +106,7 @@ def measure(megabytes: int, cuts: int, upload: Upload = ours) -> Measured:
         folder = Path(name)
         local = folder / "adapter.tar.gz"
         sha256 = _write_random(local, megabytes)
-        command = [sys.executable, "-m", "tests.storage_double", str(folder / "double"), str(cuts)]
+        command = [sys.executable, "-m", "tests.doubles.storage", str(folder / "double"), str(cuts)]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as double:
             assert double.stdin is not None
             assert double.stdout is not None

@@ -1,26 +1,33 @@
 """Fixtures of every test: one Postgres a run, one freshly migrated database a test. And their order.
 
-Files with long waits come first, so that no worker is left alone with one at the end. `--shuffle` runs the files, and
-the tests of each file, in a random order; the seed is printed, and `--shuffle SEED` repeats that order.
+`--shuffle` runs the files, and the tests of each file, in a random order; the seed is printed, and `--shuffle SEED`
+repeats that order.
 """
 
 from __future__ import annotations
 
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 import structlog
 
+from daemon.database.connection import Database
+from daemon.queue.store import Store
 from tests.database_pool import DatabasePool
+from tests.doubles.files import FileServer
+from tests.doubles.receiver import Receiver
+from tests.doubles.runpod_api import RunPodDouble
+from tests.doubles.storage import StorageDouble
+from tests.lifecycle.project import Project
+from tests.lifecycle.queue import Queue
 from tests.postgres import AppDatabase, Server, migrated, open_server
 
 _POSTGRES = pytest.StashKey[str]()
-# Whose tests wait longest, by --durations; all other files in their usual order.
-_FIRST = ("test_outages.py", "test_supervisord.py", "test_serverless.py", "test_child.py", "test_demo.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -76,6 +83,41 @@ def database(postgres: Server, database_pool: DatabasePool) -> Iterator[AppDatab
         app.close()
 
 
+@pytest.fixture
+def queue(database: AppDatabase, tmp_path: Path) -> Queue:
+    return Queue(database.dsn, tmp_path)
+
+
+@pytest.fixture
+async def project(queue: Queue, tmp_path: Path) -> AsyncIterator[Project]:
+    async with StorageDouble(tmp_path / "double") as storage, Receiver() as receiver:
+        yield Project(queue, storage, receiver, tmp_path)
+
+
+@pytest.fixture
+async def store(database: AppDatabase) -> AsyncIterator[Store]:
+    async with Database(database.dsn, application_name="test") as connection:
+        yield Store(connection)
+
+
+@pytest.fixture
+def user(database: AppDatabase) -> UUID:
+    return database.insert_user()
+
+
+@pytest.fixture
+def runpod() -> Iterator[RunPodDouble]:
+    with RunPodDouble() as double:
+        yield double
+
+
+@pytest.fixture
+def files() -> Iterator[FileServer]:
+    """Where callers without a row have their datasets."""
+    with FileServer() as server:
+        yield server
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
     """All workers of a parallel run collect in one order."""
@@ -89,7 +131,6 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.option.shuffle is None:
-        items.sort(key=lambda item: _FIRST.index(item.path.name) if item.path.name in _FIRST else len(_FIRST))
         return
     order = random.Random(config.option.shuffle)
     rank: dict[Path, float] = {}

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tests.paths import ROOT, SCRIPTED_DAEMON
+
 T = TypeVar("T")
-ROOT = Path(__file__).parents[1]
-SCRIPTED = (sys.executable, str(ROOT / "tests" / "scripted_daemon.py"))
+SCRIPTED = (sys.executable, str(SCRIPTED_DAEMON))
 REAL = (sys.executable, "-m", "daemon", "run")
 
 

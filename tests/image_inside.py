@@ -34,7 +34,7 @@ from psycopg.types.json import Jsonb
 
 from daemon.database.embedded_server import EmbeddedPostgres
 from tests.daemon_process import children_of, eventually
-from tests.storage_double import SERVICE_KEY, Bucket, StorageDouble
+from tests.doubles.storage import SERVICE_KEY, Bucket, StorageDouble
 from tests.tiny_models import write_conversations
 
 COMMAND = ("bash", "/opt/brightrun/daemon/pod/container.sh")

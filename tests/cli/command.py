@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.daemon_process import ROOT, eventually
+from tests.daemon_process import eventually
+from tests.paths import ROOT
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,11 @@
-"""A queue of one's own and a command line that knows it."""
+"""A command line that knows the test's queue."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 
 from tests.cli.command import CommandLine
 from tests.lifecycle.queue import Queue
-from tests.postgres import AppDatabase
-
-
-@pytest.fixture
-def queue(database: AppDatabase, tmp_path: Path) -> Queue:
-    return Queue(database.dsn, tmp_path)
 
 
 @pytest.fixture

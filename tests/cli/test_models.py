@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.command import CommandLine
-from tests.hub_double import COMMIT, HubDouble
+from tests.doubles.hub import COMMIT, HubDouble
 from tests.lifecycle.queue import write_model_folder
 from tests.tiny_models import make_model
 

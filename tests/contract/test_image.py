@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 from configparser import RawConfigParser
-from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from daemon.service import LAST_CALLBACKS_SECONDS, SUPERVISOR_START_SECONDS
 from daemon.settings import Settings
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 from typer.main import get_command
 
 from daemon.__main__ import app
 from daemon.fleet.plan import read_plan
 from daemon.gateway.schemas import RunRequest
+from tests.paths import ROOT
 from tests.postgres import AppDatabase
 from training.events import ErrorCode
 from training.spec import parse_row
 
-ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "operators-guide.md").read_text(encoding="utf-8")
 
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 from pydantic import AliasChoices
@@ -14,10 +13,11 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from daemon.settings import Settings
+from tests.paths import ROOT
 from training.events import ErrorCode
 from training.spec import Hyperparameters
 
-README = Path(__file__).parents[2] / "README.md"
+README = ROOT / "README.md"
 
 
 def _shown(value: Any) -> str:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from daemon.database.embedded_server import EmbeddedPostgres
 from daemon.schema.migrations import migrate
-from tests.docs.npm import ROOT, installed
+from tests.docs.npm import installed
+from tests.paths import ROOT
 
 TYPES = ROOT / "docs" / "examples" / "nextjs" / "lib" / "database.types.ts"
 TOOLS = {"supabase": "3.1.0", "prettier": "3.10.1"}

@@ -24,9 +24,10 @@ from daemon.__main__ import app
 from daemon.database.connection import Database
 from daemon.demo.model import MODEL_NAME
 from daemon.queue.store import Store
-from tests.docs.blocks import COMPARED, ELSEWHERE, REASONS, ROOT, RUN, Block, blocks, runnable
+from tests.docs.blocks import COMPARED, ELSEWHERE, REASONS, RUN, Block, blocks, runnable
 from tests.docs.render import DOCS, PAGES
 from tests.docs.test_cookbook import as_psql, furnish, run_as
+from tests.paths import ROOT
 from tests.postgres import AppDatabase
 from training.spec import parse_row
 

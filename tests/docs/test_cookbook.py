@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator, Mapping
-from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -14,11 +13,12 @@ import pytest
 
 from daemon.database.connection import Database
 from daemon.queue.store import Store
+from tests.paths import ROOT
 from tests.postgres import AppDatabase
-from tests.sql.claiming import claimed
+from tests.queue.claiming import claimed
 from tests.sql.world import Jobs, held, orphan, populate
 
-COOKBOOK = Path(__file__).parents[2] / "docs" / "cookbook.md"
+COOKBOOK = ROOT / "docs" / "cookbook.md"
 ROLES = {"user": "authenticated", "server": "service_role"}
 QUERIES = re.findall(r"```sql\n(.*?)```", COOKBOOK.read_text(), re.DOTALL)
 

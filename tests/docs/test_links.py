@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tests.docs.blocks import ROOT, pages
+from tests.docs.blocks import pages
+from tests.paths import ROOT
 
 
 def anchors(page: Path) -> set[str]:

@@ -11,10 +11,10 @@ from pathlib import Path
 from daemon.report.webhook import MAX_BODY_BYTES
 from daemon.storage.publish import BESIDE
 from sql import migrations, queries
+from tests.paths import ROOT
 from tests.postgres import AppDatabase
 from training.events import ErrorCode, Stage
 
-ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "reference.md").read_text()
 # Described by what we write into them; their columns are the app's own.
 APP_TABLES = {"datasets", "metrics_points", "model_artifacts", "cost_records", "notifications"}

@@ -13,7 +13,7 @@ from daemon.schema.migrations import bring_up_to_date, faults
 from tests.docs.blocks import blocks
 from tests.docs.test_commands import shell
 from tests.postgres import AppDatabase
-from tests.sql.test_restored import fill
+from tests.schema.test_restored import fill
 
 PAGE = "docs/how-to/restoring.md"
 

@@ -17,7 +17,8 @@ from pydantic import SecretStr
 
 from daemon.report.webhook import message_body, signed_headers, signing_keys
 from tests.docs.database_types import TYPES, generated
-from tests.docs.npm import ROOT, installed
+from tests.docs.npm import installed
+from tests.paths import ROOT
 from tests.postgres import AppDatabase
 
 pytestmark = pytest.mark.system

@@ -20,8 +20,8 @@ from daemon.queue.job import Lease
 from daemon.queue.outcome import Completed
 from daemon.queue.rows import Limits
 from daemon.queue.store import Store
+from tests.doubles.runpod_api import PodRow
 from tests.fleet.yard import H100, Yard
-from tests.runpod_double import PodRow
 
 DAY_MINUTES = 24 * 60
 BOOT_MINUTES = 6

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from tests.doubles.runpod_api import RunPodDouble
 from tests.fleet.day import Day, table
 from tests.fleet.yard import Yard
 from tests.postgres import AppDatabase
-from tests.runpod_double import RunPodDouble
 
 
 @pytest.mark.system

@@ -15,9 +15,9 @@ from daemon.fleet.loop import serve_fleet
 from daemon.fleet.plan import read_plan
 from daemon.pod.runpod_api import RunPodError
 from daemon.queue.rows import Limits
+from tests.doubles.runpod_api import RunPodDouble
 from tests.fleet.yard import A40, H100, Yard
 from tests.postgres import AppDatabase
-from tests.runpod_double import RunPodDouble
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ from typing import Any
 from uuid import uuid4
 
 from tests.daemon_process import DaemonProcess, eventually
+from tests.doubles.receiver import Receiver
+from tests.doubles.runpod_api import RunPodDouble
 from tests.fleet.yard import PLAN
 from tests.postgres import AppDatabase
-from tests.receiver import Receiver
-from tests.runpod_double import RunPodDouble
 
 FLEET = (sys.executable, "-m", "daemon", "fleet")
 

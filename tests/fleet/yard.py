@@ -16,8 +16,8 @@ from daemon.fleet.store import FleetStore
 from daemon.pod.runpod_api import Key, RunPod
 from daemon.queue.store import Store
 from daemon.settings import Settings, load_settings
+from tests.doubles.runpod_api import PodRow, RunPodDouble
 from tests.postgres import AppDatabase
-from tests.runpod_double import PodRow, RunPodDouble
 
 H100, A40 = "NVIDIA H100 80GB HBM3", "NVIDIA A40"
 PLAN: dict[str, Any] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +9,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.daemon_process import ROOT, DaemonProcess
-from tests.gateway.files import FileServer
+from tests.daemon_process import DaemonProcess
 from tests.lifecycle.queue import Queue
-from tests.postgres import AppDatabase, Server
+from tests.paths import ROOT
+from tests.postgres import Server
 
 KEY = "the-key-of-this-test-0123456789"
 SERVE = (sys.executable, str(ROOT / "tests" / "gateway" / "serve.py"))
@@ -40,11 +39,6 @@ class Gateway(DaemonProcess):
 
 
 @pytest.fixture
-def queue(database: AppDatabase, tmp_path: Path) -> Queue:
-    return Queue(database.dsn, tmp_path)
-
-
-@pytest.fixture
 def gateway(queue: Queue, tmp_path: Path) -> Iterator[Gateway]:
     with Gateway(queue, tmp_path) as running:
         yield running
@@ -54,18 +48,6 @@ def gateway(queue: Queue, tmp_path: Path) -> Iterator[Gateway]:
 def client(gateway: Gateway) -> Iterator[httpx.Client]:
     with gateway.client() as caller:
         yield caller
-
-
-@pytest.fixture
-def files() -> Iterator[FileServer]:
-    """Where callers without a row have their datasets."""
-    with FileServer() as server:
-        yield server
-
-
-def script_file(*actions: list[object]) -> bytes:
-    """A dataset that tells the scripted trainer what to do."""
-    return (json.dumps({"script": actions}) + "\n").encode()
 
 
 @pytest.fixture(scope="module")

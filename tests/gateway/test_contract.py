@@ -10,8 +10,8 @@ import psycopg
 import pytest
 
 from tests.daemon_process import eventually
-from tests.gateway.conftest import Gateway, script_file
-from tests.gateway.files import FileServer
+from tests.doubles.files import FileServer, script_file
+from tests.gateway.conftest import Gateway
 from tests.lifecycle.queue import Queue
 
 METRICS = {

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon_process import ROOT
 from tests.gateway.conftest import KEY, Gateway
 from tests.lifecycle.queue import Queue
+from tests.paths import ROOT
 
 ST = Path(sys.executable).with_name("schemathesis")
 CONFIG = ROOT / "tests" / "gateway" / "schemathesis.toml"

@@ -12,9 +12,9 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from tests.daemon_process import DaemonProcess
+from tests.doubles.receiver import Receiver
+from tests.doubles.storage import StorageDouble
 from tests.lifecycle.queue import Queue
-from tests.receiver import Receiver
-from tests.storage_double import StorageDouble
 
 SECRET = "whsec_" + base64.b64encode(b"marked-callback-secret-of-the-test").decode()
 

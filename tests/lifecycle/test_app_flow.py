@@ -17,12 +17,13 @@ import pytest
 
 from daemon.schema.migrations import migrate, split_statements
 from tests.daemon_process import SCRIPTED, DaemonProcess, eventually
+from tests.doubles.receiver import Receiver
+from tests.doubles.storage import StorageDouble
 from tests.lifecycle.queue import write_model_folder
+from tests.paths import ROOT
 from tests.postgres import AppDatabase, Server, app_job, insert_statement
-from tests.receiver import Receiver
-from tests.storage_double import StorageDouble
 
-TESTS = Path(__file__).parents[1]
+TESTS = ROOT / "tests"
 SCRIPTS = (TESTS.parent / "sql" / "local" / "supabase.sql", TESTS / "app_schema.sql")
 FINAL = ("completed", "failed", "cancelled")
 

@@ -35,10 +35,11 @@ from daemon.errors import DatabaseAway, LeaseLost
 from daemon.queue.rows import Location, MetricPoint
 from daemon.queue.store import Store
 from daemon.schema.migrations import migrate
-from tests.daemon_process import REAL, ROOT, SCRIPTED, DaemonProcess, children_of, eventually
+from tests.daemon_process import REAL, SCRIPTED, DaemonProcess, children_of, eventually
+from tests.doubles.tcp_proxy import TcpProxy
 from tests.lifecycle.queue import Queue
-from tests.lifecycle.tcp_proxy import TcpProxy
 from tests.lifecycle.test_peer_failures import STALE_WRITES, claim, reaped_lease
+from tests.paths import ROOT
 from tests.tiny_models import conversation, make_model
 
 ORACLE = Path(__file__).with_name("oracle.py")

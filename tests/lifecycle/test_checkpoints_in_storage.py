@@ -19,8 +19,8 @@ from uuid import UUID, uuid4
 import pytest
 
 from tests.daemon_process import REAL, DaemonProcess, alive, eventually
+from tests.doubles.storage import StorageDouble
 from tests.lifecycle.queue import Queue
-from tests.storage_double import StorageDouble
 from tests.tiny_models import conversation, make_model
 
 BUCKET = "lora-models"

@@ -24,8 +24,9 @@ from daemon.storage.open import open_storage
 from daemon.trainer.pool import Trainers
 from daemon.troubles import Troubles
 from daemon.worker import Worker
-from tests.daemon_process import ROOT, eventually
+from tests.daemon_process import eventually
 from tests.lifecycle.queue import Queue
+from tests.paths import SCRIPTED_TRAINER
 
 LONG = [["steps", 2000, 0.02]]
 
@@ -51,7 +52,7 @@ async def resting(
         Database(queue.dsn, application_name="beat") as beat,
     ):
         storage = open_storage(settings)
-        command = (sys.executable, str(ROOT / "tests" / "scripted_trainer.py"))
+        command = (sys.executable, str(SCRIPTED_TRAINER))
         worker = Worker(
             Collaborators(
                 settings=settings,

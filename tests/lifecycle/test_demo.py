@@ -23,9 +23,10 @@ from daemon.demo.model import MODEL_NAME
 from daemon.demo.run import VOICE
 from daemon.demo.screen.live import Screen
 from daemon.terminal.braille_plot import draw_curve
-from tests.daemon_process import ROOT, alive, children_of, eventually
+from tests.daemon_process import alive, children_of, eventually
 from tests.docs.blocks import blocks
 from tests.gateway.watching import sign_in
+from tests.paths import ROOT
 
 
 class Demo:

@@ -8,8 +8,9 @@ from uuid import UUID
 
 from psycopg.types.json import Jsonb
 
-from tests.daemon_process import ROOT, DaemonProcess, eventually
+from tests.daemon_process import DaemonProcess, eventually
 from tests.lifecycle.queue import Queue
+from tests.paths import DOUBLES
 
 LONG = [["steps", 4000, 0.05]]
 
@@ -17,7 +18,7 @@ LONG = [["steps", 4000, 0.05]]
 def host_with_four_cards(queue: Queue, folder: Path) -> DaemonProcess:
     # Without trainers that wait for work: each child here has a job.
     daemon = queue.daemon(folder, device="cuda", poll_seconds=60, warm="off")
-    double = str(ROOT / "tests" / "nvml_double")
+    double = str(DOUBLES / "nvml")
     daemon.environment["PYTHONPATH"] = f"{double}{os.pathsep}{daemon.environment['PYTHONPATH']}"
     return daemon
 

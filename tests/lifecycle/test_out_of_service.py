@@ -14,6 +14,7 @@ import pytest
 
 from tests.daemon_process import eventually
 from tests.lifecycle.queue import Queue
+from tests.paths import SCRIPTED_TRAINER
 
 LONG = [["steps", 2000, 0.02]]
 
@@ -157,7 +158,7 @@ def test_an_unfit_host_is_no_living_worker_and_its_state_is_shown(
 
 def write_trainer(program: Path) -> None:
     """The scripted trainer under another name, put in place whole."""
-    real = Path(__file__).parents[1] / "scripted_trainer.py"
+    real = SCRIPTED_TRAINER
     hidden = program.with_suffix(".new")
     hidden.write_text(f"#!{sys.executable}\n{real.read_text()}")
     hidden.chmod(0o755)

@@ -28,8 +28,8 @@ from daemon.database.embedded_server import EmbeddedPostgres
 from daemon.database.listener import Listener
 from daemon.schema.migrations import migrate
 from tests.daemon_process import DaemonProcess, alive, eventually
+from tests.doubles.tcp_proxy import TcpProxy
 from tests.lifecycle.queue import Queue
-from tests.lifecycle.tcp_proxy import TcpProxy
 
 SLOW_POLL = 60
 # A minute is what made pgqueuer and procrastinate give up for good.

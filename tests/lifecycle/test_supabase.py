@@ -20,10 +20,10 @@ from pydantic import SecretStr
 
 from daemon.report.webhook import signing_keys, verify
 from tests.daemon_process import alive, eventually
+from tests.doubles.receiver import Answer, Receiver
+from tests.doubles.storage import StorageDouble
 from tests.lifecycle.project import SECRET, Project
 from tests.lifecycle.queue import Queue
-from tests.receiver import Answer, Receiver
-from tests.storage_double import StorageDouble
 
 
 async def test_a_row_becomes_an_adapter_in_storage_and_every_row_that_the_app_expects(project: Project) -> None:

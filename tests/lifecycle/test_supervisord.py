@@ -19,9 +19,10 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.daemon_process import ROOT, SCRIPTED, DaemonProcess, alive, children_of, eventually
+from tests.daemon_process import SCRIPTED, DaemonProcess, alive, children_of, eventually
+from tests.doubles.runpod_api import RunPodDouble
 from tests.lifecycle.queue import Queue
-from tests.runpod_double import RunPodDouble
+from tests.paths import ROOT
 
 SUPERVISORD = Path(sys.executable).with_name("supervisord")
 SUPERVISORCTL = Path(sys.executable).with_name("supervisorctl")

@@ -18,7 +18,7 @@ from daemon.queue.rows import Callback, MetricPoint
 from daemon.queue.states import State
 from daemon.queue.store import Store
 from tests.postgres import AppDatabase
-from tests.sql.claiming import claim, claimed
+from tests.queue.claiming import claim, claimed
 from tests.sql.world import held, orphan
 from training.events import ErrorCode
 

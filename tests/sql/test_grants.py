@@ -13,7 +13,7 @@ from daemon.queue.outcome import Completed
 from daemon.queue.rows import MetricPoint, WorkerRow
 from daemon.queue.store import Store
 from tests.postgres import AppDatabase
-from tests.sql.claiming import claimed
+from tests.queue.claiming import claimed
 
 # r select, i insert, u update, d delete; in parentheses: of some columns only.
 MATRIX: dict[str, dict[str, str]] = {

@@ -18,7 +18,7 @@ from daemon.database.statements import statement
 from daemon.queue.store import Store
 from tests.daemon_process import eventually
 from tests.postgres import AppDatabase
-from tests.sql.claiming import claim
+from tests.queue.claiming import claim
 
 QUEUED = 5_000
 CLAIM = {

@@ -11,7 +11,7 @@ import pytest
 from daemon.queue.rows import WorkerRow
 from daemon.queue.store import Store
 from tests.postgres import AppDatabase
-from tests.sql.claiming import claimed
+from tests.queue.claiming import claimed
 
 
 def reason(database: AppDatabase, job_id: UUID) -> str:

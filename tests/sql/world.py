@@ -10,7 +10,7 @@ from daemon.queue.outcome import Completed, Failed
 from daemon.queue.rows import MetricPoint, WorkerRow
 from daemon.queue.store import Store
 from tests.postgres import AppDatabase
-from tests.sql.claiming import claimed
+from tests.queue.claiming import claimed
 from training.events import ErrorCode
 
 RECEIVER = "https://app.example.org/hook"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from tests.paths import ROOT
 from tests.training.conftest import HeardVoice, ModelOf, SpecOf
 from training.base.load import warn_of_missing_kernels
 from training.failures import TrainingFailed
@@ -94,7 +95,7 @@ def test_a_trainer_hides_wrong_kernels_before_transformers_chooses_them(
     code += "import transformers.models.qwen3_next.modeling_qwen3_next\n" if is_hidden else ""
     ended = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
-        env={"PYTHONPATH": f"{folder}:{Path(__file__).parents[2]}"},
+        env={"PYTHONPATH": f"{folder}:{ROOT}"},
         capture_output=True,
         text=True,
         check=False,

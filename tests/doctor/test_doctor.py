@@ -1,0 +1,424 @@
+"""The doctor: each line green where the thing works, and red with advice where it does not; by JSON and exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from psycopg.types.json import Jsonb
+
+from daemon.doctor import host_checks as doctor_host
+from daemon.doctor import service_checks as doctor_services
+from daemon.doctor.check_result import Finding, Light
+from daemon.doctor.host_checks import check_disk, check_model, read_selfcheck
+from daemon.doctor.run import examine
+from daemon.doctor.service_checks import check_callbacks, check_database, check_storage
+from daemon.host.inspect import installed_versions
+from daemon.settings import Settings, load_settings
+from tests.doubles.storage import Bucket, StorageDouble
+from tests.lifecycle.queue import write_model_folder
+from tests.paths import ROOT
+from tests.postgres import AppDatabase, Server
+
+# What `python -m training.preflight.selfcheck cuda` says on an H100 with everything installed.
+CARD = {
+    "torch": "2.13.0", "transformers": "5.23.0", "bitsandbytes": "0.50.2", "cuda_available": True, "cuda": "12.8",
+    "bf16": True, "capability": "9.0", "flash_linear_attention": True, "causal_conv1d": True, "nf4_error": None,
+}  # fmt: skip
+
+
+def settings(folder: Path, **given: Any) -> Settings:
+    usual = {
+        "database_url": "postgresql://nobody@127.0.0.1:9/none",
+        "device": "cpu",
+        "models_dir": folder / "models",
+        "work_dir": folder / "jobs",
+        "storage_dir": folder / "storage",
+        "default_model": "tiny",
+        "model_downloads": False,
+    }
+    return load_settings(**(usual | given))
+
+
+async def by_name(findings: AsyncIterator[Finding]) -> dict[str, Finding]:
+    return {finding.name: finding async for finding in findings}
+
+
+def assert_red(finding: Finding, *words: str, light: Light = Light.RED) -> None:
+    assert finding.light is light, finding
+    assert finding.advice, "a line that is not green says what to do"
+    for word in words:
+        assert word in f"{finding.detail} {finding.advice}", finding
+
+
+# -- this machine ------------------------------------------------------------------------------------------------
+
+
+def selfcheck(**differing: object) -> dict[str, Finding]:
+    return {finding.name: finding for finding in read_selfcheck("cuda", 0, json.dumps(CARD | differing), "")}
+
+
+def test_a_card_with_everything_is_green_line_by_line() -> None:
+    found = selfcheck()
+    assert list(found) == ["4-bit layers", "CUDA", "bf16", "flash-linear-attention", "causal-conv1d"]
+    assert {finding.light for finding in found.values()} == {Light.GREEN}
+
+
+@pytest.mark.parametrize(
+    ("differing", "line", "light", "words"),
+    [
+        ({"nf4_error": "RuntimeError: no kernel image"}, "4-bit layers", Light.RED, ["no kernel image", "reinstall"]),
+        ({"cuda_available": False}, "CUDA", Light.RED, ["2.13.0 sees no card", "CUDA driver"]),
+        ({"bf16": False}, "bf16", Light.RED, ["Ampere"]),
+        ({"flash_linear_attention": False}, "flash-linear-attention", Light.YELLOW, ["pip install"]),
+        (
+            {"kernel_fault": "flash-linear-attention 0.6.0 cannot be used with Triton 3.5.1 on this card"},
+            "flash-linear-attention",
+            Light.RED,
+            ["Triton 3.5.1", "another TORCH"],
+        ),
+        ({"causal_conv1d": False}, "causal-conv1d", Light.YELLOW, ["a wheel for this torch"]),
+    ],
+)
+def test_each_fault_of_a_card_has_its_line(
+    differing: dict[str, object], line: str, light: Light, words: list[str]
+) -> None:
+    assert_red(selfcheck(**differing)[line], *words, light=light)
+
+
+def test_libraries_that_do_not_load_are_red_with_their_last_word() -> None:
+    (finding,) = read_selfcheck("cuda", 1, "", "Traceback …\nImportError: libcudart.so.12: cannot open\n")
+    assert_red(finding, "libcudart.so.12", "constraints.txt")
+
+
+def test_a_library_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor_host.check_python().light is Light.GREEN
+    monkeypatch.setattr(doctor_host, "installed_versions", lambda: {"python": "3.11.2", "torch": "2.13.0"})
+    assert_red(doctor_host.check_python(), "bitsandbytes, peft, transformers, trl", "pip install")
+
+
+async def test_a_trainer_that_does_not_answer_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_host, "SELFCHECK_SECONDS", 0.0)
+    (finding,) = [finding async for finding in doctor_host.check_trainer(settings(tmp_path))]
+    assert_red(finding, "no answer", "nvidia-smi")
+
+
+def test_a_missing_card_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_host, "find_gpus", lambda: ())
+    assert_red(doctor_host.check_device(settings(tmp_path, device="auto")), "nvidia-smi", "TRAINER_DEVICE=cpu")
+
+
+async def test_a_model_that_is_absent_cut_or_whole_is_told_apart(tmp_path: Path) -> None:
+    here = settings(tmp_path)
+    assert_red((await by_name(check_model(here)))["default model"], "tiny")
+    pull = settings(tmp_path, default_model="org/tiny", model_downloads=True)
+    assert_red((await by_name(check_model(pull)))["default model"], "models pull org/tiny", light=Light.YELLOW)
+
+    folder = tmp_path / "models" / "tiny"
+    write_model_folder(folder)
+    found = await by_name(check_model(here))
+    assert found["default model"].light is Light.GREEN
+    assert_red(found["4-bit copy"], "none yet", "models quantize tiny", light=Light.YELLOW)
+
+    weights = next(folder.glob("*.safetensors"))
+    weights.unlink()
+    assert_red((await by_name(check_model(here)))["default model"], weights.name)
+
+
+async def test_a_copy_of_other_libraries_or_without_a_file_is_not_taken_for_one(tmp_path: Path) -> None:
+    write_model_folder(tmp_path / "models" / "tiny")
+    copy = tmp_path / "models" / ".quantized" / "tiny-nf4-0123456789abcdef"
+    copy.mkdir(parents=True)
+    versions = {name: installed_versions()[name] for name in ("bitsandbytes", "transformers", "torch")}
+
+    async def light_with(versions: dict[str, str], files: list[str]) -> Finding:
+        manifest = {"fingerprint": {"versions": versions}, "files": dict.fromkeys(files, "hash")}
+        (copy / "manifest.json").write_text(json.dumps(manifest))
+        return (await by_name(check_model(settings(tmp_path))))["4-bit copy"]
+
+    assert_red(await light_with(versions, ["weights-00000.safetensors"]), "weights-00000", light=Light.YELLOW)
+    (copy / "weights-00000.safetensors").write_bytes(b"weights")
+    assert (await light_with(versions, ["weights-00000.safetensors"])).light is Light.GREEN
+    assert_red(await light_with(versions | {"torch": "1.0"}, []), "torch 1.0", light=Light.YELLOW)
+    (copy / "manifest.json").write_text("cut")
+    assert_red((await by_name(check_model(settings(tmp_path))))["4-bit copy"], "cannot be read", light=Light.YELLOW)
+
+
+@pytest.mark.parametrize(("name", "variable"), [("work folder", "WORK_DIR"), ("models folder", "MODELS_DIR")])
+def test_a_folder_that_cannot_be_written_is_red_with_its_variable(name: str, variable: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    assert_red(check_disk(name, tmp_path / "file" / "below"), f"TRAINER_{variable}")
+    assert check_disk(name, tmp_path / "new").light is not Light.RED
+    assert not list((tmp_path / "new").iterdir()), "the probe was removed"
+
+
+def test_a_full_or_slow_disk_is_not_green(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_host, "MIN_FREE_GIB", 1e9)
+    assert_red(check_disk("work folder", tmp_path), "enlarge")
+    monkeypatch.setattr(doctor_host, "MIN_FREE_GIB", 0.0)
+    monkeypatch.setattr(doctor_host, "SLOW_DISK_MB_A_SECOND", 1e9)
+    assert_red(check_disk("work folder", tmp_path), "slow", light=Light.YELLOW)
+
+
+# -- the database ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def daemons_url(database: AppDatabase) -> Iterator[str]:
+    """A login of the daemon's own, as the operator's guide makes it; the role is the server's, so it is taken back."""
+    database.run("ALTER ROLE training_daemon LOGIN PASSWORD 'for-this-test'")
+    yield as_url(database.dsn, "training_daemon", "for-this-test")
+    database.run("ALTER ROLE training_daemon NOLOGIN PASSWORD NULL")
+
+
+def as_url(dsn: str, user: str, password: str) -> str:
+    host = dsn.partition("@")[2]
+    return f"postgresql://{user}:{password}@{host}"
+
+
+async def test_a_database_as_the_guide_sets_it_up_is_green(daemons_url: str, tmp_path: Path) -> None:
+    found = await by_name(check_database(settings(tmp_path, database_url=daemons_url)))
+    assert [name for name, finding in found.items() if finding.light is not Light.GREEN] == []
+    names = (
+        "database",
+        "migrations",
+        "database role",
+        "rights",
+        "installation",
+        "row security",
+        "clock",
+        "older dispatcher",
+        "hosts",
+        "LISTEN",
+    )
+    expected = list(names)
+    assert list(found) == expected
+    assert "directly at 127.0.0.1" in found["database"].detail
+
+
+async def test_what_living_hosts_say_of_themselves_is_red_with_what_to_do(
+    database: AppDatabase, daemons_url: str, tmp_path: Path
+) -> None:
+    trouble = {
+        "name": "work folder",
+        "message": "/data: full. Free space",
+        "since": "2026-01-02T03:04:05+00:00",
+        "times": 1,
+    }
+    database.run(
+        "INSERT INTO training_workers (id, host, device, state, data) VALUES "
+        "(gen_random_uuid(), 'sick', 'cpu', 'out_of_service', %s), (gen_random_uuid(), 'well', 'cpu', 'idle', '{}')",
+        (Jsonb({"troubles": [trouble]}),),
+    )
+    found = await by_name(check_database(settings(tmp_path, database_url=daemons_url)))
+    assert_red(found["host sick"], "claims nothing; work folder since 2026-01-02T03:04:05: /data: full", "Free space")
+    assert "host well" not in found and "hosts" not in found
+
+
+async def test_a_login_that_may_not_see_what_was_applied_still_gets_every_other_line(
+    database: AppDatabase, daemons_url: str, tmp_path: Path
+) -> None:
+    database.run("REVOKE USAGE ON SCHEMA supabase_migrations FROM training_daemon")
+    found = await by_name(check_database(settings(tmp_path, database_url=daemons_url)))
+    assert_red(found["migrations"], "may not read", "migrate", light=Light.YELLOW)
+    assert found["LISTEN"].light is Light.GREEN
+
+
+async def test_a_database_that_does_not_answer_is_red_and_nothing_more_is_asked(tmp_path: Path) -> None:
+    found = await by_name(check_database(settings(tmp_path)))
+    assert list(found) == ["database"]
+    assert_red(found["database"], "DATABASE_URL")
+
+
+async def test_a_wrong_password_is_red_and_not_shown(database: AppDatabase, tmp_path: Path) -> None:
+    url = as_url(database.dsn, "nobody_of_ours", "marked-password")
+    found = await by_name(check_database(settings(tmp_path, database_url=url)))
+    assert_red(found["database"], "password")
+    assert "marked-password" not in repr(found)
+
+
+async def test_a_database_without_the_migrations_is_red(postgres: Server, tmp_path: Path) -> None:
+    with postgres.database() as name:
+        found = await by_name(check_database(settings(tmp_path, database_url=postgres.dsn(name))))
+    assert list(found) == ["database", "migrations"]
+    assert_red(found["migrations"], "not applied", "brightrun-trainer migrate")
+
+
+async def test_the_administrators_login_is_named(database: AppDatabase, tmp_path: Path) -> None:
+    found = await by_name(check_database(settings(tmp_path, database_url=database.dsn)))
+    assert_red(found["database role"], "ALTER ROLE training_daemon", light=Light.YELLOW)
+
+
+async def test_a_right_that_is_lacking_is_named(database: AppDatabase, tmp_path: Path) -> None:
+    database.run("REVOKE INSERT ON metrics_points FROM training_daemon")
+    database.run("REVOKE DELETE ON training_leases FROM training_daemon")
+    found = await by_name(check_database(settings(tmp_path, database_url=database.dsn)))
+    assert_red(found["rights"], "INSERT on metrics_points", "DELETE on training_leases", "migrate")
+
+
+async def test_a_login_that_may_not_become_the_daemon_is_red(database: AppDatabase, tmp_path: Path) -> None:
+    database.run("CREATE ROLE stranger_of_doctor LOGIN PASSWORD 'for-this-test'")
+    try:
+        database.run("GRANT USAGE ON SCHEMA supabase_migrations TO stranger_of_doctor")
+        database.run("GRANT SELECT ON supabase_migrations.schema_migrations TO stranger_of_doctor")
+        url = as_url(database.dsn, "stranger_of_doctor", "for-this-test")
+        found = await by_name(check_database(settings(tmp_path, database_url=url)))
+        assert_red(found["database role"], "GRANT training_daemon TO stranger_of_doctor")
+    finally:
+        database.run("DROP OWNED BY stranger_of_doctor")
+        database.run("DROP ROLE stranger_of_doctor")
+
+
+async def test_notifications_that_do_not_arrive_are_red(
+    database: AppDatabase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No time to hear one stands for a pooler that drops them."""
+    monkeypatch.setattr(doctor_services, "HEARS_SECONDS", 0.0)
+    found = await by_name(check_database(settings(tmp_path, database_url=database.dsn)))
+    assert_red(found["LISTEN"], "transaction pooler", "5432")
+
+
+async def test_a_clock_that_is_off_is_told(
+    database: AppDatabase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Late(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime.now(UTC) - timedelta(minutes=3)
+
+    monkeypatch.setattr(doctor_services, "datetime", Late)
+    found = await by_name(check_database(settings(tmp_path, database_url=database.dsn)))
+    assert_red(found["clock"], "synchronise", light=Light.YELLOW)
+
+
+async def test_a_cron_job_that_still_dispatches_is_named(database: AppDatabase, tmp_path: Path) -> None:
+    database.run("CREATE SCHEMA cron")
+    database.run("CREATE TABLE cron.job (jobname text, command text, active boolean)")
+    database.run("INSERT INTO cron.job VALUES ('dispatch', 'SELECT net.http_post(''…/training-dispatch'')', true)")
+    here = settings(tmp_path, database_url=database.dsn)
+    assert_red((await by_name(check_database(here)))["older dispatcher"], "may not look", light=Light.YELLOW)
+    database.run("GRANT USAGE ON SCHEMA cron TO training_daemon")
+    database.run("GRANT SELECT ON cron.job TO training_daemon")
+    assert_red((await by_name(check_database(here)))["older dispatcher"], "dispatch", "unschedule", light=Light.YELLOW)
+    database.run("UPDATE cron.job SET active = false")
+    assert (await by_name(check_database(here)))["older dispatcher"].light is Light.GREEN
+
+
+@pytest.mark.parametrize(
+    ("address", "kind"),
+    [
+        ("postgresql://u:p@aws-0-eu.pooler.supabase.com:6543/postgres", "by the transaction pooler"),
+        ("postgresql://u:p@aws-0-eu.pooler.supabase.com:5432/postgres", "by the session pooler"),
+        ("postgresql://u:p@db.project.supabase.co:5432/postgres", "directly"),
+    ],
+)
+def test_the_kind_of_connection_is_read_from_its_address(address: str, kind: str) -> None:
+    assert doctor_services._kind_of_connection(address).startswith(kind)
+
+
+# -- storage and callbacks ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def storage(tmp_path: Path) -> AsyncIterator[StorageDouble]:
+    async with StorageDouble(tmp_path / "double") as double:
+        double.buckets["lora-models"] = Bucket()
+        yield double
+
+
+def with_storage(double: StorageDouble, folder: Path, **given: Any) -> Settings:
+    supabase = {"supabase_url": double.url, "supabase_service_role_key": double.key, "allowed_hosts": double.host}
+    return settings(folder, **(supabase | given))
+
+
+async def test_storage_is_written_read_and_left_empty(storage: StorageDouble, tmp_path: Path) -> None:
+    finding = await check_storage(with_storage(storage, tmp_path))
+    assert finding.light is Light.GREEN, finding
+    assert not [file for file in storage.path_of("lora-models", "").rglob("*") if file.is_file()]
+
+
+async def test_a_wrong_key_a_narrow_bucket_and_a_small_one_are_told_apart(
+    storage: StorageDouble, tmp_path: Path
+) -> None:
+    wrong = await check_storage(with_storage(storage, tmp_path, supabase_service_role_key="sb_secret_wrong"))
+    assert_red(wrong)
+    assert "sb_secret_wrong" not in repr(wrong)
+    storage.buckets["lora-models"] = Bucket(allowed_mime_types=["image/png"])
+    assert_red(await check_storage(with_storage(storage, tmp_path)), "MIME")
+    storage.buckets["lora-models"] = Bucket(file_size_limit=50 * 2**20)
+    small = await check_storage(with_storage(storage, tmp_path))
+    assert_red(small, "52,428,800", "size limit", light=Light.YELLOW)
+
+
+def test_a_callback_secret_that_is_none_is_red(tmp_path: Path) -> None:
+    assert_red(check_callbacks(settings(tmp_path, callback_secrets="plain words")), "openssl")
+    assert_red(check_callbacks(settings(tmp_path)), "TRAINER_CALLBACK_SECRETS", light=Light.YELLOW)
+    good = settings(tmp_path, callback_secrets="whsec_aW1hZ2UtY2hlY2stc2VjcmV0LW9mLTMyLWJ5dGVzIQ==")
+    assert check_callbacks(good).light is Light.GREEN
+
+
+# -- the whole screen --------------------------------------------------------------------------------------------
+
+
+def doctor(environment: dict[str, str], *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    given = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(folder),
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "TRAINER_DEVICE": "cpu",
+        "TRAINER_DEFAULT_MODEL": "tiny",
+        "TRAINER_MODELS_DIR": str(folder / "models"),
+        "TRAINER_WORK_DIR": str(folder / "jobs"),
+        "TRAINER_STORAGE_DIR": str(folder / "storage"),
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "daemon", "doctor", *arguments],
+        env=given | environment, cwd=folder, capture_output=True, text=True, timeout=150, check=False,
+    )  # fmt: skip
+
+
+def test_the_screen_is_json_on_request_and_its_exit_code_says_red(database: AppDatabase, tmp_path: Path) -> None:
+    write_model_folder(tmp_path / "models" / "tiny")
+    healthy = doctor({"DATABASE_URL": database.dsn}, "--json", folder=tmp_path)
+    found = [json.loads(line) for line in healthy.stdout.splitlines()]
+    assert healthy.returncode == 0, healthy.stdout + healthy.stderr
+    expected = {"versions", "GPU", "4-bit layers", "default model", "4-bit copy", "work folder", "models folder"}
+    expected |= {"database", "migrations", "rights", "clock", "LISTEN", "storage (folder)", "callback secret", "RunPod"}
+    assert expected <= {one["name"] for one in found}
+    assert all(set(one) == {"name", "light", "detail", "advice"} for one in found)
+    assert all(bool(one["advice"]) is (one["light"] != "ok") for one in found)
+
+
+def test_a_screen_with_something_red_shows_advice_and_exits_1(tmp_path: Path) -> None:
+    broken = doctor({"DATABASE_URL": "postgresql://nobody@127.0.0.1:9/none"}, folder=tmp_path)
+    assert broken.returncode == 1, broken.stdout + broken.stderr
+    assert "✖ database" in broken.stdout and "→ check DATABASE_URL" in broken.stdout
+    assert "▲ callback secret" in broken.stdout and "● versions" in broken.stdout
+    assert re.fullmatch(r"this host cannot work yet: \d red, \d yellow, \d+ green", broken.stdout.splitlines()[-1])
+
+
+def test_unusable_settings_exit_78_and_name_the_variable(tmp_path: Path) -> None:
+    unusable = doctor({"TRAINER_LEASE_SECONDS": "soon"}, folder=tmp_path)
+    assert unusable.returncode == 78
+    assert "TRAINER_LEASE_SECONDS" in unusable.stderr and "DATABASE_URL" in unusable.stderr
+
+
+async def test_every_line_comes_even_where_everything_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    wrong = settings(
+        tmp_path, device="auto", work_dir=tmp_path / "file" / "jobs", models_dir=tmp_path / "file" / "models",
+        storage_dir=tmp_path / "file" / "storage", callback_secrets="x",
+    )  # fmt: skip
+    found = await by_name(examine(wrong))
+    red = {name for name, finding in found.items() if finding.light is Light.RED}
+    assert red >= {"default model", "work folder", "models folder", "database", "storage (folder)", "callback secret"}
+    assert all(finding.advice for finding in found.values() if finding.light is not Light.GREEN)

@@ -1,0 +1,8 @@
+"""Where things of this repository lie, for tests that start programs or read files."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+DOUBLES = ROOT / "tests" / "doubles"
+SCRIPTED_TRAINER = DOUBLES / "scripted_trainer.py"
+SCRIPTED_DAEMON = DOUBLES / "scripted_daemon.py"

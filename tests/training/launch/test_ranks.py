@@ -1,0 +1,329 @@
+"""One job on several places: two real processes over gloo do what one would have done, and end as one would have."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import textwrap
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.paths import ROOT
+from tests.tiny_models import write_conversations
+from tests.training.conftest import IN_BOTH_TYPES, ROUNDING, SpecOf, train
+from tests.training.process.child import Child, start
+from training.base.sharded import must_be_cut
+from training.compute import ComputeType
+from training.data.chat_template import ChatTemplate
+from training.data.corpus import gather
+from training.data.plan import Plan, make_plan
+from training.data.sampler import StepOrder
+from training.data.tokenizer import load_tokenizer
+from training.events import EXIT_STOPPED, ErrorCode, Progress
+from training.failures import TrainingFailed, failed_event
+from training.files.model_folder import open_model_folder
+from training.launch.shared_folder import RankDesk
+from training.preflight.check import look_ahead
+from training.ranks import Ranks
+
+# Processes that import torch, on a machine that may be busy.
+SECONDS = 500
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def _steps(events: list[object]) -> list[Progress]:
+    return [event for event in events if isinstance(event, Progress)]
+
+
+def _same_run(ours: list[Progress], theirs: list[Progress], computed_in: ComputeType) -> bool:
+    """The same steps, up to rounding: two ranks lay their conversations out otherwise, and add up in another order."""
+    return [event.step for event in ours] == [event.step for event in theirs] and all(
+        math.isclose(a.loss, b.loss, rel_tol=ROUNDING[computed_in])
+        and math.isclose(a.grad_norm or 0, b.grad_norm or 0, rel_tol=10 * ROUNDING[computed_in])
+        and (a.learning_rate, a.epoch, a.tokens_seen) == (b.learning_rate, b.epoch, b.tokens_seen)
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+@IN_BOTH_TYPES
+def test_two_processes_make_the_steps_of_one(compute_type: ComputeType, spec_of: SpecOf) -> None:
+    """Seven conversations a step of 24, less two held out: shares differ in size, and the last step has one for one."""
+    chosen = {"batch_size": 7, "num_epochs": 2, "lora_dropout": 0.0}
+    alone = train(spec_of(name="alone", **chosen))
+    together = spec_of(name="together", num_gpus=2, **chosen)
+    with start(together) as child:
+        assert child.exit_status(SECONDS) == 0
+    assert _same_run(_steps(child.events), _steps(alone.heard), compute_type)
+    for ours, theirs in zip(
+        [event for event in child.events if event.kind == "evaluated"], alone.all("evaluated"), strict=True
+    ):
+        assert math.isclose(ours.validation_loss, theirs.validation_loss, rel_tol=ROUNDING[compute_type])
+    kinds = [event.kind for event in child.events]
+    assert kinds.count("started") == kinds.count("planned") == kinds.count("adapter_saved") == 1
+    assert kinds.count("sample") == 4 and kinds[-1] == "adapter_saved"
+
+
+@pytest.mark.system
+@IN_BOTH_TYPES
+def test_a_checkpoint_of_two_processes_is_continued_by_one_and_one_of_one_by_two(
+    compute_type: ComputeType, spec_of: SpecOf
+) -> None:
+    chosen = {"num_epochs": 2, "lora_dropout": 0.0, "lora_rank": 4}
+    whole = spec_of(name="whole", **chosen)
+    expected = {event.step: event for event in _steps(train(whole).heard)}
+    data = whole.dataset_path
+
+    begun = spec_of(name="two_then_one", num_gpus=2, dataset_path=data, **chosen)
+    with start(begun) as child:
+        child.wait_for("progress", step=2, seconds=SECONDS)
+        child.terminate()
+        assert child.exit_status(SECONDS) == EXIT_STOPPED
+    saved = child.wait_for("checkpoint_saved")
+    assert saved.step >= 2 and child.events[-1].kind == "checkpoint_saved"
+    first_half = _steps(child.events)
+    second_half = _steps(train(begun.model_copy(update={"num_gpus": 1})).heard)
+    assert _same_run([*first_half, *second_half], list(expected.values()), compute_type)
+
+    begun = spec_of(name="one_then_two", dataset_path=data, **chosen)
+    with start(begun) as child:
+        child.wait_for("progress", step=2, seconds=SECONDS)
+        child.terminate()
+        assert child.exit_status(SECONDS) == EXIT_STOPPED
+    first_half = _steps(child.events)
+    with start(begun.model_copy(update={"num_gpus": 2})) as child:
+        assert child.exit_status(SECONDS) == 0
+    assert _same_run([*first_half, *_steps(child.events)], list(expected.values()), compute_type)
+
+
+@pytest.mark.parametrize(
+    "victim",
+    [pytest.param(1), pytest.param(0, marks=pytest.mark.system), pytest.param(None, marks=pytest.mark.system)],
+    ids=["the_second_rank", "the_first_rank", "the_launcher"],
+)
+def test_a_killed_process_takes_the_others_with_it_and_is_named(
+    victim: int | None, spec_of: SpecOf, tmp_path: Path
+) -> None:
+    data = write_conversations(tmp_path / "many.jsonl", 200)
+    spec = spec_of(num_gpus=2, num_epochs=50, dataset_path=data, checkpoint_seconds=0.001)
+    with start(spec) as child:
+        child.wait_for("checkpoint_saved", step=2, seconds=SECONDS)
+        ranks = _ranks_of(child)
+        assert sorted(ranks) == [0, 1]
+        os.kill(child.process.pid if victim is None else ranks[victim], signal.SIGKILL)
+        status = child.exit_status(SECONDS)
+        _until_gone(ranks.values())
+    if victim is None:
+        assert status == -signal.SIGKILL
+        return
+    assert status == 1
+    failed = child.wait_for("failed")
+    assert child.events[-1] is failed
+    assert failed.code == "rank_lost" and failed.transient
+    assert f"process {victim} of the 2" in failed.message and "SIGKILL" in failed.message
+
+
+@pytest.mark.system
+def test_what_all_ranks_refuse_is_said_once_with_its_code(spec_of: SpecOf) -> None:
+    with start(spec_of(num_gpus=2, target_modules=["no_such_layer"])) as child:
+        assert child.exit_status(SECONDS) == 1
+    failed = [event for event in child.events if event.kind == "failed"]
+    assert [event.code for event in failed] == ["invalid_spec"]
+    assert "no_such_layer" in failed[0].message and failed[0].hint and "choose_targets" in failed[0].stack
+
+
+@pytest.mark.system
+@IN_BOTH_TYPES
+def test_a_rank_that_runs_out_of_memory_halves_alone_and_the_others_follow(
+    compute_type: ComputeType, spec_of: SpecOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = {"batch_size": 8, "num_epochs": 1, "lora_dropout": 0.0, "validation_fraction": 0.0}
+    calm = train(spec_of(name="calm", **chosen))
+    _make_the_second_card_small(tmp_path, monkeypatch, conversations=2)
+    with start(spec_of(name="tight", num_gpus=2, **chosen)) as child:
+        assert child.exit_status(SECONDS) == 0
+    notices = [e for e in child.events if e.kind == "notice" and e.code == "out_of_memory_recovered"]
+    assert notices[0].data["step"] == 1 and "the batch size stays 8" in notices[0].message
+    told = [notice.data["micro_batch_tokens"] for notice in notices]
+    assert told == sorted(set(told), reverse=True)
+    assert _same_run(_steps(child.events), _steps(calm.heard), compute_type)
+
+
+@pytest.mark.system
+def test_what_one_rank_alone_fails_of_is_what_the_job_fails_of(
+    spec_of: SpecOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _make_the_second_card_small(tmp_path, monkeypatch, conversations=0)
+    with start(spec_of(num_gpus=2, validation_fraction=0.0)) as child:
+        assert child.exit_status(SECONDS) == 1
+    failed = child.wait_for("failed")
+    assert failed.code == "out_of_memory" and not failed.transient
+    assert "single conversation" in failed.message and "lora_rank (current 4)" in failed.hint
+
+
+def test_the_cause_is_the_first_failure_with_a_name(spec_of: SpecOf, tmp_path: Path) -> None:
+    """A rank whose neighbour ran out of memory fails of the neighbour's silence, and may be the first to say so."""
+    spec = spec_of()
+    desk = RankDesk.lay(tmp_path / "desk", spec)
+    assert desk.cause() is None and desk.spec() == spec
+    for rank, at, error in (
+        (0, 1.0, RuntimeError("Connection closed by peer")),
+        (1, 2.0, MemoryError()),
+        (2, 3.0, TrainingFailed(ErrorCode.DISK_FULL, "full", "free space")),
+    ):
+        desk.leave_failure(rank, failed_event(error, spec, spec.job_id), at)
+    (desk.folder / "failed-3.json").write_text('{"rank": 3, "at"')
+    cause = desk.cause()
+    assert cause is not None and cause.code is ErrorCode.OUT_OF_MEMORY
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize(("examples", "batch_size"), [(20, 4), (21, 4), (7, 7), (3, 8), (23, 5)])
+def test_every_step_holds_the_same_conversations_for_any_number_of_ranks(
+    examples: int, batch_size: int, ranks: int
+) -> None:
+    def plan(count: int) -> Plan:
+        return Plan(batch_size, count, 2048, math.ceil(examples / batch_size), 1, 0, "float32")
+
+    def steps(count: int) -> list[set[int]]:
+        """The conversations of each optimizer step, each of them seen once."""
+        orders = [StepOrder(examples, plan(count), Ranks(index, count), seed=3) for index in range(count)]
+        for order in orders:
+            order.set_epoch(1)
+        shares = [list(order) for order in orders]
+        assert {len(share) for share in shares} == {len(orders[0])}
+        found = []
+        for step in zip(*shares, strict=True):
+            real = [row for share in step for row in share if row != examples]
+            assert len(real) == len(set(real)) and all(step)
+            found.append(set(real))
+        return found
+
+    assert steps(ranks) == steps(1)
+    assert set().union(*steps(ranks)) == set(range(examples))
+
+
+def test_a_batch_that_cannot_be_divided_stays_what_was_asked(spec_of: SpecOf) -> None:
+    spec = spec_of(batch_size=7, num_gpus=2)
+    tokenizer = load_tokenizer(open_model_folder(spec.model_path, spec.base_model))
+    corpus = gather(spec.dataset_path, None, spec.hyperparameters, ChatTemplate(tokenizer), 2048)
+    plan = make_plan(spec, corpus)
+    assert (plan.batch_size, plan.share, plan.idle_ranks) == (7, 4, 0)
+    alone = make_plan(spec.model_copy(update={"num_gpus": 1}), corpus)
+    assert (plan.total_steps, plan.warmup_steps) == (alone.total_steps, alone.warmup_steps)
+    assert make_plan(spec.model_copy(update={"num_gpus": 9}), corpus).idle_ranks == 2
+
+
+@pytest.mark.system
+@IN_BOTH_TYPES
+def test_a_model_that_no_place_can_hold_is_cut_and_trains_the_same(
+    compute_type: ComputeType, spec_of: SpecOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = {"batch_size": 7, "num_epochs": 2, "lora_dropout": 0.0}
+    whole = spec_of(name="whole", **chosen)
+    expected = train(whole)
+    spec = spec_of(name="cut", num_gpus=2, dataset_path=whole.dataset_path, **chosen)
+    model_bytes = expected.all("planned")[0].data["estimate"]["model_bytes"]
+    # Two places of 0.6 models each.
+    _in_every_rank(
+        tmp_path,
+        monkeypatch,
+        f"from training.base import sharded\nsharded.device_memory_bytes = lambda device: {int(model_bytes * 1.2)}\n",
+    )
+    with start(spec) as child:
+        assert child.exit_status(SECONDS) == 0
+    assert "model_cut" in [event.code for event in child.events if event.kind == "notice"]
+    assert _same_run(_steps(child.events), _steps(expected.heard), compute_type)
+    ours, theirs = (load_file(each.output_dir / "adapter_model.safetensors") for each in (spec, whole))
+    assert ours.keys() == theirs.keys()
+    # The last step's gradients differ in their last bits, and Adam divides small ones by small ones.
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-3) for name in theirs)
+
+    # Drained in the middle, and continued by a host that can hold it.
+    begun = spec_of(name="begun", num_gpus=2, dataset_path=whole.dataset_path, **chosen)
+    with start(begun) as child:
+        child.wait_for("progress", step=2, seconds=SECONDS)
+        child.terminate()
+        assert child.exit_status(SECONDS) == EXIT_STOPPED
+    assert child.events[-1].kind == "checkpoint_saved" and child.events[-1].step >= 2
+    rest = train(begun.model_copy(update={"num_gpus": 1}))
+    assert "model_cut" not in [event.code for event in rest.all("notice")]
+    assert _same_run([*_steps(child.events), *_steps(rest.heard)], _steps(expected.heard), compute_type)
+
+
+def test_only_a_model_that_does_not_fit_is_cut_and_a_mixture_of_experts_never(spec_of: SpecOf) -> None:
+    def asked(architecture: str, share_of_model: float, cards: int = 2) -> bool:
+        spec = spec_of(architecture, name=f"{architecture}{share_of_model}{cards}", num_gpus=cards)
+        folder = open_model_folder(spec.model_path, spec.base_model)
+        template = ChatTemplate(load_tokenizer(folder))
+        corpus = gather(spec.dataset_path, None, spec.hyperparameters, template, folder.context_length)
+        _, estimate = look_ahead(spec, folder, corpus)
+        return must_be_cut(spec, folder, estimate, int(estimate.model_bytes * share_of_model))
+
+    assert asked("qwen3", 1.2) and asked("qwen3", 0.6)
+    assert not asked("qwen3", 2.0) and not asked("qwen3", 0.6, cards=1)
+    assert not asked("qwen3_moe", 1.2)
+    with pytest.raises(TrainingFailed, match="mixture of experts is not cut") as refused:
+        asked("qwen3_moe", 0.9)
+    assert refused.value.code is ErrorCode.OUT_OF_MEMORY
+
+
+def _make_the_second_card_small(folder: Path, monkeypatch: pytest.MonkeyPatch, *, conversations: int) -> None:
+    """From now on, what is too much at once for the second rank of a job raises what CUDA raises."""
+    _in_every_rank(
+        folder,
+        monkeypatch,
+        f"""
+import torch
+import training.loop.loss
+
+whole = training.loop.loss.AnswerLoss.__call__
+
+def limited(self, inputs):
+    ends = inputs.get("cu_seq_lens_q")
+    if (len(inputs["input_ids"]) if ends is None else len(ends) - 1) > {conversations}:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+    return whole(self, inputs)
+
+if os.environ["RANK"] == "1":
+    training.loop.loss.AnswerLoss.__call__ = limited
+""",
+    )
+
+
+def _in_every_rank(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """From now on, every rank that is started begins with this."""
+    startup = folder / "startup"
+    startup.mkdir()
+    body = textwrap.indent(code.strip(), "    ")
+    (startup / "sitecustomize.py").write_text(f'import os\n\nif "RANK" in os.environ:\n{body}\n')
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(startup), str(ROOT)]))
+
+
+def _ranks_of(child: Child) -> dict[int, int]:
+    """pid by rank of the processes that this trainer's engine has started."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            environment = (stat.parent / "environ").read_bytes().split(b"\0") if parent == child.process.pid else []
+        except OSError:
+            continue
+        for entry in environment:
+            if entry.startswith(b"RANK="):
+                found[int(entry.removeprefix(b"RANK="))] = int(stat.parent.name)
+    return found
+
+
+def _until_gone(pids: Iterable[int]) -> None:
+    deadline = time.monotonic() + 60
+    for pid in pids:
+        while Path(f"/proc/{pid}").exists():
+            assert time.monotonic() < deadline, f"process {pid} is still there"
+            time.sleep(0.02)

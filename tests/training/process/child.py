@@ -1,0 +1,117 @@
+"""The trainer as its daemon starts it: a real process, a spec on stdin, events on a pipe."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from tests.paths import ROOT
+from training.events import Event, Ready, parse_line
+from training.spec import JobSpec
+
+# Jobs one after another, each in a fork; models up to a gigabyte stay in memory.
+WARM = ("--warm", "--keep-bytes", "1000000000")
+
+
+class Child:
+    """One running trainer. Events are read in a thread; waiting is on a condition with a deadline."""
+
+    def __init__(self, process: subprocess.Popen[bytes], events_fd: int) -> None:
+        self.process = process
+        self.events: list[Event] = []
+        self.readies: list[Ready] = []
+        self._changed = threading.Condition()
+        self._ended = False
+        self._reader = threading.Thread(target=self._read, args=(events_fd,), daemon=True)
+        self._reader.start()
+
+    def _read(self, descriptor: int) -> None:
+        with os.fdopen(descriptor, "rb") as pipe:
+            for line in pipe:
+                event = parse_line(line)
+                assert event is not None, line
+                with self._changed:
+                    if isinstance(event, Ready):
+                        self.readies.append(event)
+                    else:
+                        self.events.append(event)
+                    self._changed.notify_all()
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def send(self, line: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line.encode() + b"\n")
+        self.process.stdin.flush()
+
+    def close_stdin(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+
+    def wait_for(self, kind: str, *, step: int | None = None, seconds: float = 120) -> Any:
+        """The first event of a kind (and step), or an error that shows what was said instead."""
+
+        def found() -> Any:
+            return next(
+                (e for e in self.events if e.kind == kind and (step is None or getattr(e, "step", None) == step)), None
+            )
+
+        with self._changed:
+            self._changed.wait_for(lambda: found() is not None or self._ended, timeout=seconds)
+            event = found()
+        assert event is not None, [e.model_dump(exclude={"job_id"}) for e in self.events][-4:]
+        return event
+
+    def wait_until_ready(self, *, served: int = 0, seconds: float = 120) -> Ready:
+        """A warm trainer that has done with so many lines and waits for the next one."""
+
+        def found() -> Ready | None:
+            return next((ready for ready in self.readies if ready.served == served), None)
+
+        with self._changed:
+            self._changed.wait_for(lambda: found() is not None or self._ended, timeout=seconds)
+            ready = found()
+        assert ready is not None, [e.model_dump(exclude={"job_id"}) for e in self.events][-4:]
+        return ready
+
+    def exit_status(self, seconds: float = 120) -> int:
+        status = self.process.wait(timeout=seconds)
+        self._reader.join(timeout=10)
+        return status
+
+    def terminate(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+
+@contextmanager
+def start(
+    *specs: JobSpec, arguments: Sequence[str] = (), command: Sequence[str] = (sys.executable, "-m", "training")
+) -> Iterator[Child]:
+    """A trainer that was given these specs and no more; killed at the end whatever happens."""
+    reading, writing = os.pipe()
+    with subprocess.Popen(
+        [*command, "--events-fd", str(writing), *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=[writing],
+        cwd=ROOT,
+        start_new_session=True,
+    ) as process:
+        os.close(writing)
+        child = Child(process, reading)
+        try:
+            for spec in specs:
+                child.send(spec.model_dump_json())
+            if specs:
+                child.close_stdin()
+            yield child
+        finally:
+            process.kill()
