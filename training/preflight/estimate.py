@@ -1,8 +1,8 @@
 """What a run will need, computed from file headers and token counts: memory, disk, adapter size, time, cost.
 
 The formulas are rough on purpose and err to the safe side. Where each number comes from:
-- exact, and compared with loaded models by tests/training/preflight/test_estimate.py: parameters, the weights' bytes, the
-  adapter's parameters and bytes;
+- exact, and compared with loaded models by tests/training/preflight/test_estimate.py: parameters, the weights' bytes,
+  the adapter's parameters and bytes;
 - activations: 34 bytes a token and hidden unit of a block in 16 bits (Korthikanti et al. 2022, "Reducing Activation
   Recomputation in Large Transformer Models", equation 2, without the attention matrix, which sdpa never stores), taken
   twice here: for gated feed-forwards and routed copies on a card, for float32 on a CPU. Not measured on a card yet;
