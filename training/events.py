@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 
 class ErrorCode(StrEnum):
-    """The short fixed list that a user's program may branch on; documented in the README."""
+    """The short fixed list that a user's program may branch on; documented in docs/reference/errors.md."""
 
     INVALID_SPEC = "invalid_spec"
     DATASET_UNREACHABLE = "dataset_unreachable"

@@ -1,4 +1,4 @@
-"""The terminal's picture in the README: `make demo` played for real and recorded, its moving part at one moment.
+"""The terminal's picture in docs/how-to/try-it.md: `make demo` played for real, its moving part at one moment.
 
 PYTHONPATH=. python docs/images/terminal.py     # minutes; writes docs/images/terminal.svg
 """

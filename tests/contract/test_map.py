@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
+
 PAGE = ROOT / "docs" / "reference" / "map.md"
 MAP = PAGE.read_text(encoding="utf-8")
 # Every package in them is a room; of `tests` and `docs` the first level is.

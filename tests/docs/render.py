@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
+import re
 from typing import Any
 
+from pydantic import AliasChoices, BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
 from daemon.errors import DatabaseAway
+from daemon.settings import Settings
 from tests.paths import ROOT
+from training.spec import Hyperparameters
 
 DOCS = ROOT / "docs"
 
@@ -16,12 +24,69 @@ _CLI_HEAD = """\
 
 `brightrun-trainer WORD`. Made from the code by `tests/docs/render.py`; a test compares.
 
+| command | what it does |
+|---|---|
+| `submit FILE`, `jobs`, `show`, `watch`, `events`, `logs`, `cancel`, `retry` | jobs, from a terminal |
+| `download`, `chat` | download an adapter and verify it; talk to it beside its base model |
+| `check FILE` | checks a dataset or a job before any GPU is paid for |
+| `models pull`, `list`, `verify`, `quantize` | base models on this host |
+| `migrate`, `doctor`, `run` | install the tables; check this host; run the daemon |
+| `workers`, `drain`, `release-held` | hosts, and jobs that were queued before the installation |
+| `serve` | the dashboard and the HTTP gateway: the older `/training/*` and serverless contracts, OpenAPI, `/metrics` |
+| `fleet` | on any cheap host: starts a pod when no host can take the due jobs, and requeues the jobs of dead hosts |
+| `demo`, `playground` | see one job from end to end; try the whole service on this machine |
+
 Settings come from the environment or a `.env` file in the working folder; commands that only look need
-`DATABASE_URL` alone. `--json` prints one object a line. Exit status 0 is success, 1 failure, 2 words that were not
-understood, 78 an unusable configuration. A job is named by its id or its first characters, four or more.
+`DATABASE_URL` alone. Every command takes `--help`; those that print data take `--json`, which prints one object a line.
+A job is named by its id or its first characters, four or more.
+
+Exit status: 0 success, 1 failure, 2 words that were not understood, 78 a configuration that cannot be used (the
+supervisor does not start it again).
+
+Signals to `run`: `TERM` or Ctrl-C shuts down. Each job saves a checkpoint and goes back to the queue, and the attempt
+is not counted. A second one does not wait for the checkpoint. `USR1`, like `brightrun-trainer drain`, lets the running
+jobs finish and claims nothing more.
 
 Completion for your shell, once: `brightrun-trainer --install-completion` (bash, zsh, fish, PowerShell), or print it
 with `--show-completion` and put it where you keep such things.
+"""
+
+_SETTINGS_HEAD = """\
+# Configuration
+
+Every setting is an environment variable, or a line of a file `.env` in the working directory. Only `DATABASE_URL` is
+required. With `SUPABASE_URL` and `SUPABASE_SERVICE_ROLE_KEY` datasets and adapters are kept in Supabase Storage, else
+in a folder. What a pod on RunPod needs is in the [operator's guide](../operators-guide.md#4-the-pod).
+
+A configuration that cannot be used ends with exit code 78 and a list of all its faults, and the supervisor does not
+start it again. `brightrun-trainer doctor` checks that what the settings name is there and works.
+
+Made from `daemon/settings.py` by `tests/docs/render.py`; a test compares. A dash means: no default.
+"""
+
+_SETTINGS_TAIL = """
+## Read by the image
+
+Not by the daemon: the container and `supervisord.conf` use these.
+
+| variable | default | meaning |
+|---|---|---|
+| `SERVE_GATEWAY` | `false` | `true` also runs `brightrun-trainer serve`, the gateway and dashboard, in the container |
+| `SUPERVISOR_RUN_DIR` | `/run/brightrun` | supervisord's socket; `pod.log` if the container's output cannot be opened |
+| `TRAINER_PYTHON` | `/opt/venv/bin/python` | the Python that runs the daemon |
+| `RUNPOD_VOLUME_ID` | – | RunPod sets it where there is a network volume: the pod is then terminated, else stopped |
+"""
+
+_HYPERPARAMETERS_HEAD = """\
+# Hyperparameters
+
+The keys of the JSON column `hyperparameters`. Every key may be left out. Where two spellings are given, either works.
+Unknown keys do not fail a job: they are reported among its events as `unknown_keys`. A value that cannot be used fails
+the job with `invalid_spec`, and the message lists every such field.
+
+How to choose them: [choose hyperparameters](../how-to/hyperparameters.md).
+
+Made from `training/spec.py` by `tests/docs/render.py`; a test compares. A dash means: no default.
 """
 
 _HTTP_HEAD = """\
@@ -32,7 +97,8 @@ description with every field is served at `/openapi.json`, and for reading at `/
 
 Callers send `Authorization: Bearer KEY`, one of `TRAINER_GATEWAY_KEYS`, except where it says *open*. Errors are JSON
 problems (`error`, `hint`, `faults`); 401 without a key, 413 too large, 422 not understood, 429 too many, 503 while the
-database is away. The dashboard is at `/` and signs in with the same keys.
+database is away. The dashboard is at `/dashboard` and signs in with the same keys; a single database reader pushes each
+change to all browsers within a second.
 """
 
 _METRICS_HEAD = """
@@ -126,6 +192,58 @@ def _metrics() -> list[str]:
     return rows
 
 
+def settings_page() -> str:
+    parts = [_SETTINGS_HEAD]
+    for heading, names in _groups(Settings).items():
+        rows = "\n".join(
+            f"| `{variable_of(name)}` | {_shown(Settings.model_fields[name].default)} "
+            f"| {_cell(Settings.model_fields[name].description or '')} |"
+            for name in names
+        )
+        parts.append(f"\n## {heading}\n\n| variable | default | meaning |\n|---|---|---|\n{rows}\n")
+    return "".join(parts) + _SETTINGS_TAIL
+
+
+def variable_of(setting: str) -> str:
+    """The environment variable of a field of Settings."""
+    return next(iter(_aliases(Settings.model_fields[setting])), f"TRAINER_{setting.upper()}")
+
+
+def _groups(model: type[BaseModel]) -> dict[str, list[str]]:
+    """The fields under each comment that heads a group of them in the class."""
+    groups: dict[str, list[str]] = {}
+    heading = ""
+    for line in inspect.getsource(model).splitlines():
+        if comment := re.match(r" {4}# (.+)\.$", line):
+            heading = comment[1]
+        elif (field := re.match(r" {4}(\w+): ", line)) and field[1] in model.model_fields:
+            groups.setdefault(heading, []).append(field[1])
+    return groups
+
+
+def hyperparameters_page() -> str:
+    rows = []
+    for name, field in Hyperparameters.model_fields.items():
+        spellings = " or ".join(f"`{alias}`" for alias in (_aliases(field) or [name]))
+        rows.append(f"| {spellings} | {_shown(field.default)} | {_cell(field.description or '')} |")
+    return f"{_HYPERPARAMETERS_HEAD}\n| key | default | meaning |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+
+
+def _aliases(field: FieldInfo) -> list[str]:
+    alias = field.validation_alias
+    return [str(choice) for choice in alias.choices] if isinstance(alias, AliasChoices) else []
+
+
+def _shown(value: Any) -> str:
+    if value is None or value == ():
+        return "–"
+    if value is PydanticUndefined:
+        return "**required**"
+    if isinstance(value, tuple):
+        return f"`{','.join(value)}`"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
 def _openapi() -> dict[str, Any]:
     """The gateway's own description; nothing is connected to for it."""
     from daemon.gateway.app import build_app
@@ -144,7 +262,12 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-PAGES = {"cli.md": cli_page, "http.md": http_page}
+PAGES = {
+    "reference/cli.md": cli_page,
+    "reference/configuration.md": settings_page,
+    "reference/http.md": http_page,
+    "reference/hyperparameters.md": hyperparameters_page,
+}
 
 if __name__ == "__main__":
     os.environ.setdefault("COLUMNS", "100")

@@ -33,7 +33,7 @@ from training.spec import parse_row
 
 TUTORIAL = "docs/tutorial.md"
 # What the front page abbreviates.
-PLACEHOLDERS = {"'6f1d…'": ":'user_id'", "'b2c4…'": ":'dataset_id'"}
+PLACEHOLDERS = {"'6f1d…'": ":'user_id'", "'b2c4…'": ":'dataset_id'", "'58be…'": ":'job_id'"}
 
 
 @pytest.fixture

@@ -226,7 +226,7 @@ def test_a_killed_demo_takes_daemon_trainer_and_postgres_along(cache: Path, tmp_
 
 @pytest.mark.system
 @pytest.mark.timeout(600)
-def test_a_playground_runs_what_the_readme_says_and_its_dashboard_tells_why_a_job_failed(
+def test_a_playground_runs_what_its_page_says_and_its_dashboard_tells_why_a_job_failed(
     cache: Path, tmp_path: Path
 ) -> None:
     (block,) = [block for block in blocks() if block.reason == "in-playground"]

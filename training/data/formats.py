@@ -1,6 +1,6 @@
 """A dataset file becomes conversations: the format found by looking, every unusable line named with its reason.
 
-Four formats are read (see README, "Datasets"); none is announced by name, because the name of a file says nothing
+Four formats are read (see docs/how-to/datasets.md); none is announced by name, because the name of a file says nothing
 reliable about its content. A malformed line fails the job with the first such lines listed: a line dropped in
 silence is how the system before this one trained on nothing. Lines that are well formed and simply no example (a
 `_meta` header, a pair whose target_response is null) are counted and reported.

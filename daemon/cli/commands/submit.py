@@ -201,7 +201,8 @@ def _parsed(wish: _Wish) -> ParsedRow:
         listed = "; ".join(f"{fault.field.rpartition('.')[2]}: {fault.message}" for fault in invalid.faults)
         raise Misused(f"the job cannot be run as it is asked for: {listed}") from None
     if row.unknown_keys:
-        raise Misused(f"unknown: {', '.join(key.rpartition('.')[2] for key in row.unknown_keys)}", "see the README")
+        unknown = ", ".join(key.rpartition(".")[2] for key in row.unknown_keys)
+        raise Misused(f"unknown: {unknown}", "see docs/reference/hyperparameters.md")
     return row
 
 
