@@ -40,213 +40,256 @@ class Settings(BaseSettings):
     # The database and the app's project.
     database_url: SecretStr = Field(
         validation_alias=AliasChoices("DATABASE_URL", "database_url"),
-        description="Postgres: the session pooler (port 5432) or the direct connection",
+        description="connection string of Postgres: the session pooler (port 5432) or the direct connection",
     )
     supabase_url: str | None = Field(
         default=None,
         validation_alias=AliasChoices("SUPABASE_URL", "supabase_url"),
-        description="the project's URL; turns Supabase Storage on",
+        description="URL of the Supabase project; turns Supabase Storage on",
     )
     supabase_service_role_key: SecretStr | None = Field(
         default=None,
         validation_alias=AliasChoices("SUPABASE_SERVICE_ROLE_KEY", "supabase_service_role_key"),
-        description="service role or `sb_secret_…` key, for Storage",
+        description="the service role key, or an `sb_secret_…` key, for Storage",
     )
 
     # Models.
     default_model: str = Field(
         default="Qwen/Qwen3-Next-80B-A3B-Instruct", description="base model of jobs that name none"
     )
-    models_dir: Path = Field(default=Path("/workspace/models"), description="`<org>/<name>` or `<name>` folders")
-    allowed_models: _CommaList = Field(default=(), description="base models jobs may name, by comma; all when empty")
-    model_downloads: bool = Field(default=True, description="fetch missing base models from the hub")
+    models_dir: Path = Field(
+        default=Path("/workspace/models"), description="folder of base models, as `<org>/<name>` or `<name>`"
+    )
+    allowed_models: _CommaList = Field(
+        default=(), description="base models that jobs may name, separated by commas; empty allows all"
+    )
+    model_downloads: bool = Field(default=True, description="download missing base models from the hub")
     model_path: Path | None = Field(
         default=None,
         validation_alias=AliasChoices("MODEL_PATH", "model_path"),
-        description="the default model's folder; counts only when it holds the requested model",
+        description="folder of the default model; used only if it holds the model that a job asks for",
     )
     hf_home: Path | None = Field(
         default=None,
         validation_alias=AliasChoices("HF_HOME", "hf_home"),
-        description="Hugging Face cache, searched in its own layout",
+        description="Hugging Face cache; base models are looked for there too",
     )
     transformers_cache: Path | None = Field(
         default=None,
         validation_alias=AliasChoices("TRANSFORMERS_CACHE", "transformers_cache"),
-        description="older name of the same cache, searched too",
+        description="the older name of that cache; also searched",
     )
     hf_token: SecretStr | None = Field(
-        default=None, validation_alias=AliasChoices("HF_TOKEN", "hf_token"), description="for gated models"
+        default=None,
+        validation_alias=AliasChoices("HF_TOKEN", "hf_token"),
+        description="Hugging Face token, for gated models",
     )
 
     # Work on this host.
     work_dir: Path = Field(
-        default=Path("/workspace/jobs"), description="datasets, logs, checkpoints; on the network volume"
+        default=Path("/workspace/jobs"),
+        description="folder for datasets, logs and checkpoints; put it on the network volume",
     )
     device: Literal["auto", "cuda", "cpu"] = Field(
-        default="auto", description="auto needs a GPU; cpu takes every job, for small models"
+        default="auto", description="`auto` requires a GPU; `cpu` takes every job, for small models"
     )
     compute_type: Literal["auto", "bfloat16", "float32"] = Field(
-        default="auto", description="of a trainer's products; auto is bfloat16 where the hardware multiplies it"
+        default="auto",
+        description="number format of the trainer's matrix products; `auto` is bfloat16 where the hardware supports it",
     )
-    slots: int | None = Field(default=None, ge=1, le=64, description="jobs side by side; one a GPU when absent")
-    user_cap: int | None = Field(default=None, ge=1, description="running jobs a user, over all hosts")
+    slots: int | None = Field(
+        default=None, ge=1, le=64, description="jobs at the same time on this host; one per GPU if not set"
+    )
+    user_cap: int | None = Field(
+        default=None, ge=1, description="running jobs per user, over all hosts; unlimited if not set"
+    )
     cost_per_gpu_hour: float | None = Field(
-        default=None, ge=0, description="US dollars; counts before the price in gpu_config"
+        default=None, ge=0, description="price in US dollars; takes precedence over the price in `gpu_config`"
     )
-    checkpoint_seconds: float = Field(default=300.0, gt=0, description="between checkpoints")
+    checkpoint_seconds: float = Field(default=300.0, gt=0, description="time between checkpoints")
     checkpoints_in_storage: bool = Field(
         default=False,
-        description="keep the newest checkpoint in Storage too, so that a host without this volume resumes",
+        description="keep the newest checkpoint in Storage too, so that a host without this volume can resume the job",
     )
-    keep_days: float = Field(default=7.0, gt=0, description="checkpoints of failed and cancelled jobs are kept so long")
+    keep_days: float = Field(
+        default=7.0, gt=0, description="how long checkpoints of failed and cancelled jobs are kept"
+    )
 
     # Experiment trackers.
     trackers: Annotated[tuple[Tracker, ...], NoDecode] = Field(
         default=("tensorboard",),
-        description="of jobs that name none, by comma: `tensorboard` (a file among the artifacts), `wandb`",
+        description="trackers of jobs that name none, separated by commas: `tensorboard` (a file among the "
+        "artifacts), `wandb`",
     )
     wandb_api_key: SecretStr | None = Field(
         default=None,
         validation_alias=AliasChoices("WANDB_API_KEY", "wandb_api_key"),
-        description="lets jobs ask for the tracker wandb; only their trainer's process gets it",
+        description="key for Weights & Biases; lets jobs use that tracker, and is given to their trainer process only",
     )
     wandb_project: str = Field(
         default="brightrun-trainer",
         validation_alias=AliasChoices("WANDB_PROJECT", "wandb_project"),
-        description="where W&B files the runs",
+        description="project at Weights & Biases that the runs belong to",
     )
     wandb_entity: str | None = Field(
         default=None,
         validation_alias=AliasChoices("WANDB_ENTITY", "wandb_entity"),
-        description="team at W&B; the key's own when absent",
+        description="team at Weights & Biases; the key's own if not set",
     )
     wandb_base_url: str | None = Field(
         default=None,
         validation_alias=AliasChoices("WANDB_BASE_URL", "wandb_base_url"),
-        description="a W&B server of your own",
+        description="a Weights & Biases server of your own",
     )
 
     # Between jobs.
     warm: Literal["off", "libraries", "model"] = Field(
-        default="model", description="what a waiting trainer holds; a job itself always runs in a process of its own"
+        default="model",
+        description="what a pre-started trainer keeps in memory between jobs; each job runs in a process of "
+        "its own in any case",
     )
-    warm_minutes: float = Field(default=15.0, gt=0, description="an unused base model is let go after so long")
+    warm_minutes: float = Field(default=15.0, gt=0, description="an unused base model is released after this time")
     warm_memory_gb: float | None = Field(
-        default=None, ge=0, description="host memory for waiting base models; half of the host's when absent"
+        default=None, ge=0, description="host memory for base models between jobs; half of the host's memory if not set"
     )
     warm_default_model: bool = Field(
         default=False,
-        description="on a CPU host: load the default model at the start, before a job asks for it, if that memory "
-        "has room for it",
+        description="on a CPU host: load the default model at startup, before a job asks for it, if it fits "
+        "in that memory",
     )
     warm_first_seconds: float = Field(
         default=120.0,
         ge=0,
-        description="a job whose base model waits in memory goes before an older one of its priority, "
-        "unless that has waited for so long",
+        description="a job whose base model is in memory is claimed before an older job of the same "
+        "priority, unless that one has waited this long",
     )
 
     # Time.
-    lease_seconds: float = Field(default=60.0, ge=1, description="a host that says nothing for so long is lost")
-    poll_seconds: float = Field(default=15.0, gt=0, description="backup of the wake-up; one cheap query")
-    stall_seconds: float = Field(default=1800.0, gt=0, description="no event for so long ends the attempt")
-    drain_seconds: float = Field(default=60.0, gt=0, description="grace for a checkpoint on shutdown")
-    kill_seconds: float = Field(default=10.0, gt=0, description="from TERM to KILL when a job is cancelled")
+    lease_seconds: float = Field(
+        default=60.0, ge=1, description="a host that does not renew its lease for this long is considered lost"
+    )
+    poll_seconds: float = Field(
+        default=15.0, gt=0, description="how often the queue is checked without a notification, in case one was missed"
+    )
+    stall_seconds: float = Field(
+        default=1800.0, gt=0, description="an attempt ends if the trainer reports nothing for this long"
+    )
+    drain_seconds: float = Field(default=60.0, gt=0, description="time for a job to save a checkpoint on shutdown")
+    kill_seconds: float = Field(
+        default=10.0, gt=0, description="time between SIGTERM and SIGKILL when a job is cancelled"
+    )
     on_partition: Literal["continue", "stop"] = Field(
         default="continue",
-        description="what a host cut off from Postgres does: train on, or stop the attempt after a lease's length",
+        description="what a host does when it is cut off from Postgres: train on, or stop the attempt after "
+        "the length of a lease",
     )
     retry_backoff_seconds: float = Field(
-        default=30.0, ge=0, description="delay of the first retry; doubles, with jitter"
+        default=30.0, ge=0, description="delay before the first retry; doubles each time, with jitter"
     )
 
     # Storage.
     storage: Literal["supabase", "folder"] | None = Field(
-        default=None, description="supabase when SUPABASE_URL is set, else folder"
+        default=None, description="`supabase` if SUPABASE_URL is set, else `folder`"
     )
-    storage_dir: Path = Field(default=Path("/workspace/storage"), description="root of the folder storage")
-    models_bucket: str = Field(default="lora-models", description="where adapters go")
+    storage_dir: Path = Field(default=Path("/workspace/storage"), description="folder that stands in for Storage")
+    models_bucket: str = Field(default="lora-models", description="bucket for adapters")
     dataset_buckets: _CommaList = Field(
-        default=("lora-datasets", "training-files"), description="buckets that datasets may lie in, by comma"
+        default=("lora-datasets", "training-files"), description="buckets that datasets may be in, separated by commas"
     )
     max_dataset_bytes: int = Field(default=2 * 1024**3, ge=1, description="larger dataset files are refused")
 
     # Callbacks and downloads.
     callback_secrets: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
-        default=(), description="`whsec_…`, by comma; the first signs, all are sent while you rotate"
+        default=(),
+        description="`whsec_…`, separated by commas; callbacks carry a signature by each, so that you can rotate them",
     )
     callback_authorization: SecretStr | None = Field(
         default=None, description="Authorization header for callbacks to the project's own functions host"
     )
     allowed_hosts: _CommaList = Field(
-        default=(), description="`host` or `host:port`, by comma, that may be private or plain http"
+        default=(),
+        description="`host` or `host:port`, separated by commas: these may have private addresses or use plain http",
     )
 
     # The HTTP gateway.
     gateway_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
-        default=(), description="bearer keys that callers of `serve` send, by comma, 16 characters or more each"
+        default=(), description="bearer keys for callers of `serve`, separated by commas, at least 16 characters each"
     )
     gateway_host: str = Field(default="0.0.0.0", description="address that the gateway listens on")  # noqa: S104
     gateway_port: int = Field(default=8000, ge=0, le=65535, description="port that the gateway listens on")
     gateway_requests_per_second: float = Field(
-        default=50.0, gt=0, description="of each key, twice as many at once; more are answered 429"
+        default=50.0, gt=0, description="limit per key, with bursts of twice as many; more are answered 429"
     )
     gateway_max_body_bytes: int = Field(default=1024**2, ge=1024, description="larger requests are answered 413")
     gateway_wait_seconds: float = Field(
-        default=60.0, ge=0, le=95, description="how long `/runsync` waits for an ending; proxies cut at 100 s"
+        default=60.0,
+        ge=0,
+        le=95,
+        description="how long `/runsync` waits for the job to end; proxies cut connections at 100 s",
     )
     service_user_id: UUID | None = Field(
-        default=None, description="owner of jobs whose caller has no row: a user of the project"
+        default=None,
+        description="a user of the project, the owner of jobs that are submitted without one (over HTTP, or "
+        "by `submit`)",
     )
 
     # Pod life.
     pod_id: str | None = Field(
         default=None,
         validation_alias=AliasChoices("RUNPOD_POD_ID", "pod_id"),
-        description="the pod that this is; RunPod sets it",
+        description="id of this pod; set by RunPod",
     )
     pod_api_key: SecretStr | None = Field(
         default=None,
         validation_alias=AliasChoices("RUNPOD_API_KEY", "pod_api_key"),
-        description="the pod's own key; RunPod sets it, and it may lack rights",
+        description="the pod's own API key; set by RunPod, and it may lack rights",
     )
     runpod_api_key: SecretStr | None = Field(
-        default=None, description="a key of your own that may read and end pods (`fleet`: create them too)"
+        default=None,
+        description="your own API key; must be allowed to read and end pods (for `fleet` also to create them)",
     )
-    runpod_api: str = Field(default="https://api.runpod.io/v2", description="RunPod's API")
+    runpod_api: str = Field(default="https://api.runpod.io/v2", description="address of RunPod's API")
     idle_minutes: float | None = Field(
-        default=None, gt=0, description="a pod without a job for so long ends itself; never when absent"
+        default=None, gt=0, description="a pod without a job for this long ends itself; never if not set"
     )
     max_hours: float | None = Field(
-        default=None, gt=0, description="a pod so old finishes its jobs and ends itself; never when absent"
+        default=None, gt=0, description="a pod of this age finishes its jobs and ends itself; never if not set"
     )
     pod_end: Literal["stop", "terminate"] | None = Field(
-        default=None, description="how; when absent terminate with a network volume, else stop"
+        default=None,
+        description="how a pod ends itself; if not set, it is terminated if it has a network volume, else stopped",
     )
 
     # Fleet.
     fleet_pod: str | None = Field(
-        default=None, description="the pod that `fleet` starts: JSON or a file with it, see the operator's guide"
+        default=None, description="the pod that `fleet` starts: JSON, or a file with it; see the operator's guide"
     )
-    fleet_max_pods: int = Field(default=1, ge=0, le=1000, description="pods at once, whatever waits")
-    fleet_jobs_per_pod: int = Field(default=1, ge=1, description="jobs for each card before another pod is started")
-    fleet_patience_seconds: float = Field(default=10.0, ge=0, description="a job waits so long before a pod is started")
+    fleet_max_pods: int = Field(default=1, ge=0, le=1000, description="largest number of pods at the same time")
+    fleet_jobs_per_pod: int = Field(default=1, ge=1, description="waiting jobs per GPU before another pod is started")
+    fleet_patience_seconds: float = Field(
+        default=10.0, ge=0, description="how long a job waits before a pod is started for it"
+    )
     fleet_cooldown_seconds: float = Field(
-        default=60.0, ge=0, description="after a kind of card was not to be had or its pod failed; doubles"
+        default=60.0,
+        ge=0,
+        description="pause for a GPU type that was not available or whose pod failed; doubles each time",
     )
     fleet_report_minutes: float = Field(
-        default=20.0, gt=0, description="a pod whose daemon is not heard of for so long is terminated"
+        default=20.0, gt=0, description="a pod whose daemon does not report for this long is terminated"
     )
     fleet_overstay_minutes: float = Field(
-        default=60.0, gt=0, description="an idle pod that did not end itself by then is terminated"
+        default=60.0, gt=0, description="a pod that is idle for this long and has not ended itself is terminated"
     )
-    fleet_poll_seconds: float = Field(default=30.0, gt=0, description="between two looks when nothing wakes it")
+    fleet_poll_seconds: float = Field(
+        default=30.0, gt=0, description="time between two checks when no notification arrives"
+    )
 
     # Logs.
-    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="what is logged")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="the lowest level that is logged"
+    )
     log_format: Literal["auto", "json", "pretty"] = Field(
-        default="auto", description="auto is pretty on a terminal, JSON elsewhere"
+        default="auto", description="`auto` is pretty on a terminal and JSON elsewhere"
     )
 
     @field_validator(

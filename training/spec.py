@@ -48,54 +48,62 @@ class Hyperparameters(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True, allow_inf_nan=False)
 
     base_model: Annotated[str, Field(pattern=MODEL_NAME, max_length=200)] | None = Field(
-        default=None, description="hub name of the base model; the service's default model when absent"
+        default=None,
+        description="name of the base model on the Hugging Face hub; the service's default model if not set",
     )
-    learning_rate: Annotated[float, Field(ge=1e-7, le=1e-1)] = Field(default=2e-4, description="peak, then cosine")
+    learning_rate: Annotated[float, Field(ge=1e-7, le=1e-1)] = Field(
+        default=2e-4, description="peak learning rate, followed by a cosine decay"
+    )
     batch_size: Annotated[int, Field(ge=1, le=1024)] = Field(
-        default=4, description="conversations an optimizer step, whatever fits the card at once"
+        default=4, description="conversations per optimizer step, however many fit on the GPU at once"
     )
     num_epochs: Annotated[int, Field(ge=1, le=100)] = Field(
         default=3, validation_alias=AliasChoices("num_epochs", "epochs"), description="passes over the data"
     )
     lora_rank: Annotated[int, Field(ge=1, le=512)] = Field(
-        default=16, validation_alias=AliasChoices("lora_rank", "rank"), description="width of the adapter"
+        default=16, validation_alias=AliasChoices("lora_rank", "rank"), description="rank of the adapter"
     )
     lora_alpha: Annotated[float, Field(gt=0, le=4096)] | None = Field(
         default=None,
         validation_alias=AliasChoices("lora_alpha", "alpha"),
-        description="scale of the adapter; twice the rank when absent",
+        description="scale of the adapter; twice the rank if not set",
     )
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.05, validation_alias=AliasChoices("lora_dropout", "dropout"), description="on the adapter's input"
+        default=0.05,
+        validation_alias=AliasChoices("lora_dropout", "dropout"),
+        description="dropout on the adapter's input",
     )
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
-        default=None, description="linear warm-up; 3 % of all steps when absent"
+        default=None, description="steps of linear warm-up; 3 % of all steps if not set"
     )
-    weight_decay: Annotated[float, Field(ge=0, le=1)] = Field(default=0.0, description="of AdamW")
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = Field(default=0.0, description="weight decay of AdamW")
     max_length: Annotated[int, Field(ge=16, le=1_048_576)] | None = Field(
-        default=None, description="tokens a conversation; taken from the data when absent"
+        default=None, description="tokens per conversation; taken from the data if not set"
     )
     long_conversations: Literal["cut", "refuse"] = Field(
-        default="cut", description="what to do with longer ones: cut at turn borders, or fail the job"
+        default="cut", description="what to do with longer ones: `cut` at turn boundaries, or `refuse` and fail the job"
     )
     validation_fraction: Annotated[float, Field(ge=0, le=0.5)] = Field(
-        default=0.1, description="held out, chosen by the seed"
+        default=0.1, description="fraction of the conversations held out for validation, chosen by the seed"
     )
     target_modules: tuple[Annotated[str, Field(min_length=1, max_length=100)], ...] | None = Field(
-        default=None, description="modules to adapt; found from the architecture when absent"
+        default=None, description="modules to adapt; found from the architecture if not set"
     )
     packing: bool | None = Field(
-        default=None, description="several short conversations a row, without leaks; where possible when absent"
+        default=None,
+        description="put several short conversations into one row, isolated from each other; where possible if not set",
     )
     early_stopping_patience: Annotated[int, Field(ge=1, le=100)] | None = Field(
-        default=None, description="evaluations without improvement before the run ends; never when absent"
+        default=None, description="evaluations without improvement before training stops; never if not set"
     )
     sample_prompts: tuple[Annotated[str, Field(min_length=1, max_length=4000)], ...] | None = Field(
-        default=None, description="asked before and after training; held-out ones when absent"
+        default=None, description="prompts answered before and after training; held-out ones if not set"
     )
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=0, description="of data order, split and adapter")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        default=0, description="seed of data order, validation split and adapter"
+    )
     trackers: tuple[Tracker, ...] | None = Field(
-        default=None, description="where the curves go: `tensorboard`, `wandb`; what the host does when absent"
+        default=None, description="where the metrics go: `tensorboard`, `wandb`; the host's setting if not set"
     )
 
     @field_validator("target_modules", "sample_prompts", "trackers", mode="before")

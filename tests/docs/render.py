@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import os
 import re
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import AliasChoices, BaseModel
 from pydantic.fields import FieldInfo
@@ -197,7 +197,7 @@ def settings_page() -> str:
     for heading, names in _groups(Settings).items():
         rows = "\n".join(
             f"| `{variable_of(name)}` | {_shown(Settings.model_fields[name].default)} "
-            f"| {_cell(Settings.model_fields[name].description or '')} |"
+            f"| {_meaning(Settings.model_fields[name])} |"
             for name in names
         )
         parts.append(f"\n## {heading}\n\n| variable | default | meaning |\n|---|---|---|\n{rows}\n")
@@ -225,13 +225,23 @@ def hyperparameters_page() -> str:
     rows = []
     for name, field in Hyperparameters.model_fields.items():
         spellings = " or ".join(f"`{alias}`" for alias in (_aliases(field) or [name]))
-        rows.append(f"| {spellings} | {_shown(field.default)} | {_cell(field.description or '')} |")
+        rows.append(f"| {spellings} | {_shown(field.default)} | {_meaning(field)} |")
     return f"{_HYPERPARAMETERS_HEAD}\n| key | default | meaning |\n|---|---|---|\n" + "\n".join(rows) + "\n"
 
 
 def _aliases(field: FieldInfo) -> list[str]:
     alias = field.validation_alias
     return [str(choice) for choice in alias.choices] if isinstance(alias, AliasChoices) else []
+
+
+def _meaning(field: FieldInfo) -> str:
+    """The description; and where it does not name all words that may be chosen, these."""
+    text = field.description or ""
+    kinds = () if get_origin(field.annotation) is tuple else (field.annotation, *get_args(field.annotation))
+    choices = [f"`{word}`" for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    if not all(choice in text for choice in choices):
+        text += f"; one of {', '.join(choices)}"
+    return _cell(text)
 
 
 def _shown(value: Any) -> str:
