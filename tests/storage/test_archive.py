@@ -9,6 +9,7 @@ import io
 import json
 import os
 import random
+import re
 import tarfile
 import time
 from collections.abc import Callable
@@ -147,6 +148,18 @@ def test_an_archive_with_a_dangerous_member_is_not_unpacked(
 ) -> None:
     archive = archive_of(tmp_path / "bad.tar.gz", *members)
     with pytest.raises(ArchiveInvalid, match=message):
+        unpack_adapter(archive, tmp_path / "inside" / "out")
+    assert list((tmp_path / "inside").iterdir()) == [], "nothing is left"
+
+
+@pytest.mark.skipif(not hasattr(tarfile, "data_filter"), reason="this Python's tarfile has no filters (before 3.11.4)")
+@pytest.mark.parametrize("name", ["../evil.json", "a/../../evil", "/etc/cron.d/evil"])
+def test_a_name_that_our_own_rule_let_through_is_still_stopped_by_the_standard_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("daemon.storage.archive._SAFE_NAME", re.compile(".*"))
+    archive = archive_of(tmp_path / "bad.tar.gz", (plain(name), b"x"))
+    with pytest.raises(ArchiveInvalid, match="outside the folder"):
         unpack_adapter(archive, tmp_path / "inside" / "out")
     assert list((tmp_path / "inside").iterdir()) == [], "nothing is left"
 
