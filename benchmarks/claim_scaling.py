@@ -16,7 +16,6 @@ import sys
 import time
 from contextlib import AsyncExitStack
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -27,6 +26,7 @@ import psycopg
 
 from daemon.database.connection import Database
 from daemon.database.embedded_server import EmbeddedPostgres
+from daemon.database.statements import statement
 from daemon.queue.outcome import Failed
 from daemon.queue.rows import Claim, Limits
 from daemon.queue.store import Store
@@ -187,12 +187,11 @@ async def among_idle_daemons(app: App, dsn: str, daemons: int, jobs: int) -> tup
 
 def plan(app: App) -> str:
     """What Postgres does for one claim, by EXPLAIN ANALYZE, rolled back."""
-    text = (files("sql.queries") / "claim_job.sql").read_text()
     values = Limits().parameters(window=8) | {"worker_id": uuid4(), "lease_seconds": 60.0}
     with app.connection.transaction(force_rollback=True):
         app.connection.execute("SET LOCAL ROLE training_daemon")
         app.connection.execute("SET LOCAL plan_cache_mode = force_generic_plan")
-        rows = app.connection.execute(b"EXPLAIN (ANALYZE, BUFFERS, COSTS OFF) " + text.encode(), values).fetchall()
+        rows = app.connection.execute(b"EXPLAIN (ANALYZE, BUFFERS, COSTS OFF) " + statement("claim_job").encode(), values).fetchall()
     return "\n".join(row[0] for row in rows)
 
 

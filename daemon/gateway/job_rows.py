@@ -75,7 +75,7 @@ class GatewayRows:
             yield self
 
     async def fetch(self, name: str, parameters: Mapping[str, Any], folder: str = "queries") -> list[dict[str, Any]]:
-        """Run sql/<folder>/<name>.sql on the next free connection."""
+        """Run a statement of sql/<folder> on the next free connection."""
         try:
             database = await asyncio.wait_for(self._free.get(), TURN_SECONDS)
         except TimeoutError:

@@ -42,7 +42,7 @@ _GAUGES: Mapping[str, str] = {
 
 
 class Reader(Protocol):
-    """Runs sql/queries/<name>.sql."""
+    """Runs a statement of sql/queries."""
 
     async def fetch(self, name: str, parameters: Mapping[str, Any], /) -> list[dict[str, Any]]: ...
 

@@ -102,7 +102,7 @@ def spoken_kinds() -> set[str]:
 
 def sql_of(package: object) -> str:
     (folder,) = package.__path__  # type: ignore[attr-defined]
-    return "\n".join(path.read_text() for path in sorted(Path(folder).glob("*.sql")))
+    return "\n".join(path.read_text() for path in sorted(Path(folder).rglob("*.sql")))
 
 
 def announce() -> str:

@@ -31,6 +31,7 @@ import pytest
 
 from daemon.database.connection import Database
 from daemon.database.embedded_server import EmbeddedPostgres
+from daemon.database.statements import statement
 from daemon.errors import DatabaseAway, LeaseLost
 from daemon.queue.rows import Location, MetricPoint
 from daemon.queue.store import Store
@@ -536,7 +537,7 @@ def without_epoch(statement: str) -> str:
 def test_a_daemon_whose_heartbeat_forgets_its_epoch_is_found_out(server: EmbeddedPostgres, tmp_path: Path) -> None:
     """The whole line once more, with one predicate deleted from a copy of the statements."""
     shutil.copytree(ROOT / "sql", tmp_path / "mutated" / "sql")
-    renew = tmp_path / "mutated" / "sql" / "queries" / "renew_lease.sql"
+    renew = tmp_path / "mutated" / "sql" / "queries" / "queue" / "renew_lease.sql"
     renew.write_text(without_epoch(renew.read_text()))
     assert run_oracle(server.dsn(), "--install").returncode == 0
     queue = Queue(as_host(server.dsn(), "app"), tmp_path)
@@ -597,5 +598,5 @@ class MutatedStore(Store):
     """The same methods over statements that forgot their epoch."""
 
     async def _run(self, name: str, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
-        text = (ROOT / "sql" / "queries" / f"{name}.sql").read_text()
+        text = statement(name)
         return await self.database.fetch(without_epoch(text) if name in STALE_WRITES else text, parameters)

@@ -15,7 +15,6 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from importlib import resources
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -24,6 +23,7 @@ import psycopg
 import pytest
 
 from daemon.database.connection import Database
+from daemon.database.statements import statement
 from daemon.errors import LeaseLost
 from daemon.queue.job import Lease, Returned
 from daemon.queue.outcome import Completed, Failed
@@ -32,6 +32,7 @@ from daemon.queue.states import State
 from daemon.queue.store import Store
 from tests.daemon_process import DaemonProcess, alive, eventually
 from tests.lifecycle.queue import FINAL, Queue
+from tests.paths import ROOT
 from training.events import ErrorCode
 
 # Refused within milliseconds and without a child: what is left is the queue's own speed.
@@ -240,9 +241,9 @@ def everything(queue: Queue) -> list[dict[str, Any]]:
 
 def test_every_statement_that_names_an_epoch_is_tried_by_a_stale_owner() -> None:
     fenced = {
-        file.name.removesuffix(".sql")
-        for file in resources.files("sql.queries").iterdir()
-        if file.name.endswith(".sql") and re.search(r"%\(epoch\)s", file.read_text())
+        file.stem
+        for file in (ROOT / "sql" / "queries").glob("*/*.sql")
+        if re.search(r"%\(epoch\)s", statement(file.stem))
     }
     assert fenced - READS == set(STALE_WRITES)
 

@@ -1,0 +1,1 @@
+"""The jobs table as a state machine: claim, lease, the moves that end an attempt, and what is read on the way."""

@@ -1,0 +1,1 @@
+"""Whether row security hides rows from us."""

@@ -1,0 +1,1 @@
+"""The row of each host: registered, touched, drained, ended."""
