@@ -1,6 +1,6 @@
 """What a claim costs as history grows, with a capped user's rows at the head, idle daemons and an old snapshot.
 
-The real statement through the real Store, one claim after the other, on a server without fsync: what is left is the
+The real statement through the real store, one claim after the other, on a server without fsync: what is left is the
 work of the claim itself. Finished rows are written in bulk past the triggers; waiting rows go through the guard.
 
     python benchmarks/claim_scaling.py [--sizes 1000 100000 1000000] [--claims 300]
@@ -29,7 +29,7 @@ from daemon.database.embedded_server import EmbeddedPostgres
 from daemon.database.statements import statement
 from daemon.queue.outcome import Failed
 from daemon.queue.rows import Claim, Limits
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from daemon.schema.migrations import migrate
 from training.events import ErrorCode
 
@@ -78,11 +78,11 @@ class App:
         self.connection.execute("VACUUM (ANALYZE) training_jobs")
 
 
-async def claim(store: Store, *, user_cap: int | None = None) -> Claim:
+async def claim(store: SqlJobStore, *, user_cap: int | None = None) -> Claim:
     return await store.claim_job(uuid4(), Limits(user_cap=user_cap), lease_seconds=3600)
 
 
-async def timed_claims(store: Store, count: int, *, user_cap: int | None = None) -> list[float]:
+async def timed_claims(store: SqlJobStore, count: int, *, user_cap: int | None = None) -> list[float]:
     """Milliseconds of each claim, in order. Each job is ended at once, outside the time taken."""
     taken = []
     for _ in range(count):
@@ -99,7 +99,7 @@ def percentiles(taken: list[float]) -> tuple[float, float]:
     return statistics.median(taken), sorted(taken)[round(0.99 * (len(taken) - 1))]
 
 
-async def by_history(apps: dict[int, App], stores: dict[int, Store], claims: int) -> Table:
+async def by_history(apps: dict[int, App], stores: dict[int, SqlJobStore], claims: int) -> Table:
     """The sizes in turn, claim by claim, so that whatever else the machine does meets all of them alike."""
     taken: dict[int, list[float]] = {size: [] for size in stores}
     for size, app in apps.items():
@@ -118,7 +118,7 @@ async def by_history(apps: dict[int, App], stores: dict[int, Store], claims: int
     ]
 
 
-async def behind_a_capped_user(app: App, store: Store, claims: int, base: float) -> Table:
+async def behind_a_capped_user(app: App, store: SqlJobStore, claims: int, base: float) -> Table:
     greedy = app.make_user()
     app.wait_in_line(50_000, greedy, priority=100)
     app.wait_in_line(claims + 20)
@@ -132,7 +132,7 @@ async def behind_a_capped_user(app: App, store: Store, claims: int, base: float)
     return [("and 50,000 waiting rows of a capped user at the head", p50, p99, p50 / base)]
 
 
-async def under_an_old_snapshot(app: App, store: Store, dsn: str, claims: int, base: float) -> Table:
+async def under_an_old_snapshot(app: App, store: SqlJobStore, dsn: str, claims: int, base: float) -> Table:
     app.wait_in_line(3 * claims + 1500)
     app.settle_down()
     with psycopg.connect(dsn) as analyst:
@@ -153,7 +153,7 @@ async def among_idle_daemons(app: App, dsn: str, daemons: int, jobs: int) -> tup
     # The insert blocks this loop: nobody can claim before its future is here.
     claimed: dict[UUID, asyncio.Future[float]] = {}
 
-    async def daemon(store: Store, ears: psycopg.AsyncConnection[Any]) -> None:
+    async def daemon(store: SqlJobStore, ears: psycopg.AsyncConnection[Any]) -> None:
         async for _ in ears.notifies():
             found = await claim(store)
             if found.job is not None:
@@ -168,7 +168,7 @@ async def among_idle_daemons(app: App, dsn: str, daemons: int, jobs: int) -> tup
             await database.fetch("SELECT 1")
             ears = await stack.enter_async_context(await psycopg.AsyncConnection.connect(dsn, autocommit=True))
             await ears.execute("LISTEN training_jobs")
-            tasks.append(asyncio.create_task(daemon(Store(database), ears)))
+            tasks.append(asyncio.create_task(daemon(SqlJobStore(database), ears)))
         for _ in range(jobs):
             begun = time.perf_counter()
             row = app.connection.execute(
@@ -204,7 +204,7 @@ async def measure(server: EmbeddedPostgres, sizes: list[int], claims: int) -> No
     apps = {size: App(dsn) for size, dsn in dsns.items()}
     async with AsyncExitStack() as stack:
         stores = {
-            size: Store(await stack.enter_async_context(Database(dsn, application_name="claim_scaling")))
+            size: SqlJobStore(await stack.enter_async_context(Database(dsn, application_name="claim_scaling")))
             for size, dsn in dsns.items()
         }
         table = await by_history(apps, stores, claims)

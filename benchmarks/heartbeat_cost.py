@@ -28,7 +28,7 @@ from daemon.database.connection import Database
 from daemon.database.embedded_server import EmbeddedPostgres
 from daemon.queue.job import Lease
 from daemon.queue.rows import Limits, MetricPoint
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from daemon.schema.migrations import migrate
 
 HEARTBEAT_SECONDS = 20
@@ -55,7 +55,7 @@ class Meter:
         self.wal_bytes.setdefault(kind, []).append(self.wal() - wal)
 
 
-async def one_hour(store: Store, leases: list[Lease], seconds: int, meter: Meter) -> None:
+async def one_hour(store: SqlJobStore, leases: list[Lease], seconds: int, meter: Meter) -> None:
     for second in range(1, seconds + 1):
         for lease in leases:
             if second % HEARTBEAT_SECONDS == 0:
@@ -96,7 +96,7 @@ async def measure(dsn: str, jobs: int, seconds: int, *, old_snapshot: bool) -> l
         analyst.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         analyst.execute("SELECT count(*) FROM training_leases")
     async with Database(dsn, application_name="heartbeat_cost") as database:
-        store = Store(database)
+        store = SqlJobStore(database)
         found = [await store.claim_job(uuid4(), Limits(), lease_seconds=3600) for _ in range(jobs)]
         leases = [claim.job.lease for claim in found if claim.job is not None]
         for lease in leases:

@@ -1,6 +1,6 @@
 """What a day of jobs costs one Postgres: bytes of WAL, statements and milliseconds of its CPU for each job.
 
-The daemon's real statements through its real Store, each job's whole life (insert, claim, start, plan, story, progress
+The daemon's real statements through its real store, each job's whole life (insert, claim, start, plan, story, progress
 and a point a second, heartbeats, completion with its callback) without the waiting in between. The server's CPU is read
 from /proc for the backend that served them. From the cost of one job follows that of a day with any number of them:
 arithmetic, printed as such. Then the two costs that grow with the number of hosts: a wake-up for nothing, and an insert
@@ -34,7 +34,7 @@ from daemon.database.connection import Database
 from daemon.database.embedded_server import EmbeddedPostgres
 from daemon.queue.outcome import Completed
 from daemon.queue.rows import Limits, MetricPoint
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from daemon.schema.migrations import migrate
 
 T = TypeVar("T")
@@ -86,7 +86,7 @@ class Meter:
         return sum(int(field[11]) + int(field[12]) for field in fields) * 1000 / TICKS
 
 
-async def one_life(app: App, store: Store, seconds: int, meter: Meter) -> None:
+async def one_life(app: App, store: SqlJobStore, seconds: int, meter: Meter) -> None:
     async def insert() -> None:
         app.connection.execute(
             "INSERT INTO training_jobs (user_id, dataset_id, hyperparameters, callback_url) "
@@ -138,7 +138,7 @@ async def lives(dsn: str, jobs: int, seconds: int) -> dict[str, Spent]:
     app = App(dsn)
     operator = psycopg.connect(dsn, autocommit=True)
     async with Database(dsn, application_name="scale_day") as database:
-        store = Store(database)
+        store = SqlJobStore(database)
         await one_life(app, store, 2, Meter(operator, []))  # connects; plans and caches
         meter = Meter(operator, [backend_named(operator, "scale_day"), app.connection.info.backend_pid])
         for _ in range(jobs):
@@ -151,7 +151,7 @@ async def fruitless_wakes(dsn: str, count: int) -> dict[str, tuple[float, float]
     """Milliseconds at the client, and of the server's CPU, of a wake-up that another host was faster at."""
     operator = psycopg.connect(dsn, autocommit=True)
     async with Database(dsn, application_name="scale_day wakes") as database:
-        store = Store(database)
+        store = SqlJobStore(database)
 
         async def busy() -> None:
             await store.promote_due_jobs()

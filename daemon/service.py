@@ -25,7 +25,7 @@ from daemon.pod.lifetime import PodLife, pod_environment
 from daemon.pod.price import PodPrice
 from daemon.pod.shutdown import chosen_end, end_own_pod, keys_of
 from daemon.queue.lease import LeaseKeeper
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from daemon.report.courier import CallbackCourier
 from daemon.settings import Settings, load_settings
 from daemon.storage.open import open_storage
@@ -89,7 +89,7 @@ async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_C
         storage = open_storage(settings)
         stack.push_async_callback(storage.close)
         troubles = Troubles()
-        store = Store(database, troubles)
+        store = SqlJobStore(database, troubles)
         courier = CallbackCourier(settings)
         environment = pod_environment(settings)
         price = PodPrice(settings.pod_id, keys_of(environment), settings.runpod_api)
@@ -99,7 +99,7 @@ async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_C
                 host=host,
                 store=store,
                 leases=LeaseKeeper(
-                    Store(heartbeat),
+                    SqlJobStore(heartbeat),
                     lease_seconds=settings.lease_seconds,
                     on_partition=settings.on_partition,
                     troubles=troubles,
@@ -140,7 +140,7 @@ async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_C
         return signals.told.is_set()
 
 
-async def _has_callbacks(store: Store) -> bool:
+async def _has_callbacks(store: SqlJobStore) -> bool:
     return await store.oldest_callback_age() is not None
 
 

@@ -17,7 +17,7 @@ import pytest
 import structlog
 
 from daemon.database.connection import Database
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from tests.database_pool import DatabasePool
 from tests.doubles.files import FileServer
 from tests.doubles.receiver import Receiver
@@ -95,9 +95,9 @@ async def project(queue: Queue, tmp_path: Path) -> AsyncIterator[Project]:
 
 
 @pytest.fixture
-async def store(database: AppDatabase) -> AsyncIterator[Store]:
+async def store(database: AppDatabase) -> AsyncIterator[SqlJobStore]:
     async with Database(database.dsn, application_name="test") as connection:
-        yield Store(connection)
+        yield SqlJobStore(connection)
 
 
 @pytest.fixture

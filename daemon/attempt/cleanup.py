@@ -17,7 +17,7 @@ from daemon.errors import DatabaseAway, JobError
 from daemon.queue.job import ClaimedJob
 from daemon.queue.rows import Ending
 from daemon.queue.states import State
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from daemon.settings import Settings
 from daemon.storage.interface import Storage
 from daemon.storage.publish import withdraw_adapter
@@ -43,7 +43,7 @@ class Remains:
 class Tidying:
     """Tidies up after attempts, each in the background."""
 
-    def __init__(self, store: Store, storage: Storage, settings: Settings) -> None:
+    def __init__(self, store: SqlJobStore, storage: Storage, settings: Settings) -> None:
         self._store = store
         self._storage = storage
         self._settings = settings

@@ -13,7 +13,7 @@ from daemon.errors import DatabaseAway, LeaseLost
 from daemon.queue.job import ClaimedJob, Returned
 from daemon.queue.outcome import Cancelled, Completed, Failed, Outcome, Released, Superseded
 from daemon.queue.rows import Ending
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from daemon.report.reporter import Reporter
 from daemon.settings import Settings
 from daemon.stop_request import Stop
@@ -29,7 +29,7 @@ ANSWER_SECONDS = 2.0
 
 
 async def settle(
-    job: ClaimedJob, outcome: Outcome, reporter: Reporter, *, stop: Stop, store: Store, settings: Settings
+    job: ClaimedJob, outcome: Outcome, reporter: Reporter, *, stop: Stop, store: SqlJobStore, settings: Settings
 ) -> Ending | None:
     """Write the ending. None when the job is not ours any more: whoever lost the lease writes nothing.
 
@@ -61,7 +61,7 @@ async def _write(
     reporter: Reporter,
     *,
     stop: Stop,
-    store: Store,
+    store: SqlJobStore,
     settings: Settings,
 ) -> Ending | None:
     """Until it is written or refused, however long the database is away."""
@@ -122,7 +122,7 @@ async def _move(
     job: ClaimedJob,
     outcome: Completed | Failed | Released | Returned | Cancelled,
     reporter: Reporter,
-    store: Store,
+    store: SqlJobStore,
     settings: Settings,
 ) -> Ending:
     cost = reporter.cost

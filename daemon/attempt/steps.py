@@ -36,7 +36,7 @@ from daemon.host.inspect import Host, installed_versions
 from daemon.queue.job import ClaimedJob, JobDataset, Returned
 from daemon.queue.lease import HeldLease, LeaseKeeper
 from daemon.queue.outcome import Cancelled, Completed, Failed, Outcome, Released, Superseded
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from daemon.report.cost import Meter, price_per_gpu_hour
 from daemon.report.courier import CallbackCourier
 from daemon.report.reporter import Reporter
@@ -67,7 +67,7 @@ class Collaborators:
 
     settings: Settings
     host: Host
-    store: Store
+    store: SqlJobStore
     leases: LeaseKeeper
     storage: Storage
     courier: CallbackCourier

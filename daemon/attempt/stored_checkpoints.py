@@ -25,7 +25,7 @@ from daemon.attempt.work_folder import Workspace
 from daemon.errors import DatabaseAway, JobError, JobFailed, LeaseLost, StatementRefused, TrainerError
 from daemon.queue.job import ClaimedJob
 from daemon.queue.rows import NotedUpload
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from daemon.stop_request import Stop
 from daemon.storage.interface import Storage
 from daemon.storage.upload_log import withdraw
@@ -85,7 +85,7 @@ def newest_whole_step(folder: Path) -> int:
 class CheckpointStore:
     """One attempt's checkpoints in Storage. `tell` adds a line to the job's story."""
 
-    def __init__(self, store: Store, storage: Storage, job: ClaimedJob, workspace: Workspace, tell: Tell) -> None:
+    def __init__(self, store: SqlJobStore, storage: Storage, job: ClaimedJob, workspace: Workspace, tell: Tell) -> None:
         self._store = store
         self._storage = storage
         self._job = job

@@ -38,7 +38,7 @@ from daemon.logs import configure_logs_by
 from daemon.pod.runpod_api import Fault, Key, Pod, RunPod, RunPodError
 from daemon.queue.reaper import reap_for_ever
 from daemon.queue.row_visibility import is_blind
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from daemon.report.courier import CallbackCourier
 from daemon.settings import Settings
 from daemon.troubles import Troubles
@@ -67,7 +67,7 @@ async def serve_fleet(settings: Settings) -> None:
         helping = await stack.enter_async_context(Database(dsn, application_name="brightrun-trainer fleet outbox"))
         runpod = await stack.enter_async_context(RunPod(keys, api=settings.runpod_api))
         troubles = Troubles()
-        store, courier = Store(helping, troubles), CallbackCourier(settings)
+        store, courier = SqlJobStore(helping, troubles), CallbackCourier(settings)
         fleet = Fleet(settings, plan, FleetStore(deciding), store, runpod)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -94,7 +94,7 @@ class Fleet:
         settings: Settings,
         plan: FleetPlan,
         fleet: FleetStore,
-        store: Store,
+        store: SqlJobStore,
         runpod: RunPod,
         *,
         clock: Callable[[], datetime] | None = None,

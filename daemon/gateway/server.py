@@ -24,7 +24,7 @@ from daemon.gateway.job_rows import GatewayRows
 from daemon.gateway.metrics import ServiceMetrics
 from daemon.logs import configure_logs_by
 from daemon.queue.reaper import reap_for_ever
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from daemon.report.courier import CallbackCourier
 from daemon.settings import Settings
 from daemon.troubles import Troubles
@@ -61,7 +61,7 @@ async def run_gateway(settings: Settings, closing: asyncio.Event) -> None:
             metrics = ServiceMetrics(rows)
             await _first_look(metrics)
             troubles = Troubles()
-            store = Store(chores, troubles)
+            store = SqlJobStore(chores, troubles)
             feed = Feed(dsn, troubles)
             server = _Server(
                 uvicorn.Config(

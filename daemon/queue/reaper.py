@@ -15,7 +15,7 @@ from daemon.errors import DatabaseAway
 from daemon.queue.row_visibility import is_blind
 from daemon.queue.rows import Reaped
 from daemon.queue.states import HELD
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 
 log = structlog.get_logger()
 
@@ -25,7 +25,7 @@ PROMPT_PART = 1 / 6
 PROMPT_SECONDS = 1.0
 
 
-async def reap_for_ever(store: Store, lease_seconds: float) -> None:
+async def reap_for_ever(store: SqlJobStore, lease_seconds: float) -> None:
     """Reap twice a lease until cancelled.
 
     Whenever the database was away every holder first gets one lease's time to renew: an outage must not look like the
@@ -63,7 +63,7 @@ async def reap_for_ever(store: Store, lease_seconds: float) -> None:
             late_at = time.monotonic()
 
 
-def _tell(store: Store, leases: list[Reaped]) -> None:
+def _tell(store: SqlJobStore, leases: list[Reaped]) -> None:
     refused = [each for each in leases if each.state in HELD]
     for each in leases:
         if each.state in HELD:

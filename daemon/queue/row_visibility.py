@@ -12,7 +12,7 @@ import structlog
 
 from daemon.chores import worked
 from daemon.errors import DatabaseAway, DatabaseUnprepared, HostUnfit, StatementRefused
-from daemon.queue.store import HidingPolicy, Sight, Store
+from daemon.queue.store import HidingPolicy, Sight, SqlJobStore
 from daemon.troubles import Troubles
 
 log = structlog.get_logger()
@@ -23,7 +23,7 @@ HIDDEN = "hidden rows"
 UNPREPARED = "database"
 
 
-async def watch_sight(store: Store, troubles: Troubles) -> None:
+async def watch_sight(store: SqlJobStore, troubles: Troubles) -> None:
     """Keep the troubles of hidden rows, and of tables and rights that are missing, true until cancelled."""
     while True:
         try:
@@ -42,13 +42,13 @@ async def watch_sight(store: Store, troubles: Troubles) -> None:
         await asyncio.sleep(SIGHT_SECONDS)
 
 
-async def is_blind(store: Store) -> bool:
+async def is_blind(store: SqlJobStore) -> bool:
     """Whether rows are hidden from us now, or may be and nobody could tell."""
     sight = await store.read_sight()
     return bool(sight.hidden) or (not sight.can_tell and bool(await store.read_hiding_policies()))
 
 
-async def what_is_hidden(store: Store) -> str | None:
+async def what_is_hidden(store: SqlJobStore) -> str | None:
     """In words what is hidden from us, by which policy, and what to do; None when we see everything."""
     sight = await store.read_sight()
     if sight.can_tell and not sight.hidden:

@@ -104,7 +104,7 @@ class HidingPolicy:
     condition: str | None
 
 
-class Store:
+class SqlJobStore:
     """The statements over one Database. Raises what Database raises, and LeaseLost."""
 
     def __init__(self, database: Database, troubles: Troubles | None = None) -> None:

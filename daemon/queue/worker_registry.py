@@ -11,7 +11,7 @@ from daemon.chores import worked
 from daemon.errors import DatabaseAway, StatementRefused
 from daemon.host.inspect import Host, installed_versions
 from daemon.queue.rows import WorkerRow, WorkerState
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from daemon.settings import Settings
 from daemon.tasks import wait_at_most
 from daemon.troubles import Troubles
@@ -30,7 +30,7 @@ class Load:
 
 
 async def stay_present(
-    store: Store,
+    store: SqlJobStore,
     host: Host,
     settings: Settings,
     troubles: Troubles,
@@ -62,7 +62,7 @@ async def stay_present(
             troubles.changed.clear()
 
 
-async def say_goodbye(store: Store, host: Host) -> None:
+async def say_goodbye(store: SqlJobStore, host: Host) -> None:
     """The host left in good order; if the database is away, its row grows old by itself."""
     try:
         await store.end_worker(host.worker_id)

@@ -20,7 +20,7 @@ from daemon.errors import DatabaseAway, LeaseLost, PointsRefused, StatementRefus
 from daemon.host.gpu_load import GpuLoad
 from daemon.queue.job import Lease
 from daemon.queue.rows import MetricPoint
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from daemon.report.cost import Meter
 from training import events
 from training.events import Event, Stage
@@ -76,7 +76,7 @@ class Reporter:
 
     def __init__(
         self,
-        store: Store,
+        store: SqlJobStore,
         lease: Lease,
         *,
         meter: Meter,

@@ -28,9 +28,9 @@ from daemon.pod.price import PodPrice
 from daemon.pod.shutdown import keys_of
 from daemon.queue.lease import LeaseKeeper
 from daemon.queue.reaper import reap_for_ever
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from daemon.serverless.host import Herald, Jobs, ServerlessHost
-from daemon.serverless.memory_store import RowlessStore
+from daemon.serverless.memory_store import MemoryJobStore
 from daemon.serverless.row_store import ServerlessRows
 from daemon.service import TRAINER_COMMAND
 from daemon.settings import Settings, dotenv_unreadable, load_settings
@@ -63,10 +63,11 @@ async def open_host(
             jobs = await stack.enter_async_context(_opened(ServerlessRows(settings, host)))
             names = ("brightrun-trainer serverless", "brightrun-trainer heartbeat")
             store, heartbeat = [
-                Store(await stack.enter_async_context(Database(dsn, application_name=name)), troubles) for name in names
+                SqlJobStore(await stack.enter_async_context(Database(dsn, application_name=name)), troubles)
+                for name in names
             ]
         else:
-            jobs = store = heartbeat = RowlessStore(host, settings.allowed_models)
+            jobs = store = heartbeat = MemoryJobStore(host, settings.allowed_models)
         # A serverless worker is a pod to RunPod's API where it is one at all; else the setting's price counts.
         price = PodPrice(settings.pod_id, keys_of(pod_environment(settings)), settings.runpod_api)
         await price.read()

@@ -1,4 +1,4 @@
-"""What stands in for the rows on a serverless host without a database: one process's memory of its own jobs.
+"""An in-memory job store for serverless workers that run without a database.
 
 The worker above it is the same, and so are its moves; what is written here is read back into the
 caller's answer, and its endings go to the callback URL from an outbox that lives as long as the process.
@@ -21,7 +21,7 @@ from daemon.host.inspect import MEMORY_TOLERANCE, Host
 from daemon.queue.job import ClaimedJob
 from daemon.queue.rows import Callback
 from daemon.queue.states import HELD, State
-from daemon.queue.store import FoundJob, Store
+from daemon.queue.store import FoundJob, SqlJobStore
 from daemon.serverless.row_store import cannot_serve
 from training.spec import Fault, ParsedRow, SpecInvalid, parse_row
 
@@ -56,8 +56,8 @@ class _Job:
         ]
 
 
-class RowlessStore(Store):
-    """A Store that never connects. The leases it gives out are never lost: nobody else knows of these jobs."""
+class MemoryJobStore(SqlJobStore):
+    """A job store that never connects. The leases it gives out are never lost: nobody else knows of these jobs."""
 
     def __init__(self, host: Host, allowed_models: Collection[str]) -> None:
         super().__init__(Database("postgresql://", application_name="none"))

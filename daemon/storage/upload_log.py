@@ -15,7 +15,7 @@ from daemon.chores import worked
 from daemon.errors import DatabaseAway, HostUnfit, JobError, StatementRefused
 from daemon.queue.job import ClaimedJob
 from daemon.queue.rows import Location, NotedUpload
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from daemon.storage.interface import Storage
 from daemon.storage.publish import object_names
 
@@ -28,7 +28,7 @@ IDLE_SECONDS = 3600.0
 NOTES_A_SWEEP = 100
 
 
-async def note_adapter(store: Store, job: ClaimedJob, location: Location) -> None:
+async def note_adapter(store: SqlJobStore, job: ClaimedJob, location: Location) -> None:
     """Note the objects of this attempt's adapter, however long the database is away. Raises LeaseLost."""
     objects = object_names(job.id, job.lease_epoch).all()
     while True:
@@ -39,12 +39,12 @@ async def note_adapter(store: Store, job: ClaimedJob, location: Location) -> Non
             await asyncio.sleep(AWAY_SECONDS)
 
 
-async def sweep_job(store: Store, storage: Storage, job_id: UUID, keep_days: float) -> None:
+async def sweep_job(store: SqlJobStore, storage: Storage, job_id: UUID, keep_days: float) -> None:
     """Delete what a settled job does not need. What cannot be deleted now stays noted for the next sweep."""
     await _sweep(store, storage, job_id=job_id, idle_seconds=0.0, keep_days=keep_days, orphans=True)
 
 
-async def sweep_for_ever(store: Store, storage: Storage, keep_days: float) -> None:
+async def sweep_for_ever(store: SqlJobStore, storage: Storage, keep_days: float) -> None:
     """Delete what dead hosts left and what has been kept long enough, until cancelled.
 
     A job without a row counts as deleted only in a table that was the same at the sweep before: into one that was made
@@ -59,7 +59,7 @@ async def sweep_for_ever(store: Store, storage: Storage, keep_days: float) -> No
         await asyncio.sleep(SWEEP_SECONDS)
 
 
-async def _tables(store: Store) -> str | None:
+async def _tables(store: SqlJobStore) -> str | None:
     try:
         return (await store.read_sight()).tables
     except (DatabaseAway, HostUnfit) as error:
@@ -68,7 +68,7 @@ async def _tables(store: Store) -> str | None:
 
 
 async def _sweep(
-    store: Store, storage: Storage, *, job_id: UUID | None, idle_seconds: float, keep_days: float, orphans: bool
+    store: SqlJobStore, storage: Storage, *, job_id: UUID | None, idle_seconds: float, keep_days: float, orphans: bool
 ) -> None:
     try:
         leftovers = await store.leftovers(
@@ -93,7 +93,7 @@ async def _sweep(
             log.warning("leftovers_kept", job_id=str(upload.job_id), error=str(error))
 
 
-async def withdraw(store: Store, storage: Storage, upload: NotedUpload) -> None:
+async def withdraw(store: SqlJobStore, storage: Storage, upload: NotedUpload) -> None:
     """Delete the objects, unless the job's row names them, then the note. Raises DatabaseAway and JobError."""
     if not upload.named:
         # The manifest is the last of a checkpoint's: without it nobody takes what is left for whole.

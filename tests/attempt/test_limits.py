@@ -15,10 +15,10 @@ from daemon.gateway.schemas import Submission
 from daemon.host.inspect import Host
 from daemon.queue.job import ClaimedJob
 from daemon.queue.rows import Limits
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from daemon.report.cost import Meter
 from daemon.report.reporter import Reporter
-from daemon.serverless.memory_store import RowlessStore
+from daemon.serverless.memory_store import MemoryJobStore
 from daemon.stop_request import Stop, StopReason
 from tests.postgres import AppDatabase
 
@@ -33,7 +33,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("daemon.attempt.limits.READ_SECONDS", 0.1)
 
 
-async def claimed(store: Store, database: AppDatabase, column: str, value: str) -> ClaimedJob:
+async def claimed(store: SqlJobStore, database: AppDatabase, column: str, value: str) -> ClaimedJob:
     """A job that is past its limit within a tenth of a second."""
     user_id = database.insert_user()
     job_id = database.insert_job(user_id, database.insert_dataset(user_id))
@@ -44,7 +44,7 @@ async def claimed(store: Store, database: AppDatabase, column: str, value: str) 
 
 
 @asynccontextmanager
-async def watched(job: ClaimedJob, store: Store) -> AsyncIterator[Stop]:
+async def watched(job: ClaimedJob, store: SqlJobStore) -> AsyncIterator[Stop]:
     stop = Stop()
     meter = Meter(price=DOLLAR_A_SECOND, num_gpus=1, already_spent=0.0)
     reporter = Reporter(store, job.lease, meter=meter, on_refused=lambda: None)
@@ -69,7 +69,7 @@ async def test_a_limit_that_is_changed_while_the_job_runs_counts(
     database: AppDatabase, column: str, tight: str, wide: str, reason: StopReason
 ) -> None:
     async with Database(database.dsn, application_name="test") as connection:
-        store = Store(connection)
+        store = SqlJobStore(connection)
         job = await claimed(store, database, column, tight)
         database.run(f"UPDATE training_jobs SET {column} = {wide}")
         async with watched(job, store) as stop:
@@ -83,7 +83,7 @@ async def test_a_limit_that_is_changed_while_the_job_runs_counts(
 
 async def test_a_job_whose_row_is_deleted_is_stopped_as_one_whose_lease_is_lost(database: AppDatabase) -> None:
     async with Database(database.dsn, application_name="test") as connection:
-        store = Store(connection)
+        store = SqlJobStore(connection)
         job = await claimed(store, database, "max_cost", "NULL")
         async with watched(job, store) as stop, asyncio.timeout(30):
             database.run("DELETE FROM training_jobs")
@@ -92,10 +92,10 @@ async def test_a_job_whose_row_is_deleted_is_stopped_as_one_whose_lease_is_lost(
 
 async def test_while_the_database_is_away_the_limit_that_is_known_holds(database: AppDatabase) -> None:
     async with Database(database.dsn, application_name="test") as connection:
-        job = await claimed(Store(connection), database, "max_cost", "0.1")
+        job = await claimed(SqlJobStore(connection), database, "max_cost", "0.1")
     async with (
         Database("postgresql://nobody@127.0.0.1:1/nowhere", application_name="test") as nobody,
-        watched(job, Store(nobody)) as stop,
+        watched(job, SqlJobStore(nobody)) as stop,
         asyncio.timeout(30),
     ):
         assert await stop.wait() is StopReason.BUDGET
@@ -103,7 +103,7 @@ async def test_while_the_database_is_away_the_limit_that_is_known_holds(database
 
 async def test_while_the_database_refuses_the_limit_that_is_known_holds(database: AppDatabase) -> None:
     async with Database(database.dsn, application_name="test") as connection:
-        store = Store(connection)
+        store = SqlJobStore(connection)
         job = await claimed(store, database, "max_cost", "0.5")
         database.run("REVOKE SELECT ON training_jobs FROM training_daemon")
         async with watched(job, store) as stop, asyncio.timeout(30):
@@ -111,7 +111,7 @@ async def test_while_the_database_refuses_the_limit_that_is_known_holds(database
 
 
 async def test_a_request_without_a_row_has_no_limits_and_is_not_taken_for_a_deleted_one() -> None:
-    store = RowlessStore(Host(device="cpu"), ())
+    store = MemoryJobStore(Host(device="cpu"), ())
     submission = Submission(
         dataset_url="https://files.example.com/d.jsonl", hyperparameters={"base_model": "a/b"}, gpu_config={}
     )

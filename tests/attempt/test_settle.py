@@ -18,7 +18,7 @@ from daemon.database.connection import Database
 from daemon.queue.job import Lease
 from daemon.queue.outcome import Cancelled, Completed, Failed, Released, Superseded
 from daemon.queue.states import State
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from daemon.report.cost import Meter
 from daemon.report.reporter import Reporter
 from daemon.settings import Settings
@@ -34,7 +34,7 @@ from training.events import ErrorCode, Stage
 REFUSED = Failed(ErrorCode.INVALID_SPEC, "no such field")
 
 
-class CountingStore(Store):
+class CountingStore(SqlJobStore):
     """A store that remembers which statements it ran."""
 
     def __init__(self, database: Database) -> None:
@@ -72,7 +72,7 @@ def settings(tmp_path: Path) -> Settings:
     return Settings(_env_file=None, database_url="postgresql://x", work_dir=tmp_path / "jobs")
 
 
-def reporter_of(store: Store, lease: Any) -> Reporter:
+def reporter_of(store: SqlJobStore, lease: Any) -> Reporter:
     meter = Meter(price=None, num_gpus=1, already_spent=0.0)
     return Reporter(store, lease, meter=meter, on_refused=lambda: None)
 
@@ -227,7 +227,7 @@ async def test_a_hurried_host_leaves_its_release_to_the_reaper_while_the_databas
     stop.request(StopReason.SHUTDOWN)
     stop.hurry()
     async with Database("postgresql://nobody@127.0.0.1:1/nowhere", application_name="test") as nobody:
-        away = Store(nobody)
+        away = SqlJobStore(nobody)
         async with asyncio.timeout(settings.drain_seconds / 2):
             ending = await settle(
                 job, Released("x"), reporter_of(away, job.lease), stop=stop, store=away, settings=settings
@@ -243,7 +243,7 @@ async def test_who_counted_his_lease_out_does_not_wait_to_tell_of_a_failure(
     job = await claimed(store)
     stop = Stop()
     async with Database("postgresql://nobody@127.0.0.1:1/nowhere", application_name="test") as nobody:
-        away = Store(nobody)
+        away = SqlJobStore(nobody)
         settling = asyncio.create_task(
             settle(job, outcome, reporter_of(away, job.lease), stop=stop, store=away, settings=settings)
         )

@@ -16,7 +16,7 @@ from daemon.attempt.work_folder import Workspace
 from daemon.database.connection import Database
 from daemon.errors import JobFailed
 from daemon.queue.job import ClaimedJob
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from daemon.stop_request import Stop
 from daemon.storage.folder import FolderStorage
 from daemon.storage.interface import StoredObject
@@ -51,7 +51,7 @@ class GatedStorage(FolderStorage):
 class Host:
     """A host with a disk of its own, working on the one job that there is."""
 
-    def __init__(self, folder: Path, store: Store, storage: Any, job: ClaimedJob) -> None:
+    def __init__(self, folder: Path, store: SqlJobStore, storage: Any, job: ClaimedJob) -> None:
         self.workspace = Workspace.open(folder, job.lease)
         self.story: list[tuple[str, dict[str, Any]]] = []
         self.keeper = CheckpointStore(store, storage, job, self.workspace, self.tell)
@@ -80,10 +80,10 @@ class Host:
 
 
 @pytest.fixture
-async def store(database: AppDatabase) -> AsyncIterator[Store]:
+async def store(database: AppDatabase) -> AsyncIterator[SqlJobStore]:
     database.insert_job(database.insert_user())
     async with Database(database.dsn, application_name="test") as connection:
-        yield Store(connection)
+        yield SqlJobStore(connection)
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def storage(tmp_path: Path) -> GatedStorage:
     return GatedStorage(tmp_path / "storage")
 
 
-async def handed_on(store: Store, job: ClaimedJob) -> ClaimedJob:
+async def handed_on(store: SqlJobStore, job: ClaimedJob) -> ClaimedJob:
     await store.release_job(job.lease, "its host goes", cost=None)
     return await claimed(store)
 
@@ -102,7 +102,7 @@ def objects(tmp_path: Path) -> set[str]:
 
 
 async def test_another_host_gets_the_newest_checkpoint_byte_for_byte(
-    store: Store, storage: GatedStorage, tmp_path: Path
+    store: SqlJobStore, storage: GatedStorage, tmp_path: Path
 ) -> None:
     job = await claimed(store)
     one = Host(tmp_path / "one", store, storage, job)
@@ -122,7 +122,7 @@ async def test_another_host_gets_the_newest_checkpoint_byte_for_byte(
 
 
 async def test_while_one_is_uploaded_only_the_newest_of_those_that_follow_is_kept(
-    store: Store, storage: GatedStorage, tmp_path: Path
+    store: SqlJobStore, storage: GatedStorage, tmp_path: Path
 ) -> None:
     host = Host(tmp_path / "one", store, storage, await claimed(store))
     storage.gate.clear()
@@ -140,7 +140,9 @@ async def test_while_one_is_uploaded_only_the_newest_of_those_that_follow_is_kep
     assert host.told("checkpoint_not_stored") == []
 
 
-async def test_a_refusal_is_told_once_and_fails_nothing(store: Store, storage: GatedStorage, tmp_path: Path) -> None:
+async def test_a_refusal_is_told_once_and_fails_nothing(
+    store: SqlJobStore, storage: GatedStorage, tmp_path: Path
+) -> None:
     host = Host(tmp_path / "one", store, storage, await claimed(store))
     storage.refusal = JobFailed(ErrorCode.UPLOAD_FAILED, "too large for the bucket")
     for step in (1, 2, 3):
@@ -152,7 +154,7 @@ async def test_a_refusal_is_told_once_and_fails_nothing(store: Store, storage: G
 
 
 async def test_an_upload_that_is_cut_short_is_no_checkpoint(
-    store: Store, storage: GatedStorage, tmp_path: Path
+    store: SqlJobStore, storage: GatedStorage, tmp_path: Path
 ) -> None:
     job = await claimed(store)
     host = Host(tmp_path / "one", store, storage, job)
@@ -171,7 +173,7 @@ async def test_an_upload_that_is_cut_short_is_no_checkpoint(
 
 
 async def test_a_host_with_a_newer_one_on_its_disk_fetches_nothing(
-    store: Store, storage: GatedStorage, tmp_path: Path
+    store: SqlJobStore, storage: GatedStorage, tmp_path: Path
 ) -> None:
     job = await claimed(store)
     host = Host(tmp_path / "one", store, storage, job)
@@ -188,7 +190,7 @@ async def test_a_host_with_a_newer_one_on_its_disk_fetches_nothing(
 
 @pytest.mark.parametrize("damage", ["a file", "the manifest", "gone", "a foreign manifest"])
 async def test_a_damaged_or_foreign_checkpoint_is_ignored_with_a_notice(
-    store: Store, storage: GatedStorage, tmp_path: Path, damage: str
+    store: SqlJobStore, storage: GatedStorage, tmp_path: Path, damage: str
 ) -> None:
     job = await claimed(store)
     host = Host(tmp_path / "one", store, storage, job)
@@ -215,7 +217,7 @@ async def test_a_damaged_or_foreign_checkpoint_is_ignored_with_a_notice(
 
 
 async def test_a_storage_that_forgets_an_upload_and_refuses_large_files_delays_nobody(
-    store: Store, tmp_path: Path
+    store: SqlJobStore, tmp_path: Path
 ) -> None:
     async with StorageDouble(tmp_path / "double") as double:
         double.buckets[BUCKET] = Bucket(file_size_limit=10)

@@ -16,7 +16,7 @@ from daemon.database.connection import Database
 from daemon.database.embedded_server import EmbeddedPostgres
 from daemon.errors import DatabaseAway, DatabaseUnprepared, HostUnfit
 from daemon.queue.rows import Limits
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from daemon.schema.migrations import migrate
 from tests.postgres import AppDatabase, Server
 
@@ -150,7 +150,7 @@ async def test_a_database_with_settings_of_its_own_is_written_and_read_as_any_ot
                 }
             ]
     async with database_on(database.dsn) as db:
-        claim = await Store(db).claim_job(uuid4(), Limits(models=["ł/😀"]), lease_seconds=30)
+        claim = await SqlJobStore(db).claim_job(uuid4(), Limits(models=["ł/😀"]), lease_seconds=30)
     assert claim.job is not None and claim.job.id == job_id and claim.job.max_cost == 12.34
 
 
@@ -388,7 +388,7 @@ async def test_tables_that_were_made_anew_are_found_by_statements_that_were_prep
         migrate(postgres.dsn(name), local=True)
         app = AppDatabase(postgres.dsn(name))
         async with database_on(app.dsn) as db:
-            store, user_id = Store(db), app.insert_user()
+            store, user_id = SqlJobStore(db), app.insert_user()
             app.insert_job(user_id)
             assert (await store.claim_job(uuid4(), Limits(), lease_seconds=60)).job is not None
             app.run("DROP SCHEMA public CASCADE")

@@ -23,7 +23,7 @@ from typer.main import get_command
 from daemon.__main__ import app
 from daemon.database.connection import Database
 from daemon.demo.model import MODEL_NAME
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from tests.docs.blocks import COMPARED, ELSEWHERE, REASONS, RUN, Block, blocks, runnable
 from tests.docs.render import DOCS, PAGES
 from tests.docs.test_cookbook import as_psql, furnish, run_as
@@ -37,9 +37,9 @@ PLACEHOLDERS = {"'6f1d…'": ":'user_id'", "'b2c4…'": ":'dataset_id'", "'58be�
 
 
 @pytest.fixture
-async def store(database: AppDatabase) -> AsyncIterator[Store]:
+async def store(database: AppDatabase) -> AsyncIterator[SqlJobStore]:
     async with Database(database.dsn, application_name="test") as connection:
-        yield Store(connection)
+        yield SqlJobStore(connection)
 
 
 def test_every_block_is_run_or_says_why_not() -> None:
@@ -92,7 +92,7 @@ def test_every_json_document_is_a_job_that_is_accepted() -> None:
         assert parse_row(job["hyperparameters"], job["gpu_config"]).unknown_keys == (), block.place
 
 
-async def test_every_statement_runs_as_the_role_it_names(store: Store, database: AppDatabase) -> None:
+async def test_every_statement_runs_as_the_role_it_names(store: SqlJobStore, database: AppDatabase) -> None:
     user = database.insert_user()
     values = await furnish(store, database, user)
     statements = [block for block in runnable() if block.language == "sql"]
@@ -143,7 +143,7 @@ def script_of(found: list[Block]) -> str:
 
 
 async def test_the_commands_of_every_page_but_the_tutorial_run(
-    store: Store, database: AppDatabase, tmp_path: Path
+    store: SqlJobStore, database: AppDatabase, tmp_path: Path
 ) -> None:
     user: UUID = database.insert_user()
     values = await furnish(store, database, user)

@@ -12,7 +12,7 @@ import psycopg.sql
 import pytest
 
 from daemon.database.connection import Database
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from tests.paths import ROOT
 from tests.postgres import AppDatabase
 from tests.queue.claiming import claimed
@@ -24,9 +24,9 @@ QUERIES = re.findall(r"```sql\n(.*?)```", COOKBOOK.read_text(), re.DOTALL)
 
 
 @pytest.fixture
-async def store(database: AppDatabase) -> AsyncIterator[Store]:
+async def store(database: AppDatabase) -> AsyncIterator[SqlJobStore]:
     async with Database(database.dsn, application_name="test") as connection:
-        yield Store(connection)
+        yield SqlJobStore(connection)
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def user(database: AppDatabase) -> UUID:
     return database.insert_user()
 
 
-async def furnish(store: Store, database: AppDatabase, user: UUID) -> dict[str, Any]:
+async def furnish(store: SqlJobStore, database: AppDatabase, user: UUID) -> dict[str, Any]:
     """A user with jobs in every state and a host that died with one; returns the values of the variables."""
     jobs: Jobs = await populate(store, database, user)
     forsaken = database.insert_job(user)
@@ -93,7 +93,7 @@ def run_as(database: AppDatabase, role: str, user: UUID, statement: str) -> list
 
 
 async def test_every_query_of_the_cookbook_finds_something_as_the_role_it_names(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     values = await furnish(store, database, user)
     assert len(QUERIES) > 30
@@ -107,7 +107,7 @@ async def test_every_query_of_the_cookbook_finds_something_as_the_role_it_names(
 
 
 async def test_what_the_cookbook_promises_of_a_user_holds_for_him_alone(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     values = await furnish(store, database, user)
     stranger = database.insert_user()

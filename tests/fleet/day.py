@@ -19,7 +19,7 @@ from daemon.pod.runpod_api import RunPodError
 from daemon.queue.job import Lease
 from daemon.queue.outcome import Completed
 from daemon.queue.rows import Limits
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from tests.doubles.runpod_api import PodRow
 from tests.fleet.yard import H100, Yard
 
@@ -81,7 +81,7 @@ class Day:
             yard.fleet() as fleet,
             Database(yard.database.dsn, application_name="the daemons of the day") as database,
         ):
-            store = Store(database)
+            store = SqlJobStore(database)
             for minute in range(DAY_MINUTES):
                 self._insert_what_arrives(minute)
                 self._let_go_wrong(minute)
@@ -136,7 +136,7 @@ class Day:
                 (victim.job,),
             )
 
-    async def _live(self, minute: int, store: Store) -> None:
+    async def _live(self, minute: int, store: SqlJobStore) -> None:
         for pod in self.yard.pods:
             if pod.status == "PROVISIONING":
                 age = self.booting[pod.id] = self.booting.get(pod.id, 0) + 1
@@ -154,7 +154,7 @@ class Day:
                 daemon.pod.status = "TERMINATED"
                 self.daemons.remove(daemon)
 
-    async def _work(self, daemon: Daemon, minute: int, store: Store) -> None:
+    async def _work(self, daemon: Daemon, minute: int, store: SqlJobStore) -> None:
         if daemon.queue.lease is not None and minute >= daemon.done_at:
             adapter = Completed(f"lora-models/adapters/{daemon.queue.job}.tar.gz", "0" * 64, 1)
             await store.complete_job(daemon.queue.lease, adapter, cost=1.0)

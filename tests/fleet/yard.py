@@ -14,7 +14,7 @@ from daemon.fleet.loop import Fleet
 from daemon.fleet.plan import read_plan
 from daemon.fleet.store import FleetStore
 from daemon.pod.runpod_api import Key, RunPod
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from daemon.settings import Settings, load_settings
 from tests.doubles.runpod_api import PodRow, RunPodDouble
 from tests.postgres import AppDatabase
@@ -52,7 +52,7 @@ class Yard:
                 self.settings,
                 read_plan(self.settings.fleet_pod),
                 FleetStore(deciding),
-                Store(helping),
+                SqlJobStore(helping),
                 api,
                 clock=lambda: self.now,
                 settle_seconds=settle_seconds,

@@ -34,7 +34,7 @@ from daemon.database.embedded_server import EmbeddedPostgres
 from daemon.database.statements import statement
 from daemon.errors import DatabaseAway, LeaseLost
 from daemon.queue.rows import Location, MetricPoint
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from daemon.schema.migrations import migrate
 from tests.daemon_process import REAL, SCRIPTED, DaemonProcess, children_of, eventually
 from tests.doubles.tcp_proxy import TcpProxy
@@ -568,17 +568,17 @@ async def test_each_statement_without_its_epoch_turns_the_judge_red(queue: Queue
         Database(as_host(queue.dsn, "stale"), application_name="stale") as one,
         Database(as_host(queue.dsn, "heir"), application_name="heir") as other,
     ):
-        lease = await reaped_lease(Store(one))
-        heir = await claim(Store(other))
-        await Store(other).start_job(heir)
-        await Store(other).record_metrics(
+        lease = await reaped_lease(SqlJobStore(one))
+        heir = await claim(SqlJobStore(other))
+        await SqlJobStore(other).start_job(heir)
+        await SqlJobStore(other).record_metrics(
             heir, [MetricPoint(step=1, epoch=0, training_loss=1.0, learning_rate=1.0, throughput=2.0)]
         )
-        await Store(other).note_upload(heir, "checkpoint", Location("s", "lora-models"), ["heir"], step=1)
+        await SqlJobStore(other).note_upload(heir, "checkpoint", Location("s", "lora-models"), ["heir"], step=1)
         if write in {"end_cancelled_job", "settle_cancelled_job"}:
             app.cancel_as_owner(heir.job_id)
         with pytest.raises(LeaseLost):
-            await STALE_WRITES[write](Store(one), lease)
+            await STALE_WRITES[write](SqlJobStore(one), lease)
         assert "stale " not in offences(queue.dsn)
         try:
             await STALE_WRITES[write](MutatedStore(one), lease)
@@ -594,7 +594,7 @@ def offences(dsn: str) -> str:
     return "\n".join(line for line in lines if line.startswith(kinds) and "stale" in line)
 
 
-class MutatedStore(Store):
+class MutatedStore(SqlJobStore):
     """The same methods over statements that forgot their epoch."""
 
     async def _run(self, name: str, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from daemon.database.connection import Database
 from daemon.fitness import Fitness
 from daemon.host.inspect import Host
 from daemon.queue.lease import LeaseKeeper
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from daemon.report.courier import CallbackCourier
 from daemon.settings import load_settings
 from daemon.storage.open import open_storage
@@ -57,8 +57,8 @@ async def resting(
             Collaborators(
                 settings=settings,
                 host=host,
-                store=Store(database),
-                leases=LeaseKeeper(Store(beat), lease_seconds=settings.lease_seconds, on_partition="continue"),
+                store=SqlJobStore(database),
+                leases=LeaseKeeper(SqlJobStore(beat), lease_seconds=settings.lease_seconds, on_partition="continue"),
                 storage=storage,
                 courier=CallbackCourier(settings),
                 trainers=Trainers(settings, host, command),

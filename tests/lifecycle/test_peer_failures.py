@@ -29,7 +29,7 @@ from daemon.queue.job import Lease, Returned
 from daemon.queue.outcome import Completed, Failed
 from daemon.queue.rows import Ending, Limits, Location, MetricPoint
 from daemon.queue.states import State
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from tests.daemon_process import DaemonProcess, alive, eventually
 from tests.lifecycle.queue import FINAL, Queue
 from tests.paths import ROOT
@@ -183,13 +183,13 @@ PROGRESS: dict[str, Any] = {
 }  # fmt: skip
 
 
-async def _settle_cancelled(store: Store, lease: Lease) -> None:
+async def _settle_cancelled(store: SqlJobStore, lease: Lease) -> None:
     if not await store._run("settle_cancelled_job", vars(lease) | {"cost": 9.0}):
         raise LeaseLost("no row")
 
 
 # Every statement that names an epoch, as its owner says it. A new one without a line here fails the test below.
-STALE_WRITES: dict[str, Callable[[Store, Lease], Awaitable[object]]] = {
+STALE_WRITES: dict[str, Callable[[SqlJobStore, Lease], Awaitable[object]]] = {
     "start_job": lambda store, lease: store.start_job(lease),
     "record_plan": lambda store, lease: store.record_plan(
         lease, total_steps=9, total_epochs=9, estimated_total_cost=9.0
@@ -215,7 +215,7 @@ STALE_WRITES: dict[str, Callable[[Store, Lease], Awaitable[object]]] = {
 READS = {"read_job_state"}
 
 
-async def claim(store: Store, *, lease_seconds: float = 60.0) -> Lease:
+async def claim(store: SqlJobStore, *, lease_seconds: float = 60.0) -> Lease:
     """Take the next job as some host would."""
     found = await store.claim_job(uuid4(), Limits(), lease_seconds=lease_seconds)
     assert found.job is not None
@@ -253,7 +253,7 @@ def test_every_statement_that_names_an_epoch_is_tried_by_a_stale_owner() -> None
 async def test_a_stale_owner_changes_nothing(queue: Queue, write: str, now: str) -> None:
     queue.insert(callback_url="https://example.test/hook")
     async with Database(queue.dsn, application_name="heir and stale owner") as database:
-        store = Store(database)
+        store = SqlJobStore(database)
         stale = await reaped_lease(store)
         if now != "queued again":
             heir = await claim(store)
@@ -274,7 +274,7 @@ async def test_a_stale_owner_changes_nothing(queue: Queue, write: str, now: str)
         assert everything(queue) == before
 
 
-async def reaped_lease(store: Store) -> Lease:
+async def reaped_lease(store: SqlJobStore) -> Lease:
     """A lease that was held, ran out and was reaped."""
     stale = await claim(store, lease_seconds=0.001)
     await asyncio.sleep(0.01)
@@ -292,11 +292,11 @@ async def test_a_job_is_never_both_finished_and_failed(queue: Queue) -> None:
         Database(queue.dsn, application_name="three") as third,
     ):
         for _ in jobs:
-            lease = await claim(Store(first), lease_seconds=0.002)
+            lease = await claim(SqlJobStore(first), lease_seconds=0.002)
             endings = [
-                Store(first).complete_job(lease, COMPLETED, cost=1.0),
-                Store(second).fail_job(lease, FAILED, cost=1.0),
-                Store(third).reap_expired_leases(),
+                SqlJobStore(first).complete_job(lease, COMPLETED, cost=1.0),
+                SqlJobStore(second).fail_job(lease, FAILED, cost=1.0),
+                SqlJobStore(third).reap_expired_leases(),
                 asyncio.to_thread(cancel_if_unfinished, queue, lease.job_id),
             ]
             order.shuffle(endings)

@@ -7,14 +7,14 @@ from uuid import UUID, uuid4
 
 from daemon.queue.job import ClaimedJob
 from daemon.queue.rows import Claim, Limits
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 
 
-async def claim(store: Store, worker: UUID | None = None, *, lease_seconds: float = 60.0, **limits: Any) -> Claim:
+async def claim(store: SqlJobStore, worker: UUID | None = None, *, lease_seconds: float = 60.0, **limits: Any) -> Claim:
     return await store.claim_job(worker or uuid4(), Limits(**limits), lease_seconds=lease_seconds)
 
 
-async def claimed(store: Store, **limits: Any) -> ClaimedJob:
+async def claimed(store: SqlJobStore, **limits: Any) -> ClaimedJob:
     job = (await claim(store, **limits)).job
     assert job is not None
     return job

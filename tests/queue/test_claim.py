@@ -12,12 +12,12 @@ import pytest
 from daemon.database.connection import Database
 from daemon.errors import RowsHidden
 from daemon.queue.rows import Claim
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from tests.postgres import AppDatabase
 from tests.queue.claiming import claim, claimed
 
 
-async def claimed_ids(store: Store, **limits: Any) -> list[UUID]:
+async def claimed_ids(store: SqlJobStore, **limits: Any) -> list[UUID]:
     """Claim until nothing is left."""
     ids: list[UUID] = []
     while (job := (await claim(store, **limits)).job) is not None:
@@ -25,16 +25,18 @@ async def claimed_ids(store: Store, **limits: Any) -> list[UUID]:
     return ids
 
 
-async def test_an_empty_queue_is_not_contested(store: Store) -> None:
+async def test_an_empty_queue_is_not_contested(store: SqlJobStore) -> None:
     assert await claim(store) == Claim(None)
 
 
-async def test_the_highest_priority_goes_first_then_the_oldest(store: Store, database: AppDatabase, user: UUID) -> None:
+async def test_the_highest_priority_goes_first_then_the_oldest(
+    store: SqlJobStore, database: AppDatabase, user: UUID
+) -> None:
     jobs = [database.insert_job(user, priority=priority) for priority in (0, 5, 0, 5, -1)]
     assert await claimed_ids(store) == [jobs[1], jobs[3], jobs[0], jobs[2], jobs[4]]
 
 
-async def test_a_claim_carries_the_job_and_its_dataset(store: Store, database: AppDatabase, user: UUID) -> None:
+async def test_a_claim_carries_the_job_and_its_dataset(store: SqlJobStore, database: AppDatabase, user: UUID) -> None:
     dataset = database.insert_dataset(user)
     job_id = database.insert_job(user, dataset, max_cost=12.5)
     job = (await claim(store)).job
@@ -49,7 +51,7 @@ async def test_a_claim_carries_the_job_and_its_dataset(store: Store, database: A
     assert (row["status"], row["attempt"], row["retry_count"], row["due"]) == ("initializing", 1, 0, False)
 
 
-async def test_a_held_job_is_invisible_to_other_daemons(store: Store, database: AppDatabase, user: UUID) -> None:
+async def test_a_held_job_is_invisible_to_other_daemons(store: SqlJobStore, database: AppDatabase, user: UUID) -> None:
     database.insert_job(user)
     assert (await claim(store)).job is not None
     assert await claim(store) == Claim(None)
@@ -74,13 +76,15 @@ async def test_a_held_job_is_invisible_to_other_daemons(store: Store, database: 
     ],
 )
 async def test_only_a_job_that_this_host_can_serve_is_taken(
-    store: Store, database: AppDatabase, user: UUID, wanted: dict[str, Any], limits: dict[str, Any], served: bool
+    store: SqlJobStore, database: AppDatabase, user: UUID, wanted: dict[str, Any], limits: dict[str, Any], served: bool
 ) -> None:
     database.insert_job(user, gpu_config=wanted)
     assert ((await claim(store, **limits)).job is not None) is served
 
 
-async def test_only_models_that_this_host_may_load_are_taken(store: Store, database: AppDatabase, user: UUID) -> None:
+async def test_only_models_that_this_host_may_load_are_taken(
+    store: SqlJobStore, database: AppDatabase, user: UUID
+) -> None:
     database.insert_job(user, hyperparameters={"base_model": "Qwen/Qwen3-8B"})
     unnamed = database.insert_job(user, hyperparameters={})
     assert await claimed_ids(store, models=["mistralai/Mistral-7B-v0.1"]) == [unnamed]
@@ -88,7 +92,7 @@ async def test_only_models_that_this_host_may_load_are_taken(store: Store, datab
 
 
 async def test_a_large_job_at_the_head_does_not_hide_a_small_one(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     for _ in range(20):
         database.insert_job(user, gpu_config={"num_gpus": 8}, priority=9)
@@ -97,7 +101,7 @@ async def test_a_large_job_at_the_head_does_not_hide_a_small_one(
 
 
 async def test_a_capped_users_jobs_wait_and_another_users_go_on(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     mine = [database.insert_job(user) for _ in range(4)]
     other = database.insert_job(database.insert_user())
@@ -110,7 +114,7 @@ async def test_eight_claimers_never_exceed_a_users_cap(database: AppDatabase, us
 
     async def take(barrier: asyncio.Barrier) -> int:
         async with Database(database.dsn, application_name="test") as connection:
-            store = Store(connection)
+            store = SqlJobStore(connection)
             await store.next_due_in()
             taken = 0
             for _ in range(5):
@@ -130,14 +134,14 @@ async def test_two_daemons_never_take_the_same_job(database: AppDatabase, user: 
 
     async def take() -> list[UUID]:
         async with Database(database.dsn, application_name="test") as connection:
-            return await claimed_ids(Store(connection))
+            return await claimed_ids(SqlJobStore(connection))
 
     taken = [job for ids in await asyncio.gather(*(take() for _ in range(4))) for job in ids]
     assert len(taken) == len(jobs) and set(taken) == jobs
 
 
 async def test_a_child_rows_insert_in_flight_does_not_hide_the_job(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     job_id = database.insert_job(user)
     with database.connect() as app, app.transaction():
@@ -151,7 +155,7 @@ async def test_a_child_rows_insert_in_flight_does_not_hide_the_job(
     assert job is not None and job.id == job_id
 
 
-async def test_candidates_that_others_hold_are_contested(store: Store, database: AppDatabase, user: UUID) -> None:
+async def test_candidates_that_others_hold_are_contested(store: SqlJobStore, database: AppDatabase, user: UUID) -> None:
     for _ in range(3):
         database.insert_job(user)
     with database.connect() as rival, rival.transaction():
@@ -161,7 +165,7 @@ async def test_candidates_that_others_hold_are_contested(store: Store, database:
 
 
 async def test_the_window_grows_past_candidates_that_others_hold(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     jobs = [database.insert_job(user) for _ in range(12)]
     with database.connect() as rival, rival.transaction():
@@ -171,7 +175,7 @@ async def test_the_window_grows_past_candidates_that_others_hold(
 
 
 async def test_a_scheduled_job_waits_for_its_time_and_tells_when_it_is(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     later = database.one("SELECT clock_timestamp() + interval '1 hour' AS at")["at"]
     job_id = database.insert_job(user, run_after=later)
@@ -185,7 +189,7 @@ async def test_a_scheduled_job_waits_for_its_time_and_tells_when_it_is(
     assert job is not None and job.id == job_id and await store.next_due_in() is None
 
 
-async def test_a_job_whose_time_has_come_is_promoted(store: Store, database: AppDatabase, user: UUID) -> None:
+async def test_a_job_whose_time_has_come_is_promoted(store: SqlJobStore, database: AppDatabase, user: UUID) -> None:
     soon = database.one("SELECT clock_timestamp() + interval '50 ms' AS at")["at"]
     database.insert_job(user, run_after=soon)
     assert (await claim(store)).job is None
@@ -196,7 +200,7 @@ async def test_a_job_whose_time_has_come_is_promoted(store: Store, database: App
 
 
 async def test_a_cancelled_job_submitted_again_waits_until_its_old_child_is_gone(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     job_id = database.insert_job(user)
     first = (await claim(store)).job
@@ -227,7 +231,7 @@ def test_a_fresh_claim_cannot_take_a_slot_twice(database: AppDatabase, user: UUI
 
 
 async def test_a_policy_that_admits_no_lease_is_no_missing_right(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     """Before the first claim as well, where a missing right would end the daemon: waiting heals it."""
     job_id = database.insert_job(user)

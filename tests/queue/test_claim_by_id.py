@@ -14,8 +14,8 @@ from daemon.gateway.schemas import Submission
 from daemon.host.inspect import Gpu, Host
 from daemon.queue.job import ClaimedJob
 from daemon.queue.outcome import Failed
-from daemon.queue.store import Store
-from daemon.serverless.memory_store import RowlessStore
+from daemon.queue.store import SqlJobStore
+from daemon.serverless.memory_store import MemoryJobStore
 from daemon.serverless.row_store import ServerlessRows
 from daemon.settings import load_settings
 from tests.postgres import AppDatabase
@@ -65,7 +65,7 @@ LACKING = pytest.mark.parametrize(
 
 @LACKING
 async def test_a_job_that_this_host_cannot_serve_is_refused_with_what_it_lacks_and_waits_on(
-    store: Store, database: AppDatabase, user: UUID, wanted: Any, gpus: tuple[Gpu, ...], allowed: str, said: str
+    store: SqlJobStore, database: AppDatabase, user: UUID, wanted: Any, gpus: tuple[Gpu, ...], allowed: str, said: str
 ) -> None:
     job_id = database.insert_job(user, gpu_config=wanted)
     with pytest.raises(Refused) as refused:
@@ -81,7 +81,7 @@ async def test_a_host_without_a_database_refuses_the_same_jobs_in_the_same_words
     wanted: Any, gpus: tuple[Gpu, ...], allowed: str, said: str
 ) -> None:
     models = load_settings(database_url="postgresql://nowhere", allowed_models=allowed).allowed_models
-    store = RowlessStore(Host(device="cuda", gpus=gpus), models)
+    store = MemoryJobStore(Host(device="cuda", gpus=gpus), models)
     with pytest.raises(Refused) as refused:
         await store.submit(submission(wanted))
     assert said in refused.value.message and "stays queued" not in str(refused.value.hint)
@@ -95,12 +95,12 @@ async def test_what_a_host_has_it_serves_with_a_database_and_without(
     database: AppDatabase, user: UUID, wanted: dict[str, Any]
 ) -> None:
     assert await taken(database, database.insert_job(user, gpu_config=wanted)) is not None
-    store = RowlessStore(Host(device="cuda", gpus=(H100,)), ())
+    store = MemoryJobStore(Host(device="cuda", gpus=(H100,)), ())
     assert await store.claim(await store.submit(submission(wanted))) is not None
 
 
 async def test_a_cpu_host_without_a_database_takes_what_it_is_called_for() -> None:
-    store = RowlessStore(Host(device="cpu"), ())
+    store = MemoryJobStore(Host(device="cpu"), ())
     much = submission({"num_gpus": 8, "gpu_memory_gb": 640, "gpu_type": "B200"})
     assert await store.claim(await store.submit(much)) is not None
 
@@ -118,7 +118,9 @@ async def test_a_cpu_host_takes_what_it_is_called_for(database: AppDatabase, use
     assert await taken(database, job_id, device="cpu") is not None
 
 
-async def test_what_does_not_wait_is_not_said_to_lack_anything(store: Store, database: AppDatabase, user: UUID) -> None:
+async def test_what_does_not_wait_is_not_said_to_lack_anything(
+    store: SqlJobStore, database: AppDatabase, user: UUID
+) -> None:
     """Held by somebody, final, or not due: its own row tells how it does."""
     wanted = {"num_gpus": 4}
     held = database.insert_job(user, gpu_config=wanted)

@@ -8,7 +8,7 @@ import pytest
 from psycopg.types.json import Jsonb
 
 from daemon.database.connection import Database
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from tests.postgres import AppDatabase
 from tests.queue.claiming import claimed
 
@@ -23,7 +23,7 @@ def insert(database: AppDatabase, user: UUID, base_model: str | None, **columns:
 async def test_a_job_whose_base_model_is_in_memory_goes_before_an_older_one(database: AppDatabase, user: UUID) -> None:
     older, newer = insert(database, user, "org/other"), insert(database, user, "org/warm")
     async with Database(database.dsn, application_name="warm") as connection:
-        store = Store(connection)
+        store = SqlJobStore(connection)
         assert [(await claimed(store, **WARM)).id for _ in range(2)] == [newer, older]
 
 
@@ -31,13 +31,13 @@ async def test_a_job_that_has_waited_long_is_overtaken_by_none(database: AppData
     older, newer = insert(database, user, "org/other"), insert(database, user, "org/warm")
     async with Database(database.dsn, application_name="warm") as connection:
         bounded = WARM | {"warm_first_seconds": 0.0}
-        assert [(await claimed(Store(connection), **bounded)).id for _ in range(2)] == [older, newer]
+        assert [(await claimed(SqlJobStore(connection), **bounded)).id for _ in range(2)] == [older, newer]
 
 
 async def test_a_higher_priority_counts_more_than_memory(database: AppDatabase, user: UUID) -> None:
     warm, urgent = insert(database, user, "org/warm"), insert(database, user, "org/other", priority=5)
     async with Database(database.dsn, application_name="warm") as connection:
-        assert [(await claimed(Store(connection), **WARM)).id for _ in range(2)] == [urgent, warm]
+        assert [(await claimed(SqlJobStore(connection), **WARM)).id for _ in range(2)] == [urgent, warm]
 
 
 @pytest.mark.parametrize("held", [True, False])
@@ -47,4 +47,4 @@ async def test_a_job_that_names_no_model_counts_as_the_default_one(
     older, unnamed = insert(database, user, "org/other"), insert(database, user, None)
     async with Database(database.dsn, application_name="warm") as connection:
         limits = WARM | {"warm_models": ["org/default", ""] if held else ["org/default"]}
-        assert (await claimed(Store(connection), **limits)).id == (unnamed if held else older)
+        assert (await claimed(SqlJobStore(connection), **limits)).id == (unnamed if held else older)

@@ -8,7 +8,7 @@ from uuid import uuid4
 from daemon.database.connection import Database
 from daemon.queue.lease import LeaseKeeper
 from daemon.queue.rows import Limits
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from daemon.stop_request import Stop, StopReason
 from tests.postgres import AppDatabase
 
@@ -19,7 +19,7 @@ async def test_a_right_that_is_missing_for_a_while_ends_no_heartbeat(database: A
     user_id = database.insert_user()
     database.insert_job(user_id, database.insert_dataset(user_id))
     async with Database(database.dsn, application_name="test") as connection:
-        store = Store(connection)
+        store = SqlJobStore(connection)
         job = (await store.claim_job(uuid4(), Limits(), lease_seconds=60)).job
         assert job is not None
         stop = Stop()

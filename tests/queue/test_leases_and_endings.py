@@ -15,7 +15,7 @@ from daemon.queue.job import Lease, Returned
 from daemon.queue.outcome import Completed, Failed
 from daemon.queue.rows import Ending, MetricPoint, Reaped
 from daemon.queue.states import State
-from daemon.queue.store import MAX_RETURNS, Store
+from daemon.queue.store import MAX_RETURNS, SqlJobStore
 from tests.postgres import AppDatabase
 from tests.queue.claiming import claim, claimed
 from training.events import ErrorCode
@@ -33,7 +33,7 @@ def cancel(database: AppDatabase, job_id: UUID) -> None:
     database.run("UPDATE training_jobs SET status = 'cancelled' WHERE id = %s", (job_id,))
 
 
-async def every_write(store: Store, lease: Lease) -> dict[str, BaseException | None]:
+async def every_write(store: SqlJobStore, lease: Lease) -> dict[str, BaseException | None]:
     """What each fenced write says to this lease."""
     writes: dict[str, Any] = {
         "start": lambda: store.start_job(lease),
@@ -61,7 +61,7 @@ async def every_write(store: Store, lease: Lease) -> dict[str, BaseException | N
     return said
 
 
-async def progress(store: Store, lease: Lease, percent: float, **changes: Any) -> None:
+async def progress(store: SqlJobStore, lease: Lease, percent: float, **changes: Any) -> None:
     values: dict[str, Any] = {
         "stage": "training",
         "progress": percent,
@@ -75,7 +75,7 @@ async def progress(store: Store, lease: Lease, percent: float, **changes: Any) -
 
 
 async def test_a_stale_owner_can_write_nothing_once_the_job_has_a_new_one(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     database.insert_job(user)
     stale = (await claimed(store)).lease
@@ -93,7 +93,7 @@ async def test_a_stale_owner_can_write_nothing_once_the_job_has_a_new_one(
 
 
 async def test_a_reaped_owner_can_write_nothing_to_the_waiting_job(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     database.insert_job(user)
     stale = (await claimed(store)).lease
@@ -107,7 +107,7 @@ async def test_a_reaped_owner_can_write_nothing_to_the_waiting_job(
 
 
 async def test_an_expired_lease_that_nobody_reaped_may_be_renewed(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     database.insert_job(user)
     lease = (await claimed(store)).lease
@@ -117,7 +117,7 @@ async def test_an_expired_lease_that_nobody_reaped_may_be_renewed(
 
 
 async def test_reaping_without_an_attempt_left_fails_and_says_so(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     job_id = database.insert_job(user, max_attempts=2)
     for state in (State.QUEUED, State.FAILED):
@@ -131,7 +131,7 @@ async def test_reaping_without_an_attempt_left_fails_and_says_so(
 
 
 async def test_a_job_that_takes_its_hosts_down_waits_longer_each_time(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     job_id = database.insert_job(user, max_attempts=4)
     waits = []
@@ -147,7 +147,7 @@ async def test_a_job_that_takes_its_hosts_down_waits_longer_each_time(
 
 
 async def test_a_job_that_the_app_keeps_locked_holds_up_the_reaping_of_no_other(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     for _ in range(3):
         database.insert_job(user)
@@ -162,7 +162,7 @@ async def test_a_job_that_the_app_keeps_locked_holds_up_the_reaping_of_no_other(
     assert await store.reap_expired_leases() == [Reaped(locked, State.QUEUED)]
 
 
-async def test_start_said_twice_holds(store: Store, database: AppDatabase, user: UUID) -> None:
+async def test_start_said_twice_holds(store: SqlJobStore, database: AppDatabase, user: UUID) -> None:
     job_id = database.insert_job(user)
     lease = (await claimed(store)).lease
     await store.start_job(lease)
@@ -172,7 +172,7 @@ async def test_start_said_twice_holds(store: Store, database: AppDatabase, user:
 
 
 async def test_progress_never_falls_within_an_attempt_and_begins_anew_with_the_next(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     job_id = database.insert_job(user)
     lease = (await claimed(store)).lease
@@ -185,7 +185,7 @@ async def test_progress_never_falls_within_an_attempt_and_begins_anew_with_the_n
 
 
 async def test_a_completion_keeps_everything_and_ends_the_lease(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     job_id = database.insert_job(user)
     lease = (await claimed(store)).lease
@@ -199,7 +199,7 @@ async def test_a_completion_keeps_everything_and_ends_the_lease(
 
 @pytest.mark.parametrize("ending", ["complete", "fail", "retry", "release", "return", "cancel"])
 async def test_an_ending_whose_answer_was_lost_recognises_its_own_work(
-    store: Store, database: AppDatabase, user: UUID, ending: str
+    store: SqlJobStore, database: AppDatabase, user: UUID, ending: str
 ) -> None:
     job_id = database.insert_job(user)
     lease = (await claimed(store)).lease
@@ -219,7 +219,7 @@ async def test_an_ending_whose_answer_was_lost_recognises_its_own_work(
     assert (database.job(job_id), database.story(job_id)) == (row, story)
 
 
-async def test_a_job_cannot_be_both_finished_and_failed(store: Store, database: AppDatabase, user: UUID) -> None:
+async def test_a_job_cannot_be_both_finished_and_failed(store: SqlJobStore, database: AppDatabase, user: UUID) -> None:
     database.insert_job(user)
     lease = (await claimed(store)).lease
     await store.complete_job(lease, DONE, cost=1)
@@ -230,7 +230,7 @@ async def test_a_job_cannot_be_both_finished_and_failed(store: Store, database: 
 
 @pytest.mark.parametrize("ending", ["complete", "fail", "retry", "release", "return"])
 async def test_every_ending_yields_to_a_cancel_and_records_the_true_cost(
-    store: Store, database: AppDatabase, user: UUID, ending: str
+    store: SqlJobStore, database: AppDatabase, user: UUID, ending: str
 ) -> None:
     job_id = database.insert_job(user)
     lease = (await claimed(store)).lease
@@ -252,7 +252,7 @@ async def test_every_ending_yields_to_a_cancel_and_records_the_true_cost(
 
 
 async def test_a_cancelled_job_keeps_its_lease_until_its_child_is_gone(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     job_id = database.insert_job(user)
     database.insert_job(user)
@@ -267,7 +267,7 @@ async def test_a_cancelled_job_keeps_its_lease_until_its_child_is_gone(
 
 
 async def test_a_job_that_nobody_cancelled_is_given_back_and_never_left_running_without_a_lease(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     job_id = database.insert_job(user)
     lease = (await claimed(store)).lease
@@ -280,7 +280,7 @@ async def test_a_job_that_nobody_cancelled_is_given_back_and_never_left_running_
     assert (await claimed(store)).id == job_id
 
 
-async def test_a_retry_waits_and_the_last_one_fails(store: Store, database: AppDatabase, user: UUID) -> None:
+async def test_a_retry_waits_and_the_last_one_fails(store: SqlJobStore, database: AppDatabase, user: UUID) -> None:
     job_id = database.insert_job(user, max_attempts=2)
     lease = (await claimed(store)).lease
     assert await store.retry_job(lease, BROKEN, delay_seconds=0.05, cost=1) == Ending(True, State.QUEUED, False)
@@ -299,7 +299,7 @@ async def test_a_retry_waits_and_the_last_one_fails(store: Store, database: AppD
 
 
 async def test_a_release_costs_no_attempt_but_its_epoch_never_goes_back(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     job_id = database.insert_job(user)
     for epoch in (1, 2, 3, 4, 5):
@@ -311,7 +311,7 @@ async def test_a_release_costs_no_attempt_but_its_epoch_never_goes_back(
 
 
 async def test_a_job_that_hosts_give_back_loses_no_attempt_until_ten_have_and_then_comes_to_an_end(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     job_id = database.insert_job(user, max_attempts=2)
     waits = []
@@ -356,7 +356,7 @@ async def test_a_job_that_hosts_give_back_loses_no_attempt_until_ten_have_and_th
 
 
 async def test_a_stale_progress_write_that_waited_for_the_row_does_not_land_on_the_next_owner(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     """Trap 8 of the prototype: the write began before the reap and waits on the row's lock through it."""
 
@@ -369,7 +369,7 @@ async def test_a_stale_progress_write_that_waited_for_the_row_does_not_land_on_t
             with reaper.transaction():
                 reaper.execute("SELECT * FROM reap_expired_leases()")
                 writes = [
-                    asyncio.ensure_future(progress(Store(other), stale, 77)),
+                    asyncio.ensure_future(progress(SqlJobStore(other), stale, 77)),
                     asyncio.ensure_future(store.record_event(stale, "notice", "late", {})),
                 ]
                 await waiting_on_a_lock(database, 2)
@@ -379,7 +379,7 @@ async def test_a_stale_progress_write_that_waited_for_the_row_does_not_land_on_t
 
 
 async def test_a_heartbeat_that_came_first_saves_the_lease_from_the_reaper(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     database.insert_job(user)
     lease = (await claimed(store)).lease
@@ -392,7 +392,7 @@ async def test_a_heartbeat_that_came_first_saves_the_lease_from_the_reaper(
 
 
 async def test_a_completion_and_a_cancel_at_once_have_one_winner(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
 
     for winner in ("cancel", "complete") * 3:
@@ -428,7 +428,7 @@ async def waiting_on_a_lock(database: AppDatabase, sessions: int) -> None:
 
 
 async def test_numbers_that_no_column_holds_never_break_the_stream(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     job_id = database.insert_job(user)
     lease = (await claimed(store)).lease
@@ -467,7 +467,7 @@ async def test_numbers_that_no_column_holds_never_break_the_stream(
 
 
 async def test_steps_repeated_after_a_resume_replace_their_points(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     database.insert_job(user)
     first = (await claimed(store)).lease
@@ -481,7 +481,7 @@ async def test_steps_repeated_after_a_resume_replace_their_points(
 
 
 async def test_a_failure_with_bytes_that_postgres_refuses_is_still_recorded(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     job_id = database.insert_job(user)
     lease = (await claimed(store)).lease
@@ -494,7 +494,7 @@ async def test_a_failure_with_bytes_that_postgres_refuses_is_still_recorded(
 
 
 async def test_a_claim_whose_answer_was_lost_goes_back_at_once_and_costs_no_attempt(
-    database: AppDatabase, store: Store
+    database: AppDatabase, store: SqlJobStore
 ) -> None:
     worker = uuid4()
     known = await claimed_by(database, store, worker)
@@ -507,7 +507,7 @@ async def test_a_claim_whose_answer_was_lost_goes_back_at_once_and_costs_no_atte
     assert await store.return_unanswered_claims(worker, [known]) == 0
 
 
-async def claimed_by(database: AppDatabase, store: Store, worker: UUID) -> UUID:
+async def claimed_by(database: AppDatabase, store: SqlJobStore, worker: UUID) -> UUID:
     database.insert_job(database.insert_user())
     job = (await claim(store, worker)).job
     assert job is not None

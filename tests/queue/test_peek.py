@@ -13,21 +13,21 @@ from psycopg.types.json import Jsonb
 from daemon.database.statements import statement
 from daemon.queue.job import JobDataset
 from daemon.queue.rows import Limits
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from tests.postgres import AppDatabase
 from tests.queue.claiming import claim, claimed
 
 
-async def peek(store: Store, **limits: Any) -> JobDataset | None:
+async def peek(store: SqlJobStore, **limits: Any) -> JobDataset | None:
     return await store.peek_next_job(Limits(**limits))
 
 
-async def test_an_empty_queue_has_no_next_job(store: Store) -> None:
+async def test_an_empty_queue_has_no_next_job(store: SqlJobStore) -> None:
     assert await peek(store) is None
 
 
 async def test_a_look_names_the_dataset_as_the_claim_does_and_takes_nothing(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     job = database.insert_job(user)
     before = database.job(job)
@@ -37,7 +37,7 @@ async def test_a_look_names_the_dataset_as_the_claim_does_and_takes_nothing(
     assert (await claimed(store)).dataset == seen
 
 
-async def test_a_look_waits_for_nobodys_lock(store: Store, database: AppDatabase, user: UUID) -> None:
+async def test_a_look_waits_for_nobodys_lock(store: SqlJobStore, database: AppDatabase, user: UUID) -> None:
     job = database.insert_job(user)
     with database.connect() as other, other.transaction():
         other.execute("SELECT FROM training_jobs WHERE id = %s FOR UPDATE", (job,))
@@ -45,7 +45,9 @@ async def test_a_look_waits_for_nobodys_lock(store: Store, database: AppDatabase
     assert seen is not None and seen.job_id == job
 
 
-async def test_what_is_held_scheduled_or_final_is_not_next(store: Store, database: AppDatabase, user: UUID) -> None:
+async def test_what_is_held_scheduled_or_final_is_not_next(
+    store: SqlJobStore, database: AppDatabase, user: UUID
+) -> None:
     database.insert_job(user)
     await claimed(store)
     cancelled = database.insert_job(user)
@@ -56,7 +58,7 @@ async def test_what_is_held_scheduled_or_final_is_not_next(store: Store, databas
 
 @pytest.mark.parametrize("seed", range(3))
 async def test_a_look_names_what_the_claim_takes_whatever_the_queue(
-    store: Store, database: AppDatabase, user: UUID, seed: int
+    store: SqlJobStore, database: AppDatabase, user: UUID, seed: int
 ) -> None:
     chosen = random.Random(seed)
     users = [user, database.insert_user()]

@@ -14,7 +14,7 @@ from daemon.database.connection import Database
 from daemon.queue.job import Lease
 from daemon.queue.reaper import reap_for_ever
 from daemon.queue.states import State
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from tests.doubles.tcp_proxy import TcpProxy
 from tests.postgres import AppDatabase
 from tests.queue.claiming import claimed
@@ -31,7 +31,7 @@ def proxy(database: AppDatabase) -> Iterator[TcpProxy]:
 @asynccontextmanager
 async def reaper_behind(proxy: TcpProxy, dsn: str) -> AsyncIterator[None]:
     async with Database(proxy.dsn(dsn), application_name="reaper") as database:
-        reaping = asyncio.create_task(reap_for_ever(Store(database), LEASE_SECONDS))
+        reaping = asyncio.create_task(reap_for_ever(SqlJobStore(database), LEASE_SECONDS))
         try:
             yield
         finally:
@@ -39,7 +39,7 @@ async def reaper_behind(proxy: TcpProxy, dsn: str) -> AsyncIterator[None]:
             await asyncio.gather(reaping, return_exceptions=True)
 
 
-async def silent_job(store: Store, database: AppDatabase) -> Lease:
+async def silent_job(store: SqlJobStore, database: AppDatabase) -> Lease:
     """A job whose holder has missed its time, and the next one."""
     lease = (await claimed(store, lease_seconds=LEASE_SECONDS)).lease
     database.run(
@@ -69,7 +69,7 @@ async def a_connection_breaks(proxy: TcpProxy) -> None:
 
 @pytest.mark.parametrize("absence", [an_answer_comes_late, a_connection_breaks])
 async def test_after_an_absence_of_the_database_holders_may_renew_before_anyone_is_reaped(
-    store: Store,
+    store: SqlJobStore,
     database: AppDatabase,
     user: UUID,
     proxy: TcpProxy,

@@ -9,7 +9,7 @@ import pytest
 from daemon.database.connection import Database
 from daemon.errors import HostUnfit, StatementRefused
 from daemon.queue.rows import Limits
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from tests.postgres import AppDatabase
 from tests.sql.world import held
 
@@ -33,7 +33,7 @@ def app_trigger(database: AppDatabase, body: str) -> None:
 
 @pytest.mark.parametrize("body", APP_TRIGGERS.values(), ids=list(APP_TRIGGERS))
 async def test_a_refusal_inside_the_apps_trigger_names_it_and_is_no_missing_migration(
-    database: AppDatabase, store: Store, user: UUID, body: str
+    database: AppDatabase, store: SqlJobStore, user: UUID, body: str
 ) -> None:
     database.insert_job(user)
     app_trigger(database, body)
@@ -42,7 +42,7 @@ async def test_a_refusal_inside_the_apps_trigger_names_it_and_is_no_missing_migr
     assert "migrate" not in str(refused.value)
 
 
-async def test_a_refusal_names_the_apps_constraint(database: AppDatabase, store: Store, user: UUID) -> None:
+async def test_a_refusal_names_the_apps_constraint(database: AppDatabase, store: SqlJobStore, user: UUID) -> None:
     database.insert_job(user)
     database.run("ALTER TABLE training_jobs ADD CONSTRAINT app_statuses CHECK (status <> 'initializing')")
     with pytest.raises(StatementRefused, match=r"constraint app_statuses.*table training_jobs") as refused:
@@ -60,7 +60,7 @@ async def test_a_refusal_names_the_apps_constraint(database: AppDatabase, store:
     ],
 )
 async def test_what_we_lack_ourselves_is_still_a_missing_migration(
-    database: AppDatabase, store: Store, user: UUID, taken_away: str
+    database: AppDatabase, store: SqlJobStore, user: UUID, taken_away: str
 ) -> None:
     database.insert_job(user)
     database.run(taken_away)
@@ -94,7 +94,7 @@ def mend(database: AppDatabase) -> None:
     database.run("DROP FUNCTION app_objects() CASCADE")
 
 
-async def lost(store: Store, database: AppDatabase, user: UUID) -> UUID:
+async def lost(store: SqlJobStore, database: AppDatabase, user: UUID) -> UUID:
     """A job whose host died a while ago."""
     job_id = database.insert_job(user)
     assert (await store.claim_job(uuid4(), Limits(), lease_seconds=0.1)).job is not None
@@ -108,7 +108,7 @@ async def lost(store: Store, database: AppDatabase, user: UUID) -> UUID:
 
 @pytest.mark.parametrize("deferred", [False, True], ids=["at once", "at the end of the transaction"])
 async def test_a_job_whose_requeue_is_refused_stops_the_reaping_of_no_other(
-    database: AppDatabase, store: Store, user: UUID, deferred: bool
+    database: AppDatabase, store: SqlJobStore, user: UUID, deferred: bool
 ) -> None:
     before, bad, after = [await lost(store, database, user) for _ in range(3)]
     if deferred:
@@ -133,7 +133,7 @@ async def test_a_job_whose_requeue_is_refused_stops_the_reaping_of_no_other(
 
 
 async def test_a_scheduled_job_that_is_refused_keeps_no_other_from_its_time(
-    database: AppDatabase, store: Store, user: UUID
+    database: AppDatabase, store: SqlJobStore, user: UUID
 ) -> None:
     jobs = [database.insert_job(user, run_after="2999-01-01") for _ in range(3)]
     with database.connect() as past, past.transaction():
@@ -147,7 +147,7 @@ async def test_a_scheduled_job_that_is_refused_keeps_no_other_from_its_time(
     assert [each["name"] for each in store.troubles.as_json()] == ["promotion"]
 
 
-async def test_a_callback_that_is_refused_keeps_no_other(database: AppDatabase, store: Store, user: UUID) -> None:
+async def test_a_callback_that_is_refused_keeps_no_other(database: AppDatabase, store: SqlJobStore, user: UUID) -> None:
     for host in ("a", "a", "b"):
         job_id = database.insert_job(user, callback_url=f"https://{host}.example.org/hook")
         database.run("UPDATE training_jobs SET status = 'cancelled' WHERE id = %s", (job_id,))
@@ -160,7 +160,7 @@ async def test_a_callback_that_is_refused_keeps_no_other(database: AppDatabase, 
 
 
 async def test_an_unanswered_claim_that_cannot_go_back_keeps_no_other(
-    database: AppDatabase, store: Store, user: UUID
+    database: AppDatabase, store: SqlJobStore, user: UUID
 ) -> None:
     worker = uuid4()
     jobs = [database.insert_job(user) for _ in range(4)]
@@ -172,7 +172,7 @@ async def test_an_unanswered_claim_that_cannot_go_back_keeps_no_other(
 
 
 async def test_held_jobs_are_released_beside_one_that_cannot_be(
-    database: AppDatabase, store: Store, user: UUID
+    database: AppDatabase, store: SqlJobStore, user: UUID
 ) -> None:
     jobs = [held(database, user) for _ in range(3)]
     refuse(database, "training_jobs", jobs[1])

@@ -28,7 +28,7 @@ from daemon.queue.job import ClaimedJob, Lease, Returned
 from daemon.queue.outcome import Completed, Failed
 from daemon.queue.rows import Ending, Limits, Location, MetricPoint
 from daemon.queue.states import FINAL, HELD, UNFINISHED, State
-from daemon.queue.store import MAX_RETURNS, Store
+from daemon.queue.store import MAX_RETURNS, SqlJobStore
 from tests.lifecycle.test_peer_failures import READS, STALE_WRITES
 from tests.postgres import AppDatabase, Server
 from training.events import ErrorCode
@@ -68,7 +68,7 @@ TOKEN = re.compile(r"\((\w+\.(?:lease_)?epoch), \w+\.(?:lease_)?token\) = \(%\(e
 STATE = re.compile(r"job\.status (?:IN \('initializing', 'running'\)|= 'cancelled')")
 
 
-async def say(store: Store, name: str, lease: Lease) -> Any:
+async def say(store: SqlJobStore, name: str, lease: Lease) -> Any:
     """One statement of a lease's holder, as its method of the store says it."""
     match name:
         case "start_job":
@@ -135,7 +135,7 @@ class Mutant:
         return f"{self.name} without {self.condition}"
 
 
-class MutatedStore(Store):
+class MutatedStore(SqlJobStore):
     """The same methods; one statement is the mutant."""
 
     def __init__(self, database: Database, mutant: Mutant) -> None:
@@ -154,7 +154,7 @@ class TwoWorkers(RuleBasedStateMachine):
     owner: psycopg.Connection[dict[str, Any]]
     loop: asyncio.AbstractEventLoop
     databases: tuple[Database, Database]
-    store_of: Callable[[Database], Store]
+    store_of: Callable[[Database], SqlJobStore]
 
     def __init__(self) -> None:
         super().__init__()
@@ -535,7 +535,7 @@ def machine(postgres: Server, migrated_template: str) -> Iterator[type[TwoWorker
         app = AppDatabase(postgres.dsn(name))
         databases = tuple(Database(app.dsn, application_name=f"worker {number}") for number in (0, 1))
         with app.connect() as owner:
-            given = {"app": app, "owner": owner, "loop": loop, "databases": databases, "store_of": Store}
+            given = {"app": app, "owner": owner, "loop": loop, "databases": databases, "store_of": SqlJobStore}
             yield type("Machine", (TwoWorkers,), given)
         for database in databases:
             loop.run_until_complete(database.close())

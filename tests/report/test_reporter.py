@@ -13,7 +13,7 @@ from daemon.database.connection import Database
 from daemon.host.gpu_load import read_load
 from daemon.queue.job import ClaimedJob
 from daemon.queue.rows import Limits
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from daemon.report.cost import Meter
 from daemon.report.reporter import Reporter
 from tests.postgres import AppDatabase
@@ -26,7 +26,7 @@ class Claimed:
     """A claimed job, its reporter, and how often a write was refused."""
 
     app: AppDatabase
-    store: Store
+    store: SqlJobStore
     job: ClaimedJob
     refusals: list[None] = field(default_factory=list)
 
@@ -60,7 +60,7 @@ async def claimed(database: AppDatabase) -> AsyncIterator[Claimed]:
     user_id = database.insert_user()
     database.insert_job(user_id, database.insert_dataset(user_id))
     async with Database(database.dsn, application_name="test") as connection:
-        store = Store(connection)
+        store = SqlJobStore(connection)
         claim = await store.claim_job(uuid4(), Limits(), lease_seconds=60)
         assert claim.job is not None
         yield Claimed(database, store, claim.job)

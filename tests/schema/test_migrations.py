@@ -18,7 +18,7 @@ from daemon.database.connection import Database
 from daemon.database.embedded_server import EmbeddedPostgres
 from daemon.errors import DatabaseAway, HostUnfit
 from daemon.queue.rows import Claim
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from daemon.schema.migrations import migrate, migrations, pending, split_statements
 from tests.paths import ROOT
 from tests.postgres import BINARIES, AppDatabase, Server, app_job, insert_statement
@@ -109,7 +109,7 @@ def test_installing_over_living_tables_changes_no_row_and_no_column(living: AppD
 async def test_rows_queued_before_are_held_until_the_operator_releases_them(living: AppDatabase) -> None:
     migrate(living.dsn, local=True)
     async with Database(living.dsn, application_name="test") as connection:
-        store = Store(connection)
+        store = SqlJobStore(connection)
         assert await claim(store) == Claim(None)
         reasons = {row["waiting_reason"] for row in living.run("SELECT waiting_reason FROM training_queue")}
         assert reasons == {"held: queued before the trainer was installed"}
@@ -231,7 +231,7 @@ def test_an_owner_without_superuser_installs_it_as_on_supabase(binaries: Path) -
 async def claim_and_give_back(dsn: str) -> bool:
     """Whether the login was warned about."""
     async with Database(dsn, application_name="test") as connection:
-        store = Store(connection)
+        store = SqlJobStore(connection)
         job = (await claim(store)).job
         assert job is not None
         await store.start_job(job.lease)

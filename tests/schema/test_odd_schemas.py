@@ -12,7 +12,7 @@ from daemon.database.connection import Database
 from daemon.errors import HostUnfit
 from daemon.queue.outcome import Completed, Failed
 from daemon.queue.rows import MetricPoint
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from daemon.schema.migrations import faults, migrate, split_statements
 from tests.paths import ROOT
 from tests.postgres import AppDatabase, Server, app_job, insert_statement
@@ -178,7 +178,7 @@ async def test_what_is_let_through_is_served_through_every_state(living: AppData
     for _ in range(3):
         insert_as_the_app(living, **own)
     async with Database(living.dsn, application_name="test") as connection:
-        store = Store(connection)
+        store = SqlJobStore(connection)
         completed, failed, cancelled = [(await claimed(store)).lease for _ in range(3)]
         for lease in (completed, failed, cancelled):
             await store.start_job(lease)

@@ -13,7 +13,7 @@ from daemon.database.connection import Database
 from daemon.database.embedded_server import EmbeddedPostgres, installed_binaries, wheel_binaries
 from daemon.errors import HostUnfit
 from daemon.queue.states import State
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from daemon.schema.migrations import bring_up_to_date, faults, split_statements
 from tests.paths import ROOT
 from tests.postgres import AppDatabase
@@ -181,7 +181,7 @@ async def fill(dsn: str) -> tuple[UUID, UUID]:
     """A job of every state; returns one that runs, and its host."""
     app = AppDatabase(dsn)
     async with Database(dsn, application_name="test") as connection:
-        jobs = await populate(Store(connection), app, app.insert_user())
+        jobs = await populate(SqlJobStore(connection), app, app.insert_user())
     worker = app.one("SELECT worker_id FROM training_leases WHERE job_id = %s", (jobs.running,))["worker_id"]
     app.close()
     return jobs.running, worker
@@ -189,7 +189,7 @@ async def fill(dsn: str) -> tuple[UUID, UUID]:
 
 async def claim_one(dsn: str) -> UUID:
     async with Database(dsn, application_name="test") as connection:
-        store = Store(connection)
+        store = SqlJobStore(connection)
         job = await claimed(store)
         await store.start_job(job.lease)
         return job.id

@@ -16,7 +16,7 @@ from daemon.queue.job import Lease
 from daemon.queue.outcome import Completed, Failed
 from daemon.queue.rows import Callback, MetricPoint
 from daemon.queue.states import State
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from tests.postgres import AppDatabase
 from tests.queue.claiming import claim, claimed
 from tests.sql.world import held, orphan
@@ -63,7 +63,7 @@ def ear(database: AppDatabase) -> Iterator[Ear]:
 
 
 async def test_daemons_are_woken_by_insert_requeue_and_cancel_and_by_nothing_else(
-    store: Store, database: AppDatabase, user: UUID, ear: Ear
+    store: SqlJobStore, database: AppDatabase, user: UUID, ear: Ear
 ) -> None:
     job_id = database.insert_job(user, callback_url="https://app.example.org/hook")
     assert ear.heard() == [f"queued {job_id}"]
@@ -96,7 +96,9 @@ async def test_daemons_are_woken_by_insert_requeue_and_cancel_and_by_nothing_els
     assert ear.heard() == [f"cancelled {job_id}"]
 
 
-async def test_each_change_of_state_is_told_in_a_sentence(store: Store, database: AppDatabase, user: UUID) -> None:
+async def test_each_change_of_state_is_told_in_a_sentence(
+    store: SqlJobStore, database: AppDatabase, user: UUID
+) -> None:
     job_id = database.insert_job(user)
     await store.release_job((await claimed(store)).lease, "the host is shutting down", cost=None)
     lease = (await claimed(store)).lease
@@ -134,7 +136,7 @@ async def test_each_change_of_state_is_told_in_a_sentence(store: Store, database
 
 
 async def test_a_scheduled_insert_and_a_delayed_retry_wake_as_well_so_that_timers_are_set(
-    store: Store, database: AppDatabase, user: UUID, ear: Ear
+    store: SqlJobStore, database: AppDatabase, user: UUID, ear: Ear
 ) -> None:
     later = database.one("SELECT now() + interval '1 hour' AS at")["at"]
     scheduled = database.insert_job(user, run_after=later)
@@ -192,7 +194,7 @@ def insert_job_that_came_due_unannounced(database: AppDatabase, user: UUID, ear:
 
 
 async def test_a_promotion_wakes_those_who_looked_a_moment_too_early(
-    store: Store, database: AppDatabase, user: UUID, ear: Ear
+    store: SqlJobStore, database: AppDatabase, user: UUID, ear: Ear
 ) -> None:
     insert_job_that_came_due_unannounced(database, user, ear)
     assert await store.promote_due_jobs() == 1 and ear.heard() == ["queued"]
@@ -200,7 +202,7 @@ async def test_a_promotion_wakes_those_who_looked_a_moment_too_early(
 
 
 async def test_an_edit_at_the_very_moment_leaves_the_wake_up_to_the_promotion(
-    store: Store, database: AppDatabase, user: UUID, ear: Ear
+    store: SqlJobStore, database: AppDatabase, user: UUID, ear: Ear
 ) -> None:
     insert_job_that_came_due_unannounced(database, user, ear)
     with database.acting("service_role") as service:
@@ -210,39 +212,39 @@ async def test_an_edit_at_the_very_moment_leaves_the_wake_up_to_the_promotion(
     assert await store.promote_due_jobs() == 1 and ear.heard() == ["queued"]
 
 
-async def _complete(store: Store, lease: Lease) -> object:
+async def _complete(store: SqlJobStore, lease: Lease) -> object:
     return await store.complete_job(lease, DONE, cost=1)
 
 
-async def _fail(store: Store, lease: Lease) -> object:
+async def _fail(store: SqlJobStore, lease: Lease) -> object:
     return await store.fail_job(lease, BROKEN, cost=1)
 
 
-async def _retry(store: Store, lease: Lease) -> object:
+async def _retry(store: SqlJobStore, lease: Lease) -> object:
     return await store.retry_job(lease, BROKEN, delay_seconds=3600, cost=1)
 
 
-async def _release(store: Store, lease: Lease) -> object:
+async def _release(store: SqlJobStore, lease: Lease) -> object:
     return await store.release_job(lease, "x", cost=1)
 
 
-async def _end_cancelled(store: Store, lease: Lease) -> object:
+async def _end_cancelled(store: SqlJobStore, lease: Lease) -> object:
     return await store.end_cancelled_job(lease, cost=1, data={})
 
 
-async def _return_unanswered(store: Store, lease: Lease) -> object:
+async def _return_unanswered(store: SqlJobStore, lease: Lease) -> object:
     row = await store.database.fetch(
         "SELECT worker_id FROM training_leases WHERE job_id = %(id)s", {"id": lease.job_id}
     )
     return await store.return_unanswered_claims(row[0]["worker_id"], [])
 
 
-async def _reap(store: Store, lease: Lease) -> object:
+async def _reap(store: SqlJobStore, lease: Lease) -> object:
     await store.renew_lease(lease, -1)
     return await store.reap_expired_leases()
 
 
-ENDINGS: list[Callable[[Store, Lease], Awaitable[object]]] = [
+ENDINGS: list[Callable[[SqlJobStore, Lease], Awaitable[object]]] = [
     _complete,
     _fail,
     _retry,
@@ -254,7 +256,7 @@ ENDINGS: list[Callable[[Store, Lease], Awaitable[object]]] = [
 
 
 async def test_whatever_ends_a_capped_users_lease_wakes_the_host_that_could_take_his_next_job(
-    store: Store, database: AppDatabase, user: UUID, ear: Ear
+    store: SqlJobStore, database: AppDatabase, user: UUID, ear: Ear
 ) -> None:
     for end in ENDINGS:
         for _ in range(2):
@@ -271,7 +273,7 @@ async def test_whatever_ends_a_capped_users_lease_wakes_the_host_that_could_take
 
 
 async def test_without_a_cap_or_without_a_waiting_job_an_ending_wakes_nobody(
-    store: Store, database: AppDatabase, user: UUID, ear: Ear
+    store: SqlJobStore, database: AppDatabase, user: UUID, ear: Ear
 ) -> None:
     for _ in range(2):
         database.insert_job(user)
@@ -288,7 +290,7 @@ async def test_without_a_cap_or_without_a_waiting_job_an_ending_wakes_nobody(
 
 
 async def test_whatever_ends_the_old_lease_of_a_job_submitted_again_says_that_it_is_free(
-    store: Store, database: AppDatabase, user: UUID, ear: Ear
+    store: SqlJobStore, database: AppDatabase, user: UUID, ear: Ear
 ) -> None:
     for end in ENDINGS:
         job_id = database.insert_job(user)
@@ -310,7 +312,7 @@ def test_a_rolled_back_insert_wakes_nobody(database: AppDatabase, user: UUID, ea
 
 
 async def test_the_outbox_gets_every_state_change_of_a_job_with_a_callback(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     job_id = database.insert_job(user, callback_url="https://me:pw@App.Example.org:8443/hook?x=1")
     await store.release_job((await claimed(store)).lease, "x", cost=None)
@@ -331,14 +333,14 @@ async def test_the_outbox_gets_every_state_change_of_a_job_with_a_callback(
 
 
 async def test_a_callback_to_a_host_with_an_endless_name_holds_up_no_job(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     job_id = database.insert_job(user, callback_url=f"https://{token_hex(5_000)}.example.org/hook")
     assert (await claimed(store)).id == job_id
     assert len(database.one("SELECT host FROM training_callbacks")["host"]) == 260
 
 
-async def test_a_job_without_a_callback_fills_no_outbox(store: Store, database: AppDatabase, user: UUID) -> None:
+async def test_a_job_without_a_callback_fills_no_outbox(store: SqlJobStore, database: AppDatabase, user: UUID) -> None:
     database.insert_job(user)
     await store.fail_job((await claimed(store)).lease, BROKEN, cost=None)
     assert database.run("SELECT FROM training_callbacks") == []
@@ -357,7 +359,7 @@ def test_the_apps_cancel_reaches_story_and_outbox_without_rights_on_them(databas
 
 
 async def test_a_callback_is_taken_delivered_postponed_and_buried(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     assert await store.claim_callbacks(10, 30) == [] and await store.oldest_callback_age() is None
     for _ in range(3):
@@ -386,7 +388,9 @@ async def test_a_callback_is_taken_delivered_postponed_and_buried(
     assert resent.id == third.id and resent.attempts == 1
 
 
-async def test_a_callback_whose_deliverer_died_is_due_again(store: Store, database: AppDatabase, user: UUID) -> None:
+async def test_a_callback_whose_deliverer_died_is_due_again(
+    store: SqlJobStore, database: AppDatabase, user: UUID
+) -> None:
     database.insert_job(user, callback_url="https://app.example.org/hook")
     await claimed(store)
     (first,) = await store.claim_callbacks(10, 0.05)
@@ -397,7 +401,9 @@ async def test_a_callback_whose_deliverer_died_is_due_again(store: Store, databa
     assert not await store.postpone_callback(first.id, first.token, 0, None, "late")
 
 
-async def test_one_dead_host_with_many_rows_holds_up_nobody(store: Store, database: AppDatabase, user: UUID) -> None:
+async def test_one_dead_host_with_many_rows_holds_up_nobody(
+    store: SqlJobStore, database: AppDatabase, user: UUID
+) -> None:
     for host in ("dead.example", "one.example", "two.example"):
         database.insert_job(user, callback_url=f"https://{host}/hook")
         await claimed(store)
@@ -416,7 +422,7 @@ async def test_one_dead_host_with_many_rows_holds_up_nobody(store: Store, databa
     assert following.host == "dead.example" and following.id != dead.id
 
 
-async def test_two_daemons_never_take_the_same_callback(store: Store, database: AppDatabase, user: UUID) -> None:
+async def test_two_daemons_never_take_the_same_callback(store: SqlJobStore, database: AppDatabase, user: UUID) -> None:
     for number in range(6):
         database.insert_job(user, callback_url=f"https://h{number}.example/hook")
         await claimed(store)
@@ -430,7 +436,7 @@ async def test_two_daemons_never_take_the_same_callback(store: Store, database: 
 
 
 async def test_a_completion_writes_artifact_cost_and_notifications(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     job_id = database.insert_job(user)
     lease = (await claimed(store)).lease
@@ -458,7 +464,7 @@ async def test_a_completion_writes_artifact_cost_and_notifications(
 
 
 async def test_a_cancelled_jobs_cost_record_is_corrected_when_its_child_is_gone(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     database.insert_job(user)
     lease = (await claimed(store)).lease
@@ -468,7 +474,7 @@ async def test_a_cancelled_jobs_cost_record_is_corrected_when_its_child_is_gone(
 
 
 async def test_each_run_of_a_job_submitted_again_has_its_own_cost_record(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     job_id = database.insert_job(user)
     for cost in (1.0, 2.0):
@@ -511,7 +517,7 @@ async def test_a_side_table_that_fails_never_fails_a_training(
         database.run(statement)
     job_id = database.insert_job(user)
     async with Database(database.dsn, application_name="test", statement_seconds=1.0) as connection:
-        store = Store(connection)
+        store = SqlJobStore(connection)
         lease = (await claimed(store)).lease
         await store.start_job(lease)
         ending = await store.complete_job(lease, DONE, cost=1)
@@ -528,7 +534,7 @@ async def test_a_side_table_that_fails_never_fails_a_training(
 
 @pytest.mark.parametrize("table", ["model_artifacts", "cost_records", "notifications"])
 async def test_a_side_table_that_stays_locked_never_fails_a_training(
-    store: Store, database: AppDatabase, user: UUID, table: str
+    store: SqlJobStore, database: AppDatabase, user: UUID, table: str
 ) -> None:
     job_id = database.insert_job(user)
     lease = (await claimed(store)).lease

@@ -11,7 +11,7 @@ from psycopg.types.json import Jsonb
 
 from daemon.queue.outcome import Completed
 from daemon.queue.rows import MetricPoint, WorkerRow
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from tests.postgres import AppDatabase
 from tests.queue.claiming import claimed
 
@@ -84,7 +84,7 @@ def test_functions_with_others_rights_have_no_search_path_and_no_public_execute(
             assert row["owner"] == "training_daemon", row["proname"]
 
 
-async def finished_job(store: Store, database: AppDatabase, user: UUID) -> UUID:
+async def finished_job(store: SqlJobStore, database: AppDatabase, user: UUID) -> UUID:
     job_id = database.insert_job(user, callback_url="https://app.example.org/hook")
     job = await claimed(store)
     await store.start_job(job.lease)
@@ -93,7 +93,9 @@ async def finished_job(store: Store, database: AppDatabase, user: UUID) -> UUID:
     return job_id
 
 
-async def test_each_user_sees_his_own_rows_and_nobody_elses(store: Store, database: AppDatabase, user: UUID) -> None:
+async def test_each_user_sees_his_own_rows_and_nobody_elses(
+    store: SqlJobStore, database: AppDatabase, user: UUID
+) -> None:
     other = database.insert_user()
     for owner in (user, other):
         await finished_job(store, database, owner)
@@ -115,7 +117,7 @@ def test_anon_sees_nothing(database: AppDatabase, table: str) -> None:
         caller.execute(f"SELECT FROM {table}".encode())
 
 
-async def test_a_stranger_changes_nothing(store: Store, database: AppDatabase, user: UUID) -> None:
+async def test_a_stranger_changes_nothing(store: SqlJobStore, database: AppDatabase, user: UUID) -> None:
     job_id = await finished_job(store, database, user)
     stranger = database.insert_user()
     with database.acting("authenticated", stranger) as caller:
@@ -146,7 +148,7 @@ async def test_a_stranger_changes_nothing(store: Store, database: AppDatabase, u
     ],
 )
 async def test_our_tables_are_written_by_the_daemon_alone(
-    store: Store, database: AppDatabase, user: UUID, role: str, statement: str
+    store: SqlJobStore, database: AppDatabase, user: UUID, role: str, statement: str
 ) -> None:
     await finished_job(store, database, user)
     with pytest.raises(psycopg.errors.InsufficientPrivilege), database.acting(role, user) as caller:
@@ -164,7 +166,7 @@ def test_operators_functions_are_not_for_users(database: AppDatabase, user: UUID
 
 
 async def test_the_apps_select_star_and_its_views_work_for_a_user(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     await store.register_worker(WorkerRow(UUID(int=1), "host-1", "cpu", pod="pod-1"))
     job_id = await finished_job(store, database, user)
@@ -223,7 +225,7 @@ def test_a_job_id_that_is_taken_by_somebody_else_is_refused(database: AppDatabas
 
 @pytest.mark.parametrize("role", ["authenticated", "service_role", "postgres"])
 async def test_a_failed_job_is_tried_again_from_zero_by_its_owner_or_the_operator(
-    store: Store, database: AppDatabase, user: UUID, role: str
+    store: SqlJobStore, database: AppDatabase, user: UUID, role: str
 ) -> None:
     job_id = database.insert_job(user)
     with database.acting(role, user) as caller:
@@ -238,7 +240,7 @@ async def test_a_failed_job_is_tried_again_from_zero_by_its_owner_or_the_operato
 
 
 async def test_pruning_takes_old_history_of_finished_jobs_in_batches(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     await finished_job(store, database, user)
     database.insert_job(user)

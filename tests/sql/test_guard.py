@@ -12,7 +12,7 @@ import pytest
 from psycopg.types.json import Jsonb
 
 from daemon.queue.states import FINAL, HELD, MOVES, UNFINISHED, State
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from tests.postgres import AppDatabase, Server, app_job, insert_statement
 from tests.sql.world import orphan
 
@@ -203,7 +203,7 @@ def test_the_older_dispatchers_rows_are_left_to_it(shared: AppDatabase, people: 
 
 
 async def test_a_time_on_a_row_of_the_older_dispatcher_keeps_no_daemon_awake(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     job_id = orphan(database, user)
     with database.acting("service_role") as service:

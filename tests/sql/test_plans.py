@@ -15,7 +15,7 @@ from psycopg import sql
 
 from daemon.database.connection import Database
 from daemon.database.statements import statement
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from tests.daemon_process import eventually
 from tests.postgres import AppDatabase
 from tests.queue.claiming import claim
@@ -146,7 +146,7 @@ async def test_a_capped_users_waiting_rows_are_passed_over_inside_the_index(data
     fill(database, user, finished=0, queued=QUEUED)
     vacuum(database)
     async with Database(database.dsn, application_name="plans") as connection:
-        store = Store(connection)
+        store = SqlJobStore(connection)
         for _ in range(2):
             assert (await claim(store, user_cap=2)).job is not None
         other = database.insert_job(database.insert_user())
@@ -208,7 +208,7 @@ async def test_a_claim_calls_no_trigger_that_has_nothing_to_do(database: AppData
     assert own == {"training_jobs_guard_update", "training_jobs_announce_update", "update_training_jobs_updated_at"}
 
 
-async def test_heartbeats_and_progress_stay_hot(store: Store, database: AppDatabase, user: UUID) -> None:
+async def test_heartbeats_and_progress_stay_hot(store: SqlJobStore, database: AppDatabase, user: UUID) -> None:
     """No index holds a moving column, and every page has room: the next version stays on its page."""
     database.insert_job(user)
     job = (await claim(store)).job

@@ -19,7 +19,7 @@ import psycopg
 import pytest
 from psycopg.rows import dict_row
 
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from daemon.schema.migrations import migrate
 from tests.postgres import AppDatabase, Server
 from tests.sql.security_matrix import CALLERS, Prober, Target, World, heading, row, table_lines
@@ -240,7 +240,7 @@ SOURCES = {
 }
 
 
-async def build(store: Store, database: AppDatabase) -> tuple[World, Jobs]:
+async def build(store: SqlJobStore, database: AppDatabase) -> tuple[World, Jobs]:
     """Two users with a row of every kind; the first is the owner whose rows are tried."""
     owner, stranger = database.insert_user(), database.insert_user()
     jobs = await populate(store, database, owner)
@@ -327,7 +327,7 @@ async def build(store: Store, database: AppDatabase) -> tuple[World, Jobs]:
     return World(owner, stranger, targets, other_values), jobs
 
 
-async def test_each_role_may_do_exactly_what_the_matrix_says(store: Store, database: AppDatabase) -> None:
+async def test_each_role_may_do_exactly_what_the_matrix_says(store: SqlJobStore, database: AppDatabase) -> None:
     world, jobs = await build(store, database)
     with psycopg.connect(database.dsn, row_factory=dict_row) as connection:
         prober = Prober(connection, world)
@@ -424,7 +424,9 @@ def test_a_user_cannot_have_somebody_elses_adapter_signed_for_him(database: AppD
         assert caller.execute("UPDATE model_artifacts SET name = 'better name'").rowcount == 1
 
 
-async def test_a_stolen_daemon_password_gives_nobodys_job_away(store: Store, database: AppDatabase, user: UUID) -> None:
+async def test_a_stolen_daemon_password_gives_nobodys_job_away(
+    store: SqlJobStore, database: AppDatabase, user: UUID
+) -> None:
     jobs = await populate(store, database, user)
     for change in (
         "user_id = gen_random_uuid()",

@@ -9,7 +9,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from daemon.queue.rows import WorkerRow
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from tests.postgres import AppDatabase
 from tests.queue.claiming import claimed
 
@@ -39,14 +39,16 @@ def gpu_host(**changes: Any) -> WorkerRow:
     ],
 )
 async def test_a_job_that_nobody_can_serve_says_so(
-    store: Store, database: AppDatabase, user: UUID, host: WorkerRow | None, columns: dict[str, Any], said: str
+    store: SqlJobStore, database: AppDatabase, user: UUID, host: WorkerRow | None, columns: dict[str, Any], said: str
 ) -> None:
     if host is not None:
         await store.register_worker(host)
     assert reason(database, database.insert_job(user, **columns)) == said
 
 
-async def test_waiting_for_time_for_a_cap_and_for_a_free_host(store: Store, database: AppDatabase, user: UUID) -> None:
+async def test_waiting_for_time_for_a_cap_and_for_a_free_host(
+    store: SqlJobStore, database: AppDatabase, user: UUID
+) -> None:
     host = gpu_host(user_cap=1)
     await store.register_worker(host)
     now = database.one("SELECT now() AS at")["at"]
@@ -65,7 +67,7 @@ async def test_waiting_for_time_for_a_cap_and_for_a_free_host(store: Store, data
     assert row["state"] == "gone"
 
 
-async def test_a_silent_host_is_lost(store: Store, database: AppDatabase) -> None:
+async def test_a_silent_host_is_lost(store: SqlJobStore, database: AppDatabase) -> None:
     host = gpu_host()
     await store.register_worker(host)
     database.run("UPDATE training_workers SET last_seen_at = now() - interval '10 minutes'")
@@ -77,7 +79,7 @@ async def test_a_silent_host_is_lost(store: Store, database: AppDatabase) -> Non
 
 
 async def test_an_expired_lease_shows_as_lost_before_anyone_reaps(
-    store: Store, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
     job_id = database.insert_job(user)
     await claimed(store)

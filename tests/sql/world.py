@@ -8,7 +8,7 @@ from uuid import UUID, uuid4
 
 from daemon.queue.outcome import Completed, Failed
 from daemon.queue.rows import MetricPoint, WorkerRow
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from tests.postgres import AppDatabase
 from tests.queue.claiming import claimed
 from training.events import ErrorCode
@@ -36,7 +36,7 @@ class Jobs:
     dead_callback: UUID
 
 
-async def populate(store: Store, database: AppDatabase, owner: UUID) -> Jobs:
+async def populate(store: SqlJobStore, database: AppDatabase, owner: UUID) -> Jobs:
     """Insert the jobs and take each as far as its name says. Nothing else may be waiting."""
     completed = database.insert_job(owner, callback_url=RECEIVER)
     lease = (await claimed(store)).lease
@@ -87,7 +87,7 @@ def _past_the_guard(database: AppDatabase, owner: UUID, change: str) -> UUID:
     return job_id
 
 
-async def _settle_callbacks(store: Store) -> tuple[UUID, UUID]:
+async def _settle_callbacks(store: SqlJobStore) -> tuple[UUID, UUID]:
     """Deliver the first that waits and give up the next."""
     first = (await store.claim_callbacks(1, 60.0))[0]
     await store.deliver_callback(first.id, first.token, 200)

@@ -18,7 +18,7 @@ from daemon.database.connection import Database
 from daemon.errors import JobDelayed, LeaseLost
 from daemon.queue.job import ClaimedJob
 from daemon.queue.outcome import Completed, Failed
-from daemon.queue.store import Store
+from daemon.queue.store import SqlJobStore
 from daemon.settings import Settings
 from daemon.storage.folder import FolderStorage
 from daemon.storage.publish import object_names
@@ -36,7 +36,7 @@ class Place:
     """A database with one job, and a storage that is a folder."""
 
     app: AppDatabase
-    store: Store
+    store: SqlJobStore
     storage: FolderStorage
     root: Path
     job_id: UUID
@@ -80,7 +80,7 @@ class Place:
 async def place(database: AppDatabase, tmp_path: Path) -> AsyncIterator[Place]:
     job_id = database.insert_job(database.insert_user(), max_attempts=5)
     async with Database(database.dsn, application_name="test") as connection:
-        yield Place(database, Store(connection), FolderStorage(tmp_path), tmp_path, job_id)
+        yield Place(database, SqlJobStore(connection), FolderStorage(tmp_path), tmp_path, job_id)
 
 
 async def test_what_a_failed_attempt_stored_is_deleted_while_its_job_waits(place: Place) -> None:
