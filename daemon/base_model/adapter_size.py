@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from daemon.base_model.files import weight_shapes
+from training.files.model_folder import ModelFolder
 from training.spec import Hyperparameters
 
 FLOAT32_BYTES = 4
@@ -19,7 +19,7 @@ def expected_adapter_bytes(model_dir: Path, hyperparameters: Hyperparameters) ->
     """
     wanted = hyperparameters.target_modules
     width = 0
-    for name, shape in weight_shapes(model_dir):
+    for name, shape in ModelFolder.of(model_dir).tensors():
         module = name.removesuffix(".weight")
         if len(shape) != 2 or ".experts." in name or not name.endswith(".weight"):
             continue

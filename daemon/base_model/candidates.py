@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from daemon.base_model.files import KEPT_COPY, read_config, read_marker
+from daemon.base_model.files import read_marker
 from daemon.errors import JobFailed
 from daemon.settings import Settings
 from training.events import ErrorCode
+from training.files.model_folder import KEPT_COPY, in_one_line, read_config
 from training.spec import MODEL_NAME
 
 Where = Literal["models_dir", "model_path", "cache", "hub"]
@@ -136,10 +137,9 @@ def _revision_of(candidate: _Candidate) -> str | None:
 def _raise_if_incomplete(name: str, path: Path, faults: list[str]) -> None:
     if not faults:
         return
-    listed = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
     raise JobFailed(
         ErrorCode.MODEL_INCOMPLETE,
-        f"model {name} in {path} is not whole: {listed}",
+        f"model {name} in {path} is not whole: {in_one_line(faults)}",
         f"the operator completes it with `brightrun-trainer models pull {name}`, or removes the folder",
     )
 

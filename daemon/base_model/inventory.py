@@ -18,8 +18,9 @@ from daemon.base_model.candidates import (
     _snapshot_of,
     checked_name,
 )
-from daemon.base_model.files import faults_of_model, model_bytes, read_config, verify_hashes
+from daemon.base_model.files import model_bytes, verify_hashes
 from daemon.settings import Settings
+from training.files.model_folder import faults_of_model, read_config
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,12 @@ from daemon.base_model.candidates import (
     _resolved,
     checked_name,
 )
-from daemon.base_model.files import faults_of_model, read_marker
+from daemon.base_model.files import read_marker
 from daemon.base_model.hub_download import Order, bytes_on_disk
 from daemon.errors import HostFault, JobDelayed, JobError, JobFailed
 from daemon.settings import Settings
 from training.events import ErrorCode
+from training.files.model_folder import faults_of_model
 
 log = structlog.get_logger()
 

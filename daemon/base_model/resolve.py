@@ -30,9 +30,10 @@ from daemon.base_model.candidates import (
     _resolved,
     checked_name,
 )
-from daemon.base_model.files import faults_of_model, read_marker
+from daemon.base_model.files import read_marker
 from daemon.base_model.pull import pull_model
 from daemon.settings import Settings
+from training.files.model_folder import faults_of_model
 
 log = structlog.get_logger()
 

@@ -13,7 +13,7 @@ import pytest
 
 from daemon.base_model import hub_download as hub
 from daemon.base_model.candidates import checked_name
-from daemon.base_model.files import MARKER, Marker, faults_of_model
+from daemon.base_model.files import MARKER, Marker
 from daemon.base_model.inventory import list_models, verify_model
 from daemon.base_model.pull import pull_model
 from daemon.base_model.resolve import resolve_model
@@ -21,6 +21,7 @@ from daemon.errors import JobDelayed, JobFailed
 from daemon.settings import Settings
 from tests.doubles.hub import COMMIT, HubDouble
 from training.events import ErrorCode
+from training.files.model_folder import faults_of_model
 
 NAME = "acme/small-model"
 

@@ -62,5 +62,5 @@ def test_the_whole_service_stays_light() -> None:
 
 
 def test_the_bridge_needs_the_standard_library_and_pydantic_only() -> None:
-    names, _seconds, _resident = modules_after("import training.spec, training.events")
+    names, _seconds, _resident = modules_after("import training.spec, training.events, training.files.model_folder")
     assert not names.intersection({*HEAVY, "httpx", "psycopg", "structlog", "rich"})

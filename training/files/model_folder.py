@@ -1,21 +1,44 @@
-"""What a base model's folder must hold, checked by names and headers before anything heavy is imported."""
+"""Whether a folder holds a whole model: config, tokenizer, every shard that the index names, each to its last byte.
+
+The third part of the bridge between daemon and trainer (beside spec and events): the daemon asks before an attempt,
+the trainer before it loads, and both get this answer. Sizes come from the safetensors headers, so a download that was
+cut is found without reading the weights.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from training.events import ErrorCode
 from training.failures import TrainingFailed
 
-# Where `models quantize --replace` leaves the 4-bit copy, alone, in the model's own folder. (The daemon's model_files
-# has the same names.)
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+# Where `models quantize --replace` leaves the 4-bit copy, alone, in the model's own folder.
 KEPT_COPY = "nf4"
 COPY_MANIFEST = "manifest.json"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
+
+# Any one of these sets carries a vocabulary that transformers reads without remote code. A vocab.json needs its
+# merges: alone it loads as a tokenizer that cannot join letters. The *.tiktoken of the first Qwen needs remote code.
+_VOCABULARIES = (
+    ("tokenizer.json",),
+    ("tokenizer.model",),
+    ("vocab.json", "merges.txt"),
+    ("spiece.model",),
+    ("vocab.txt",),
+    ("tekken.json",),
+)
+# The limit of the safetensors library itself. The largest real header (a hundred thousand tensors) is about 15 MB.
+_MAX_HEADER_BYTES = 100_000_000
+# What reading a damaged file of ours may raise, whatever stands in it.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -30,6 +53,13 @@ class ModelFolder:
     shards: tuple[Path, ...]
     kept_copy: Path | None = None
 
+    @classmethod
+    def of(cls, path: Path) -> ModelFolder:
+        """Read a folder in which `faults_of_model` found nothing."""
+        if keeps_copy_only(path):
+            return cls(path, read_config(path), (), path / KEPT_COPY)
+        return cls(path, read_config(path), tuple(path / name for name in sorted(_tensors_by_shard(path))))
+
     @property
     def weight_bytes(self) -> int:
         return sum(shard.stat().st_size for shard in self.shards)
@@ -43,12 +73,10 @@ class ModelFolder:
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Name and shape of every tensor of the checkpoint, from the files' headers or what the copy remembers."""
         if self.kept_copy is not None:
-            manifest = json.loads((self.kept_copy / COPY_MANIFEST).read_text(encoding="utf-8"))
-            yield from ((name, tuple(shape)) for name, shape in manifest["tensors"].items())
+            yield from read_copy_manifest(self.kept_copy)["tensors"].items()
         for shard in self.shards:
-            for name, entry in read_header(shard).items():
-                if name != "__metadata__":
-                    yield name, tuple(entry["shape"])
+            for name, entry in _tensors_in(read_header(shard)).items():
+                yield name, tuple(entry["shape"])
 
     @property
     def context_length(self) -> int:
@@ -58,96 +86,153 @@ class ModelFolder:
 
 
 def open_model_folder(path: Path, name: str) -> ModelFolder:
-    """Check a folder. Raises TrainingFailed: model_not_found, or model_incomplete naming the missing file."""
+    """Check a folder. Raises TrainingFailed: model_not_found, or model_incomplete naming what is missing."""
     if not path.is_dir():
         raise TrainingFailed(
             ErrorCode.MODEL_NOT_FOUND,
             f"the base model {name} is not on this host ({path} is no folder)",
             "download it with `brightrun-trainer models pull`, or correct the model's name",
         )
-    config = _read_json(path / "config.json", name)
-    kept_copy = _kept_copy(path)
-    shards = () if kept_copy is not None else _shards(path, name)
-    if not any((path / file).is_file() for file in _TOKENIZER_FILES):
-        raise _incomplete(name, "has no tokenizer (tokenizer.json or tokenizer.model)")
-    return ModelFolder(path, config, shards, kept_copy)
+    faults = faults_of_model(path)
+    if faults:
+        raise TrainingFailed(
+            ErrorCode.MODEL_INCOMPLETE,
+            f"the base model {name} is not whole: {in_one_line(faults)}",
+            f"download the model again: `brightrun-trainer models pull {name}` (`models verify` names every fault)",
+        )
+    return ModelFolder.of(path)
+
+
+def faults_of_model(path: Path) -> list[str]:
+    """Everything that keeps the folder from being a whole model, in words, shard by name; [] when it is whole."""
+    faults = []
+    if not (path / CONFIG).is_file():
+        faults.append(f"{CONFIG} is missing")
+    elif not read_config(path):
+        faults.append(f"{CONFIG} is not a JSON object")
+    if not any(all((path / name).is_file() for name in names) for names in _VOCABULARIES):
+        faults.append("no tokenizer files (tokenizer.json, tokenizer.model, or vocab.json with merges.txt)")
+    return faults + _faults_of_weights(path)
+
+
+def faults_of_copy(copy: Path) -> list[str]:
+    """What keeps a 4-bit copy from being used: a file missing or cut, or other libraries than those that made it."""
+    try:
+        manifest = read_copy_manifest(copy)
+    except _UNREADABLE as error:
+        return [f"the 4-bit copy's {COPY_MANIFEST} cannot be read ({type(error).__name__})"]
+    faults = [fault for name in sorted(manifest["files"]) for fault in _faults_of_shard(copy / name)]
+    for library, made_with in sorted(manifest["versions"].items()):
+        with contextlib.suppress(PackageNotFoundError):
+            if (here := version(library)) != made_with:
+                faults.append(f"the 4-bit copy was made with {library} {made_with}, and {here} is installed")
+    return faults
+
+
+def in_one_line(faults: list[str]) -> str:
+    """The first faults for an error message, and how many more there are."""
+    return "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json, {} when it cannot be read (`faults_of_model` says so)."""
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def keeps_copy_only(path: Path) -> bool:
+    """True when a 4-bit copy stands in place of the weights; 16-bit weights beside it count before it."""
+    has_weights = (path / INDEX).exists() or (path / WEIGHTS).exists()
+    return not has_weights and (path / KEPT_COPY / COPY_MANIFEST).is_file()
+
+
+def read_copy_manifest(copy: Path) -> dict[str, Any]:
+    """What the trainer wrote beside a 4-bit copy. Raises OSError, ValueError, KeyError, TypeError or AttributeError."""
+    manifest = dict(json.loads((copy / COPY_MANIFEST).read_text(encoding="utf-8")))
+    return {
+        "files": {str(name): str(digest) for name, digest in manifest["files"].items()},
+        "tensors": {str(name): tuple(shape) for name, shape in manifest["tensors"].items()},
+        "versions": dict(manifest["fingerprint"]["versions"]),
+    }
 
 
 def read_header(shard: Path) -> dict[str, Any]:
-    """The JSON that a safetensors file begins with. Raises ValueError where it does not."""
-    size = shard.stat().st_size
+    """The JSON that a safetensors file begins with. Raises OSError, or ValueError where it begins otherwise."""
     with shard.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        # Half a GiB of names is more than any model has; a damaged length must not make us read the whole file.
-        if size < 8 or length > min(size - 8, 512 * 1024**2):
-            raise ValueError(f"{shard.name} is truncated ({size} bytes)")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            raise ValueError(f"{shard.name} has an unreadable header") from None
+        length = _header_bytes(file.read(8))
+        header = json.loads(file.read(length))
     if not isinstance(header, dict):
-        raise ValueError(f"{shard.name} has an unreadable header")
+        raise ValueError(f"{shard.name} has no header")
     return header
 
 
-def _kept_copy(path: Path) -> Path | None:
-    """The copy in the folder, unless there are 16-bit weights, which count before it."""
-    if (path / "model.safetensors.index.json").is_file() or (path / "model.safetensors").is_file():
-        return None
-    return path / KEPT_COPY if (path / KEPT_COPY / COPY_MANIFEST).is_file() else None
+def _header_bytes(first_eight: bytes) -> int:
+    length = int.from_bytes(first_eight, "little")
+    # A damaged length must not make us read a whole file of weights.
+    if len(first_eight) < 8 or length > _MAX_HEADER_BYTES:
+        raise ValueError("no length of a safetensors header")
+    return length
 
 
-def _shards(path: Path, name: str) -> tuple[Path, ...]:
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = _read_json(index, name).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise _incomplete(name, f"{index.name} lists no weights")
-        shards = tuple(path / file for file in sorted(set(map(str, weight_map.values()))))
-        missing = [shard.name for shard in shards if not shard.is_file()]
-        if missing:
-            raise _incomplete(name, f"misses {len(missing)} of {len(shards)} weight files: {', '.join(missing[:5])}")
-    else:
-        shards = tuple(sorted(path.glob("*.safetensors")))
-        if not shards:
-            pickled = any(path.glob("*.bin")) or any(path.glob("*.pt"))
-            raise _incomplete(
-                name, "holds only pickled weights, which are never loaded" if pickled else "holds no *.safetensors file"
-            )
-    for shard in shards:
-        _check_header(shard, name)
-    return shards
+def _tensors_in(header: dict[str, Any]) -> dict[str, Any]:
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
-def _check_header(shard: Path, name: str) -> None:
-    """A download that broke off leaves a file shorter than its own header says."""
+def _faults_of_weights(path: Path) -> list[str]:
+    if keeps_copy_only(path):
+        return faults_of_copy(path / KEPT_COPY)
+    if (path / INDEX).exists() or (path / WEIGHTS).exists():
+        return _faults_of_shards(path)
+    # A link of a Hugging Face cache whose blob is gone exists as a link only.
+    if (path / INDEX).is_symlink() or (path / WEIGHTS).is_symlink():
+        return ["the weights are a link to a file that is gone"]
+    if any(path.glob("*.bin")) or any(path.glob("*.pt")):
+        return ["only pickled weights (.bin, .pt); safetensors are needed, pickles are never loaded"]
+    return [f"no weights ({WEIGHTS} or {INDEX})"]
+
+
+def _faults_of_shards(path: Path) -> list[str]:
     try:
-        header = read_header(shard)
-    except ValueError as error:
-        raise _incomplete(name, f"is damaged: {error}") from None
-    data = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
-    size = shard.stat().st_size
-    with shard.open("rb") as file:
-        whole = 8 + int.from_bytes(file.read(8), "little") + data
+        by_shard = _tensors_by_shard(path)
+    except _UNREADABLE as error:
+        return [f"{INDEX} cannot be read ({type(error).__name__})"]
+    faults = [] if by_shard else [f"{INDEX} names no weights"]
+    for shard, tensors in sorted(by_shard.items()):
+        if "/" in shard or shard.startswith("."):
+            faults.append(f"{INDEX} names a shard outside the folder: {shard}")
+        else:
+            faults += _faults_of_shard(path / shard, tensors)
+    return faults
+
+
+def _tensors_by_shard(path: Path) -> dict[str, set[str]]:
+    """The weight files by name, and which tensors the index promises in each; a single file promises none."""
+    if not (path / INDEX).exists():
+        return {WEIGHTS: set()}
+    by_shard: dict[str, set[str]] = {}
+    for tensor, shard in dict(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]).items():
+        by_shard.setdefault(str(shard), set()).add(tensor)
+    return by_shard
+
+
+def _faults_of_shard(file: Path, expected_tensors: set[str] | None = None) -> Iterator[str]:
+    if not file.is_file():
+        yield f"shard {file.name} is missing"
+        return
+    size = file.stat().st_size
+    try:
+        tensors = {name: entry["data_offsets"][1] for name, entry in _tensors_in(read_header(file)).items()}
+        with file.open("rb") as stream:
+            whole = 8 + _header_bytes(stream.read(8)) + max(tensors.values(), default=0)
+    except _UNREADABLE:
+        yield f"shard {file.name} ({size:,} bytes) has no readable safetensors header"
+        return
     if size != whole:
-        raise _incomplete(name, f"is damaged: {shard.name} has {size} bytes of {whole}")
-
-
-def _read_json(path: Path, name: str) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise _incomplete(name, f"has no {path.name}") from None
-    except ValueError as error:
-        raise _incomplete(name, f"{path.name} is not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise _incomplete(name, f"{path.name} is not a JSON object")
-    return found
-
-
-def _incomplete(name: str, what: str) -> TrainingFailed:
-    return TrainingFailed(
-        ErrorCode.MODEL_INCOMPLETE,
-        f"the base model {name} {what}",
-        "download the model again (`brightrun-trainer models verify` names every damaged file)",
-    )
+        yield f"shard {file.name} has {size:,} bytes of {whole:,}"
+    missing = sorted((expected_tensors or set()) - tensors.keys())
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        yield f"shard {file.name} lacks the tensor {missing[0]}{more}"
