@@ -191,7 +191,8 @@ def plan(app: App) -> str:
     with app.connection.transaction(force_rollback=True):
         app.connection.execute("SET LOCAL ROLE training_daemon")
         app.connection.execute("SET LOCAL plan_cache_mode = force_generic_plan")
-        rows = app.connection.execute(b"EXPLAIN (ANALYZE, BUFFERS, COSTS OFF) " + statement("claim_job").encode(), values).fetchall()
+        explain = "EXPLAIN (ANALYZE, BUFFERS, COSTS OFF) " + statement("claim_job")
+        rows = app.connection.execute(explain.encode(), values).fetchall()
     return "\n".join(row[0] for row in rows)
 
 
