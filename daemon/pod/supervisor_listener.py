@@ -3,7 +3,8 @@
     python -m daemon.pod.supervisor_listener        (started by supervisord, which speaks to it on stdin and stdout)
 
 On a RunPod pod it stops the pod (daemon.pod.shutdown); elsewhere it ends supervisord, so that the container ends and
-its orchestrator knows. It reads the environment itself: unusable settings are one reason why it is needed.
+its orchestrator knows. It reads the environment itself: unusable settings are one reason why it is needed. `supervisor`
+is installed where supervisord runs: in the image, and with the dev extra.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TextIO
 
 import structlog
+from supervisor import childutils
 
 from daemon.logs import configure_logs
 
@@ -44,18 +46,16 @@ class Notification:
 
 
 def listen(stdin: TextIO, stdout: TextIO) -> Iterator[Notification]:
-    """Speak supervisord's listener protocol: READY, a header line, a payload of so many bytes, RESULT."""
+    """Speak supervisord's listener protocol until supervisord is gone; acknowledge each event once it was handled."""
     while True:
-        stdout.write("READY\n")
-        stdout.flush()
-        header = stdin.readline()
-        if not header:
+        try:
+            header, payload = childutils.listener.wait(stdin, stdout)
+        except KeyError:
+            # Its end of the pipe is closed: a header without a length.
             return
-        fields = _fields(header)
-        payload = _fields(stdin.read(int(fields["len"])))
-        yield Notification(fields["eventname"], payload.get("processname", ""), payload.get("expected") == "1")
-        stdout.write("RESULT 2\nOK")
-        stdout.flush()
+        fields = childutils.get_headers(payload)
+        yield Notification(header["eventname"], fields.get("processname", ""), fields.get("expected") == "1")
+        childutils.listener.ok(stdout)
 
 
 def end_host(environment: Mapping[str, str], supervisor_pid: int) -> None:
@@ -101,10 +101,6 @@ def _write_to_the_container(supervisor_pid: int) -> None:
         os.dup2(opened, sys.stderr.fileno())
         os.close(opened)
         return
-
-
-def _fields(line: str) -> dict[str, str]:
-    return dict(part.split(":", 1) for part in line.split() if ":" in part)
 
 
 if __name__ == "__main__":
