@@ -14,6 +14,8 @@ BASE    ?= runpod/pytorch:1.0.3-cu1281-torch291-ubuntu2404
 DATA    ?=
 # A CPU needs no more than the CPU build of torch; on a machine with an NVIDIA driver pip takes the default one.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Where a shell forbids bytecode, each of the tests' workers would compile and rewrite every test anew: 4 s each.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo ask playground test test-system lint bench chaos types image image-check clean install
 
