@@ -89,7 +89,9 @@ def bring_up_to_date(dsn: str, *, local: bool) -> Migrated:
             ]
             repaired = _patiently("the repair", lambda: _repair(db, expected))
             repaired += _patiently("the repair of rows", lambda: repair_rows(db))
-            record(db, expected)
+            with db.transaction():
+                db.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
+                record(db, expected)
             return Migrated(applied, repaired)
     except psycopg.OperationalError as error:
         raise DatabaseAway(f"the migration could not be finished: {error}") from error

@@ -13,7 +13,7 @@ import httpx
 import psycopg
 import pytest
 
-from daemon.gateway.access import gate as gateway_gate
+from daemon.gateway.access import keys as gateway_keys
 from tests.daemon_process import DaemonProcess, eventually
 from tests.gateway.conftest import KEY, Gateway
 from tests.lifecycle.queue import Queue
@@ -52,8 +52,8 @@ def test_every_key_is_compared_whole_whatever_was_sent(monkeypatch: pytest.Monke
         compared.append((len(known), len(given)))
         return known == given
 
-    monkeypatch.setattr(gateway_gate.hmac, "compare_digest", compare)
-    keys = gateway_gate.KeyRing(("first-key-of-these-three", "second-key", "third"))
+    monkeypatch.setattr(gateway_keys.hmac, "compare_digest", compare)
+    keys = gateway_keys.KeyRing(("first-key-of-these-three", "second-key", "third"))
     for sent in ("Bearer first-key-of-these-three", "Bearer third", "Bearer first-key-of-these-threX", "Bearer x", ""):
         compared.clear()
         keys.find(sent)

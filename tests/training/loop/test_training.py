@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+import training.data.plan
 import training.recipe
 from tests.tiny_models import ARCHITECTURES
 from tests.training.conftest import IN_BOTH_TYPES, ROUNDING, ModelOf, SpecOf, train
@@ -118,7 +119,7 @@ def test_accumulated_micro_batches_equal_one_batch(
     compute_type: ComputeType, spec_of: SpecOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train(spec_of(name="whole", lora_dropout=0.0, packing=False, num_epochs=1))
-    monkeypatch.setitem(__import__("training.data.plan").plan._TOKENS_PER_MICRO_BATCH, "cpu", 1)
+    monkeypatch.setitem(training.data.plan._TOKENS_PER_MICRO_BATCH, "cpu", 1)
     parts = train(spec_of(name="parts", lora_dropout=0.0, packing=False, num_epochs=1))
     for left, right in zip(whole.all("progress"), parts.all("progress"), strict=True):
         assert math.isclose(left.loss, right.loss, rel_tol=ROUNDING[compute_type])
@@ -177,7 +178,7 @@ class _Reading:
 def test_a_pass_before_the_first_step_finds_what_the_card_takes_and_changes_nothing(
     capacity: int, expected: int | None, spec_of: SpecOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(__import__("training.data.plan").plan._TOKENS_PER_MICRO_BATCH, "cpu", 100)
+    monkeypatch.setitem(training.data.plan._TOKENS_PER_MICRO_BATCH, "cpu", 100)
     chosen = {"num_epochs": 1, "validation_fraction": 0.0, "sample_prompts": ()}
     unasked = spec_of(name="unasked", **chosen)
     steps = train(unasked).all("progress")
