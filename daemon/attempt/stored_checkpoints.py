@@ -20,7 +20,6 @@ from typing import Any
 
 import structlog
 
-from daemon.atomic_files import sha256_of
 from daemon.attempt.work_folder import Workspace
 from daemon.errors import DatabaseAway, JobError, JobFailed, LeaseLost, StatementRefused, TrainerError
 from daemon.queue.job import ClaimedJob
@@ -29,6 +28,7 @@ from daemon.queue.store import SqlJobStore
 from daemon.stop_request import Stop
 from daemon.storage.interface import Storage
 from daemon.storage.upload_log import withdraw
+from training.files.durable_files import sha256_of
 
 log = structlog.get_logger()
 

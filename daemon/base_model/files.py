@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from daemon.atomic_files import sha256_of
+from training.files.durable_files import sha256_of
 from training.files.model_folder import KEPT_COPY, keeps_copy_only, read_copy_manifest
 
 MARKER = ".brightrun-model.json"

@@ -12,10 +12,10 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from daemon.atomic_files import sha256_of
 from daemon.base_model.files import read_marker
 from daemon.errors import JobFailed
 from training.events import ErrorCode
+from training.files.durable_files import sha256_of
 from training.files.model_folder import INDEX, KEPT_COPY, WEIGHTS, faults_of_copy, read_copy_manifest
 
 

@@ -23,7 +23,6 @@ from uuid import UUID
 
 import structlog
 
-from daemon.atomic_files import sha256_of
 from daemon.dataset.fetch import fetch_dataset
 from daemon.dataset.prefetch_folder import early_dataset_name, open_early_folder
 from daemon.dataset.transfer import FetchedDataset
@@ -34,6 +33,7 @@ from daemon.settings import Settings
 from daemon.storage.interface import Storage
 from daemon.trainer.environment import child_environment
 from training.events import ErrorCode
+from training.files.durable_files import sha256_of
 
 log = structlog.get_logger()
 T = TypeVar("T")

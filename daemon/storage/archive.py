@@ -25,9 +25,9 @@ from typing import IO, Any
 
 import structlog
 
-from daemon.atomic_files import READ_BYTES, sha256_of
 from daemon.errors import JobFailed, TrainerError, disk_fault
 from training.events import ErrorCode
+from training.files.durable_files import READ_BYTES, sha256_of
 
 log = structlog.get_logger()
 

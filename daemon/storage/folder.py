@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from uuid import uuid4
 
-from daemon.atomic_files import READ_BYTES, sha256_of
 from daemon.errors import HostFault, JobFailed, disk_fault
 from daemon.queue.rows import Location
 from daemon.storage.interface import (
@@ -23,6 +22,7 @@ from daemon.storage.interface import (
     upload_mismatch,
 )
 from training.events import ErrorCode, HostPart
+from training.files.durable_files import READ_BYTES, sha256_of
 
 IDENTITY_FILE = ".storage-id"
 

@@ -21,7 +21,6 @@ import tenacity
 from storage3 import AsyncStorageClient
 from storage3.exceptions import StorageApiError
 
-from daemon.atomic_files import READ_BYTES
 from daemon.errors import JobDelayed, JobError, JobFailed, disk_fault
 from daemon.network.retry_after import is_transient
 from daemon.queue.rows import Location
@@ -36,6 +35,7 @@ from daemon.storage.interface import (
 )
 from daemon.storage.tus import TusUpload, UploadGone, UploadInterrupted, UploadRefused
 from training.events import ErrorCode
+from training.files.durable_files import READ_BYTES
 
 log = structlog.get_logger()
 

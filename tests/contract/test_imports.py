@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pkgutil import iter_modules
+
+import training.files
 
 HEAVY = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "runpod", "numpy")
 
@@ -62,5 +65,6 @@ def test_the_whole_service_stays_light() -> None:
 
 
 def test_the_bridge_needs_the_standard_library_and_pydantic_only() -> None:
-    names, _seconds, _resident = modules_after("import training.spec, training.events, training.files.model_folder")
+    rooms = ", ".join(f"training.files.{module.name}" for module in iter_modules(training.files.__path__))
+    names, _seconds, _resident = modules_after(f"import training.spec, training.events, {rooms}")
     assert not names.intersection({*HEAVY, "httpx", "psycopg", "structlog", "rich"})

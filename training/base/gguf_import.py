@@ -8,7 +8,6 @@ appears whole or not at all: it is written beside its place, read back, and rena
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,6 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from training.files.durable_files import sha256_of
 
 # Written last, beside the weights: what every file must weigh and hash to. The caller checks it before each use.
 MANIFEST = "import.json"
@@ -78,11 +79,11 @@ def _convert(source: Path, folder: Path) -> None:
 
 def _write_manifest(source: Path, folder: Path) -> None:
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(folder.iterdir())
         if path.is_file()
     }
-    manifest = {"source": source.name, "source_sha256": _sha256(source), "files": files}
+    manifest = {"source": source.name, "source_sha256": sha256_of(source), "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
@@ -99,11 +100,6 @@ def _renamed(partial: Path, target: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def main(arguments: list[str]) -> int:

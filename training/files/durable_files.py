@@ -1,10 +1,13 @@
-"""Files that must be there, and unchanged, after the power went: hash what was written, make it durable."""
+"""Files that are whole or not there, and still there after the power went: hashed, written beside, renamed."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from pathlib import Path
+
+# How much of a file is held at once where it is copied or read piece by piece.
+READ_BYTES = 1024 * 1024
 
 
 def sha256_of(path: Path) -> str:

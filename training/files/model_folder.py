@@ -1,8 +1,7 @@
 """Whether a folder holds a whole model: config, tokenizer, every shard that the index names, each to its last byte.
 
-The third part of the bridge between daemon and trainer (beside spec and events): the daemon asks before an attempt,
-the trainer before it loads, and both get this answer. Sizes come from the safetensors headers, so a download that was
-cut is found without reading the weights.
+The daemon asks before an attempt, the trainer before it loads, and both get this answer. Sizes come from the
+safetensors headers, so a download that was cut is found without reading the weights.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Names of the linear layers that an adapter goes to, without the libraries that make one."""
+"""Names of a model's modules: where an adapter goes, what is never trained, what is not quantised."""
 
 from __future__ import annotations
 
@@ -33,3 +33,10 @@ ROUTERS = ("gate", "router", "shared_expert_gate")
 # Kept in 16 bits. The head: quantising it costs quality and saves little. The other two are too small for the 4-bit
 # kernels' blocks. (This list replaces the library's own, hence lm_head in it.)
 UNQUANTISED_MODULES = ("lm_head", "in_proj_ba", "shared_expert_gate")
+# What transformers calls the list of a model's repeated blocks.
+_BLOCK_LISTS = ("layers", "h", "blocks")
+
+
+def is_in_block(tensor: str) -> bool:
+    """Whether a tensor belongs to one of the model's repeated blocks, by its full name."""
+    return any(part in _BLOCK_LISTS for part in tensor.split("."))

@@ -20,13 +20,13 @@ from typing import Any
 from training.compute import ComputeType
 from training.data.corpus import Corpus
 from training.data.plan import Plan
+from training.files.adapter_size import ADAPTER_BYTES, adapter_parameters
 from training.files.model_folder import ModelFolder
-from training.files.module_names import DEFAULT_TARGETS, ROUTERS, UNQUANTISED_MODULES
+from training.files.module_names import ROUTERS, UNQUANTISED_MODULES, is_in_block
 from training.spec import JobSpec
 
 # NF4 with double quantisation: half a byte, one byte a block of 64, four bytes a block of 64 × 256.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-_BLOCK_NAMES = ("layers", "h", "blocks")
 # float32 weight, gradient and Adam's two moments.
 _TRAINED_BYTES = 16
 # One transformer block's own activations while it is recomputed, in units of tokens × hidden size × 2 bytes (above).
@@ -67,29 +67,23 @@ def model_bytes(folder: ModelFolder, *, quantize: bool, compute_type: ComputeTyp
 def _bytes_of(name: str, shape: tuple[int, ...], quantize: bool, compute_type: ComputeType) -> float:
     parts = name.split(".")
     module = parts[-2] if len(parts) > 1 else ""
-    in_block = any(part in _BLOCK_NAMES for part in parts)
-    quantised = quantize and len(shape) >= 2 and in_block and module not in (*UNQUANTISED_MODULES, *ROUTERS)
+    quantised = quantize and len(shape) >= 2 and is_in_block(name) and module not in (*UNQUANTISED_MODULES, *ROUTERS)
     return math.prod(shape) * (NF4_BYTES if quantised else _KEPT_BYTES[compute_type])
 
 
 def estimate_run(spec: JobSpec, folder: ModelFolder, corpus: Corpus, plan: Plan) -> Estimate:
     """Look ahead. Reads the headers of the weight files, not the weights."""
-    rank = spec.hyperparameters.lora_rank
-    targets = spec.hyperparameters.target_modules or DEFAULT_TARGETS
-    parameters = expert_parameters = adapter = largest = 0
+    tensors = tuple(folder.tensors())
+    adapter = adapter_parameters(tensors, spec.hyperparameters)
+    parameters = expert_parameters = largest = 0
     stored = 0.0
-    for name, shape in folder.tensors():
+    for name, shape in tensors:
         count = math.prod(shape)
         parameters += count
-        parts = name.split(".")
-        module = parts[-2] if len(parts) > 1 else ""
-        in_block = any(part in _BLOCK_NAMES for part in parts)
         stored += _bytes_of(name, shape, spec.quantize, plan.compute_type)
-        is_expert = "experts" in parts
+        is_expert = "experts" in name.split(".")
         expert_parameters += count if is_expert else 0
         largest = max(largest, count if not is_expert else 0)
-        if in_block and not is_expert and len(shape) == 2 and any(module == t.split(".")[-1] for t in targets):
-            adapter += rank * sum(shape)
     config = folder.text_config
     layers = int(config.get("num_hidden_layers") or config.get("n_layer") or 1)
     hidden = int(config.get("hidden_size") or config.get("n_embd") or 1)
@@ -114,11 +108,11 @@ def estimate_run(spec: JobSpec, folder: ModelFolder, corpus: Corpus, plan: Plan)
         parameters=parameters,
         model_bytes=int(stored),
         adapter_parameters=adapter,
-        adapter_bytes=adapter * 4,
+        adapter_bytes=adapter * ADAPTER_BYTES,
         activation_bytes=activations,
         memory_bytes=memory,
         # Two checkpoints and one in the making, each weights, best weights and two moments; and the adapter.
-        disk_bytes=3 * adapter * 16 + adapter * 4 + 64 * 2**20,
+        disk_bytes=3 * adapter * 16 + adapter * ADAPTER_BYTES + 64 * 2**20,
         seconds=seconds,
         cost=cost,
     )

@@ -163,10 +163,10 @@ async def _upload(settings: Settings, file: Path, path: str) -> None:
     import asyncio
     import tempfile
 
-    from daemon.atomic_files import sha256_of
     from daemon.storage.open import open_storage
     from daemon.terminal.console import console
     from daemon.terminal.format import size
+    from training.files.durable_files import sha256_of
 
     storage = open_storage(settings)
     try:

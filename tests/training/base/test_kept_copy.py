@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from daemon.atomic_files import sha256_of
 from daemon.base_model.files import Marker, model_bytes, read_marker, verify_hashes
 from daemon.base_model.replace_weights import replace_weights
 from daemon.errors import JobFailed
@@ -19,6 +18,7 @@ from training.base.load import load_base_model
 from training.base.make_quantized_copy import Request, quantize
 from training.compute import ComputeType
 from training.failures import TrainingFailed
+from training.files.durable_files import sha256_of
 from training.files.model_folder import COPY_MANIFEST, KEPT_COPY, ModelFolder, faults_of_model, open_model_folder
 from training.preflight.check import check_spec
 from training.spec import JobSpec

@@ -1,0 +1,22 @@
+"""How large an adapter becomes, from the shapes in the model's files: known before a weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from training.files.module_names import DEFAULT_TARGETS, is_in_block
+from training.spec import Hyperparameters
+
+# Adapters are trained and kept in float32.
+ADAPTER_BYTES = 4
+
+
+def adapter_parameters(tensors: Iterable[tuple[str, tuple[int, ...]]], chosen: Hyperparameters) -> int:
+    """LoRA's numbers: rank × (in + out) for each linear layer of a block that is adapted. Experts stay frozen."""
+    targets = {target.rpartition(".")[2] for target in chosen.target_modules or DEFAULT_TARGETS}
+    width = 0
+    for name, shape in tensors:
+        parts = name.split(".")
+        if len(shape) == 2 and len(parts) > 1 and parts[-2] in targets and is_in_block(name) and "experts" not in parts:
+            width += sum(shape)
+    return chosen.lora_rank * width
