@@ -195,6 +195,7 @@ class _Room:
     places: int
 
     def fits(self, job: WaitingJob) -> bool:
+        """The condition of sql/queries/queue/_candidates.sql, asked of hosts that may not exist yet."""
         return (
             (self.gpu_count is None or job.need_gpus <= self.gpu_count)
             and (

@@ -296,7 +296,7 @@ class MemoryJobStore(SqlJobStore):
 
 
 def _lacking(host: Host, allowed_models: Collection[str], wanted: ParsedRow) -> list[str]:
-    """What the job asks for and this host lacks, by the conditions and in the words of claim_job_by_id."""
+    """What the job asks for and this host lacks, by the conditions and in the words of claim_job_by_id.sql."""
     gpu, model = wanted.gpu_config, wanted.hyperparameters.base_model
     lacking = []
     if host.device == "cuda" and gpu.num_gpus > len(host.gpus):

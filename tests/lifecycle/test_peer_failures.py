@@ -242,7 +242,7 @@ def everything(queue: Queue) -> list[dict[str, Any]]:
 def test_every_statement_that_names_an_epoch_is_tried_by_a_stale_owner() -> None:
     fenced = {
         file.stem
-        for file in (ROOT / "sql" / "queries").glob("*/*.sql")
+        for file in (ROOT / "sql" / "queries").glob("*/[!_]*.sql")
         if re.search(r"%\(epoch\)s", statement(file.stem))
     }
     assert fenced - READS == set(STALE_WRITES)

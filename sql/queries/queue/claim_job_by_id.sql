@@ -7,7 +7,7 @@ WITH picked AS MATERIALIZED (
     SELECT job.id, job.user_id, job.dataset_id, job.lease_epoch, needs.lacking
     FROM training_jobs AS job
     CROSS JOIN LATERAL (
-        -- The conditions of claim_job, each with its words.
+        -- The conditions of _candidates.sql, each with its words: they cannot be included, for here each is an answer.
         SELECT array_remove(ARRAY[
             CASE WHEN job.need_gpus > %(free_gpus)s::int
                  THEN job.need_gpus || ' GPUs, and this host has ' || %(free_gpus)s::int END,
@@ -37,53 +37,7 @@ lease AS (
     RETURNING job_id, epoch, token, claimed_at
 ),
 claimed AS (
-    -- `due` and `run_after` are the guard's: named here, they would call the trigger that wakes other daemons.
-    UPDATE training_jobs AS job
-    SET status = 'initializing',
-        current_stage = 'setup',
-        lease_epoch = lease.epoch,
-        lease_token = lease.token,
-        attempt = job.attempt + 1,
-        retry_count = job.attempt,
-        progress = 0,
-        current_epoch = 0,
-        current_step = 0,
-        started_at = coalesce(job.started_at, lease.claimed_at),
-        completed_at = NULL,
-        error_code = NULL,
-        error_message = NULL,
-        error_hint = NULL,
-        error_stack = NULL,
-        last_progress_at = lease.claimed_at
-    FROM lease
-    CROSS JOIN picked
-    LEFT JOIN datasets AS dataset ON dataset.id = picked.dataset_id
-    WHERE job.id = lease.job_id
-    RETURNING
-        job.id,
-        job.lease_epoch,
-        job.lease_token,
-        job.attempt,
-        job.max_attempts,
-        job.user_id,
-        job.dataset_id,
-        job.need_gpus,
-        job.base_model,
-        job.hyperparameters,
-        job.gpu_config,
-        job.dataset_url,
-        job.callback_url,
-        job.queued_at,
-        lease.claimed_at,
-        job.started_at,
-        coalesce(job.current_cost, 0)::float8 AS spent,
-        job.max_cost::float8 AS max_cost,
-        job.deadline_at,
-        dataset.storage_bucket,
-        dataset.storage_path,
-        dataset.user_id AS dataset_user_id,
-        -- Which table the job was in: training_real_job says the same.
-        job.tableoid || '/' || pg_relation_filenode(job.tableoid) AS tables
+    -- include: take_job
 )
 SELECT picked.lacking, claimed.*
 FROM picked

@@ -4,9 +4,7 @@
 -- "running" for ever, without a lease that could run out.
 -- `noted`: something of the job may lie in Storage.
 WITH ended AS (
-    DELETE FROM training_leases AS lease
-    WHERE lease.job_id = %(job_id)s
-      AND (lease.epoch, lease.token) = (%(epoch)s, %(token)s)
+    -- include: end_lease
     RETURNING lease.job_id, lease.epoch
 ),
 settled AS (

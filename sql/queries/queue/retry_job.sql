@@ -1,10 +1,7 @@
 -- The attempt ended by something that may pass: the job waits for its next attempt, or has failed when none is left.
--- Always one row. `ended` = 0: the lease is lost. `ended` = 1 and no state: the job was cancelled meanwhile.
--- `noted`: something of the job may lie in Storage.
+-- Always one row, which _ending_answer.sql explains.
 WITH ended AS (
-    DELETE FROM training_leases AS lease
-    WHERE lease.job_id = %(job_id)s
-      AND (lease.epoch, lease.token) = (%(epoch)s, %(token)s)
+    -- include: end_lease
     RETURNING lease.job_id, lease.epoch
 ),
 moved AS (
@@ -32,7 +29,4 @@ moved AS (
       AND job.status IN ('initializing', 'running')
     RETURNING job.status
 )
-SELECT
-    (SELECT count(*) FROM ended) AS ended,
-    (SELECT moved.status FROM moved) AS state,
-    EXISTS (SELECT FROM training_uploads AS upload WHERE upload.job_id = %(job_id)s) AS noted
+-- include: ending_answer

@@ -1,11 +1,8 @@
 -- The host cannot work, whatever the job: queued again, and the attempt does not count. At once the first time, for
 -- another host may be free; later each time. Past `most` returns since it was submitted, attempts count after all.
--- Always one row. `ended` = 0: the lease is lost. `ended` = 1 and no state: the job was cancelled meanwhile.
--- `noted`: something of the job may lie in Storage.
+-- Always one row, which _ending_answer.sql explains.
 WITH ended AS (
-    DELETE FROM training_leases AS lease
-    WHERE lease.job_id = %(job_id)s
-      AND (lease.epoch, lease.token) = (%(epoch)s, %(token)s)
+    -- include: end_lease
     RETURNING lease.job_id, lease.epoch, lease.worker_id
 ),
 before AS (
@@ -62,7 +59,4 @@ told AS (
            )
     FROM moved
 )
-SELECT
-    (SELECT count(*) FROM ended) AS ended,
-    (SELECT moved.status FROM moved) AS state,
-    EXISTS (SELECT FROM training_uploads AS upload WHERE upload.job_id = %(job_id)s) AS noted
+-- include: ending_answer

@@ -2,10 +2,7 @@
 -- `held` = 0 means that the lease is lost and nothing was deleted.
 WITH held AS MATERIALIZED (
     SELECT lease.job_id
-    FROM training_leases AS lease
-    WHERE lease.job_id = %(job_id)s
-      AND (lease.epoch, lease.token) = (%(epoch)s, %(token)s)
-    FOR KEY SHARE
+    -- include: own_lease
 ),
 forgotten AS (
     DELETE FROM metrics_points AS point

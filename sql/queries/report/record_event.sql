@@ -4,9 +4,6 @@ INSERT INTO training_events (job_id, epoch, kind, message, data)
 SELECT held.job_id, held.epoch, %(kind)s, %(message)s, %(data)s
 FROM (
     SELECT lease.job_id, lease.epoch
-    FROM training_leases AS lease
-    WHERE lease.job_id = %(job_id)s
-      AND (lease.epoch, lease.token) = (%(epoch)s, %(token)s)
-    FOR KEY SHARE
+    -- include: own_lease
 ) AS held
 RETURNING id

@@ -1,12 +1,8 @@
 -- Points for the app's charts. A step that is repeated after a resume replaces its point: the id is made of job and step.
 -- `held` = 0 means that the lease is lost and nothing was written.
 WITH held AS MATERIALIZED (
-    -- KEY SHARE: a reaper waits for us or we find its work done; a heartbeat is not disturbed.
     SELECT lease.job_id
-    FROM training_leases AS lease
-    WHERE lease.job_id = %(job_id)s
-      AND (lease.epoch, lease.token) = (%(epoch)s, %(token)s)
-    FOR KEY SHARE
+    -- include: own_lease
 ),
 written AS (
     INSERT INTO metrics_points AS point

@@ -5,10 +5,7 @@ SET manifest_sha256 = %(manifest_sha256)s,
     bytes = %(bytes)s
 FROM (
     SELECT lease.job_id, lease.epoch
-    FROM training_leases AS lease
-    WHERE lease.job_id = %(job_id)s
-      AND (lease.epoch, lease.token) = (%(epoch)s, %(token)s)
-    FOR KEY SHARE
+    -- include: own_lease
 ) AS held
 WHERE upload.job_id = held.job_id
   AND upload.epoch = held.epoch

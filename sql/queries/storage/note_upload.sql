@@ -4,10 +4,7 @@ INSERT INTO training_uploads AS upload (job_id, epoch, kind, step, storage, buck
 SELECT held.job_id, held.epoch, %(kind)s, %(step)s, %(storage)s, %(bucket)s, %(objects)s
 FROM (
     SELECT lease.job_id, lease.epoch
-    FROM training_leases AS lease
-    WHERE lease.job_id = %(job_id)s
-      AND (lease.epoch, lease.token) = (%(epoch)s, %(token)s)
-    FOR KEY SHARE
+    -- include: own_lease
 ) AS held
 ON CONFLICT (job_id, epoch, kind, step) DO UPDATE
 SET storage = excluded.storage,

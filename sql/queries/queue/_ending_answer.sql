@@ -1,0 +1,6 @@
+-- Included by the statements that end an attempt. Always one row. `ended` = 0: the lease is lost.
+-- `ended` = 1 and no state: the job was cancelled meanwhile. `noted`: something of the job may lie in Storage.
+SELECT
+    (SELECT count(*) FROM ended) AS ended,
+    (SELECT moved.status FROM moved) AS state,
+    EXISTS (SELECT FROM training_uploads AS upload WHERE upload.job_id = %(job_id)s) AS noted
