@@ -22,6 +22,7 @@ class Queue:
     """One migrated database with one user, and the folder that its datasets and models lie in."""
 
     def __init__(self, dsn: str, folder: Path) -> None:
+        self._kept: psycopg.Connection[dict[str, Any]] | None = None
         self.dsn = dsn
         self.folder = folder
         self.user_id = uuid4()
@@ -32,9 +33,22 @@ class Queue:
         return psycopg.connect(self.dsn, autocommit=True, row_factory=dict_row)
 
     def select(self, statement: str, *parameters: object) -> list[dict[str, Any]]:
-        with self.connect() as connection:
-            cursor = connection.execute(statement, parameters)
-            return cursor.fetchall() if cursor.description else []
+        """One statement on the connection that is kept for all of them: a new one takes thirty times as long."""
+        kept = self._kept
+        if kept is not None and not kept.closed:
+            try:
+                return _rows(kept, statement, parameters)
+            except psycopg.OperationalError:
+                if not kept.closed:
+                    raise
+        # The first one, or the test ended the server or this session.
+        self._kept = self.connect()
+        self._kept.prepare_threshold = None  # a test may alter the tables
+        return _rows(self._kept, statement, parameters)
+
+    def __del__(self) -> None:
+        if self._kept is not None:
+            self._kept.close()
 
     def daemon(self, folder: Path, **settings: Any) -> DaemonProcess:
         return DaemonProcess(self.dsn, folder, **settings)
@@ -129,6 +143,13 @@ class Queue:
 
     def leases(self) -> list[dict[str, Any]]:
         return self.select("SELECT * FROM training_leases")
+
+
+def _rows(
+    connection: psycopg.Connection[dict[str, Any]], statement: str, parameters: tuple[object, ...]
+) -> list[dict[str, Any]]:
+    cursor = connection.execute(statement, parameters)
+    return cursor.fetchall() if cursor.description else []
 
 
 def write_model_folder(folder: Path) -> None:
