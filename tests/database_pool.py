@@ -59,6 +59,20 @@ SELECT class.oid::regclass::text FROM pg_class AS class JOIN pg_namespace AS spa
 WHERE relkind IN ('r', 'p') AND nspname NOT IN ('pg_catalog', 'information_schema') AND nspname NOT LIKE 'pg\\_t%'
 ORDER BY 1
 """
+# What was used: rows there are or were, or numbers that VACUUM or ANALYZE took of them.
+_USED = """
+SELECT oid::regclass::text FROM pg_class WHERE oid = ANY(%s::regclass[]) AND relkind = 'r'
+AND (pg_relation_size(oid) > 0 OR relpages > 0 OR reltuples <> -1) ORDER BY 1
+"""
+_SEQUENCES = """
+SELECT setval(seqrelid::regclass, seqstart, false) FROM pg_sequence
+JOIN pg_sequences ON format('%I.%I', schemaname, sequencename)::regclass = seqrelid WHERE last_value IS NOT NULL
+"""
+# The planner's numbers of a table that was never vacuumed.
+_UNSEEN = """
+SET allow_system_table_mods = on;
+UPDATE pg_class SET relpages = 0, reltuples = -1, relallvisible = 0 WHERE oid = ANY({}::regclass[])
+"""
 _OTHERS = """
 SELECT count(pg_terminate_backend(pid, 5000)) FROM pg_stat_activity
 WHERE datname = current_database() AND pid <> pg_backend_pid()
@@ -112,11 +126,27 @@ class DatabasePool:
                     return False
                 if any(_content(admin, table) != content for table, content in fresh.contents.items()):
                     return False
-                tables = [sql.SQL(table) for table in _tables(admin) if table not in fresh.contents]
-                admin.execute(sql.SQL("TRUNCATE {} RESTART IDENTITY").format(sql.SQL(", ").join(tables)))
+                _empty(admin, [table for table in _tables(admin) if table not in fresh.contents])
                 return True
         except psycopg.Error:
             return False
+
+
+def _empty(admin: psycopg.Connection, tables: list[str]) -> None:
+    """As TRUNCATE does, which makes new files for all tables and indexes, used or not: 30 to 80 ms instead of 4."""
+    if used := _used(admin, tables):
+        # The role of a replica fires no triggers, those of foreign keys included.
+        deletes = "; ".join(f"DELETE FROM {table}" for table in used)
+        admin.execute(f"BEGIN; SET LOCAL session_replication_role = replica; {deletes}; COMMIT".encode())
+        admin.execute(f"VACUUM {', '.join(used)}".encode())
+        admin.execute(sql.SQL(_UNSEEN).format(sql.Literal(used)))
+    admin.execute(_SEQUENCES.encode())
+    if _used(admin, used):  # a lock of autovacuum kept VACUUM from giving the pages back
+        admin.execute(f"TRUNCATE {', '.join(tables)}".encode())
+
+
+def _used(admin: psycopg.Connection, tables: list[str]) -> list[str]:
+    return [str(table) for (table,) in admin.execute(_USED.encode(), (tables,))]
 
 
 def _catalogue(admin: psycopg.Connection) -> str:

@@ -61,6 +61,27 @@ def test_rows_sequences_sessions_and_settings_are_gone_before_the_next_test(
         assert firsts[0] == firsts[1]
 
 
+def test_the_planner_knows_no_more_of_an_emptied_table_than_of_a_new_one(
+    postgres: Server, migrated_template: str
+) -> None:
+    numbers = (
+        "SELECT relname, relpages, reltuples, pg_relation_size(oid) FROM pg_class "
+        "WHERE relkind = 'r' AND relname LIKE 'training%' ORDER BY 1"
+    )
+    with DatabasePool(postgres, migrated_template) as pool:
+        seen = []
+        for _ in range(2):
+            with pool.database() as name:
+                app = AppDatabase(postgres.dsn(name))
+                seen.append((name, app.run(numbers)))
+                user = app.insert_user()
+                for _ in range(100):
+                    app.insert_job(user)
+                app.run("VACUUM training_jobs")
+                app.close()
+        assert seen[0] == seen[1]
+
+
 def test_a_database_that_is_refused_to_everybody_is_no_end_of_the_tests(
     postgres: Server, migrated_template: str
 ) -> None:
