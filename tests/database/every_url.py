@@ -1,7 +1,8 @@
-"""One command of ours on many DATABASE_URLs: `python -m tests.database.every_url WORD…`, the addresses as JSON on
-stdin.
+"""Commands of ours on many DATABASE_URLs: `python -m tests.database.every_url`, on stdin the commands' words and the
+addresses as JSON, two lists.
 
-Each is a process of its own, forked after the imports, with its own output and exit status; both come back as JSON.
+Each command on each address is a process of its own, forked after the imports, with its own output and exit status;
+both come back as JSON, in a list for each command.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 
 def run_one(words: list[str], url: str, output: Path) -> int:
@@ -41,23 +43,36 @@ def run_one(words: list[str], url: str, output: Path) -> int:
         os._exit(status)
 
 
-def main() -> None:
-    # Imported once for all of them.
+def prepare() -> None:
+    """What all of them import and build, once."""
+    import typer.main
+
     import daemon.__main__
+    import daemon.cli.data.queries
+    import daemon.cli.errors
     import daemon.doctor.run
     import daemon.fleet.loop
     import daemon.gateway.server
     import daemon.schema.migrations
-    import daemon.service  # noqa: F401
+    import daemon.service
 
-    words = sys.argv[1:]
-    said = []
+    words = typer.main.get_command(daemon.__main__.app)
+    typer.main.get_command = lambda _app: words
+
+
+def main() -> None:
+    prepare()
+    commands, urls = json.load(sys.stdin)
+    answers: list[list[dict[str, Any]]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for number, url in enumerate(json.load(sys.stdin)):
-            output = Path(folder) / str(number)
-            status = run_one(words, url, output)
-            said.append({"status": status, "output": output.read_text(errors="replace")})
-    json.dump(said, sys.stdout)
+        for words in commands:
+            said = []
+            for url in urls:
+                output = Path(folder) / f"{len(answers)}-{len(said)}"
+                status = run_one(words, url, output)
+                said.append({"status": status, "output": output.read_text(errors="replace")})
+            answers.append(said)
+    json.dump(answers, sys.stdout)
 
 
 if __name__ == "__main__":
