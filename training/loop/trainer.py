@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,20 +14,23 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
-from training.data.chat_template import IGNORED, Example
+from training.data.chat_template import Example
 from training.data.corpus import Corpus
-from training.data.micro_batches import halve, in_groups, micro_batches, packing_pays, tokens_in
+from training.data.micro_batches import halve, in_groups, micro_batches, tokens_in
 from training.data.plan import Plan
 from training.data.sampler import StepOrder
 from training.event_writer import Voice
 from training.events import CheckpointSaved, ErrorCode, Evaluated, Stage
 from training.failures import TrainingFailed, is_out_of_memory, memory_advice
+from training.loop.arguments import training_arguments
 from training.loop.callback import ProgressCallback
 from training.loop.checkpoint import CheckpointShelf
+from training.loop.layout import BLANK, CheaperLayout, EpochLoader, as_row, token_count
 from training.loop.loss import AnswerLoss
 from training.loop.memory_probe import MemoryGauge, tokens_that_fit
+from training.loop.trained_tensors import restore_tensors, trained_tensors
 from training.quantization.experts import unpack_once_for_backward
 from training.ranks import ALONE, Ranks
 from training.results.history import EvaluationRecord, Journal
@@ -41,8 +44,6 @@ if TYPE_CHECKING:
 
 _WEIGHTS = "adapter.safetensors"
 _BEST = "best.safetensors"
-# Teaches nothing: for a rank that has no conversation left where the others have one.
-_BLANK = Example([0, 0], [IGNORED, IGNORED], place="")
 
 
 class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
@@ -86,9 +87,9 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         self._gauge = gauge if journal.micro_batch_tokens is None else None
         super().__init__(
             model=model,
-            args=_arguments(spec, plan, packed=packed),
+            args=training_arguments(spec, plan, packed=packed),
             # The blank one stands behind the last (`StepOrder`).
-            train_dataset=Dataset.from_list([_as_row(example) for example in (*corpus.train, _BLANK)]),
+            train_dataset=Dataset.from_list([as_row(example) for example in (*corpus.train, BLANK)]),
             processing_class=tokenizer,
             callbacks=[
                 ProgressCallback(plan=plan, journal=journal, voice=voice, stop=stop, spec=spec, trainer=self),
@@ -107,7 +108,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
             unpack_once_for_backward(self.model)
         self.remove_callback(PrinterCallback)
         if packed:
-            self.data_collator = _CheaperLayout(
+            self.data_collator = CheaperLayout(
                 end_to_end=self.data_collator,
                 side_by_side=replace(self.data_collator, padding_free=False),
                 hidden_size=int(self.model.config.get_text_config().hidden_size),
@@ -119,7 +120,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         """Whole steps in our own order: the library's would depend on the number of ranks."""
         order = StepOrder(len(self._corpus.train), self.plan, self.ranks, self.spec.hyperparameters.seed)
         rows = self.train_dataset
-        return _EpochLoader(
+        return EpochLoader(
             rows, batch_sampler=order, collate_fn=self.data_collator, pin_memory=self.args.dataloader_pin_memory
         )
 
@@ -135,7 +136,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         asked. Raises TrainingFailed(out_of_memory) when a single conversation is too much.
         """
         self._fit_micro_batches_to_the_card(model)
-        self.tokens_in_step += _token_count(inputs)
+        self.tokens_in_step += token_count(inputs)
         pending = self._micro_batches(self._prepare_inputs(inputs))
         total = torch.zeros((), device=self.args.device)
         while pending:
@@ -175,7 +176,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _micro_batches(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
         parts = micro_batches(inputs, self.micro_batch_tokens)
-        return [*parts, *[self._collate([_BLANK])] * self._missing(len(parts))]
+        return [*parts, *[self._collate([BLANK])] * self._missing(len(parts))]
 
     def _missing(self, parts: int) -> int:
         """How many more some other rank goes through, where all must go through as many."""
@@ -184,7 +185,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         return int(max(count for (count,) in self.ranks.exchange([parts]))) - parts
 
     def _collate(self, examples: Sequence[Example]) -> dict[str, Any]:
-        inputs: dict[str, Any] = self._prepare_inputs(self.data_collator([_as_row(example) for example in examples]))
+        inputs: dict[str, Any] = self._prepare_inputs(self.data_collator([as_row(example) for example in examples]))
         return inputs
 
     def _fit_micro_batches_to_the_card(self, model: Any) -> None:
@@ -317,7 +318,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         """This rank's share of the held-out conversations, the shortest first."""
         in_order = sorted(self._corpus.validation, key=lambda example: len(example.input_ids))
         batches = self._together(self.ranks.share(in_order))
-        return [*batches, *[[_BLANK]] * self._missing(len(batches))]
+        return [*batches, *[[BLANK]] * self._missing(len(batches))]
 
     def _together(self, examples: Sequence[Example]) -> list[list[Example]]:
         lengths = [len(example.input_ids) for example in examples]
@@ -374,100 +375,3 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
 
     def create_model_card(self, *_args: Any, **_kwargs: Any) -> None:
         """Not wanted: a card written by a library says nothing about this run."""
-
-
-def trained_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of everything that is trained, by parameter name, on the CPU."""
-    return {
-        name: parameter.detach().to("cpu", copy=True).contiguous()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-
-
-def restore_tensors(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Copy tensors back into the parameters of the same names. Raises KeyError when the sets differ."""
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if parameters.keys() != tensors.keys():
-        raise KeyError(f"checkpoint and model differ in {sorted(parameters.keys() ^ tensors.keys())[:5]}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
-
-
-def _arguments(spec: JobSpec, plan: Plan, *, packed: bool) -> SFTConfig:
-    chosen = spec.hyperparameters
-    on_gpu = spec.device == "cuda"
-    return SFTConfig(
-        output_dir=str(spec.work_dir / "trainer"),
-        # A whole step; the trainer divides it by tokens.
-        per_device_train_batch_size=plan.share,
-        gradient_accumulation_steps=1,
-        num_train_epochs=plan.epochs,
-        learning_rate=chosen.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=plan.warmup_steps,
-        weight_decay=chosen.weight_decay,
-        max_grad_norm=1.0,
-        # One pass over each parameter instead of a dozen. Eight-bit moments would not be felt: those of 17 to 40 M
-        # trained numbers are 0.13 to 0.3 GiB beside a base model of gigabytes, and three quarters of that is saved.
-        optim="adamw_torch_fused",
-        bf16=plan.compute_type == "bfloat16",
-        use_cpu=not on_gpu,
-        # Recomputing activations buys memory with time; only a card is short of memory.
-        gradient_checkpointing=on_gpu,
-        activation_checkpointing_kwargs={"use_reentrant": False},
-        # The data arrive tokenised, labelled and cut to length.
-        dataset_kwargs={"skip_prepare_dataset": True},
-        max_length=None,
-        padding_free=packed,
-        pad_to_multiple_of=8 if on_gpu and not packed else None,
-        router_aux_loss_coef=0.0,
-        # The default would log a loss of 0.0 where it was NaN, and the job would "succeed".
-        logging_nan_inf_filter=False,
-        logging_steps=1,
-        logging_first_step=True,
-        # ProgressCallback decides when to evaluate and to save: on the clock, at epochs, when asked to stop.
-        eval_strategy="no",
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=on_gpu,
-        seed=chosen.seed,
-        data_seed=chosen.seed,
-    )
-
-
-@dataclass(frozen=True)
-class _CheaperLayout:
-    """Lays the conversations of a step out the way that costs less; their losses are the same."""
-
-    end_to_end: Any
-    side_by_side: Any
-    hidden_size: int
-    most_tokens: int
-
-    def __call__(self, rows: list[dict[str, Any]]) -> Any:
-        pays = packing_pays([len(row["input_ids"]) for row in rows], self.hidden_size, self.most_tokens)
-        return self.end_to_end(rows) if pays else self.side_by_side(rows)
-
-
-class _EpochLoader(DataLoader[Any]):
-    """Hands the epoch's number, which the library tells a loader, on to the order."""
-
-    def set_epoch(self, epoch: int) -> None:
-        order = self.batch_sampler
-        assert isinstance(order, StepOrder)
-        order.set_epoch(epoch)
-
-
-def _as_row(example: Example) -> dict[str, list[int]]:
-    return {"input_ids": example.input_ids, "labels": example.labels}
-
-
-def _token_count(inputs: Any) -> int:
-    if bool((inputs["labels"] == IGNORED).all()):
-        return 0  # the blank row
-    mask = inputs.get("attention_mask")
-    return int(mask.sum().item()) if mask is not None else int(inputs["input_ids"].numel())

@@ -1,0 +1,49 @@
+"""How the conversations of a step are laid out: end to end or side by side, whichever costs less, in our own order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from training.data.chat_template import IGNORED, Example
+from training.data.micro_batches import packing_pays
+from training.data.sampler import StepOrder
+
+# Teaches nothing: for a rank that has no conversation left where the others have one.
+BLANK = Example([0, 0], [IGNORED, IGNORED], place="")
+
+
+@dataclass(frozen=True)
+class CheaperLayout:
+    """Lays the conversations of a step out the way that costs less; their losses are the same."""
+
+    end_to_end: Any
+    side_by_side: Any
+    hidden_size: int
+    most_tokens: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Any:
+        pays = packing_pays([len(row["input_ids"]) for row in rows], self.hidden_size, self.most_tokens)
+        return self.end_to_end(rows) if pays else self.side_by_side(rows)
+
+
+class EpochLoader(DataLoader[Any]):
+    """Hands the epoch's number, which the library tells a loader, on to the order."""
+
+    def set_epoch(self, epoch: int) -> None:
+        order = self.batch_sampler
+        assert isinstance(order, StepOrder)
+        order.set_epoch(epoch)
+
+
+def as_row(example: Example) -> dict[str, list[int]]:
+    return {"input_ids": example.input_ids, "labels": example.labels}
+
+
+def token_count(inputs: Any) -> int:
+    if bool((inputs["labels"] == IGNORED).all()):
+        return 0  # the blank row
+    mask = inputs.get("attention_mask")
+    return int(mask.sum().item()) if mask is not None else int(inputs["input_ids"].numel())
