@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from daemon.attempt.steps import Collaborators
+from daemon.attempt.collaborators import Collaborators
 from daemon.chores import Chores
 from daemon.database.connection import Database
 from daemon.database.listener import Listener

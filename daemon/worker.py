@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import structlog
 
 from daemon.attempt.cleanup import Remains, Tidying
-from daemon.attempt.steps import Attempt, Collaborators
+from daemon.attempt.collaborators import Collaborators
+from daemon.attempt.steps import Attempt
 from daemon.attempt.work_folder import tidy_for_ever
 from daemon.chores import Chores
 from daemon.database.wire import Sent

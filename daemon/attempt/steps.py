@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, assert_never
 
 import structlog
 
 from daemon.attempt.cleanup import Remains
+from daemon.attempt.collaborators import Collaborators
 from daemon.attempt.limits import watch_allowance
 from daemon.attempt.settle import settle
 from daemon.attempt.stored_checkpoints import CheckpointStore
@@ -30,25 +31,19 @@ from daemon.dataset.fetch import fetch_dataset
 from daemon.dataset.prefetch import NEAR_END_SECONDS, EarlyDataset
 from daemon.dataset.transfer import FetchedDataset
 from daemon.errors import DatabaseAway, HostFault, JobDelayed, JobError, JobFailed, LeaseLost
-from daemon.fitness import Fitness
 from daemon.host.gpu_load import read_load
-from daemon.host.inspect import Host, installed_versions
+from daemon.host.inspect import installed_versions
 from daemon.queue.job import ClaimedJob, JobDataset, Returned
-from daemon.queue.lease import HeldLease, LeaseKeeper
+from daemon.queue.lease import HeldLease
 from daemon.queue.outcome import Cancelled, Completed, Failed, Outcome, Released, Superseded
-from daemon.queue.store import SqlJobStore
 from daemon.report.cost import Meter, price_per_gpu_hour
-from daemon.report.courier import CallbackCourier
 from daemon.report.reporter import Reporter
-from daemon.settings import Settings, quantized_dir
+from daemon.settings import quantized_dir
 from daemon.stop_request import Stop, StopReason
-from daemon.storage.interface import Storage
 from daemon.storage.publish import publish_adapter
 from daemon.storage.upload_log import note_adapter
-from daemon.trainer.pool import Trainers
 from daemon.trainer.process import Patience
 from daemon.trainer.verdict import Stopped, Verdict
-from daemon.troubles import Troubles
 from training.events import CheckpointSaved, ErrorCode, Event, Stage
 from training.spec import JobSpec, ParsedRow, SpecInvalid, parse_row
 
@@ -59,22 +54,6 @@ T = TypeVar("T")
 LOOK_SECONDS = 0.25
 # How soon a dataset's row that was hidden is looked for again.
 HIDDEN_SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class Collaborators:
-    """What a worker works with; built in __main__ only."""
-
-    settings: Settings
-    host: Host
-    store: SqlJobStore
-    leases: LeaseKeeper
-    storage: Storage
-    courier: CallbackCourier
-    trainers: Trainers
-    fitness: Fitness
-    platform_price: Callable[[], float | None] = lambda: None
-    troubles: Troubles = field(default_factory=Troubles)
 
 
 class Interrupted(Exception):

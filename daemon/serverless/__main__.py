@@ -14,7 +14,7 @@ import structlog
 from pydantic import AliasChoices, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from daemon.attempt.steps import Collaborators
+from daemon.attempt.collaborators import Collaborators
 from daemon.chores import Chores
 from daemon.database.connection import Database
 from daemon.database.listener import Listener

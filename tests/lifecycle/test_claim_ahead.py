@@ -12,7 +12,7 @@ from uuid import UUID
 import pytest
 from pydantic import SecretStr
 
-from daemon.attempt.steps import Collaborators
+from daemon.attempt.collaborators import Collaborators
 from daemon.database.connection import Database
 from daemon.fitness import Fitness
 from daemon.host.inspect import Host
