@@ -28,7 +28,7 @@ from daemon.queue.store import SqlJobStore
 from daemon.stop_request import Stop
 from daemon.storage.interface import Storage
 from daemon.storage.upload_log import withdraw
-from training.files.durable_files import sha256_of
+from training.files.durable_files import put_in_place, sha256_of
 
 log = structlog.get_logger()
 
@@ -152,7 +152,7 @@ class CheckpointStore:
                 if fetched.sha256 != sha256:
                     raise CheckpointUnusable(f"{name} has another hash than when it was written")
                 size += fetched.bytes
-            await asyncio.to_thread(_put_in_place, part, self._workspace.checkpoint_dir / f"checkpoint-{upload.step}")
+            await asyncio.to_thread(put_in_place, part, self._workspace.checkpoint_dir / f"checkpoint-{upload.step}")
         finally:
             await asyncio.to_thread(shutil.rmtree, part, True)
         return size
@@ -243,8 +243,3 @@ def _freeze(source: Path, frozen: Path) -> str | None:
         return sha256_of(frozen / MANIFEST)
     except FileNotFoundError:
         return None
-
-
-def _put_in_place(part: Path, final: Path) -> None:
-    shutil.rmtree(final, ignore_errors=True)
-    part.rename(final)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from training.files.durable_files import sha256_of
+from training.files.durable_files import sha256_of, write_whole
 from training.files.model_folder import KEPT_COPY, keeps_copy_only, read_copy_manifest
 
 MARKER = ".brightrun-model.json"
@@ -30,9 +30,7 @@ class Marker:
     sha256: dict[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        hidden = folder / f"{MARKER}.part"
-        hidden.write_text(json.dumps(asdict(self), indent=2, sort_keys=True))
-        hidden.replace(folder / MARKER)
+        write_whole(folder / MARKER, json.dumps(asdict(self), indent=2, sort_keys=True))
 
 
 def read_marker(folder: Path) -> Marker | None:

@@ -7,7 +7,6 @@ index goes first, and the copy is in its place before that. Called again it fini
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 from daemon.base_model.files import read_marker
 from daemon.errors import JobFailed
 from training.events import ErrorCode
-from training.files.durable_files import sha256_of
+from training.files.durable_files import put_in_place, sha256_of, sync
 from training.files.model_folder import INDEX, KEPT_COPY, WEIGHTS, faults_of_copy, read_copy_manifest
 
 
@@ -44,9 +43,7 @@ def replace_weights(folder: Path, copy: Path) -> int:
         # A rename on one volume, else a copy that is checked like its source.
         shutil.move(copy, arriving)
         _check(arriving)
-        shutil.rmtree(kept, ignore_errors=True)
-        arriving.rename(kept)
-        _sync(folder)
+        put_in_place(arriving, kept)
     else:
         _check(kept)
     doomed = weights_of(folder)
@@ -59,7 +56,7 @@ def replace_weights(folder: Path, copy: Path) -> int:
         freed += path.stat().st_size
         path.unlink()
         # The index must be gone from the disk before the first shard is.
-        _sync(folder)
+        sync(folder)
     return freed
 
 
@@ -78,14 +75,6 @@ def _check(copy: Path) -> None:
 
 def _differs(copy: Path, files: dict[str, str], name: str) -> bool:
     return sha256_of(copy / name) != files[name]
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _refused(message: str, hint: str) -> JobFailed:

@@ -154,6 +154,7 @@ async def download(
             known.path.replace(to)
             return replace(known, path=to)
         await asyncio.to_thread(_judge_head, part, source)
+        # Not synced: an attempt that a power cut ended fetches its data anew, and 2 GiB would be waited for.
         part.replace(to)
     except _Interrupted as error:
         raise JobDelayed(ErrorCode.DATASET_UNREACHABLE, f"{source}: {error}", _SUBMIT_AGAIN) from error

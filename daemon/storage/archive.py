@@ -7,7 +7,6 @@ the lease's epoch, so that a host that lost the job can overwrite nothing of its
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import hashlib
 import io
@@ -15,7 +14,6 @@ import json
 import math
 import os
 import re
-import shutil
 import tarfile
 import zlib
 from collections.abc import Mapping
@@ -27,7 +25,7 @@ import structlog
 
 from daemon.errors import JobFailed, TrainerError, disk_fault
 from training.events import ErrorCode
-from training.files.durable_files import READ_BYTES, sha256_of
+from training.files.durable_files import READ_BYTES, beside, put_in_place, sha256_of
 
 log = structlog.get_logger()
 
@@ -75,11 +73,11 @@ def pack_adapter(adapter_dir: Path, archive: Path, manifest_facts: Mapping[str, 
     """
     names = _names_to_pack(adapter_dir)
     files: list[PackedFile] = []
-    hidden = archive.with_name(f".{archive.name}.part")
     try:
         archive.parent.mkdir(parents=True, exist_ok=True)
-        with hidden.open("wb") as raw:
+        with beside(archive) as hidden:
             with (
+                hidden.open("wb") as raw,
                 gzip.GzipFile(filename="", mode="wb", fileobj=raw, compresslevel=_GZIP_LEVEL, mtime=0) as zipped,
                 tarfile.open(fileobj=zipped, mode="w|", format=tarfile.PAX_FORMAT, bufsize=READ_BYTES) as tar,
             ):
@@ -87,13 +85,9 @@ def pack_adapter(adapter_dir: Path, archive: Path, manifest_facts: Mapping[str, 
                     files.append(_add_file(tar, adapter_dir / name, name))
                 inner = _manifest(manifest_facts, files)
                 tar.addfile(_member(MANIFEST, len(inner)), io.BytesIO(inner))
-            raw.flush()
-            os.fsync(raw.fileno())
-        packed = PackedFile(archive.name, hidden.stat().st_size, sha256_of(hidden))
-        hidden.replace(archive)
+            packed = PackedFile(archive.name, hidden.stat().st_size, sha256_of(hidden))
+            put_in_place(hidden, archive)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            hidden.unlink()
         raise disk_fault("work folder", archive.parent, error) from error
     return Packed(packed, archive, tuple(files), _manifest(manifest_facts, files, packed))
 
@@ -106,21 +100,18 @@ def unpack_adapter(archive: Path, to: Path) -> dict[str, Any]:
     """
     if to.exists() and any(to.iterdir()):
         raise FileExistsError(f"{to} is not empty")
-    hidden = to.with_name(f".{to.name}.part")
-    shutil.rmtree(hidden, ignore_errors=True)
-    hidden.mkdir(parents=True)
     try:
-        files = _unpack_members(archive, hidden)
-        manifest = _read_manifest(hidden / MANIFEST, files)
-        if to.exists():
-            to.rmdir()
-        hidden.replace(to)
+        with beside(to) as hidden:
+            hidden.mkdir(parents=True)
+            files = _unpack_members(archive, hidden)
+            manifest = _read_manifest(hidden / MANIFEST, files)
+            if to.exists():
+                to.rmdir()
+            put_in_place(hidden, to)
     except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ArchiveInvalid(f"{archive.name} is damaged: {error}") from error
     except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
         raise ArchiveInvalid(f"{archive.name} has a name that is both file and folder") from error
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
     return manifest
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import shutil
 import threading
 from functools import cached_property
@@ -22,7 +21,7 @@ from daemon.storage.interface import (
     upload_mismatch,
 )
 from training.events import ErrorCode, HostPart
-from training.files.durable_files import READ_BYTES, sha256_of
+from training.files.durable_files import READ_BYTES, beside, put_in_place, sha256_of, sync, write_whole
 
 IDENTITY_FILE = ".storage-id"
 
@@ -122,25 +121,21 @@ async def _copy(source: Path, target: Path, *, into: HostPart = "storage folder"
 
 
 def _copy_atomically(source: Path, target: Path, into: HostPart, given_up: threading.Event) -> int:
-    """Hidden at first, durable, then renamed: a reader sees the old file, none, or the whole."""
-    hidden = target.with_name(f".{target.name}.{os.getpid()}.part")
+    """A reader sees the old file, none, or the whole new one."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with source.open("rb") as reading, hidden.open("wb") as writing:
-            while (piece := reading.read(READ_BYTES)) and not given_up.is_set():
-                writing.write(piece)
+        with beside(target) as hidden:
+            with source.open("rb") as reading, hidden.open("wb") as writing:
+                while (piece := reading.read(READ_BYTES)) and not given_up.is_set():
+                    writing.write(piece)
+                size = writing.tell()
             if not given_up.is_set():
-                writing.flush()
-                os.fsync(writing.fileno())
-            size = writing.tell()
-        if given_up.is_set():
-            hidden.unlink()
-        else:
-            hidden.replace(target)
+                # By itself, for it may take a while in which somebody gives up.
+                sync(hidden)
+            if not given_up.is_set():
+                put_in_place(hidden, target)
         return size
     except OSError as error:
-        with contextlib.suppress(OSError):
-            hidden.unlink()
         raise disk_fault(into, target.parent, error) from error
 
 
@@ -150,9 +145,7 @@ def _identity_of(root: Path) -> str:
     try:
         if not file.exists():
             root.mkdir(parents=True, exist_ok=True)
-            hidden = file.with_name(f"{IDENTITY_FILE}.{os.getpid()}.part")
-            hidden.write_text(f"{uuid4()}\n")
-            hidden.replace(file)
+            write_whole(file, f"{uuid4()}\n")
         # Read back: somebody else may have named it in the same moment.
         return file.read_text().strip()
     except OSError as error:

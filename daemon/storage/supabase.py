@@ -35,7 +35,7 @@ from daemon.storage.interface import (
 )
 from daemon.storage.tus import TusUpload, UploadGone, UploadInterrupted, UploadRefused
 from training.events import ErrorCode
-from training.files.durable_files import READ_BYTES
+from training.files.durable_files import READ_BYTES, beside, put_in_place, sync
 
 log = structlog.get_logger()
 
@@ -123,11 +123,9 @@ class SupabaseStorage:
             return False
 
     async def download(self, object_path: str, to: Path) -> StoredObject:
-        part = to.with_name(f".{to.name}.part")
-
-        async def fetch() -> StoredObject:
+        async def fetch(hidden: Path) -> StoredObject:
             digest, received = hashlib.sha256(), 0
-            with part.open("wb") as file:
+            with hidden.open("wb") as file:
                 async with self._reading(object_path) as pieces:
                     async for piece in pieces:
                         await asyncio.to_thread(file.write, piece)
@@ -137,14 +135,15 @@ class SupabaseStorage:
 
         try:
             to.parent.mkdir(parents=True, exist_ok=True)
-            fetched = await self._retried(fetch, f"downloading {self._bucket}/{object_path}")
-            part.replace(to)
+            with beside(to) as hidden:
+                fetched = await self._retried(lambda: fetch(hidden), f"downloading {self._bucket}/{object_path}")
+                # By itself, for it takes a while, and a thread that renames could do so after we were cancelled.
+                await asyncio.to_thread(sync, hidden)
+                put_in_place(hidden, to)
         except _Absent as error:
             raise JobFailed(ErrorCode.UPLOAD_FAILED, f"{self._bucket}/{object_path} is not in storage") from error
         except OSError as error:
             raise disk_fault("work folder", to.parent, error) from error
-        finally:
-            part.unlink(missing_ok=True)
         return fetched
 
     async def delete(self, object_path: str) -> None:

@@ -24,6 +24,7 @@ import tenacity
 
 from daemon.errors import TrainerError
 from daemon.network.retry_after import is_page, is_transient, retry_after_seconds, said_by_page
+from training.files.durable_files import write_whole
 
 log = structlog.get_logger()
 
@@ -73,10 +74,7 @@ class ResumePoint:
 
     def save(self, file: Path) -> None:
         """Write atomically, readable by us only: the address is as good as a permission to write."""
-        hidden = file.with_name(f".{file.name}.part")
-        hidden.touch(mode=0o600)
-        hidden.write_text(json.dumps(asdict(self)))
-        hidden.replace(file)
+        write_whole(file, json.dumps(asdict(self)), mode=0o600)
 
 
 def load_resume_point(file: Path) -> ResumePoint | None:

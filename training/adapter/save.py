@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training.adapter.lora import openable_config
+from training.files.durable_files import beside, put_in_place
 from training.spec import JobSpec
 
 if TYPE_CHECKING:
@@ -20,29 +20,17 @@ def save_adapter(spec: JobSpec, model: PeftModel, tokenizer: PreTrainedTokenizer
 
     Returns the folder, spec.output_dir. What stood there before is replaced.
     """
-    staging = spec.output_dir.with_name(spec.output_dir.name + ".partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    model.save_pretrained(staging, safe_serialization=True, save_embedding_layers=False)
-    (staging / "README.md").unlink(missing_ok=True)
-    config = openable_config(model)
-    # The model's public name where PEFT writes this host's path.
-    config.base_model_name_or_path, config.revision = spec.base_model, spec.model_revision
-    config.inference_mode = True
-    config.save_pretrained(staging)
-    tokenizer.save_pretrained(staging)
-    for source in extras:
-        shutil.copyfile(source, staging / source.name)
-    _sync(staging)
-    shutil.rmtree(spec.output_dir, ignore_errors=True)
-    staging.rename(spec.output_dir)
+    with beside(spec.output_dir) as staging:
+        staging.mkdir(parents=True)
+        model.save_pretrained(staging, safe_serialization=True, save_embedding_layers=False)
+        (staging / "README.md").unlink(missing_ok=True)
+        config = openable_config(model)
+        # The model's public name where PEFT writes this host's path.
+        config.base_model_name_or_path, config.revision = spec.base_model, spec.model_revision
+        config.inference_mode = True
+        config.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        for source in extras:
+            shutil.copyfile(source, staging / source.name)
+        put_in_place(staging, spec.output_dir)
     return spec.output_dir
-
-
-def _sync(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

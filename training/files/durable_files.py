@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 # How much of a file is held at once where it is copied or read piece by piece.
 READ_BYTES = 1024 * 1024
+
+# What a volume answers that cannot sync a folder, as some network volumes; PostgreSQL passes over the same two.
+_FOLDER_CANNOT_BE_SYNCED = (errno.EBADF, errno.EINVAL)
 
 
 def sha256_of(path: Path) -> str:
@@ -21,5 +28,49 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in _FOLDER_CANNOT_BE_SYNCED):
+            raise
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def beside(final: Path) -> Iterator[Path]:
+    """A hidden path in the folder of `final` to write to, until `put_in_place`. What is left there is removed."""
+    hidden = final.with_name(f".{final.name}.{os.getpid()}.part")
+    _remove(hidden)
+    try:
+        yield hidden
+    finally:
+        _remove(hidden)
+
+
+def put_in_place(written: Path, final: Path) -> None:
+    """Give a file or folder its final name. A reader sees what was there before or all of the new, after a power cut
+    as well: contents are on the disk before the rename, and the rename is before we return. Raises OSError.
+
+    What stands there gives way; a folder does so just before the rename, which cannot replace one."""
+    for path in written.rglob("*") if written.is_dir() else ():
+        sync(path)
+    sync(written)
+    if written.is_dir():
+        shutil.rmtree(final, ignore_errors=True)
+    written.replace(final)
+    sync(final.parent)
+
+
+def write_whole(file: Path, text: str, *, mode: int = 0o666) -> None:
+    """Write a small file so that it is whole at every moment. Raises OSError."""
+    with beside(file) as hidden:
+        hidden.touch(mode)
+        hidden.write_text(text, encoding="utf-8")
+        put_in_place(hidden, file)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.files.durable_files import sha256_of, sync
+from training.files.durable_files import put_in_place, sha256_of
 
 _MANIFEST = "manifest.json"
 _KEPT = 2
@@ -58,15 +58,10 @@ class CheckpointShelf:
             if path.is_file():
                 files[str(path.relative_to(written))] = sha256_of(path)
                 total += path.stat().st_size
-                sync(path)
         manifest = {"step": step, "files": files, "fingerprint": self._fingerprint}
         (written / _MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
-        sync(written / _MANIFEST)
-        sync(written)
         final = self._folder / f"checkpoint-{step}"
-        shutil.rmtree(final, ignore_errors=True)
-        written.rename(final)
-        sync(self._folder)
+        put_in_place(written, final)
         for older in self._stored()[_KEPT:]:
             shutil.rmtree(older, ignore_errors=True)
         return Checkpoint(final, step, total)

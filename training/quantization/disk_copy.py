@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-from training.files.durable_files import sha256_of, sync
+from training.files.durable_files import beside, put_in_place, sha256_of, sync
 from training.files.model_folder import COPY_MANIFEST, ModelFolder, read_header
 from training.files.module_names import UNQUANTISED_MODULES
 from training.quantization.experts import EXPERTS_FUNCTION, Nf4Config, Nf4Quantizer, expert_states, has_fused_experts
@@ -112,24 +111,19 @@ class QuantizedCopy:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(self.path.parent).free < needed + _SPARE_BYTES:
             return False
-        staging = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
-        try:
+        with beside(self.path) as staging:
+            staging.mkdir()
             files = {}
             for number, shard in enumerate(_shards(model)):
                 file = staging / f"weights-{number:05}.safetensors"
                 save_file(shard, file)
                 files[file.name] = sha256_of(file)
+                # Now, while the next shard is made: at the end there would be all to wait for.
                 sync(file)
             tensors = {name: list(shape) for name, shape in self.folder.tensors()}
             manifest = {"fingerprint": self.fingerprint, "files": files, "tensors": tensors}
             (staging / COPY_MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
-            sync(staging / COPY_MANIFEST)
-            self.discard()
-            staging.rename(self.path)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            put_in_place(staging, self.path)
         return True
 
     def discard(self) -> None:
