@@ -18,6 +18,7 @@ from training.kernels import hide_wrong_kernels
 from training.parent_process import die_with_parent
 from training.process.blocked_imports import hide_unwanted_packages
 from training.process.run_job import begin_job, read_spec, status_of
+from training.quick_imports import quick_imports
 from training.stop_switch import StopSwitch
 
 # Read by the libraries when they are imported. The daemon downloads; the child never goes out, reports nothing, and
@@ -77,7 +78,8 @@ def run_alone(events_fd: int) -> int:
 
             train_on_ranks(spec, events_fd, stop)
         else:
-            from training.recipe import train_adapter
+            with quick_imports():
+                from training.recipe import train_adapter
 
             train_adapter(spec, voice, stop)
 

@@ -12,12 +12,16 @@ import pytest
 from tests.tiny_models import make_model, write_conversations
 from training.compute import ComputeType
 from training.event_writer import AnyEvent, Voice
+from training.quick_imports import quick_imports
 from training.spec import Hyperparameters, JobSpec
 from training.stop_switch import StopSwitch
 
 # Before torch is imported: for models this small one thread is fastest, and none may spin while others work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# As a trainer does it: each file of tests imports some of this.
+with quick_imports():
+    import training.recipe  # noqa: F401
 
 
 class HeardVoice(Voice):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from training.data.formats import Turn
 from training.failures import TrainingFailed
 from training.files.model_folder import open_model_folder
+from training.quick_imports import quick_imports
 from training.spec import Hyperparameters, JobSpec
 
 if TYPE_CHECKING:
@@ -30,12 +31,13 @@ class Pair:
     """The base model and its adapter, each with its own conversation."""
 
     def __init__(self, model_dir: Path, adapter_dir: Path, max_new_tokens: int) -> None:
-        import torch
-        from peft import PeftModel
+        with quick_imports():
+            import torch
+            from peft import PeftModel
 
-        from training.base.load import load_base_model
-        from training.data.chat_template import ChatTemplate
-        from training.data.tokenizer import load_tokenizer
+            from training.base.load import load_base_model
+            from training.data.chat_template import ChatTemplate
+            from training.data.tokenizer import load_tokenizer
 
         folder = open_model_folder(model_dir, model_dir.name)
         device = "cuda" if torch.cuda.is_available() else "cpu"

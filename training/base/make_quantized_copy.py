@@ -16,6 +16,7 @@ from typing import Literal
 from training.compute import ComputeType
 from training.failures import TrainingFailed
 from training.files.model_folder import open_model_folder
+from training.quick_imports import quick_imports
 
 _COMPUTE_TYPES: dict[str, ComputeType | None] = {"auto": None, "bfloat16": "bfloat16", "float32": "float32"}
 
@@ -33,9 +34,10 @@ class Request:
 
 def quantize(model_dir: Path, request: Request) -> dict[str, object]:
     """Load the model as a job would, which writes the copy where it is missing or unusable. Raises TrainingFailed."""
-    from training.base.dtype import compute_dtype
-    from training.base.load import load_base_model
-    from training.quantization.disk_copy import QuantizedCopy
+    with quick_imports():
+        from training.base.dtype import compute_dtype
+        from training.base.load import load_base_model
+        from training.quantization.disk_copy import QuantizedCopy
 
     assert request.quantized_dir is not None
     folder = open_model_folder(model_dir, request.base_model)

@@ -19,6 +19,7 @@ from training.kernels import hide_wrong_kernels
 from training.launch.shared_folder import RankDesk
 from training.parent_process import die_with_parent
 from training.process.blocked_imports import hide_unwanted_packages
+from training.quick_imports import quick_imports
 from training.spec import JobSpec
 from training.stop_switch import STOP_A_RANK, StopSwitch
 
@@ -71,8 +72,9 @@ def see_one_card() -> None:
 
 
 def _work(spec: JobSpec, voice: Voice, stop: StopSwitch) -> None:
-    from training.ranks import join, leave
-    from training.recipe import train_adapter
+    with quick_imports():
+        from training.ranks import join, leave
+        from training.recipe import train_adapter
 
     ranks = join(spec.device)
     train_adapter(spec, voice, stop, ranks)

@@ -13,13 +13,15 @@ from importlib.util import find_spec
 from typing import Any
 
 from training.kernels import fault_of_kernels
+from training.quick_imports import quick_imports
 
 
 def examine(device: str) -> dict[str, Any]:
     """Versions, the card's abilities, and one real pass through a 4-bit layer on `device` ("cpu" or "cuda")."""
-    import bitsandbytes
-    import torch
-    import transformers
+    with quick_imports():
+        import bitsandbytes
+        import torch
+        import transformers
 
     found: dict[str, Any] = {
         "torch": torch.__version__,

@@ -50,6 +50,7 @@ from training.process.fork_io import (
     _write_all,
 )
 from training.process.run_job import begin_job, read_spec, status_of
+from training.quick_imports import quick_imports
 from training.spec import HoldOrder, JobSpec
 from training.stop_switch import StopSwitch
 
@@ -242,16 +243,17 @@ class WarmProcess:
 
 def _import_libraries() -> int:
     """Import all that a job needs and stay on one thread. Returns how many threads a job would have had."""
-    with _card_unopened():
+    with quick_imports(), _card_unopened():
+        # What the chart imports at a job's end, then all the rest.
+        import matplotlib.backends.backend_agg
+        import matplotlib.figure  # noqa: F401
         import torch
 
-        import training.recipe  # noqa: F401 - for what it imports
-    import matplotlib.pyplot as _  # noqa: F401
+        import training.recipe  # noqa: F401
 
     threads = torch.get_num_threads()
     # A fork of a process whose OpenMP has a pool of threads waits for ever for threads that it does not have.
     torch.set_num_threads(1)
-    gc.freeze()
     return int(threads)
 
 

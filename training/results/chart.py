@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt
-
 from training.results.history import Journal
 
 
 def draw_chart(journal: Journal, path: Path, title: str) -> None:
     """Write the chart; a run without steps gives empty axes."""
+    # Here, so that nobody waits for it before the training. And without pyplot, which is for screens.
+    from matplotlib.figure import Figure
+
     steps = [record.step for record in journal.steps]
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    figure = Figure(figsize=(11, 7), layout="constrained")
     figure.suptitle(title)
+    axes = figure.subplots(2, 2)
     (loss, rate), (norm, speed) = axes
     loss.plot(steps, [record.loss for record in journal.steps], label="training", linewidth=1.2)
     if journal.evaluations:
@@ -41,4 +40,3 @@ def draw_chart(journal: Journal, path: Path, title: str) -> None:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -73,11 +73,11 @@ def test_a_job_that_wants_no_tracker_leaves_no_trace_of_one(spec_of: SpecOf) -> 
     assert not [path for path in spec.work_dir.rglob("*") if "tensorboard" in path.name or "wandb" in path.name]
 
 
-def test_a_trainer_without_a_key_never_imports_wandb() -> None:
+def test_a_trainer_never_imports_boto3_nor_without_a_key_wandb() -> None:
     # What transformers' is_wandb_available asks first, and trl asks that.
     code = "from training.process.blocked_imports import hide_unwanted_packages as hide; hide(); "
-    code += "from importlib.util import find_spec; print(find_spec('wandb') is not None)"
-    for key, printed in (({}, "False"), ({"WANDB_API_KEY": KEY}, "True")):
+    code += "from importlib.util import find_spec; print(find_spec('boto3'), find_spec('wandb') is not None)"
+    for key, printed in (({}, "None False"), ({"WANDB_API_KEY": KEY}, "None True")):
         environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **key}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == printed
