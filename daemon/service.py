@@ -25,14 +25,18 @@ from daemon.pod.lifetime import PodLife, pod_environment
 from daemon.pod.price import PodPrice
 from daemon.pod.shutdown import chosen_end, end_own_pod, keys_of
 from daemon.queue.lease import LeaseKeeper
+from daemon.queue.row_visibility import RowVisibility
 from daemon.queue.store import SqlJobStore
+from daemon.queue.worker_registry import WorkerRegistry
 from daemon.report.courier import CallbackCourier
+from daemon.report.outbox import SqlOutbox
 from daemon.settings import Settings, load_settings
 from daemon.storage.open import open_storage
-from daemon.storage.upload_log import sweep_for_ever
+from daemon.storage.sweep import sweep_for_ever
+from daemon.storage.upload_log import SqlUploadLog
 from daemon.trainer.pool import Trainers
 from daemon.troubles import Troubles
-from daemon.worker import Worker
+from daemon.worker import Queue, Worker
 
 log = structlog.get_logger()
 
@@ -89,7 +93,8 @@ async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_C
         storage = open_storage(settings)
         stack.push_async_callback(storage.close)
         troubles = Troubles()
-        store = SqlJobStore(database, troubles)
+        store, outbox, uploads = SqlJobStore(database, troubles), SqlOutbox(database, troubles), SqlUploadLog(database)
+        visibility = RowVisibility(database)
         courier = CallbackCourier(settings)
         environment = pod_environment(settings)
         price = PodPrice(settings.pod_id, keys_of(environment), settings.runpod_api)
@@ -98,6 +103,7 @@ async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_C
                 settings=settings,
                 host=host,
                 store=store,
+                uploads=uploads,
                 leases=LeaseKeeper(
                     SqlJobStore(heartbeat),
                     lease_seconds=settings.lease_seconds,
@@ -110,7 +116,8 @@ async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_C
                 fitness=Fitness(settings, host, trainer_command, troubles),
                 platform_price=lambda: price.per_gpu_hour,
                 troubles=troubles,
-            )
+            ),
+            Queue(store, visibility, WorkerRegistry(database)),
         )
         await _check_database(database)
         signals = _obey_signals(worker)
@@ -122,14 +129,16 @@ async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_C
             life = PodLife(
                 settings,
                 worker,
-                endings_wait=lambda: _has_callbacks(store),
+                endings_wait=lambda: _has_callbacks(outbox),
                 end_pod=lambda: end_own_pod(str(settings.pod_id), chosen_end(environment), environment),
             )
         async with Chores(troubles) as chores:
             chores.start("listener", listener.run)
-            chores.start("callbacks", lambda: courier.run(store))
+            chores.start("callbacks", lambda: courier.run(outbox))
             chores.start("price of the pod", price.run)
-            chores.start("clean-up of Storage", lambda: sweep_for_ever(store, storage, settings.keep_days))
+            chores.start(
+                "clean-up of Storage", lambda: sweep_for_ever(uploads, visibility, storage, settings.keep_days)
+            )
             if life is not None:
                 chores.start("life of the pod", life.run)
             await worker.run()
@@ -140,8 +149,8 @@ async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_C
         return signals.told.is_set()
 
 
-async def _has_callbacks(store: SqlJobStore) -> bool:
-    return await store.oldest_callback_age() is not None
+async def _has_callbacks(outbox: SqlOutbox) -> bool:
+    return await outbox.oldest_callback_age() is not None
 
 
 async def _check_database(database: Database) -> None:

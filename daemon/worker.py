@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import structlog
 
@@ -22,9 +23,10 @@ from daemon.errors import DatabaseAway, HostUnfit, StatementRefused
 from daemon.host.slots import GpuPool
 from daemon.queue.job import ClaimedJob
 from daemon.queue.reaper import reap_for_ever
-from daemon.queue.row_visibility import watch_sight
+from daemon.queue.row_visibility import RowVisibility, watch_sight
 from daemon.queue.rows import Claim, Limits
-from daemon.queue.worker_registry import Load, say_goodbye, stay_present
+from daemon.queue.store import SqlJobStore
+from daemon.queue.worker_registry import Load, WorkerRegistry, say_goodbye, stay_present
 from daemon.stop_request import Stop, StopReason
 
 log = structlog.get_logger()
@@ -38,18 +40,31 @@ MAX_REFUSALS = 8
 REFUSED_SECONDS = 30.0
 
 
+@dataclass(frozen=True)
+class Queue:
+    """The table from which `Worker.run` takes its jobs."""
+
+    store: SqlJobStore
+    visibility: RowVisibility
+    registry: WorkerRegistry
+
+
 class Worker:
-    def __init__(self, collaborators: Collaborators) -> None:
+    """Runs the attempts of one host. Without a queue it runs only what `begin` is given."""
+
+    def __init__(self, collaborators: Collaborators, queue: Queue | None = None) -> None:
         self._with = collaborators
+        self._queue_or_none = queue
         self._settings = collaborators.settings
-        self._store = collaborators.store
         self._host = collaborators.host
         self._pool = GpuPool(collaborators.host, collaborators.settings.slots)
         self._wake = asyncio.Event()
         self._closing = asyncio.Event()
         self._shutting_down = False
         self._attempts: dict[asyncio.Task[Remains], tuple[ClaimedJob, Stop]] = {}
-        self._tidying = Tidying(collaborators.store, collaborators.storage, collaborators.settings)
+        self._tidying = Tidying(
+            collaborators.store, collaborators.uploads, collaborators.storage, collaborators.settings
+        )
         self._lookahead = Lookahead(collaborators.settings, collaborators.host, collaborators.storage)
         self._near_end: dict[asyncio.Task[Remains], tuple[int, ...]] = {}
         self._claiming = asyncio.Lock()
@@ -75,7 +90,7 @@ class Worker:
             finally:
                 self._lookahead.stop()
                 await self._lookahead.ended()
-        await say_goodbye(self._store, self._host)
+        await say_goodbye(self._queue.registry, self._host)
         await self._tidying.finish()
 
     async def _serve(self) -> None:
@@ -99,14 +114,14 @@ class Worker:
 
     def _begin_chores(self, chores: Chores) -> None:
         """What goes on beside the claiming, drain included."""
-        settings, host = self._settings, self._host
+        settings, host, queue = self._settings, self._host, self._queue
         troubles, load = self._with.troubles, self._load
         chores.start(
             "worker row",
-            lambda: stay_present(self._store, host, settings, troubles, load=load, on_drain=self.drain),
+            lambda: stay_present(queue.registry, host, settings, troubles, load=load, on_drain=self.drain),
         )
-        chores.start("sight of rows", lambda: watch_sight(self._store, troubles))
-        chores.start("reaper", lambda: reap_for_ever(self._store, settings.lease_seconds))
+        chores.start("sight of rows", lambda: watch_sight(queue.visibility, troubles))
+        chores.start("reaper", lambda: reap_for_ever(queue.store, queue.visibility, settings.lease_seconds))
         chores.start(
             "clean-up of work folders",
             lambda: tidy_for_ever(
@@ -114,7 +129,7 @@ class Worker:
                 settings.keep_days,
                 host,
                 running=self._running,
-                may_come_back=self._store.may_come_back,
+                may_come_back=queue.visibility.may_come_back,
             ),
         )
         chores.start("waiting trainers", self._with.trainers.tend)
@@ -163,8 +178,8 @@ class Worker:
                     return RACE_SECONDS
                 continue
             # After the claim, so that a wake-up does not wait for it.
-            due_in = await self._store.next_due_in()
-            if due_in == 0 and await self._store.promote_due_jobs():
+            due_in = await self._queue.store.next_due_in()
+            if due_in == 0 and await self._queue.store.promote_due_jobs():
                 continue
             self._lookahead.drop()
             if due_in == 0:
@@ -174,7 +189,7 @@ class Worker:
             # A queue that is never empty must not starve the scheduled jobs; a burst need not ask for each job.
             if time.monotonic() >= self._promote_at:
                 self._promote_at = time.monotonic() + PROMOTE_SECONDS
-                await self._store.promote_due_jobs()
+                await self._queue.store.promote_due_jobs()
             await self._look_ahead()
         return settings.poll_seconds  # the place that becomes free wakes us, and so does the end of a pause
 
@@ -186,7 +201,7 @@ class Worker:
     async def _claim(self, limits: Limits, sent: Sent | None) -> Claim:
         seconds = self._settings.lease_seconds
         try:
-            return await self._store.claim_job(self._host.worker_id, limits, lease_seconds=seconds, sent=sent)
+            return await self._queue.store.claim_job(self._host.worker_id, limits, lease_seconds=seconds, sent=sent)
         except StatementRefused:
             return await self._claim_past_a_refusal(limits)
 
@@ -194,12 +209,12 @@ class Worker:
         """The database refused a claim and said of no job which one: the first in the line is claimed by its id.
 
         Refused again, it is set aside, and the next one may be claimed."""
-        first = await self._store.peek_next_job(limits)
+        first = await self._queue.store.peek_next_job(limits)
         if first is None:
             return Claim(None)
         worker_id, seconds = self._host.worker_id, self._settings.lease_seconds
         try:
-            job = await self._store.claim_job_by_id(worker_id, first.job_id, limits, lease_seconds=seconds)
+            job = await self._queue.store.claim_job_by_id(worker_id, first.job_id, limits, lease_seconds=seconds)
         except StatementRefused as error:
             self._refusals += 1
             log.error("claim_refused", job_id=str(first.job_id), error=str(error))
@@ -208,14 +223,14 @@ class Worker:
                 f"the database refuses the claim of job {first.job_id}, which is set aside: {error}. "
                 "Mend what refuses it, then SELECT release_held_jobs().",
             )
-            await self._store.set_aside_job(first.job_id, error)
+            await self._queue.store.set_aside_job(first.job_id, error)
             return Claim(None, contested=self._refusals < MAX_REFUSALS)
         return Claim(job, contested=job is None)
 
     async def _return_unanswered(self) -> None:
         if self._answer_lost:
             known = [job.id for job, _stop in self._attempts.values()]
-            await self._store.return_unanswered_claims(self._host.worker_id, known)
+            await self._queue.store.return_unanswered_claims(self._host.worker_id, known)
             self._answer_lost = False
 
     async def _leave_no_claim(self) -> None:
@@ -224,6 +239,11 @@ class Worker:
             await self._return_unanswered()
         except (DatabaseAway, StatementRefused) as error:
             log.warning("claim_failed", error=str(error))
+
+    @property
+    def _queue(self) -> Queue:
+        assert self._queue_or_none is not None, "a worker without a queue only begins what it is given"
+        return self._queue_or_none
 
     @property
     def fit(self) -> bool:
@@ -248,7 +268,7 @@ class Worker:
             None if free_gpus is None else free_gpus + min(map(len, self._near_end.values())),
             self._with.trainers.bases_after(self._attempts[task][0].base_model for task in self._near_end),
         )
-        dataset = await self._store.peek_next_job(limits)
+        dataset = await self._queue.store.peek_next_job(limits)
         if dataset is not None:
             self._lookahead.guess(dataset)
 
@@ -263,7 +283,7 @@ class Worker:
             user_cap=settings.user_cap,
             warm_models=warm_models,
             warm_first_seconds=settings.warm_first_seconds,
-            skip=self._store.refused_claims.skip,
+            skip=self._queue.store.refused_claims.skip,
         )
 
     def begin(self, job: ClaimedJob) -> asyncio.Task[Remains]:
@@ -323,7 +343,9 @@ class Worker:
         resting = time.monotonic() < self._rest_until
         if self._at_rest and not self._wake.is_set() and self._may_claim and not self._answer_lost and not resting:
             limits = self._limits_now()
-            sent = self._store.send_claim(self._host.worker_id, limits, lease_seconds=self._settings.lease_seconds)
+            sent = self._queue.store.send_claim(
+                self._host.worker_id, limits, lease_seconds=self._settings.lease_seconds
+            )
             self._ahead = None if sent is None else (limits, sent)
         self._wake.set()
 

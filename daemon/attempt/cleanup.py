@@ -15,13 +15,14 @@ from daemon.attempt.work_folder import Workspace
 from daemon.database.connection import REFUSALS
 from daemon.errors import DatabaseAway, JobError
 from daemon.queue.job import ClaimedJob
+from daemon.queue.job_store import JobStore
 from daemon.queue.rows import Ending
 from daemon.queue.states import State
-from daemon.queue.store import SqlJobStore
 from daemon.settings import Settings
 from daemon.storage.interface import Storage
 from daemon.storage.publish import withdraw_adapter
-from daemon.storage.upload_log import sweep_job
+from daemon.storage.sweep import sweep_job
+from daemon.storage.upload_log import UploadLog
 
 log = structlog.get_logger()
 
@@ -43,8 +44,9 @@ class Remains:
 class Tidying:
     """Tidies up after attempts, each in the background."""
 
-    def __init__(self, store: SqlJobStore, storage: Storage, settings: Settings) -> None:
+    def __init__(self, store: JobStore, uploads: UploadLog, storage: Storage, settings: Settings) -> None:
         self._store = store
+        self._uploads = uploads
         self._storage = storage
         self._settings = settings
         self._tasks: set[asyncio.Task[None]] = set()
@@ -83,7 +85,7 @@ class Tidying:
             await asyncio.to_thread(workspace.forget_attempt)
         if deleted or (ending is not None and ending.noted):
             # The row says now which objects count; without a row none does.
-            await sweep_job(self._store, self._storage, job.id, self._settings.keep_days)
+            await sweep_job(self._uploads, self._storage, job.id, self._settings.keep_days)
         if ending is None and remains.stored and await self._names_are_ours(job):
             # Our successor may have swept already, before our last bytes came.
             try:
@@ -94,7 +96,7 @@ class Tidying:
     async def _names_are_ours(self, job: ClaimedJob) -> bool:
         """Nobody else's objects can lie under this attempt's names. False where that cannot be asked now."""
         try:
-            return await self._store.names_are_ours(job.lease)
+            return await self._uploads.names_are_ours(job.lease)
         except (DatabaseAway, *REFUSALS):
             return False
 

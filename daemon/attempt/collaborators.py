@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 
 from daemon.fitness import Fitness
 from daemon.host.inspect import Host
+from daemon.queue.job_store import JobStore
 from daemon.queue.lease import LeaseKeeper
-from daemon.queue.store import SqlJobStore
 from daemon.report.courier import CallbackCourier
 from daemon.settings import Settings
 from daemon.storage.interface import Storage
+from daemon.storage.upload_log import UploadLog
 from daemon.trainer.pool import Trainers
 from daemon.troubles import Troubles
 
@@ -22,7 +23,8 @@ class Collaborators:
 
     settings: Settings
     host: Host
-    store: SqlJobStore
+    store: JobStore
+    uploads: UploadLog
     leases: LeaseKeeper
     storage: Storage
     courier: CallbackCourier

@@ -15,7 +15,7 @@ from daemon.chores import worked
 from daemon.database.connection import REFUSALS
 from daemon.errors import DatabaseAway
 from daemon.queue.job import ClaimedJob
-from daemon.queue.store import SqlJobStore
+from daemon.queue.job_store import JobStore
 from daemon.report.reporter import Reporter
 from daemon.stop_request import Stop, StopReason
 
@@ -45,7 +45,7 @@ class Allowance:
         return None
 
 
-async def watch_allowance(job: ClaimedJob, reporter: Reporter, store: SqlJobStore, stop: Stop) -> None:
+async def watch_allowance(job: ClaimedJob, reporter: Reporter, store: JobStore, stop: Stop) -> None:
     """Ask for an end when the job passes what its owner set, money or time, or when its row is gone.
 
     Read anew every few seconds, and always before the end: what was raised a moment ago counts."""

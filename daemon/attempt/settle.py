@@ -11,9 +11,9 @@ import structlog
 from daemon.database.connection import REFUSALS
 from daemon.errors import DatabaseAway, LeaseLost
 from daemon.queue.job import ClaimedJob, Returned
+from daemon.queue.job_store import JobStore
 from daemon.queue.outcome import Cancelled, Completed, Failed, Outcome, Released, Superseded
 from daemon.queue.rows import Ending
-from daemon.queue.store import SqlJobStore
 from daemon.report.reporter import Reporter
 from daemon.settings import Settings
 from daemon.stop_request import Stop
@@ -29,7 +29,7 @@ ANSWER_SECONDS = 2.0
 
 
 async def settle(
-    job: ClaimedJob, outcome: Outcome, reporter: Reporter, *, stop: Stop, store: SqlJobStore, settings: Settings
+    job: ClaimedJob, outcome: Outcome, reporter: Reporter, *, stop: Stop, store: JobStore, settings: Settings
 ) -> Ending | None:
     """Write the ending. None when the job is not ours any more: whoever lost the lease writes nothing.
 
@@ -61,7 +61,7 @@ async def _write(
     reporter: Reporter,
     *,
     stop: Stop,
-    store: SqlJobStore,
+    store: JobStore,
     settings: Settings,
 ) -> Ending | None:
     """Until it is written or refused, however long the database is away."""
@@ -122,7 +122,7 @@ async def _move(
     job: ClaimedJob,
     outcome: Completed | Failed | Released | Returned | Cancelled,
     reporter: Reporter,
-    store: SqlJobStore,
+    store: JobStore,
     settings: Settings,
 ) -> Ending:
     cost = reporter.cost

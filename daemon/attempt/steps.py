@@ -176,7 +176,7 @@ class Attempt:
 
         keeper = None
         if settings.checkpoints_in_storage:
-            keeper = CheckpointStore(self._with.store, self._with.storage, job, workspace, reporter.tell)
+            keeper = CheckpointStore(self._with.uploads, self._with.storage, job, workspace, reporter.tell)
             await _until_stopped(keeper.fetch(), stop)
 
         spec = JobSpec(
@@ -296,7 +296,7 @@ class Attempt:
     async def _publish(self, adapter_dir: Path, manifest_facts: dict[str, Any], work_dir: Path) -> Completed:
         """Note what will be stored, then store it: whatever happens in between, somebody knows what may lie there."""
         job, storage = self._job, self._with.storage
-        await note_adapter(self._with.store, job, storage.location)
+        await note_adapter(self._with.uploads, job, storage.location)
         self._stored = True
         return await publish_adapter(storage, adapter_dir, job.id, job.lease_epoch, manifest_facts, work_dir)
 

@@ -23,11 +23,10 @@ import structlog
 from daemon.attempt.work_folder import Workspace
 from daemon.errors import DatabaseAway, JobError, JobFailed, LeaseLost, StatementRefused, TrainerError
 from daemon.queue.job import ClaimedJob
-from daemon.queue.rows import NotedUpload
-from daemon.queue.store import SqlJobStore
 from daemon.stop_request import Stop
 from daemon.storage.interface import Storage
-from daemon.storage.upload_log import withdraw
+from daemon.storage.sweep import withdraw
+from daemon.storage.upload_log import NotedUpload, UploadLog
 from training.files.durable_files import put_in_place, sha256_of
 
 log = structlog.get_logger()
@@ -85,8 +84,8 @@ def newest_whole_step(folder: Path) -> int:
 class CheckpointStore:
     """One attempt's checkpoints in Storage. `tell` adds a line to the job's story."""
 
-    def __init__(self, store: SqlJobStore, storage: Storage, job: ClaimedJob, workspace: Workspace, tell: Tell) -> None:
-        self._store = store
+    def __init__(self, uploads: UploadLog, storage: Storage, job: ClaimedJob, workspace: Workspace, tell: Tell) -> None:
+        self._uploads = uploads
         self._storage = storage
         self._job = job
         self._workspace = workspace
@@ -131,7 +130,7 @@ class CheckpointStore:
     async def _ask(self) -> list[NotedUpload]:
         while True:
             try:
-                return await self._store.stored_checkpoints(self._job.id, self._storage.location)
+                return await self._uploads.stored_checkpoints(self._job.id, self._storage.location)
             except DatabaseAway as error:
                 log.warning("checkpoint_not_asked_for", error=str(error))
                 await asyncio.sleep(AWAY_SECONDS)
@@ -212,18 +211,18 @@ class CheckpointStore:
         folder = f"checkpoints/{self._job.id}/e{self._job.lease_epoch}-step{step}"
         hashes = {**manifest.files, MANIFEST: manifest_sha256}
         objects = [f"{folder}/{name}" for name in hashes]
-        await self._store.note_upload(self._job.lease, "checkpoint", self._storage.location, objects, step=step)
+        await self._uploads.note_upload(self._job.lease, "checkpoint", self._storage.location, objects, step=step)
         size = 0
         for name, sha256 in hashes.items():
             stored = await self._storage.upload(
                 frozen / name, f"{folder}/{name}", sha256=sha256, resume_dir=self._workspace.upload_dir
             )
             size += stored.bytes
-        await self._store.finish_checkpoint_upload(self._job.lease, step, manifest_sha256=manifest_sha256, size=size)
+        await self._uploads.finish_checkpoint_upload(self._job.lease, step, manifest_sha256=manifest_sha256, size=size)
         self.tell("checkpoint_stored", f"Checkpoint of step {step} in Storage.", {"step": step, "bytes": size})
-        for other in await self._store.stored_checkpoints(self._job.id, self._storage.location):
+        for other in await self._uploads.stored_checkpoints(self._job.id, self._storage.location):
             if (other.epoch, other.step) != (self._job.lease_epoch, step):
-                await withdraw(self._store, self._storage, other)
+                await withdraw(self._uploads, self._storage, other)
 
 
 def _freeze(source: Path, frozen: Path) -> str | None:

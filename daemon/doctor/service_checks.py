@@ -20,8 +20,7 @@ from daemon.fitness import ADVICE
 from daemon.pod.lifetime import pod_environment
 from daemon.pod.runpod_api import RunPod, RunPodError
 from daemon.pod.shutdown import keys_of
-from daemon.queue.row_visibility import cure, in_words
-from daemon.queue.store import SqlJobStore
+from daemon.queue.row_visibility import RowVisibility, cure, in_words
 from daemon.report.webhook import signing_keys
 from daemon.schema.migrations import MayNotRead, faults, pending
 from daemon.settings import Settings, notices_of
@@ -77,7 +76,7 @@ async def check_database(settings: Settings) -> AsyncIterator[Finding]:
             yield await _check_role(database)
             yield await _check_rights(database)
             yield await asyncio.to_thread(_check_installation, dsn)
-            yield await _check_sight(SqlJobStore(database))
+            yield await _check_sight(RowVisibility(database))
             yield await _check_clock(database)
             yield await _check_older_dispatcher(database)
             async for finding in _check_hosts(database):
@@ -133,10 +132,10 @@ def _check_installation(dsn: str) -> Finding:
     return green(name, "every role, right, trigger and function is as migrate left it")
 
 
-async def _check_sight(store: SqlJobStore) -> Finding:
+async def _check_sight(visibility: RowVisibility) -> Finding:
     """A policy of the app's that binds the daemon's role hides rows without a word: jobs would wait for ever."""
     name = "row security"
-    sight, policies = await store.read_sight(), await store.read_hiding_policies()
+    sight, policies = await visibility.read_sight(), await visibility.read_hiding_policies()
     cures = "; ".join(cure(policy) for policy in policies)
     if hidden := in_words(sight, policies):
         return red(name, hidden, cures or "see pg_policies for what hides them")

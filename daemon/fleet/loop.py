@@ -37,9 +37,10 @@ from daemon.fleet.store import FleetStore
 from daemon.logs import configure_logs_by
 from daemon.pod.runpod_api import Fault, Key, Pod, RunPod, RunPodError
 from daemon.queue.reaper import reap_for_ever
-from daemon.queue.row_visibility import is_blind
+from daemon.queue.row_visibility import RowVisibility, is_blind
 from daemon.queue.store import SqlJobStore
 from daemon.report.courier import CallbackCourier
+from daemon.report.outbox import SqlOutbox
 from daemon.settings import Settings
 from daemon.troubles import Troubles
 
@@ -67,8 +68,9 @@ async def serve_fleet(settings: Settings) -> None:
         helping = await stack.enter_async_context(Database(dsn, application_name="brightrun-trainer fleet outbox"))
         runpod = await stack.enter_async_context(RunPod(keys, api=settings.runpod_api))
         troubles = Troubles()
-        store, courier = SqlJobStore(helping, troubles), CallbackCourier(settings)
-        fleet = Fleet(settings, plan, FleetStore(deciding), store, runpod)
+        store, visibility = SqlJobStore(helping, troubles), RowVisibility(helping)
+        outbox, courier = SqlOutbox(helping, troubles), CallbackCourier(settings)
+        fleet = Fleet(settings, plan, FleetStore(deciding), store, runpod, visibility=visibility)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, fleet.leave)
@@ -80,8 +82,8 @@ async def serve_fleet(settings: Settings) -> None:
             )
         async with Chores(troubles) as chores:
             chores.start("listener", listener.run)
-            chores.start("callbacks", lambda: courier.run(store))
-            chores.start("reaper", lambda: reap_for_ever(store, settings.lease_seconds))
+            chores.start("callbacks", lambda: courier.run(outbox))
+            chores.start("reaper", lambda: reap_for_ever(store, visibility, settings.lease_seconds))
             await fleet.run()
         log.info("fleet_ended")
 
@@ -97,6 +99,7 @@ class Fleet:
         store: SqlJobStore,
         runpod: RunPod,
         *,
+        visibility: RowVisibility,
         clock: Callable[[], datetime] | None = None,
         settle_seconds: float = SETTLE_SECONDS,
     ) -> None:
@@ -104,6 +107,7 @@ class Fleet:
         self._plan = plan
         self._fleet = fleet
         self._store = store
+        self._visibility = visibility
         self._runpod = runpod
         self._clock = clock
         self._settle_seconds = settle_seconds
@@ -208,7 +212,7 @@ class Fleet:
         pods = await self._fleet.pods(list(listed))
         pod_ids = [row.pod for row in pods if row.pod is not None and row.ended_at is None]
         workers = await self._fleet.workers(now - timedelta(seconds=ALIVE_AFTER_OUTAGE_SECONDS), pod_ids)
-        blind = await is_blind(self._store)
+        blind = await is_blind(self._visibility)
         if blind:
             # A pod whose daemon's row is hidden looks like one that never reported in; and so it does a while longer.
             self._away_at = time.monotonic()

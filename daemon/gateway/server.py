@@ -24,8 +24,10 @@ from daemon.gateway.job_rows import GatewayRows
 from daemon.gateway.metrics import ServiceMetrics
 from daemon.logs import configure_logs_by
 from daemon.queue.reaper import reap_for_ever
+from daemon.queue.row_visibility import RowVisibility
 from daemon.queue.store import SqlJobStore
 from daemon.report.courier import CallbackCourier
+from daemon.report.outbox import SqlOutbox
 from daemon.settings import Settings
 from daemon.troubles import Troubles
 
@@ -61,7 +63,8 @@ async def run_gateway(settings: Settings, closing: asyncio.Event) -> None:
             metrics = ServiceMetrics(rows)
             await _first_look(metrics)
             troubles = Troubles()
-            store = SqlJobStore(chores, troubles)
+            store, visibility = SqlJobStore(chores, troubles), RowVisibility(chores)
+            outbox = SqlOutbox(chores, troubles)
             feed = Feed(dsn, troubles)
             server = _Server(
                 uvicorn.Config(
@@ -84,12 +87,12 @@ async def run_gateway(settings: Settings, closing: asyncio.Event) -> None:
                 delivers_callbacks=bool(settings.callback_secrets),
             )
             async with Chores(troubles, on_failure=metrics.count_chore_failure) as watched:
-                watched.start("reaper", lambda: reap_for_ever(store, settings.lease_seconds))
+                watched.start("reaper", lambda: reap_for_ever(store, visibility, settings.lease_seconds))
                 watched.start("dashboard", feed.run)
                 # Without the secrets it would send unsigned what the daemons would sign.
                 if settings.callback_secrets:
                     courier = CallbackCourier(settings)
-                    watched.start("callbacks", lambda: courier.run(store))
+                    watched.start("callbacks", lambda: courier.run(outbox))
                 try:
                     await server.serve(sockets=[listening])
                 finally:

@@ -24,6 +24,9 @@ class Lease:
     epoch: int
     token: UUID
 
+    def parameters(self) -> dict[str, Any]:
+        return {"job_id": self.job_id, "epoch": self.epoch, "token": self.token}
+
 
 @dataclass(frozen=True)
 class JobDataset:

@@ -12,7 +12,7 @@ import structlog
 
 from daemon.chores import worked
 from daemon.errors import DatabaseAway
-from daemon.queue.row_visibility import is_blind
+from daemon.queue.row_visibility import RowVisibility, is_blind
 from daemon.queue.rows import Reaped
 from daemon.queue.states import HELD
 from daemon.queue.store import SqlJobStore
@@ -25,7 +25,7 @@ PROMPT_PART = 1 / 6
 PROMPT_SECONDS = 1.0
 
 
-async def reap_for_ever(store: SqlJobStore, lease_seconds: float) -> None:
+async def reap_for_ever(store: SqlJobStore, visibility: RowVisibility, lease_seconds: float) -> None:
     """Reap twice a lease until cancelled.
 
     Whenever the database was away every holder first gets one lease's time to renew: an outage must not look like the
@@ -46,7 +46,7 @@ async def reap_for_ever(store: SqlJobStore, lease_seconds: float) -> None:
                 log.info("reap_paused", waited_seconds=round(answered_at - asked_at, 1))
                 late_at = answered_at
             connected_at = store.database.connected_at
-            if await is_blind(store):
+            if await is_blind(visibility):
                 # The holders' heartbeats find no row either: each first gets one lease's time to renew.
                 log.warning("reap_paused", reason="row security hides rows from training_daemon")
                 late_at = time.monotonic()

@@ -7,12 +7,17 @@ compares, now and then, what it sees with what there is, and says whose fault it
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from uuid import UUID
 
 import structlog
 
 from daemon.chores import worked
+from daemon.database.connection import Database
 from daemon.errors import DatabaseAway, DatabaseUnprepared, HostUnfit, StatementRefused
-from daemon.queue.store import HidingPolicy, Sight, SqlJobStore
+from daemon.queue.fenced_statements import FencedStatements
+from daemon.queue.states import FINAL
 from daemon.troubles import Troubles
 
 log = structlog.get_logger()
@@ -23,11 +28,53 @@ HIDDEN = "hidden rows"
 UNPREPARED = "database"
 
 
-async def watch_sight(store: SqlJobStore, troubles: Troubles) -> None:
+@dataclass(frozen=True)
+class Sight:
+    """How many of a few rows of each table are there and hidden from us. `can_tell` False: nobody could say."""
+
+    can_tell: bool
+    tables: str
+    hidden: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class HidingPolicy:
+    """A policy that can keep rows of a table from the daemon; None: no policy lets it see the table."""
+
+    relation: str
+    policy: str | None
+    verb: str
+    condition: str | None
+
+
+class RowVisibility:
+    """The statements that row security cannot filter. Raises what Database raises."""
+
+    def __init__(self, database: Database) -> None:
+        self._statements = FencedStatements(database)
+
+    async def read_sight(self) -> Sight:
+        """Whether rows are hidden from us."""
+        return Sight(**(await self._statements.run("read_sight", {}))[0])
+
+    async def read_hiding_policies(self) -> list[HidingPolicy]:
+        """Whose fault that may be."""
+        return [HidingPolicy(**row) for row in await self._statements.run("read_hiding_policies", {})]
+
+    async def may_come_back(self, job_id: UUID) -> bool:
+        """Whether somebody may still want what lies on a volume of this job. True where that cannot be told now."""
+        try:
+            found = await self._statements.find_job(job_id)
+        except (DatabaseAway, HostUnfit, StatementRefused):
+            return True
+        return not found.can_tell or (found.job_exists and found.state not in FINAL)
+
+
+async def watch_sight(visibility: RowVisibility, troubles: Troubles) -> None:
     """Keep the troubles of hidden rows, and of tables and rights that are missing, true until cancelled."""
     while True:
         try:
-            hidden = await what_is_hidden(store)
+            hidden = await what_is_hidden(visibility)
         except (DatabaseUnprepared, HostUnfit, StatementRefused) as error:
             troubles.begin(UNPREPARED, str(error))
         except DatabaseAway as error:
@@ -42,18 +89,18 @@ async def watch_sight(store: SqlJobStore, troubles: Troubles) -> None:
         await asyncio.sleep(SIGHT_SECONDS)
 
 
-async def is_blind(store: SqlJobStore) -> bool:
+async def is_blind(visibility: RowVisibility) -> bool:
     """Whether rows are hidden from us now, or may be and nobody could tell."""
-    sight = await store.read_sight()
-    return bool(sight.hidden) or (not sight.can_tell and bool(await store.read_hiding_policies()))
+    sight = await visibility.read_sight()
+    return bool(sight.hidden) or (not sight.can_tell and bool(await visibility.read_hiding_policies()))
 
 
-async def what_is_hidden(store: SqlJobStore) -> str | None:
+async def what_is_hidden(visibility: RowVisibility) -> str | None:
     """In words what is hidden from us, by which policy, and what to do; None when we see everything."""
-    sight = await store.read_sight()
+    sight = await visibility.read_sight()
     if sight.can_tell and not sight.hidden:
         return None
-    return in_words(sight, await store.read_hiding_policies())
+    return in_words(sight, await visibility.read_hiding_policies())
 
 
 def in_words(sight: Sight, policies: list[HidingPolicy]) -> str | None:

@@ -1,14 +1,14 @@
-"""What the statements take and give: typed rows, without a database."""
+"""What the job statements take and give: typed rows, without a database."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any
 from uuid import UUID
 
-from daemon.queue.job import ClaimedJob
+from daemon.queue.job import ClaimedJob, Lease
 from daemon.queue.states import State
 
 
@@ -86,67 +86,27 @@ class Reaped:
     state: State
 
 
-WorkerState = Literal["idle", "busy", "draining", "out_of_service"]
-
-
-Wish = Literal["serve", "drain"]
-
-
 @dataclass(frozen=True)
-class WorkerRow:
-    """One boot of a daemon and what its host can do. `models` None: whatever is asked for. Memory is of one GPU."""
+class FoundJob:
+    """What there is of a job, as a statement says that row security cannot filter. `holder`: its lease.
 
-    id: UUID
-    host: str
-    device: str
-    pod: str | None = None
-    gpus: Sequence[Mapping[str, Any]] = ()
-    gpu_count: int = 0
-    gpu_memory_gb: float | None = None
-    gpu_type: str | None = None
-    models: Sequence[str] | None = None
-    slots: int = 1
-    user_cap: int | None = None
-    versions: Mapping[str, str] = field(default_factory=dict)
+    `can_tell` False: nothing else in it means anything. `tables`: see ClaimedJob."""
 
+    can_tell: bool
+    job_exists: bool
+    epoch: int | None
+    state: str | None
+    dataset_exists: bool
+    holder: Mapping[str, Any] | None
+    checkpoints: int
+    tables: str
 
-UploadKind = Literal["adapter", "checkpoint"]
+    @property
+    def is_deleted(self) -> bool:
+        return self.can_tell and not self.job_exists
 
-
-@dataclass(frozen=True)
-class NotedUpload:
-    """Objects that one attempt may have stored, the archive first or the manifest last.
-
-    `manifest_sha256` stands when a checkpoint is whole; `named` when the job's own row names the objects."""
-
-    job_id: UUID
-    epoch: int
-    kind: UploadKind
-    step: int
-    objects: list[str]
-    manifest_sha256: str | None = None
-    named: bool = False
-
-
-@dataclass(frozen=True)
-class Callback:
-    """One outbox row, ours until its lock runs out. `id` stays the same at each try, `token` does not."""
-
-    id: UUID
-    token: UUID
-    job_id: UUID
-    sequence: int
-    url: str
-    host: str
-    event: str
-    payload: dict[str, Any]
-    attempts: int
-    created_at: datetime
-
-
-@dataclass(frozen=True)
-class Location:
-    """Which bucket, and of which storage: two projects, or two hosts' folders, may each have one of the same name."""
-
-    storage: str
-    bucket: str
+    def is_held_by(self, lease: Lease) -> bool:
+        holder = self.holder
+        return holder is not None and all(
+            str(holder[name]) == str(value) for name, value in lease.parameters().items() if name in holder
+        )

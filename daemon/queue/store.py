@@ -1,4 +1,4 @@
-"""One method for each statement in sql/queries: typed values in, typed answers out, nothing else.
+"""Jobs in Postgres: one method for each of their statements, typed values in, typed answers out.
 
 Every write to a claimed job names its lease; a write that finds no row raises LeaseLost.
 """
@@ -6,102 +6,33 @@ Every write to a claimed job names its lease; a write that finds no row raises L
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
 import structlog
 from psycopg.types.json import Jsonb
 
-from daemon.database.column_types import clamp_numeric, clean_json, clean_text, fit_integer, fit_numeric
+from daemon.database.column_types import clean_json, clean_text, fit_integer, fit_numeric
 from daemon.database.connection import Database
 from daemon.database.statements import statement
 from daemon.database.wire import Sent
-from daemon.errors import (
-    DatabaseAway,
-    DatabaseUnprepared,
-    HostUnfit,
-    LeaseLost,
-    PointsRefused,
-    RowsHidden,
-    StatementRefused,
-)
+from daemon.errors import DatabaseUnprepared, HostUnfit, PointsRefused, RowsHidden, StatementRefused
+from daemon.queue.fenced_statements import FencedStatements
+from daemon.queue.fitted_columns import MESSAGE_CHARACTERS, adapter_columns, error_columns, percent, point_row
 from daemon.queue.job import ClaimedJob, JobDataset, Lease, Returned
 from daemon.queue.outcome import Completed, Failed
 from daemon.queue.refused_rows import RefusedRows
-from daemon.queue.rows import (
-    Callback,
-    Claim,
-    Ending,
-    Limits,
-    Location,
-    MetricPoint,
-    NotedUpload,
-    Reaped,
-    UploadKind,
-    Wish,
-    WorkerRow,
-    WorkerState,
-)
-from daemon.queue.states import FINAL, HELD, State
+from daemon.queue.rows import Claim, Ending, FoundJob, Limits, MetricPoint, Reaped
+from daemon.queue.states import State
 from daemon.troubles import Troubles
 
 log = structlog.get_logger()
 
 # How many of the first due jobs one claim looks at; more only when others were quicker with all of these.
 _WINDOWS = (8, 64, 512)
-# Writes that also find no row once the job is final; all others find theirs as long as the lease is there.
-_OF_A_RUNNING_JOB = {"start_job", "record_plan", "record_progress"}
 # A job that ten hosts could not take, or one host ten times, is perhaps to blame itself: it fills the disk, say.
 MAX_RETURNS = 10
-_MESSAGE_CHARACTERS = 8_000
-_STACK_CHARACTERS = 60_000
-_HIDDEN = "rows are hidden from the daemon by row security"
-
-
-@dataclass(frozen=True)
-class FoundJob:
-    """What there is of a job, as a statement says that row security cannot filter. `holder`: its lease.
-
-    `can_tell` False: nothing else in it means anything. `tables`: see ClaimedJob."""
-
-    can_tell: bool
-    job_exists: bool
-    epoch: int | None
-    state: str | None
-    dataset_exists: bool
-    holder: Mapping[str, Any] | None
-    checkpoints: int
-    tables: str
-
-    @property
-    def is_deleted(self) -> bool:
-        return self.can_tell and not self.job_exists
-
-    def is_held_by(self, lease: Lease) -> bool:
-        holder = self.holder
-        return holder is not None and all(
-            str(holder[name]) == str(value) for name, value in _named(lease).items() if name in holder
-        )
-
-
-@dataclass(frozen=True)
-class Sight:
-    """How many of a few rows of each table are there and hidden from us. `can_tell` False: nobody could say."""
-
-    can_tell: bool
-    tables: str
-    hidden: Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class HidingPolicy:
-    """A policy that can keep rows of a table from the daemon; None: no policy lets it see the table."""
-
-    relation: str
-    policy: str | None
-    verb: str
-    condition: str | None
 
 
 class SqlJobStore:
@@ -109,11 +40,11 @@ class SqlJobStore:
 
     def __init__(self, database: Database, troubles: Troubles | None = None) -> None:
         self._database = database
+        self._statements = FencedStatements(database)
         self.troubles = troubles or Troubles()
         # What the database refuses of one row must not hold up the others.
         self.refused_claims = RefusedRows("claim", self.troubles)
         self._refused_promotions = RefusedRows("promotion", self.troubles)
-        self._refused_callbacks = RefusedRows("callback", self.troubles)
         # One notice a column and attempt: a run whose norm overflows does so at every step.
         self._noticed: set[tuple[UUID, int, str]] = set()
 
@@ -137,7 +68,7 @@ class SqlJobStore:
             if sent is not None:
                 rows, sent = await self._database.answer(sent), None
             else:
-                rows = await self._run("claim_job", limits.parameters(window) | lease)
+                rows = await self._statements.run("claim_job", limits.parameters(window) | lease)
             # The longest of our statements, over most of our tables and the guard's triggers: it has served us.
             self._database.proven = True
             if rows:
@@ -151,7 +82,7 @@ class SqlJobStore:
         return await self._peek(limits, _WINDOWS[0])
 
     async def _peek(self, limits: Limits, window: int) -> JobDataset | None:
-        rows = await self._run("peek_next_job", limits.parameters(window))
+        rows = await self._statements.run("peek_next_job", limits.parameters(window))
         return JobDataset(**rows[0]) if rows else None
 
     async def claim_job_by_id(
@@ -159,32 +90,36 @@ class SqlJobStore:
     ) -> ClaimedJob | None:
         """Take this one job if it waits, nobody holds it and this host can serve it; None otherwise."""
         named = {"worker_id": worker_id, "job_id": job_id, "lease_seconds": lease_seconds}
-        rows = await self._run("claim_job_by_id", limits.parameters(1) | named)
+        rows = await self._statements.run("claim_job_by_id", limits.parameters(1) | named)
         if not rows or rows[0]["id"] is None:
             return None
         return ClaimedJob(**{name: value for name, value in rows[0].items() if name != "lacking"})
 
     async def set_aside_job(self, job_id: UUID, error: StatementRefused) -> None:
         """The database refuses the claim of this job: held until the operator releases it, with the reason."""
-        reason = clean_text(f"the database refuses the claim: {error}", _MESSAGE_CHARACTERS)
+        reason = clean_text(f"the database refuses the claim: {error}", MESSAGE_CHARACTERS)
         try:
-            await self._run("set_aside_job", {"job_id": job_id, "reason": reason})
+            await self._statements.run("set_aside_job", {"job_id": job_id, "reason": reason})
         except StatementRefused as again:
             # Whoever objects to the claim objects to the holding as well: this daemon remembers it, and says so.
             self.refused_claims.note(job_id, again)
-            await self._run("tell_refused_claim", {"job_id": job_id, "reason": reason})
+            await self._statements.run("tell_refused_claim", {"job_id": job_id, "reason": reason})
 
     async def return_unanswered_claims(self, worker_id: UUID, known: Sequence[UUID]) -> int:
         """After a claim's answer was lost: what this worker holds beside `known` goes back; returns how many jobs."""
         try:
-            return len(await self._run("return_unanswered_claims", {"worker_id": worker_id, "known": list(known)}))
+            return len(
+                await self._statements.run("return_unanswered_claims", {"worker_id": worker_id, "known": list(known)})
+            )
         except StatementRefused:
-            own = [row["job_id"] for row in await self._run("read_own_leases", {"worker_id": worker_id})]
+            own = [row["job_id"] for row in await self._statements.run("read_own_leases", {"worker_id": worker_id})]
         returned = 0
         for job_id in [each for each in own if each not in known]:
             others = [*known, *(each for each in own if each != job_id)]
             try:
-                returned += len(await self._run("return_unanswered_claims", {"worker_id": worker_id, "known": others}))
+                returned += len(
+                    await self._statements.run("return_unanswered_claims", {"worker_id": worker_id, "known": others})
+                )
             except StatementRefused as error:
                 # Its lease runs out, and a reaper tries the same.
                 log.error("claim_not_returned", job_id=str(job_id), error=str(error))
@@ -194,20 +129,20 @@ class SqlJobStore:
         """Scheduled jobs whose time has come can be claimed now; returns how many (at most 100 a call)."""
         refused = self._refused_promotions
         try:
-            return len(await self._run("promote_due_jobs", {"skip": refused.skip, "only": None}))
+            return len(await self._statements.run("promote_due_jobs", {"skip": refused.skip, "only": None}))
         except StatementRefused:
-            ripe = await self._run("read_ripe_jobs", {"skip": refused.skip})
+            ripe = await self._statements.run("read_ripe_jobs", {"skip": refused.skip})
         promoted = 0
         for row in ripe:
             try:
-                promoted += len(await self._run("promote_due_jobs", {"skip": [], "only": row["id"]}))
+                promoted += len(await self._statements.run("promote_due_jobs", {"skip": [], "only": row["id"]}))
             except StatementRefused as error:
                 refused.note(row["id"], error)
         return promoted
 
     async def next_due_in(self) -> float | None:
         """Seconds until the next scheduled job is due, 0 when it is late; None when nothing is scheduled."""
-        rows = await self._run("next_due_job", {"skip": self._refused_promotions.skip})
+        rows = await self._statements.run("next_due_job", {"skip": self._refused_promotions.skip})
         return max(0.0, rows[0]["seconds"]) if rows else None
 
     # While we hold a job.
@@ -216,46 +151,28 @@ class SqlJobStore:
         """What the job may cost and the seconds it may still take, as its row says now; None when it was deleted.
 
         Raises RowsHidden where its row is only not seen."""
-        rows = await self._run("read_limits", {"job_id": job_id})
+        rows = await self._statements.run("read_limits", {"job_id": job_id})
         if rows:
             return rows[0]["max_cost"], rows[0]["seconds_left"]
-        if not (await self.find_job(job_id)).is_deleted:
+        if not (await self._statements.find_job(job_id)).is_deleted:
             raise RowsHidden(f"the row of job {job_id} is hidden from the daemon by row security")
         return None
 
     async def read_dataset(self, dataset: JobDataset) -> JobDataset | None:
         """The same with what its dataset's row says now. None where that row is hidden from us."""
-        rows = await self._run("read_dataset", {"dataset_id": dataset.dataset_id})
+        rows = await self._statements.run("read_dataset", {"dataset_id": dataset.dataset_id})
         if rows:
             return replace(dataset, **rows[0])
-        found = await self.find_job(dataset.job_id)
+        found = await self._statements.find_job(dataset.job_id)
         return dataset if found.can_tell and not found.dataset_exists else None
-
-    # Whether what we do not see is there.
 
     async def find_job(self, job_id: UUID) -> FoundJob:
         """What there is of a job, whatever we see of it."""
-        return FoundJob(**(await self._run("find_job", {"job_id": job_id}))[0])
-
-    async def may_come_back(self, job_id: UUID) -> bool:
-        """Whether somebody may still want what lies on a volume of this job. True where that cannot be told now."""
-        try:
-            found = await self.find_job(job_id)
-        except (DatabaseAway, HostUnfit, StatementRefused):
-            return True
-        return not found.can_tell or (found.job_exists and found.state not in FINAL)
-
-    async def read_sight(self) -> Sight:
-        """Whether rows are hidden from us."""
-        return Sight(**(await self._run("read_sight", {}))[0])
-
-    async def read_hiding_policies(self) -> list[HidingPolicy]:
-        """Whose fault that may be."""
-        return [HidingPolicy(**row) for row in await self._run("read_hiding_policies", {})]
+        return await self._statements.find_job(job_id)
 
     async def start_job(self, lease: Lease) -> None:
         """The first optimizer step is done."""
-        await self._fenced("start_job", lease, {})
+        await self._statements.fenced("start_job", lease, {})
 
     async def record_plan(
         self, lease: Lease, *, total_steps: int, total_epochs: int, estimated_total_cost: float | None
@@ -266,7 +183,7 @@ class SqlJobStore:
             "total_epochs": fit_integer(total_epochs),
             "estimated_total_cost": fit_numeric(estimated_total_cost, 10, 2),
         }
-        await self._fenced("record_plan", lease, values)
+        await self._statements.fenced("record_plan", lease, values)
 
     async def record_progress(
         self,
@@ -287,14 +204,14 @@ class SqlJobStore:
         left = fit_numeric(seconds_left, 11, 1)
         values = {
             "stage": clean_text(stage, 50),
-            "progress": min(max(fit_numeric(progress, 5, 2) or 0.0, 0.0), 100.0),
+            "progress": percent(progress),
             "current_epoch": fit_integer(epoch),
             "current_step": fit_integer(step),
             "metrics": Jsonb(clean_json(metrics)),
             "current_cost": fit_numeric(current_cost, 10, 2),
             "seconds_left": None if left is None or left > 3.2e9 else max(left, 0.0),
         }
-        sequence: int | None = (await self._fenced("record_progress", lease, values))[0]["sequence"]
+        sequence: int | None = (await self._statements.fenced("record_progress", lease, values))[0]["sequence"]
         return sequence
 
     async def record_metrics(self, lease: Lease, points: Sequence[MetricPoint]) -> None:
@@ -305,7 +222,7 @@ class SqlJobStore:
         rows: dict[int, dict[str, Any]] = {}
         misfits: dict[str, str] = {}
         for point in points:
-            row = _point_row(point, misfits)
+            row = point_row(point, misfits)
             if row is not None:
                 rows[row["step"]] = row
         await self._chart("record_metrics", lease, {"points": Jsonb(list(rows.values()))})
@@ -327,49 +244,46 @@ class SqlJobStore:
         """One line of the job's story; also after a cancel, until the lease ends."""
         values = {
             "kind": clean_text(kind, 100),
-            "message": clean_text(message, _MESSAGE_CHARACTERS),
+            "message": clean_text(message, MESSAGE_CHARACTERS),
             "data": Jsonb(clean_json(data)),
         }
-        await self._fenced("record_event", lease, values)
+        await self._statements.fenced("record_event", lease, values)
 
     async def renew_lease(self, lease: Lease, lease_seconds: float) -> State:
         """We are alive. Returns the job's state: anything but initializing and running means stop the child."""
-        rows = await self._fenced("renew_lease", lease, {"lease_seconds": lease_seconds})
+        rows = await self._statements.fenced("renew_lease", lease, {"lease_seconds": lease_seconds})
         # The lease is there and its job is not seen; where nobody can tell how it stands, nobody has told us to stop.
-        state = rows[0]["state"] or (await self.find_job(lease.job_id)).state
+        state = rows[0]["state"] or (await self._statements.find_job(lease.job_id)).state
         return State(state or State.RUNNING)
 
     # Endings. Each ends the lease; asked again after a lost answer, each says what it had done.
 
     async def complete_job(self, lease: Lease, outcome: Completed, *, cost: float | None) -> Ending:
         """The stored adapter was verified."""
-        values = {
-            "adapter_path": clean_text(outcome.adapter_path, 1_000),
-            "adapter_sha256": clean_text(outcome.adapter_sha256, 100),
-            "adapter_bytes": outcome.adapter_bytes,
+        values = adapter_columns(outcome) | {
             "result": Jsonb(clean_json({"artifacts": outcome.artifacts, "summary": outcome.summary})),
         }
         return await self._end("complete_job", lease, values, cost, {State.COMPLETED})
 
     async def fail_job(self, lease: Lease, failed: Failed, *, cost: float | None) -> Ending:
         """For good."""
-        return await self._end("fail_job", lease, _failure(failed), cost, {State.FAILED})
+        return await self._end("fail_job", lease, error_columns(failed), cost, {State.FAILED})
 
     async def retry_job(self, lease: Lease, failed: Failed, *, delay_seconds: float, cost: float | None) -> Ending:
         """Again later; `state` is failed when that was the last attempt."""
-        values = _failure(failed) | {"delay_seconds": max(delay_seconds, 0.0)}
+        values = error_columns(failed) | {"delay_seconds": max(delay_seconds, 0.0)}
         return await self._end("retry_job", lease, values, cost, {State.QUEUED, State.FAILED})
 
     async def release_job(self, lease: Lease, reason: str, *, cost: float | None) -> Ending:
         """Back to the queue at once, without counting the attempt."""
-        values = {"reason": clean_text(reason, _MESSAGE_CHARACTERS)}
+        values = {"reason": clean_text(reason, MESSAGE_CHARACTERS)}
         return await self._end("release_job", lease, values, cost, {State.QUEUED})
 
     async def return_job(self, lease: Lease, returned: Returned, *, cost: float | None) -> Ending:
         """Back to the queue because this host cannot work. The attempt counts only once hosts have given the job back
         `MAX_RETURNS` times: `state` is failed when it was the last one."""
         failed = Failed(returned.code, returned.message, returned.hint, returned.stack)
-        values = _failure(failed) | {"part": returned.part, "most": MAX_RETURNS}
+        values = error_columns(failed) | {"part": returned.part, "most": MAX_RETURNS}
         return await self._end("return_job", lease, values, cost, {State.QUEUED, State.FAILED})
 
     async def end_cancelled_job(self, lease: Lease, *, cost: float | None, data: Mapping[str, Any]) -> Ending:
@@ -379,152 +293,12 @@ class SqlJobStore:
 
     async def reap_expired_leases(self) -> list[Reaped]:
         """End the leases of hosts that fell silent."""
-        rows = await self._run("reap_expired_leases", {})
+        rows = await self._statements.run("reap_expired_leases", {})
         return [Reaped(row["job_id"], State(row["state"])) for row in rows]
-
-    # What lies in Storage.
-
-    async def note_upload(
-        self, lease: Lease, kind: UploadKind, location: Location, objects: Sequence[str], *, step: int = 0
-    ) -> None:
-        """These objects may be there from now on: before the first byte is sent. `step` is a checkpoint's."""
-        values = {"kind": kind, "step": step, "objects": [*objects]} | _at(location)
-        await self._fenced("note_upload", lease, values)
-
-    async def finish_checkpoint_upload(self, lease: Lease, step: int, *, manifest_sha256: str, size: int) -> None:
-        """The checkpoint is stored and was read back, its manifest last. `size` in bytes."""
-        values = {"step": step, "manifest_sha256": manifest_sha256, "bytes": size}
-        await self._fenced("finish_checkpoint_upload", lease, values)
-
-    async def names_are_ours(self, lease: Lease) -> bool:
-        """Whether objects named after this lease's epoch are this lease's alone.
-
-        Where a backup has taken the rows back in time, another host has that epoch, or will have it."""
-        rows = await self._run("read_last_claim", {"job_id": lease.job_id})
-        if not rows:
-            return (await self.find_job(lease.job_id)).is_deleted
-        return bool(rows[0]["lease_epoch"] > lease.epoch or rows[0]["lease_token"] == lease.token)
-
-    async def stored_checkpoints(self, job_id: UUID, location: Location) -> list[NotedUpload]:
-        """The latest attempt's newest first; those without a `manifest_sha256` are not whole.
-
-        Raises RowsHidden where there are some that we do not see: hours of training would begin anew."""
-        rows = await self._run("read_stored_checkpoints", {"job_id": job_id} | _at(location))
-        if not rows and (found := await self.find_job(job_id)).can_tell and found.checkpoints:
-            seen = await self._run("count_seen_checkpoints", {"job_id": job_id})
-            if seen[0]["seen"] < found.checkpoints:
-                raise RowsHidden(f"the stored checkpoints of job {job_id} are hidden from the daemon by row security")
-        return [NotedUpload(**row) for row in rows]
-
-    async def leftovers(
-        self,
-        location: Location,
-        *,
-        job_id: UUID | None,
-        idle_seconds: float,
-        keep_seconds: float,
-        orphans: bool,
-        limit: int,
-    ) -> list[NotedUpload]:
-        """What nobody needs any more, of one job or of all. `keep_seconds`: how long a checkpoint outlives its job.
-
-        `orphans`: of jobs that are not there any more as well."""
-        values = {
-            "job_id": job_id,
-            "idle_seconds": idle_seconds,
-            "keep_seconds": keep_seconds,
-            "orphans": orphans,
-            "limit": limit,
-        } | _at(location)
-        return [NotedUpload(**row) for row in await self._run("read_leftovers", values)]
-
-    async def forget_upload(self, upload: NotedUpload) -> None:
-        """Its objects are gone, or the job's row names them."""
-        values = {"job_id": upload.job_id, "noted_epoch": upload.epoch, "kind": upload.kind, "step": upload.step}
-        await self._run("forget_upload", values)
-
-    # Workers.
-
-    async def register_worker(self, worker: WorkerRow) -> None:
-        """A daemon has booted, or is back after an outage."""
-        values = {
-            "id": worker.id,
-            "host": clean_text(worker.host, 300),
-            "pod": worker.pod,
-            "device": worker.device,
-            "gpus": Jsonb(clean_json(worker.gpus)),
-            "gpu_count": worker.gpu_count,
-            "gpu_memory_gb": worker.gpu_memory_gb,
-            "gpu_type": worker.gpu_type,
-            "models": None if worker.models is None else list(worker.models),
-            "slots": worker.slots,
-            "user_cap": worker.user_cap,
-            "versions": Jsonb(clean_json(worker.versions)),
-        }
-        await self._run("register_worker", values)
-
-    async def touch_worker(
-        self, worker_id: UUID, *, state: WorkerState, busy: int, data: Mapping[str, Any]
-    ) -> Wish | None:
-        """The daemon lives; the answer is what the operator wants of it. None: its row is gone, register again."""
-        values = {"id": worker_id, "state": state, "busy": busy, "data": Jsonb(clean_json(data))}
-        rows = await self._run("touch_worker", values)
-        if not rows:
-            return None
-        return "drain" if rows[0]["drain"] else "serve"
-
-    async def end_worker(self, worker_id: UUID) -> None:
-        """The daemon has left in good order."""
-        await self._run("end_worker", {"id": worker_id})
-
-    # Callbacks. False: the lock ran out and somebody else has it now.
-
-    async def claim_callbacks(self, limit: int, lock_seconds: float) -> list[Callback]:
-        """Take due callbacks, at most one of each host."""
-        refused = self._refused_callbacks
-        values = {"limit": limit, "lock_seconds": lock_seconds, "skip": refused.skip, "only": None}
-        try:
-            return [Callback(**row) for row in await self._run("claim_callbacks", values)]
-        except StatementRefused:
-            due = await self._run("read_due_callbacks", {"skip": refused.skip})
-        taken: list[Callback] = []
-        for row in due:
-            try:
-                rows = await self._run("claim_callbacks", values | {"limit": 1, "only": row["id"]})
-            except StatementRefused as error:
-                refused.note(row["id"], error)
-            else:
-                taken += [Callback(**each) for each in rows]
-            if len(taken) == limit:
-                break
-        return taken
-
-    async def deliver_callback(self, callback_id: UUID, token: UUID, status: int | None) -> bool:
-        """The receiver took it."""
-        return bool(await self._run("deliver_callback", {"id": callback_id, "token": token, "status": status}))
-
-    async def postpone_callback(
-        self, callback_id: UUID, token: UUID, delay_seconds: float, status: int | None, error: str | None
-    ) -> bool:
-        """Try again later."""
-        values = _attempt(callback_id, token, status, error) | {"delay_seconds": delay_seconds}
-        return bool(await self._run("postpone_callback", values))
-
-    async def bury_callback(self, callback_id: UUID, token: UUID, status: int | None, error: str | None) -> bool:
-        """Give it up; resend_callback() brings it back."""
-        return bool(await self._run("bury_callback", _attempt(callback_id, token, status, error)))
-
-    async def oldest_callback_age(self) -> float | None:
-        """Seconds that the oldest unsent callback has waited; None when none waits."""
-        seconds: float | None = (await self._run("oldest_callback", {}))[0]["seconds"]
-        return seconds
-
-    async def _run(self, name: str, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
-        return await self._database.fetch(statement(name), parameters)
 
     async def _chart(self, name: str, lease: Lease, values: Mapping[str, Any]) -> None:
         try:
-            answer = await self._run(name, {**_named(lease), **values})
+            answer = await self._statements.run(name, {**lease.parameters(), **values})
         except DatabaseUnprepared as error:
             # That table alone, or everything for a while? Then the points wait.
             await self._database.fetch("SELECT FROM training_leases LIMIT 0")
@@ -532,102 +306,36 @@ class SqlJobStore:
         except (StatementRefused, HostUnfit) as error:
             raise _points_refused(error) from error
         if not answer[0]["held"]:
-            raise await self._why_no_row(name, lease)
-
-    async def _fenced(self, name: str, lease: Lease, values: Mapping[str, Any]) -> list[dict[str, Any]]:
-        rows = await self._run(name, {**_named(lease), **values})
-        if not rows:
-            raise await self._why_no_row(name, lease)
-        return rows
-
-    async def _why_no_row(self, name: str, lease: Lease) -> LeaseLost | RowsHidden:
-        """A fenced write found no row: the lease is lost, unless it is only not seen."""
-        found = await self.find_job(lease.job_id)
-        if not found.can_tell:
-            return RowsHidden(f"whether the lease of job {lease.job_id} is still there cannot be told: {_HIDDEN}")
-        if found.is_held_by(lease) and (name not in _OF_A_RUNNING_JOB or found.state in HELD):
-            return RowsHidden(f"the lease of job {lease.job_id} is ours, and {_HIDDEN}")
-        return LeaseLost(f"the lease {lease.epoch} of job {lease.job_id} is not ours any more, or the job is final")
+            raise await self._statements.why_no_row(name, lease)
 
     async def _end(
         self, name: str, lease: Lease, values: Mapping[str, Any], cost: float | None, wanted: set[State]
     ) -> Ending:
-        named = _named(lease) | {"cost": fit_numeric(cost, 10, 2)}
-        row = (await self._run(name, {**named, **values}))[0]
+        named = lease.parameters() | {"cost": fit_numeric(cost, 10, 2)}
+        row = (await self._statements.run(name, {**named, **values}))[0]
         noted = row["noted"]
         if row["state"] is not None:
             return Ending(True, State(row["state"]), noted)
         if row["ended"] and name != "end_cancelled_job":
-            settled = await self._run("settle_cancelled_job", named)
+            settled = await self._statements.run("settle_cancelled_job", named)
             if settled:
                 return Ending(False, State.CANCELLED, noted)
-        found = await self._run("read_job_state", _named(lease))
+        found = await self._statements.run("read_job_state", lease.parameters())
         state = State(found[0]["state"]) if found else await self._hidden_state(lease)
         if row["ended"]:
             return Ending(False, state, noted)
         # No lease, yet our epoch and the state that we asked for: the answer was lost, not the ending.
         if state in wanted:
             return Ending(True, state, noted)
-        raise await self._why_no_row(name, lease)
+        raise await self._statements.why_no_row(name, lease)
 
     async def _hidden_state(self, lease: Lease) -> State | None:
         """The state of a job whose row is not seen; None where it is not under our epoch any more, or not known."""
-        if await self._run("read_last_claim", {"job_id": lease.job_id}):
+        if await self._statements.run("read_last_claim", {"job_id": lease.job_id}):
             return None  # seen, and another's: by its epoch, or by its token
-        found = await self.find_job(lease.job_id)
+        found = await self._statements.find_job(lease.job_id)
         return State(found.state) if found.can_tell and found.epoch == lease.epoch and found.state else None
 
 
 def _points_refused(error: Exception) -> PointsRefused:
     return PointsRefused(str(error).strip().split("\n", 1)[0])
-
-
-def _named(lease: Lease) -> dict[str, Any]:
-    return {"job_id": lease.job_id, "epoch": lease.epoch, "token": lease.token}
-
-
-def _at(location: Location) -> dict[str, str]:
-    return {"storage": location.storage, "bucket": location.bucket}
-
-
-def _failure(failed: Failed) -> dict[str, Any]:
-    return {
-        "error_code": failed.code.value,
-        "error_message": clean_text(failed.message, _MESSAGE_CHARACTERS),
-        "error_hint": None if failed.hint is None else clean_text(failed.hint, _MESSAGE_CHARACTERS),
-        "error_stack": None if failed.stack is None else clean_text(failed.stack, _STACK_CHARACTERS),
-    }
-
-
-def _attempt(callback_id: UUID, token: UUID, status: int | None, error: str | None) -> dict[str, Any]:
-    return {
-        "id": callback_id,
-        "token": token,
-        "status": status,
-        "error": None if error is None else clean_text(error, 1_000),
-    }
-
-
-def _point_row(point: MetricPoint, misfits: dict[str, str]) -> dict[str, Any] | None:
-    """The point as its columns can hold it; None when it has no loss to show. Notes what did not fit."""
-    must = {"training_loss": (point.training_loss, 10, 6), "learning_rate": (point.learning_rate, 12, 10)}
-    may = {
-        "validation_loss": (point.validation_loss, 10, 6),
-        "gradient_norm": (point.gradient_norm, 10, 6),
-        "throughput": (point.throughput, 10, 2),
-        "gpu_utilization": (point.gpu_utilization, 5, 2),
-    }
-    row: dict[str, Any] = {"step": fit_integer(point.step), "epoch": fit_integer(point.epoch)}
-    row["at"] = None if point.at is None else point.at.isoformat()
-    for name, (number, digits, scale) in must.items():
-        clamped = clamp_numeric(number, digits, scale)
-        if clamped is None or clamped != number:
-            misfits.setdefault(name, repr(number))
-        if clamped is None:
-            return None
-        row[name] = clamped
-    for name, (value, digits, scale) in may.items():
-        row[name] = fit_numeric(value, digits, scale)
-        if row[name] is None and value is not None:
-            misfits.setdefault(name, repr(value))
-    return row

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from uuid import UUID
 
 import structlog
+from psycopg.types.json import Jsonb
 
 from daemon.chores import worked
+from daemon.database.column_types import clean_json, clean_text
+from daemon.database.connection import Database
+from daemon.database.statements import statement
 from daemon.errors import DatabaseAway, StatementRefused
 from daemon.host.inspect import Host, installed_versions
-from daemon.queue.rows import WorkerRow, WorkerState
-from daemon.queue.store import SqlJobStore
 from daemon.settings import Settings
 from daemon.tasks import wait_at_most
 from daemon.troubles import Troubles
@@ -19,6 +23,69 @@ from daemon.troubles import Troubles
 log = structlog.get_logger()
 
 TOUCH_SECONDS = 10.0
+
+
+WorkerState = Literal["idle", "busy", "draining", "out_of_service"]
+
+
+Wish = Literal["serve", "drain"]
+
+
+@dataclass(frozen=True)
+class WorkerRow:
+    """One boot of a daemon and what its host can do. `models` None: whatever is asked for. Memory is of one GPU."""
+
+    id: UUID
+    host: str
+    device: str
+    pod: str | None = None
+    gpus: Sequence[Mapping[str, Any]] = ()
+    gpu_count: int = 0
+    gpu_memory_gb: float | None = None
+    gpu_type: str | None = None
+    models: Sequence[str] | None = None
+    slots: int = 1
+    user_cap: int | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+class WorkerRegistry:
+    """The statements of training_workers over one Database. Raises what Database raises."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def register_worker(self, worker: WorkerRow) -> None:
+        """A daemon has booted, or is back after an outage."""
+        values = {
+            "id": worker.id,
+            "host": clean_text(worker.host, 300),
+            "pod": worker.pod,
+            "device": worker.device,
+            "gpus": Jsonb(clean_json(worker.gpus)),
+            "gpu_count": worker.gpu_count,
+            "gpu_memory_gb": worker.gpu_memory_gb,
+            "gpu_type": worker.gpu_type,
+            "models": None if worker.models is None else list(worker.models),
+            "slots": worker.slots,
+            "user_cap": worker.user_cap,
+            "versions": Jsonb(clean_json(worker.versions)),
+        }
+        await self._database.fetch(statement("register_worker"), values)
+
+    async def touch_worker(
+        self, worker_id: UUID, *, state: WorkerState, busy: int, data: Mapping[str, Any]
+    ) -> Wish | None:
+        """The daemon lives; the answer is what the operator wants of it. None: its row is gone, register again."""
+        values = {"id": worker_id, "state": state, "busy": busy, "data": Jsonb(clean_json(data))}
+        rows = await self._database.fetch(statement("touch_worker"), values)
+        if not rows:
+            return None
+        return "drain" if rows[0]["drain"] else "serve"
+
+    async def end_worker(self, worker_id: UUID) -> None:
+        """The daemon has left in good order."""
+        await self._database.fetch(statement("end_worker"), {"id": worker_id})
 
 
 @dataclass(frozen=True)
@@ -30,7 +97,7 @@ class Load:
 
 
 async def stay_present(
-    store: SqlJobStore,
+    registry: WorkerRegistry,
     host: Host,
     settings: Settings,
     troubles: Troubles,
@@ -47,11 +114,11 @@ async def stay_present(
             data = {"troubles": troubles.as_json()}
             wish = None
             if registered:
-                wish = await store.touch_worker(host.worker_id, state=now.state, busy=now.busy, data=data)
+                wish = await registry.touch_worker(host.worker_id, state=now.state, busy=now.busy, data=data)
             if wish is None:
                 # The first time, or the table was made anew: jobs that wait say at once again that there is a host.
-                await store.register_worker(row)
-                wish = await store.touch_worker(host.worker_id, state=now.state, busy=now.busy, data=data)
+                await registry.register_worker(row)
+                wish = await registry.touch_worker(host.worker_id, state=now.state, busy=now.busy, data=data)
             registered = wish is not None
             if wish == "drain" and now.state != "draining":
                 on_drain()
@@ -62,10 +129,10 @@ async def stay_present(
             troubles.changed.clear()
 
 
-async def say_goodbye(store: SqlJobStore, host: Host) -> None:
+async def say_goodbye(registry: WorkerRegistry, host: Host) -> None:
     """The host left in good order; if the database is away, its row grows old by itself."""
     try:
-        await store.end_worker(host.worker_id)
+        await registry.end_worker(host.worker_id)
     except (DatabaseAway, StatementRefused) as error:
         log.warning("worker_row_left", error=str(error))
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Protocol, assert_never
+from typing import Any, assert_never
 from uuid import UUID, uuid4
 
 import httpx
@@ -26,7 +26,7 @@ from daemon.network.address_rules import AddressRefused, AddressRules, AddressUn
 from daemon.network.pinned_client import Target, guarded_client
 from daemon.network.retry_after import retry_after_seconds
 from daemon.queue.job import ClaimedJob
-from daemon.queue.rows import Callback
+from daemon.report.outbox import Callback, Outbox
 from daemon.report.webhook import message_body, signed_headers, signing_keys
 from daemon.settings import Settings
 from daemon.tasks import wait_at_most
@@ -73,20 +73,6 @@ class Buried:
 
 
 Verdict = Delivered | Postponed | Buried
-
-
-class Outbox(Protocol):
-    """What the courier needs of daemon.queue.store; a token that is no longer valid settles nothing and gives False."""
-
-    async def claim_callbacks(self, limit: int, lock_seconds: float, /) -> list[Callback]: ...
-
-    async def deliver_callback(self, callback_id: UUID, token: UUID, status: int | None, /) -> bool: ...
-
-    async def postpone_callback(
-        self, callback_id: UUID, token: UUID, delay_seconds: float, status: int | None, error: str | None, /
-    ) -> bool: ...
-
-    async def bury_callback(self, callback_id: UUID, token: UUID, status: int | None, error: str | None, /) -> bool: ...
 
 
 class CallbackCourier:

@@ -19,7 +19,7 @@ from daemon.database.connection import REFUSALS
 from daemon.errors import DatabaseAway, LeaseLost, PointsRefused, StatementRefused
 from daemon.host.gpu_load import GpuLoad
 from daemon.queue.job import Lease
-from daemon.queue.store import SqlJobStore
+from daemon.queue.job_store import JobStore
 from daemon.report.cost import Meter
 from daemon.report.status import JobStatus
 from training import events
@@ -51,7 +51,7 @@ class Reporter:
 
     def __init__(
         self,
-        store: SqlJobStore,
+        store: JobStore,
         lease: Lease,
         *,
         meter: Meter,

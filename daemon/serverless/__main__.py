@@ -6,8 +6,9 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Any
 
 import structlog
@@ -26,15 +27,20 @@ from daemon.logs import configure_logs_by
 from daemon.pod.lifetime import pod_environment
 from daemon.pod.price import PodPrice
 from daemon.pod.shutdown import keys_of
+from daemon.queue.job_store import JobStore
 from daemon.queue.lease import LeaseKeeper
 from daemon.queue.reaper import reap_for_ever
+from daemon.queue.row_visibility import RowVisibility
 from daemon.queue.store import SqlJobStore
+from daemon.report.outbox import Outbox, SqlOutbox
 from daemon.serverless.host import Herald, Jobs, ServerlessHost
+from daemon.serverless.memory_outbox import MemoryOutbox
 from daemon.serverless.memory_store import MemoryJobStore
 from daemon.serverless.row_store import ServerlessRows
 from daemon.service import TRAINER_COMMAND
 from daemon.settings import Settings, dotenv_unreadable, load_settings
 from daemon.storage.open import open_storage
+from daemon.storage.upload_log import SqlUploadLog, UploadLog
 from daemon.trainer.pool import Trainers
 from daemon.troubles import Troubles
 from daemon.worker import Worker
@@ -59,15 +65,22 @@ async def open_host(
         storage = open_storage(settings)
         stack.push_async_callback(storage.close)
         jobs: Jobs
+        store: JobStore
+        heartbeat: JobStore
+        uploads: UploadLog
+        outbox: Outbox
+        reap: Callable[[], Coroutine[None, None, None]] | None = None
         if with_rows:
             jobs = await stack.enter_async_context(_opened(ServerlessRows(settings, host)))
             names = ("brightrun-trainer serverless", "brightrun-trainer heartbeat")
-            store, heartbeat = [
-                SqlJobStore(await stack.enter_async_context(Database(dsn, application_name=name)), troubles)
-                for name in names
-            ]
+            working, beating = [await stack.enter_async_context(Database(dsn, application_name=name)) for name in names]
+            store = rows = SqlJobStore(working, troubles)
+            heartbeat = SqlJobStore(beating, troubles)
+            uploads, outbox = SqlUploadLog(working), SqlOutbox(working, troubles)
+            reap = partial(reap_for_ever, rows, RowVisibility(working), settings.lease_seconds)
         else:
-            jobs = store = heartbeat = MemoryJobStore(host, settings.allowed_models)
+            outbox = MemoryOutbox()
+            jobs = store = heartbeat = uploads = MemoryJobStore(host, settings.allowed_models, outbox)
         # A serverless worker is a pod to RunPod's API where it is one at all; else the setting's price counts.
         price = PodPrice(settings.pod_id, keys_of(pod_environment(settings)), settings.runpod_api)
         await price.read()
@@ -77,6 +90,7 @@ async def open_host(
                 settings=settings,
                 host=host,
                 store=store,
+                uploads=uploads,
                 leases=LeaseKeeper(
                     heartbeat,
                     lease_seconds=settings.lease_seconds,
@@ -92,12 +106,12 @@ async def open_host(
             )
         )
         async with Chores(troubles) as chores:
-            chores.start("callbacks", lambda: herald.run(store))
+            chores.start("callbacks", lambda: herald.run(outbox))
             chores.start("price of the pod", price.run)
             chores.start("waiting trainers", trainers.tend)
-            if with_rows:
+            if reap is not None:
                 chores.start("listener", Listener(dsn, wake=lambda: None, on_cancel=worker.cancelled).run)
-                chores.start("reaper", lambda: reap_for_ever(store, settings.lease_seconds))
+                chores.start("reaper", reap)
             yield ServerlessHost(
                 jobs, worker, herald, lease_seconds=settings.lease_seconds, send_progress=send_progress
             )

@@ -7,22 +7,26 @@ caller's answer, and its endings go to the callback URL from an outbox that live
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
-from urllib.parse import urlsplit
 from uuid import NAMESPACE_URL, UUID, uuid4, uuid5
 
-from daemon.database.connection import Database
+from daemon.database.column_types import clean_json, clean_text, fit_integer
+from daemon.errors import LeaseLost
 from daemon.gateway.job_rows import Refused, Standing, unknown_job
 from daemon.gateway.schemas import Submission
 from daemon.host.inspect import MEMORY_TOLERANCE, Host
-from daemon.queue.job import ClaimedJob
-from daemon.queue.rows import Callback
-from daemon.queue.states import HELD, State
-from daemon.queue.store import FoundJob, SqlJobStore
+from daemon.queue.fitted_columns import adapter_columns, error_columns, percent
+from daemon.queue.job import ClaimedJob, JobDataset, Lease, Returned
+from daemon.queue.outcome import Completed, Failed
+from daemon.queue.rows import Ending, FoundJob, Limits, MetricPoint
+from daemon.queue.states import FINAL, HELD, UNFINISHED, State
+from daemon.serverless.memory_outbox import MemoryOutbox
 from daemon.serverless.row_store import cannot_serve
+from daemon.storage.interface import Location
+from daemon.storage.upload_log import NotedUpload, UploadKind
 from training.spec import Fault, ParsedRow, SpecInvalid, parse_row
 
 MAX_ATTEMPTS = 3
@@ -41,32 +45,38 @@ class _Job:
     queued_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     state: State = State.QUEUED
     attempt: int = 0
+    epoch: int = 0
     due_at: float = 0.0
     spent: float = 0.0
     columns: dict[str, Any] = field(default_factory=dict)
-    uploads: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)
+    uploads: dict[tuple[int, UploadKind, int], NotedUpload] = field(default_factory=dict)
+    # The lease of the last claim, and whether it still holds.
+    lease: Lease | None = None
+    is_leased: bool = False
 
-    def leftovers(self, bucket: str) -> list[dict[str, Any]]:
+    def is_held_by(self, lease: Lease) -> bool:
+        return self.is_leased and self.lease == lease
+
+    def leftovers(self, location: Location) -> list[NotedUpload]:
         """What was noted as stored and is not needed, and the note of what the answer names."""
+        if self.is_leased:
+            return []
         path = self.columns.get("adapter_path") if self.state is State.COMPLETED else None
         return [
-            {**noted, "named": path == f"{bucket}/{noted['objects'][0]}"}
-            for noted in self.uploads.values()
-            if noted["kind"] == "adapter" or self.state in _WORDS
+            replace(upload, named=path == f"{location.bucket}/{upload.objects[0]}")
+            for upload in self.uploads.values()
+            if upload.kind == "adapter" or self.state in FINAL
         ]
 
 
-class MemoryJobStore(SqlJobStore):
-    """A job store that never connects. The leases it gives out are never lost: nobody else knows of these jobs."""
+class MemoryJobStore:
+    """A JobStore and an UploadLog that never connect: one process remembers its own jobs."""
 
-    def __init__(self, host: Host, allowed_models: Collection[str]) -> None:
-        super().__init__(Database("postgresql://", application_name="none"))
+    def __init__(self, host: Host, allowed_models: Collection[str], outbox: MemoryOutbox) -> None:
         self._host = host
         self._allowed_models = allowed_models
+        self._outbox = outbox
         self._jobs: dict[UUID, _Job] = {}
-        self._outbox: dict[UUID, Callback] = {}
-        self._not_before: dict[UUID, float] = {}
-        self._sequence = 0
 
     # -- what the serverless host asks ----------------------------------------------------------------------------
 
@@ -90,17 +100,43 @@ class MemoryJobStore(SqlJobStore):
         return job_id
 
     async def claim(self, job_id: UUID) -> ClaimedJob | None:
-        """Take the job if it waits and its time has come."""
+        """Take the job if it waits and its time has come. What this host could not serve was refused by `submit`."""
+        return await self.claim_job_by_id(self._host.worker_id, job_id, Limits(), lease_seconds=0.0)
+
+    async def standing(self, job_id: UUID) -> Standing:
+        job = self._jobs.get(job_id)
+        if job is None:
+            raise unknown_job()
+        return Standing(job_id, job.state.value, self._contract(job))
+
+    async def cancel(self, job_id: UUID) -> None:
+        """Cancelling twice is no error, and what has ended stays as it ended."""
         job = self._jobs[job_id]
-        if job.state is not State.QUEUED or time.monotonic() < job.due_at:
+        if job.state in UNFINISHED:
+            self._move(job, State.CANCELLED, error_message="cancelled by request", error_hint=None)
+
+    # -- JobStore: what is known of a job --------------------------------------------------------------------------
+
+    async def claim_job_by_id(
+        self,
+        worker_id: UUID,  # noqa: ARG002
+        job_id: UUID,
+        limits: Limits,  # noqa: ARG002
+        *,
+        lease_seconds: float,  # noqa: ARG002
+    ) -> ClaimedJob | None:
+        job = self._jobs.get(job_id)
+        if job is None or job.is_leased or job.state is not State.QUEUED or time.monotonic() < job.due_at:
             return None
         job.attempt += 1
+        job.epoch += 1
+        job.lease, job.is_leased = Lease(job.id, job.epoch, uuid4()), True
         job.columns = {"current_stage": "setup", "progress": 0.0, "current_epoch": 0, "current_step": 0}
         self._move(job, State.INITIALIZING)
         return ClaimedJob(
             id=job.id,
-            lease_epoch=job.attempt,
-            lease_token=uuid4(),
+            lease_epoch=job.lease.epoch,
+            lease_token=job.lease.token,
             attempt=job.attempt,
             max_attempts=MAX_ATTEMPTS,
             user_id=NOBODY,
@@ -119,160 +155,206 @@ class MemoryJobStore(SqlJobStore):
             spent=job.spent,
         )
 
-    async def standing(self, job_id: UUID) -> Standing:
-        job = self._jobs.get(job_id)
-        if job is None:
-            raise unknown_job()
-        return Standing(job_id, job.state.value, self._contract(job))
-
-    async def cancel(self, job_id: UUID) -> None:
-        """Cancelling twice is no error, and what has ended stays as it ended."""
-        job = self._jobs[job_id]
-        if job.state in (State.QUEUED, State.INITIALIZING, State.RUNNING):
-            self._move(job, State.CANCELLED, error_message="cancelled by request", error_hint=None)
-
-    async def read_limits(self, job_id: UUID) -> tuple[float | None, float | None] | None:  # noqa: ARG002
-        """None are set: a request carries neither max_cost nor deadline_at."""
-        return None, None
-
     async def find_job(self, job_id: UUID) -> FoundJob:
-        """Nothing is hidden from the only one who knows of these jobs."""
-        job = self._jobs[job_id]
+        job = self._jobs.get(job_id)
         return FoundJob(
             can_tell=True,
-            job_exists=True,
-            epoch=job.attempt,
-            state=job.state.value,
-            dataset_exists=True,
-            holder={"epoch": job.attempt} if job.state in HELD else None,
+            job_exists=job is not None,
+            epoch=None if job is None else job.epoch,
+            state=None if job is None else job.state.value,
+            dataset_exists=job is not None,
+            holder=job.lease.parameters() if job is not None and job.lease is not None and job.is_leased else None,
             checkpoints=0,
             tables="",
         )
 
-    # -- what the worker writes ------------------------------------------------------------------------------------
+    async def read_limits(self, job_id: UUID) -> tuple[float | None, float | None] | None:
+        """None are set: a request carries neither max_cost nor deadline_at."""
+        return (None, None) if job_id in self._jobs else None
 
-    async def _run(self, name: str, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
-        match name:
-            case "claim_callbacks":
-                return self._claim_callbacks(parameters)
-            case "deliver_callback" | "bury_callback":
-                return [{"id": parameters["id"]}] if self._outbox.pop(parameters["id"], None) else []
-            case "postpone_callback":
-                self._not_before[parameters["id"]] = time.monotonic() + parameters["delay_seconds"]
-                return [{"id": parameters["id"]}] if parameters["id"] in self._outbox else []
-            case "oldest_callback":
-                ages = [(datetime.now(UTC) - callback.created_at).total_seconds() for callback in self._outbox.values()]
-                return [{"seconds": max(ages, default=None)}]
-        job = self._jobs[parameters["job_id"]]
-        match name:
-            case "renew_lease":
-                return [{"state": job.state.value}]
-            case "start_job":
-                if job.state is State.INITIALIZING:
-                    self._move(job, State.RUNNING)
-                return [{"id": job.id}] if job.state is State.RUNNING else []
-            case "record_progress":
-                job.columns |= {
-                    "current_stage": parameters["stage"],
-                    "progress": max(job.columns["progress"], parameters["progress"]),
-                    "current_epoch": parameters["current_epoch"],
-                    "current_step": parameters["current_step"],
-                    "current_metrics": parameters["metrics"].obj,
-                }
-                return [{"id": job.id, "sequence": self._next_sequence() if job.submission.callback_url else None}]
-            case "record_plan" | "record_event" | "finish_checkpoint_upload":
-                return [{"id": job.id}]
-            case "note_upload" | "forget_upload" | "read_leftovers" | "read_stored_checkpoints" | "read_last_claim":
-                return self._account(name, job, parameters)
-            case "record_metrics" | "forget_metrics":
-                return [{"held": 1}]
-            case _:
-                return self._end_attempt(name, job, parameters)
+    async def read_dataset(self, dataset: JobDataset) -> JobDataset | None:
+        return dataset
 
-    @staticmethod
-    def _account(name: str, job: _Job, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """What lies in Storage of the job."""
-        match name:
-            case "note_upload":
-                noted = {key: parameters[key] for key in ("job_id", "epoch", "kind", "step", "objects")}
-                job.uploads[parameters["epoch"], parameters["step"]] = noted
-                return [noted]
-            case "forget_upload":
-                job.uploads.pop((parameters["noted_epoch"], parameters["step"]), None)
-                return []
-            case "read_leftovers":
-                return job.leftovers(parameters["bucket"])
-            case _:
-                # Checkpoints: whoever could resume from them has them on its own disk. Claims: nobody else makes any.
-                return []
+    # -- JobStore: what the holder of a lease writes ---------------------------------------------------------------
 
-    def _end_attempt(self, name: str, job: _Job, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
-        job.spent = float(parameters.get("cost") or job.spent)
-        if name in ("end_cancelled_job", "settle_cancelled_job", "read_job_state"):
-            return [{"ended": 1, "state": job.state.value, "noted": bool(job.uploads)}]
+    async def renew_lease(self, lease: Lease, lease_seconds: float) -> State:  # noqa: ARG002
+        return self._held(lease).state
+
+    async def start_job(self, lease: Lease) -> None:
+        job = self._running(lease)
+        if job.state is State.INITIALIZING:
+            self._move(job, State.RUNNING)
+
+    async def record_plan(
+        self,
+        lease: Lease,
+        *,
+        total_steps: int,  # noqa: ARG002
+        total_epochs: int,  # noqa: ARG002
+        estimated_total_cost: float | None,  # noqa: ARG002
+    ) -> None:
+        self._running(lease)
+
+    async def record_progress(
+        self,
+        lease: Lease,
+        *,
+        stage: str,
+        progress: float,
+        epoch: int,
+        step: int,
+        metrics: Mapping[str, Any],
+        current_cost: float | None,  # noqa: ARG002
+        seconds_left: float | None,  # noqa: ARG002
+    ) -> int | None:
+        job = self._running(lease)
+        job.columns |= {
+            "current_stage": clean_text(stage, 50),
+            "progress": max(job.columns["progress"], percent(progress)),
+            "current_epoch": fit_integer(epoch),
+            "current_step": fit_integer(step),
+            "current_metrics": clean_json(metrics),
+        }
+        return self._outbox.next_sequence() if job.submission.callback_url else None
+
+    async def record_metrics(self, lease: Lease, points: Sequence[MetricPoint]) -> None:  # noqa: ARG002
+        self._held(lease)
+
+    async def forget_metrics(self, lease: Lease, after_step: int) -> None:  # noqa: ARG002
+        self._held(lease)
+
+    async def record_event(self, lease: Lease, kind: str, message: str, data: Mapping[str, Any]) -> None:  # noqa: ARG002
+        self._held(lease)
+
+    # -- JobStore: endings -----------------------------------------------------------------------------------------
+
+    async def complete_job(self, lease: Lease, outcome: Completed, *, cost: float | None) -> Ending:
+        return self._end(lease, cost, State.COMPLETED, progress=100.0, **adapter_columns(outcome))
+
+    async def fail_job(self, lease: Lease, failed: Failed, *, cost: float | None) -> Ending:
+        return self._end(lease, cost, State.FAILED, **error_columns(failed))
+
+    async def retry_job(self, lease: Lease, failed: Failed, *, delay_seconds: float, cost: float | None) -> Ending:
+        again = self._job_of(lease).attempt < MAX_ATTEMPTS
+        return self._end(
+            lease,
+            cost,
+            State.QUEUED if again else State.FAILED,
+            said_before={State.QUEUED, State.FAILED},
+            delay_seconds=delay_seconds,
+            **error_columns(failed),
+        )
+
+    async def release_job(self, lease: Lease, reason: str, *, cost: float | None) -> Ending:  # noqa: ARG002
+        return self._end(lease, cost, State.QUEUED, counts=False)
+
+    async def return_job(self, lease: Lease, returned: Returned, *, cost: float | None) -> Ending:
+        """There is one host: the caller sees the error, and RunPod replaces the worker."""
+        failed = Failed(returned.code, returned.message, returned.hint, returned.stack)
+        return self._end(lease, cost, State.FAILED, **error_columns(failed))
+
+    async def end_cancelled_job(self, lease: Lease, *, cost: float | None, data: Mapping[str, Any]) -> Ending:  # noqa: ARG002
+        job = self._job_of(lease)
+        if job.is_held_by(lease) and job.state is not State.CANCELLED:
+            return self._end(lease, cost, State.QUEUED, counts=False)
+        return self._end(lease, cost, State.CANCELLED)
+
+    # -- UploadLog -------------------------------------------------------------------------------------------------
+
+    async def note_upload(
+        self,
+        lease: Lease,
+        kind: UploadKind,
+        location: Location,  # noqa: ARG002
+        objects: Sequence[str],
+        *,
+        step: int = 0,
+    ) -> None:
+        job = self._held(lease)
+        job.uploads[lease.epoch, kind, step] = NotedUpload(job.id, lease.epoch, kind, step, [*objects])
+
+    async def finish_checkpoint_upload(self, lease: Lease, step: int, *, manifest_sha256: str, size: int) -> None:  # noqa: ARG002
+        self._held(lease)
+
+    async def names_are_ours(self, lease: Lease) -> bool:
+        job = self._job_of(lease)
+        return job.lease is not None and (job.lease.epoch > lease.epoch or job.lease == lease)
+
+    async def stored_checkpoints(self, job_id: UUID, location: Location) -> list[NotedUpload]:  # noqa: ARG002
+        """None: whoever could resume from them has them on its own disk."""
+        return []
+
+    async def leftovers(
+        self,
+        location: Location,
+        *,
+        job_id: UUID | None,
+        idle_seconds: float,  # noqa: ARG002
+        keep_seconds: float,  # noqa: ARG002
+        orphans: bool,  # noqa: ARG002
+        limit: int,
+    ) -> list[NotedUpload]:
+        """What is not needed of a job that nobody holds, at once: no other process could want it later."""
+        jobs = [self._jobs[job_id]] if job_id is not None else list(self._jobs.values())
+        return [upload for job in jobs for upload in job.leftovers(location)][:limit]
+
+    async def forget_upload(self, upload: NotedUpload) -> None:
+        self._jobs[upload.job_id].uploads.pop((upload.epoch, upload.kind, upload.step), None)
+
+    # -- moves -----------------------------------------------------------------------------------------------------
+
+    def _job_of(self, lease: Lease) -> _Job:
+        if (job := self._jobs.get(lease.job_id)) is None:
+            raise _lost(lease)
+        return job
+
+    def _held(self, lease: Lease) -> _Job:
+        job = self._job_of(lease)
+        if not job.is_held_by(lease):
+            raise _lost(lease)
+        return job
+
+    def _running(self, lease: Lease) -> _Job:
+        """The job of a lease that holds, unless it was cancelled: then its columns are final."""
+        job = self._held(lease)
+        if job.state not in HELD:
+            raise _lost(lease)
+        return job
+
+    def _end(
+        self,
+        lease: Lease,
+        cost: float | None,
+        target: State,
+        *,
+        said_before: Collection[State] = (),
+        counts: bool = True,
+        delay_seconds: float = 0.0,
+        **columns: Any,
+    ) -> Ending:
+        """`said_before`: the states that this ending may have led to if its answer was lost; `target` if none."""
+        job = self._job_of(lease)
+        noted = bool(job.uploads)
+        if not job.is_held_by(lease):
+            if job.lease == lease and job.state in (said_before or {target}):
+                return Ending(True, job.state, noted)
+            raise _lost(lease)
+        job.is_leased = False
+        job.spent = float(cost or job.spent)
         if job.state is State.CANCELLED:
-            return [{"ended": 1, "state": None, "noted": bool(job.uploads)}]
-        error = {key: value for key, value in parameters.items() if key.startswith("error_")}
-        match name:
-            case "complete_job":
-                adapter = {key: value for key, value in parameters.items() if key.startswith("adapter_")}
-                self._move(job, State.COMPLETED, progress=100.0, **adapter)
-            case "fail_job":
-                self._move(job, State.FAILED, **error)
-            case "retry_job" if job.attempt < MAX_ATTEMPTS:
-                job.due_at = time.monotonic() + parameters["delay_seconds"]
-                self._move(job, State.QUEUED, **error)
-            case "retry_job":
-                self._move(job, State.FAILED, **error)
-            case "return_job":
-                # There is one host: whoever called sees the fault, and RunPod replaces the worker.
-                self._move(job, State.FAILED, **error)
-            case "release_job":
-                job.attempt -= 1
-                self._move(job, State.QUEUED)
-            case _:
-                raise NotImplementedError(f"{name} has no meaning without a database")
-        return [{"ended": 1, "state": job.state.value, "noted": bool(job.uploads)}]
+            return Ending(target is State.CANCELLED, State.CANCELLED, noted)
+        if not counts:
+            job.attempt -= 1
+        job.due_at = time.monotonic() + delay_seconds
+        self._move(job, target, **columns)
+        return Ending(True, target, noted)
 
     def _move(self, job: _Job, state: State, **columns: Any) -> None:
         job.state = state
         job.columns |= columns
-        url = job.submission.callback_url
-        if url is None:
-            return
-        sequence = self._next_sequence()
-        event = _OUTBOX_EVENTS.get(state, f"job.{state.value}")
-        told = {"job_id": str(job.id), "event": event, "sequence": sequence, "at": datetime.now(UTC).isoformat()}
-        callback = Callback(
-            id=uuid4(),
-            token=uuid4(),
-            job_id=job.id,
-            sequence=sequence,
-            url=url,
-            host=urlsplit(url).netloc.rpartition("@")[2].lower(),
-            event=event,
-            payload=self._contract(job) | told,
-            attempts=0,
-            created_at=datetime.now(UTC),
-        )
-        self._outbox[callback.id] = callback
-
-    def _next_sequence(self) -> int:
-        self._sequence += 1
-        return self._sequence
-
-    def _claim_callbacks(self, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
-        # As the statement does: of each host the first, once at a time, so that a dead one holds up nobody else.
-        first: dict[str, Callback] = {}
-        for callback in self._outbox.values():
-            first.setdefault(callback.host, callback)
-        now = time.monotonic()
-        due = [callback for callback in first.values() if self._not_before.get(callback.id, 0.0) <= now]
-        claimed = [replace(callback, attempts=callback.attempts + 1) for callback in due[: parameters["limit"]]]
-        for callback in claimed:
-            self._outbox[callback.id] = callback
-            self._not_before[callback.id] = now + parameters["lock_seconds"]
-        return [vars(callback) for callback in claimed]
+        if (url := job.submission.callback_url) is not None:
+            event = _OUTBOX_EVENTS.get(state, f"job.{state.value}")
+            self._outbox.add(job.id, url, event, self._contract(job))
 
     def _contract(self, job: _Job) -> dict[str, Any]:
         """The keys of training_status_json (sql/migrations)."""
@@ -293,6 +375,10 @@ class MemoryJobStore(SqlJobStore):
             "error_message": job.columns.get("error_message"),
             "error_hint": job.columns.get("error_hint"),
         }
+
+
+def _lost(lease: Lease) -> LeaseLost:
+    return LeaseLost(f"the lease {lease.epoch} of job {lease.job_id} is not ours any more, or the job is final")
 
 
 def _lacking(host: Host, allowed_models: Collection[str], wanted: ParsedRow) -> list[str]:

@@ -11,10 +11,10 @@ from pathlib import Path
 from uuid import uuid4
 
 from daemon.errors import HostFault, JobFailed, disk_fault
-from daemon.queue.rows import Location
 from daemon.storage.interface import (
     DatasetSource,
     LocalFile,
+    Location,
     StoredObject,
     dataset_absent,
     safe_object_path,

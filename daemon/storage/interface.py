@@ -12,11 +12,21 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from daemon.errors import JobDelayed, JobFailed
-from daemon.queue.rows import Location
 from training.events import ErrorCode
 
 # What Supabase Storage accepts as a key: ASCII without '#', '%' and backslash.
 _OBJECT_PATH = re.compile(r"^[A-Za-z0-9!_.*'()&$@=;:+,?\- /]{1,900}$")
+
+
+@dataclass(frozen=True)
+class Location:
+    """Which bucket, and of which storage: two projects, or two hosts' folders, may each have one of the same name."""
+
+    storage: str
+    bucket: str
+
+    def parameters(self) -> dict[str, str]:
+        return {"storage": self.storage, "bucket": self.bucket}
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from storage3.exceptions import StorageApiError
 
 from daemon.errors import JobDelayed, JobError, JobFailed, disk_fault
 from daemon.network.retry_after import is_transient
-from daemon.queue.rows import Location
 from daemon.storage import tus
 from daemon.storage.interface import (
     DatasetSource,
+    Location,
     SignedUrl,
     StoredObject,
     dataset_absent,

@@ -1,103 +1,147 @@
-"""What attempts leave in Storage: noted before the first byte is sent, deleted when no row names it.
+"""Records every upload before it starts, so that objects which no row names can be found and deleted.
 
 A host may die between any two steps of finishing. The note in the database outlives it, so that whoever comes next
-knows which objects may lie there: those that the job's row names stay, the others are deleted.
+knows which objects may lie there: those that the job's row names stay, the others are deleted (daemon.storage.sweep).
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
 from uuid import UUID
 
 import structlog
 
-from daemon.chores import worked
-from daemon.errors import DatabaseAway, HostUnfit, JobError, StatementRefused
-from daemon.queue.job import ClaimedJob
-from daemon.queue.rows import Location, NotedUpload
-from daemon.queue.store import SqlJobStore
-from daemon.storage.interface import Storage
+from daemon.database.connection import Database
+from daemon.errors import DatabaseAway, RowsHidden
+from daemon.queue.fenced_statements import FencedStatements
+from daemon.queue.job import ClaimedJob, Lease
+from daemon.storage.interface import Location
 from daemon.storage.publish import object_names
 
 log = structlog.get_logger()
 
 AWAY_SECONDS = 1.0
-SWEEP_SECONDS = 3600.0
-# A host that has lost its lease may still be uploading; it learns of it within a few heartbeats.
-IDLE_SECONDS = 3600.0
-NOTES_A_SWEEP = 100
+
+UploadKind = Literal["adapter", "checkpoint"]
 
 
-async def note_adapter(store: SqlJobStore, job: ClaimedJob, location: Location) -> None:
+@dataclass(frozen=True)
+class NotedUpload:
+    """Objects that one attempt may have stored, the archive first or the manifest last.
+
+    `manifest_sha256` stands when a checkpoint is whole; `named` when the job's own row names the objects."""
+
+    job_id: UUID
+    epoch: int
+    kind: UploadKind
+    step: int
+    objects: list[str]
+    manifest_sha256: str | None = None
+    named: bool = False
+
+
+class UploadLog(Protocol):
+    """What the attempt and the sweeps need of it; SqlUploadLog and MemoryJobStore have it."""
+
+    async def note_upload(
+        self, lease: Lease, kind: UploadKind, location: Location, objects: Sequence[str], *, step: int = 0
+    ) -> None: ...
+
+    async def finish_checkpoint_upload(self, lease: Lease, step: int, *, manifest_sha256: str, size: int) -> None: ...
+
+    async def names_are_ours(self, lease: Lease) -> bool: ...
+
+    async def stored_checkpoints(self, job_id: UUID, location: Location) -> list[NotedUpload]: ...
+
+    async def leftovers(
+        self,
+        location: Location,
+        *,
+        job_id: UUID | None,
+        idle_seconds: float,
+        keep_seconds: float,
+        orphans: bool,
+        limit: int,
+    ) -> list[NotedUpload]: ...
+
+    async def forget_upload(self, upload: NotedUpload) -> None: ...
+
+
+class SqlUploadLog:
+    """The statements of training_uploads over one Database. Raises what Database raises, and LeaseLost."""
+
+    def __init__(self, database: Database) -> None:
+        self._statements = FencedStatements(database)
+
+    async def note_upload(
+        self, lease: Lease, kind: UploadKind, location: Location, objects: Sequence[str], *, step: int = 0
+    ) -> None:
+        """These objects may be there from now on: before the first byte is sent. `step` is a checkpoint's."""
+        values = {"kind": kind, "step": step, "objects": [*objects]} | location.parameters()
+        await self._statements.fenced("note_upload", lease, values)
+
+    async def finish_checkpoint_upload(self, lease: Lease, step: int, *, manifest_sha256: str, size: int) -> None:
+        """The checkpoint is stored and was read back, its manifest last. `size` in bytes."""
+        values = {"step": step, "manifest_sha256": manifest_sha256, "bytes": size}
+        await self._statements.fenced("finish_checkpoint_upload", lease, values)
+
+    async def names_are_ours(self, lease: Lease) -> bool:
+        """Whether objects named after this lease's epoch are this lease's alone.
+
+        Where a backup has taken the rows back in time, another host has that epoch, or will have it."""
+        rows = await self._statements.run("read_last_claim", {"job_id": lease.job_id})
+        if not rows:
+            return (await self._statements.find_job(lease.job_id)).is_deleted
+        return bool(rows[0]["lease_epoch"] > lease.epoch or rows[0]["lease_token"] == lease.token)
+
+    async def stored_checkpoints(self, job_id: UUID, location: Location) -> list[NotedUpload]:
+        """The latest attempt's newest first; those without a `manifest_sha256` are not whole.
+
+        Raises RowsHidden where there are some that we do not see: hours of training would begin anew."""
+        rows = await self._statements.run("read_stored_checkpoints", {"job_id": job_id} | location.parameters())
+        if not rows and (found := await self._statements.find_job(job_id)).can_tell and found.checkpoints:
+            seen = await self._statements.run("count_seen_checkpoints", {"job_id": job_id})
+            if seen[0]["seen"] < found.checkpoints:
+                raise RowsHidden(f"the stored checkpoints of job {job_id} are hidden from the daemon by row security")
+        return [NotedUpload(**row) for row in rows]
+
+    async def leftovers(
+        self,
+        location: Location,
+        *,
+        job_id: UUID | None,
+        idle_seconds: float,
+        keep_seconds: float,
+        orphans: bool,
+        limit: int,
+    ) -> list[NotedUpload]:
+        """What nobody needs any more, of one job or of all. `keep_seconds`: how long a checkpoint outlives its job.
+
+        `orphans`: of jobs that are not there any more as well."""
+        values = {
+            "job_id": job_id,
+            "idle_seconds": idle_seconds,
+            "keep_seconds": keep_seconds,
+            "orphans": orphans,
+            "limit": limit,
+        } | location.parameters()
+        return [NotedUpload(**row) for row in await self._statements.run("read_leftovers", values)]
+
+    async def forget_upload(self, upload: NotedUpload) -> None:
+        """Its objects are gone, or the job's row names them."""
+        values = {"job_id": upload.job_id, "noted_epoch": upload.epoch, "kind": upload.kind, "step": upload.step}
+        await self._statements.run("forget_upload", values)
+
+
+async def note_adapter(uploads: UploadLog, job: ClaimedJob, location: Location) -> None:
     """Note the objects of this attempt's adapter, however long the database is away. Raises LeaseLost."""
     objects = object_names(job.id, job.lease_epoch).all()
     while True:
         try:
-            return await store.note_upload(job.lease, "adapter", location, objects)
+            return await uploads.note_upload(job.lease, "adapter", location, objects)
         except DatabaseAway as error:
             log.warning("upload_delayed", error=str(error))
             await asyncio.sleep(AWAY_SECONDS)
-
-
-async def sweep_job(store: SqlJobStore, storage: Storage, job_id: UUID, keep_days: float) -> None:
-    """Delete what a settled job does not need. What cannot be deleted now stays noted for the next sweep."""
-    await _sweep(store, storage, job_id=job_id, idle_seconds=0.0, keep_days=keep_days, orphans=True)
-
-
-async def sweep_for_ever(store: SqlJobStore, storage: Storage, keep_days: float) -> None:
-    """Delete what dead hosts left and what has been kept long enough, until cancelled.
-
-    A job without a row counts as deleted only in a table that was the same at the sweep before: into one that was made
-    anew the rows may still be on their way, from a backup say."""
-    tables: str | None = None
-    while True:
-        before, tables = tables, await _tables(store)
-        if before is not None:
-            same = tables == before
-            await _sweep(store, storage, job_id=None, idle_seconds=IDLE_SECONDS, keep_days=keep_days, orphans=same)
-        worked()
-        await asyncio.sleep(SWEEP_SECONDS)
-
-
-async def _tables(store: SqlJobStore) -> str | None:
-    try:
-        return (await store.read_sight()).tables
-    except (DatabaseAway, HostUnfit) as error:
-        log.warning("leftovers_kept", error=str(error))
-        return None
-
-
-async def _sweep(
-    store: SqlJobStore, storage: Storage, *, job_id: UUID | None, idle_seconds: float, keep_days: float, orphans: bool
-) -> None:
-    try:
-        leftovers = await store.leftovers(
-            storage.location,
-            job_id=job_id,
-            idle_seconds=idle_seconds,
-            keep_seconds=keep_days * 86_400.0,
-            orphans=orphans,
-            limit=NOTES_A_SWEEP,
-        )
-    except DatabaseAway as error:
-        log.warning("leftovers_kept", error=str(error))
-        return
-    for upload in leftovers:
-        try:
-            await withdraw(store, storage, upload)
-        except DatabaseAway as error:
-            log.warning("leftovers_kept", error=str(error))
-            return
-        except (JobError, StatementRefused) as error:
-            # One that cannot be deleted keeps no other.
-            log.warning("leftovers_kept", job_id=str(upload.job_id), error=str(error))
-
-
-async def withdraw(store: SqlJobStore, storage: Storage, upload: NotedUpload) -> None:
-    """Delete the objects, unless the job's row names them, then the note. Raises DatabaseAway and JobError."""
-    if not upload.named:
-        # The manifest is the last of a checkpoint's: without it nobody takes what is left for whole.
-        for name in reversed(upload.objects):
-            await storage.delete(name)
-        log.info("stored_objects_deleted", job_id=str(upload.job_id), kind=upload.kind, lease_epoch=upload.epoch)
-    await store.forget_upload(upload)

@@ -18,6 +18,7 @@ from daemon.queue.rows import Limits
 from daemon.queue.store import SqlJobStore
 from daemon.report.cost import Meter
 from daemon.report.reporter import Reporter
+from daemon.serverless.memory_outbox import MemoryOutbox
 from daemon.serverless.memory_store import MemoryJobStore
 from daemon.stop_request import Stop, StopReason
 from tests.postgres import AppDatabase
@@ -111,7 +112,7 @@ async def test_while_the_database_refuses_the_limit_that_is_known_holds(database
 
 
 async def test_a_request_without_a_row_has_no_limits_and_is_not_taken_for_a_deleted_one() -> None:
-    store = MemoryJobStore(Host(device="cpu"), ())
+    store = MemoryJobStore(Host(device="cpu"), (), MemoryOutbox())
     submission = Submission(
         dataset_url="https://files.example.com/d.jsonl", hyperparameters={"base_model": "a/b"}, gpu_config={}
     )

@@ -15,6 +15,7 @@ from daemon.attempt.cleanup import Remains, Tidying
 from daemon.attempt.settle import settle
 from daemon.attempt.work_folder import Workspace
 from daemon.database.connection import Database
+from daemon.database.statements import statement
 from daemon.queue.job import Lease
 from daemon.queue.outcome import Cancelled, Completed, Failed, Released, Superseded
 from daemon.queue.states import State
@@ -25,7 +26,7 @@ from daemon.settings import Settings
 from daemon.stop_request import Stop, StopReason
 from daemon.storage.folder import FolderStorage
 from daemon.storage.publish import object_names
-from daemon.storage.upload_log import note_adapter
+from daemon.storage.upload_log import SqlUploadLog, note_adapter
 from tests.postgres import AppDatabase
 from tests.queue.claiming import claimed
 from training import events
@@ -34,16 +35,14 @@ from training.events import ErrorCode, Stage
 REFUSED = Failed(ErrorCode.INVALID_SPEC, "no such field")
 
 
-class CountingStore(SqlJobStore):
-    """A store that remembers which statements it ran."""
+class CountingDatabase(Database):
+    """Remembers which statements it ran."""
 
-    def __init__(self, database: Database) -> None:
-        super().__init__(database)
-        self.ran: list[str] = []
+    ran: list[str]
 
-    async def _run(self, name: str, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
-        self.ran.append(name)
-        return await super()._run(name, parameters)
+    async def fetch(self, text: str, parameters: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+        self.ran.append(text)
+        return await super().fetch(text, parameters)
 
 
 class SlowStorage(FolderStorage):
@@ -61,10 +60,11 @@ class SlowStorage(FolderStorage):
 
 
 @pytest.fixture
-async def store(database: AppDatabase) -> AsyncIterator[CountingStore]:
+async def store(database: AppDatabase) -> AsyncIterator[SqlJobStore]:
     database.insert_job(database.insert_user())
-    async with Database(database.dsn, application_name="test", statement_seconds=1.0) as connection:
-        yield CountingStore(connection)
+    async with CountingDatabase(database.dsn, application_name="test", statement_seconds=1.0) as connection:
+        connection.ran = []
+        yield SqlJobStore(connection)
 
 
 @pytest.fixture
@@ -85,24 +85,27 @@ def put(root: Path, name: str) -> Path:
 
 
 async def test_a_job_refused_at_the_first_look_is_written_back_by_one_statement(
-    store: CountingStore, settings: Settings, tmp_path: Path
+    store: SqlJobStore, settings: Settings, tmp_path: Path
 ) -> None:
     job = await claimed(store)
-    store.ran.clear()
+    counting = store.database
+    assert isinstance(counting, CountingDatabase)
+    counting.ran.clear()
     ending = await settle(job, REFUSED, reporter_of(store, job.lease), stop=Stop(), store=store, settings=settings)
     assert ending is not None and (ending.state, ending.noted) == (State.FAILED, False)
-    tidying = Tidying(store, FolderStorage(tmp_path), settings)
+    tidying = Tidying(store, SqlUploadLog(store.database), FolderStorage(tmp_path), settings)
     tidying.begin(Remains(job, ending, stored=False))
     await tidying.finish()
-    assert store.ran == ["fail_job"]
+    assert counting.ran == [statement("fail_job")]
 
 
 async def test_an_ending_says_whether_something_of_the_job_lies_in_storage(
-    store: CountingStore, database: AppDatabase, settings: Settings, tmp_path: Path
+    store: SqlJobStore, database: AppDatabase, settings: Settings, tmp_path: Path
 ) -> None:
+    uploads = SqlUploadLog(store.database)
     storage = FolderStorage(tmp_path)
     first = await claimed(store)
-    await note_adapter(store, first, storage.location)
+    await note_adapter(uploads, first, storage.location)
     left = put(tmp_path, object_names(first.id, first.lease_epoch).archive)
     await store.release_job(first.lease, "its host dies", cost=None)
     second = await claimed(store)
@@ -110,25 +113,26 @@ async def test_an_ending_says_whether_something_of_the_job_lies_in_storage(
         second, REFUSED, reporter_of(store, second.lease), stop=Stop(), store=store, settings=settings
     )
     assert ending is not None and ending.noted
-    tidying = Tidying(store, storage, settings)
+    tidying = Tidying(store, uploads, storage, settings)
     tidying.begin(Remains(second, ending, stored=False))
     await tidying.finish()
     assert not left.exists() and database.run("SELECT FROM training_uploads") == []
 
 
 async def test_what_an_attempt_stored_after_it_lost_its_job_is_deleted_by_itself(
-    store: CountingStore, database: AppDatabase, settings: Settings, tmp_path: Path
+    store: SqlJobStore, database: AppDatabase, settings: Settings, tmp_path: Path
 ) -> None:
+    uploads = SqlUploadLog(store.database)
     storage = FolderStorage(tmp_path)
     stale = await claimed(store)
-    await note_adapter(store, stale, storage.location)
+    await note_adapter(uploads, stale, storage.location)
     workspace = Workspace.open(settings.work_dir, stale.lease)
     await store.release_job(stale.lease, "it fell silent, and was reaped", cost=None)
     heir = await claimed(store)
-    await note_adapter(store, heir, storage.location)
+    await note_adapter(uploads, heir, storage.location)
     kept = put(tmp_path, object_names(heir.id, heir.lease_epoch).archive)
     done = Completed(f"lora-models/{object_names(heir.id, heir.lease_epoch).archive}", "0" * 64, 1)
-    tidying = Tidying(store, storage, settings)
+    tidying = Tidying(store, uploads, storage, settings)
     ending = await settle(heir, done, reporter_of(store, heir.lease), stop=Stop(), store=store, settings=settings)
     tidying.begin(Remains(heir, ending, stored=True))
     await tidying.finish()
@@ -145,15 +149,16 @@ async def test_what_an_attempt_stored_after_it_lost_its_job_is_deleted_by_itself
 
 
 async def test_tidying_keeps_a_stopping_host_only_for_a_moment_and_is_done_by_another(
-    store: CountingStore, database: AppDatabase, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: SqlJobStore, database: AppDatabase, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    uploads = SqlUploadLog(store.database)
     monkeypatch.setattr("daemon.attempt.cleanup.FINISH_SECONDS", 0.05)
     storage = SlowStorage(tmp_path)
     job = await claimed(store)
-    await note_adapter(store, job, storage.location)
+    await note_adapter(uploads, job, storage.location)
     left = put(tmp_path, object_names(job.id, job.lease_epoch).archive)
     ending = await settle(job, REFUSED, reporter_of(store, job.lease), stop=Stop(), store=store, settings=settings)
-    stopping = Tidying(store, storage, settings)
+    stopping = Tidying(store, uploads, storage, settings)
     stopping.begin(Remains(job, ending, stored=True))
     async with asyncio.timeout(30):
         await storage.asked.wait()
@@ -161,14 +166,14 @@ async def test_tidying_keeps_a_stopping_host_only_for_a_moment_and_is_done_by_an
     assert left.exists() and len(database.run("SELECT FROM training_uploads")) == 1
     storage.gate.set()
     monkeypatch.setattr("daemon.attempt.cleanup.FINISH_SECONDS", 30.0)
-    other = Tidying(store, storage, settings)
+    other = Tidying(store, uploads, storage, settings)
     other.begin(Remains(job, ending, stored=True))
     await other.finish()
     assert not left.exists() and database.run("SELECT FROM training_uploads") == []
 
 
 async def test_a_locked_table_of_the_charts_keeps_no_ending_waiting(
-    store: CountingStore, database: AppDatabase, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    store: SqlJobStore, database: AppDatabase, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("daemon.attempt.settle.AWAY_SECONDS", 0.01)
     job = await claimed(store)
@@ -185,7 +190,7 @@ async def test_a_locked_table_of_the_charts_keeps_no_ending_waiting(
 
 @pytest.mark.parametrize("fault", ["RAISE EXCEPTION 'not today'", "INSERT INTO activity DEFAULT VALUES"])
 async def test_an_ending_that_the_apps_own_trigger_refuses_is_told_as_what_it_is(
-    store: CountingStore, database: AppDatabase, settings: Settings, fault: str
+    store: SqlJobStore, database: AppDatabase, settings: Settings, fault: str
 ) -> None:
     database.run("CREATE TABLE activity (at timestamptz DEFAULT now())")
     database.run(f"CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN {fault}; RETURN NULL; END$$")
@@ -205,7 +210,7 @@ async def test_an_ending_that_the_apps_own_trigger_refuses_is_told_as_what_it_is
 
 
 async def test_of_a_cancelled_job_the_story_says_what_was_saved(
-    store: CountingStore, database: AppDatabase, settings: Settings
+    store: SqlJobStore, database: AppDatabase, settings: Settings
 ) -> None:
     job = await claimed(store)
     reporter = reporter_of(store, job.lease)
@@ -220,7 +225,7 @@ async def test_of_a_cancelled_job_the_story_says_what_was_saved(
 
 
 async def test_a_hurried_host_leaves_its_release_to_the_reaper_while_the_database_is_away(
-    store: CountingStore, settings: Settings
+    store: SqlJobStore, settings: Settings
 ) -> None:
     job = await claimed(store)
     stop = Stop()
@@ -237,7 +242,7 @@ async def test_a_hurried_host_leaves_its_release_to_the_reaper_while_the_databas
 
 @pytest.mark.parametrize("outcome", [Failed(ErrorCode.INTERNAL, "exit code 1", transient=True), REFUSED, Released("x")])
 async def test_who_counted_his_lease_out_does_not_wait_to_tell_of_a_failure(
-    store: CountingStore, settings: Settings, outcome: Failed | Released
+    store: SqlJobStore, settings: Settings, outcome: Failed | Released
 ) -> None:
     """It may be the heir's doing: a folder on a shared volume, taken from under the trainer."""
     job = await claimed(store)
@@ -254,7 +259,7 @@ async def test_who_counted_his_lease_out_does_not_wait_to_tell_of_a_failure(
             assert await settling is None
 
 
-async def test_an_adapter_that_is_stored_is_worth_any_wait(store: CountingStore, settings: Settings) -> None:
+async def test_an_adapter_that_is_stored_is_worth_any_wait(store: SqlJobStore, settings: Settings) -> None:
     job = await claimed(store)
     stop = Stop()
     stop.request(StopReason.LEASE_LOST)
@@ -264,7 +269,7 @@ async def test_an_adapter_that_is_stored_is_worth_any_wait(store: CountingStore,
 
 
 async def test_an_ending_that_was_written_is_known_although_the_heartbeat_misses_its_lease(
-    store: CountingStore, settings: Settings
+    store: SqlJobStore, settings: Settings
 ) -> None:
     job = await claimed(store)
     stop = Stop()
@@ -297,7 +302,7 @@ def test_a_folder_that_vanishes_while_its_checkpoints_are_adopted_costs_the_heir
 
 
 async def test_a_host_from_before_a_restore_deletes_no_object_of_who_shares_its_epoch(
-    store: CountingStore, database: AppDatabase, settings: Settings, tmp_path: Path
+    store: SqlJobStore, database: AppDatabase, settings: Settings, tmp_path: Path
 ) -> None:
     storage = FolderStorage(tmp_path)
     older = await claimed(store)
@@ -313,7 +318,7 @@ async def test_a_host_from_before_a_restore_deletes_no_object_of_who_shares_its_
     younger = await claimed(store)
     assert younger.lease_epoch == older.lease_epoch
     kept = put(tmp_path, object_names(younger.id, younger.lease_epoch).archive)
-    tidying = Tidying(store, storage, settings)
+    tidying = Tidying(store, SqlUploadLog(store.database), storage, settings)
     tidying.begin(Remains(older, None, stored=True))
     await tidying.finish()
     assert kept.exists()

@@ -21,6 +21,7 @@ from daemon.stop_request import Stop
 from daemon.storage.folder import FolderStorage
 from daemon.storage.interface import StoredObject
 from daemon.storage.supabase import SupabaseStorage
+from daemon.storage.upload_log import SqlUploadLog
 from tests.doubles.storage import SERVICE_KEY, Bucket, StorageDouble
 from tests.postgres import AppDatabase
 from tests.queue.claiming import claimed
@@ -54,7 +55,7 @@ class Host:
     def __init__(self, folder: Path, store: SqlJobStore, storage: Any, job: ClaimedJob) -> None:
         self.workspace = Workspace.open(folder, job.lease)
         self.story: list[tuple[str, dict[str, Any]]] = []
-        self.keeper = CheckpointStore(store, storage, job, self.workspace, self.tell)
+        self.keeper = CheckpointStore(SqlUploadLog(store.database), storage, job, self.workspace, self.tell)
 
     def tell(self, kind: str, _message: str, data: dict[str, Any]) -> None:
         self.story.append((kind, data))

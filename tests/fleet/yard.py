@@ -14,6 +14,7 @@ from daemon.fleet.loop import Fleet
 from daemon.fleet.plan import read_plan
 from daemon.fleet.store import FleetStore
 from daemon.pod.runpod_api import Key, RunPod
+from daemon.queue.row_visibility import RowVisibility
 from daemon.queue.store import SqlJobStore
 from daemon.settings import Settings, load_settings
 from tests.doubles.runpod_api import PodRow, RunPodDouble
@@ -54,6 +55,7 @@ class Yard:
                 FleetStore(deciding),
                 SqlJobStore(helping),
                 api,
+                visibility=RowVisibility(helping),
                 clock=lambda: self.now,
                 settle_seconds=settle_seconds,
             )

@@ -33,9 +33,11 @@ from daemon.database.connection import Database
 from daemon.database.embedded_server import EmbeddedPostgres
 from daemon.database.statements import statement
 from daemon.errors import DatabaseAway, LeaseLost
-from daemon.queue.rows import Location, MetricPoint
+from daemon.queue.rows import MetricPoint
 from daemon.queue.store import SqlJobStore
 from daemon.schema.migrations import migrate
+from daemon.storage.interface import Location
+from daemon.storage.upload_log import SqlUploadLog
 from tests.daemon_process import REAL, SCRIPTED, DaemonProcess, children_of, eventually
 from tests.doubles.tcp_proxy import TcpProxy
 from tests.lifecycle.queue import Queue
@@ -566,6 +568,7 @@ async def test_each_statement_without_its_epoch_turns_the_judge_red(queue: Queue
     app.insert(hyperparameters={"base_model": "tiny"})
     async with (
         Database(as_host(queue.dsn, "stale"), application_name="stale") as one,
+        ForgetfulDatabase(as_host(queue.dsn, "stale"), application_name="stale") as forgetful,
         Database(as_host(queue.dsn, "heir"), application_name="heir") as other,
     ):
         lease = await reaped_lease(SqlJobStore(one))
@@ -574,14 +577,14 @@ async def test_each_statement_without_its_epoch_turns_the_judge_red(queue: Queue
         await SqlJobStore(other).record_metrics(
             heir, [MetricPoint(step=1, epoch=0, training_loss=1.0, learning_rate=1.0, throughput=2.0)]
         )
-        await SqlJobStore(other).note_upload(heir, "checkpoint", Location("s", "lora-models"), ["heir"], step=1)
+        await SqlUploadLog(other).note_upload(heir, "checkpoint", Location("s", "lora-models"), ["heir"], step=1)
         if write in {"end_cancelled_job", "settle_cancelled_job"}:
             app.cancel_as_owner(heir.job_id)
         with pytest.raises(LeaseLost):
             await STALE_WRITES[write](SqlJobStore(one), lease)
         assert "stale " not in offences(queue.dsn)
         try:
-            await STALE_WRITES[write](MutatedStore(one), lease)
+            await STALE_WRITES[write](SqlJobStore(forgetful), lease)
         except (LeaseLost, DatabaseAway) as refused:
             raise AssertionError("the mutation made no difference") from refused
     assert "stale " in offences(queue.dsn)
@@ -594,9 +597,9 @@ def offences(dsn: str) -> str:
     return "\n".join(line for line in lines if line.startswith(kinds) and "stale" in line)
 
 
-class MutatedStore(SqlJobStore):
-    """The same methods over statements that forgot their epoch."""
+class ForgetfulDatabase(Database):
+    """Its statements forgot their epoch."""
 
-    async def _run(self, name: str, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
-        text = statement(name)
-        return await self.database.fetch(without_epoch(text) if name in STALE_WRITES else text, parameters)
+    async def fetch(self, text: str, parameters: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+        stale = any(text == statement(name) for name in STALE_WRITES)
+        return await super().fetch(without_epoch(text) if stale else text, parameters)

@@ -17,12 +17,16 @@ from daemon.database.connection import Database
 from daemon.fitness import Fitness
 from daemon.host.inspect import Host
 from daemon.queue.lease import LeaseKeeper
+from daemon.queue.row_visibility import RowVisibility
 from daemon.queue.store import SqlJobStore
+from daemon.queue.worker_registry import WorkerRegistry
 from daemon.report.courier import CallbackCourier
 from daemon.settings import load_settings
 from daemon.storage.open import open_storage
+from daemon.storage.upload_log import SqlUploadLog
 from daemon.trainer.pool import Trainers
 from daemon.troubles import Troubles
+from daemon.worker import Queue as WorkerQueue
 from daemon.worker import Worker
 from tests.daemon_process import eventually
 from tests.lifecycle.queue import Queue
@@ -53,17 +57,20 @@ async def resting(
     ):
         storage = open_storage(settings)
         command = (sys.executable, str(SCRIPTED_TRAINER))
+        store = SqlJobStore(database)
         worker = Worker(
             Collaborators(
                 settings=settings,
                 host=host,
-                store=SqlJobStore(database),
+                store=store,
+                uploads=SqlUploadLog(database),
                 leases=LeaseKeeper(SqlJobStore(beat), lease_seconds=settings.lease_seconds, on_partition="continue"),
                 storage=storage,
                 courier=CallbackCourier(settings),
                 trainers=Trainers(settings, host, command),
                 fitness=Fitness(settings, host, command, Troubles()),
-            )
+            ),
+            WorkerQueue(store, RowVisibility(database), WorkerRegistry(database)),
         )
         running = asyncio.create_task(worker.run())
         try:

@@ -27,9 +27,11 @@ from daemon.database.statements import statement
 from daemon.errors import LeaseLost
 from daemon.queue.job import Lease, Returned
 from daemon.queue.outcome import Completed, Failed
-from daemon.queue.rows import Ending, Limits, Location, MetricPoint
+from daemon.queue.rows import Ending, Limits, MetricPoint
 from daemon.queue.states import State
 from daemon.queue.store import SqlJobStore
+from daemon.storage.interface import Location
+from daemon.storage.upload_log import SqlUploadLog
 from tests.daemon_process import DaemonProcess, alive, eventually
 from tests.lifecycle.queue import FINAL, Queue
 from tests.paths import ROOT
@@ -184,7 +186,7 @@ PROGRESS: dict[str, Any] = {
 
 
 async def _settle_cancelled(store: SqlJobStore, lease: Lease) -> None:
-    if not await store._run("settle_cancelled_job", vars(lease) | {"cost": 9.0}):
+    if not await store.database.fetch(statement("settle_cancelled_job"), vars(lease) | {"cost": 9.0}):
         raise LeaseLost("no row")
 
 
@@ -198,8 +200,10 @@ STALE_WRITES: dict[str, Callable[[SqlJobStore, Lease], Awaitable[object]]] = {
     "record_metrics": lambda store, lease: store.record_metrics(lease, [POINT]),
     "forget_metrics": lambda store, lease: store.forget_metrics(lease, 0),
     "record_event": lambda store, lease: store.record_event(lease, "stale", "stale", {}),
-    "note_upload": lambda store, lease: store.note_upload(lease, "adapter", Location("s", "lora-models"), ["stale"]),
-    "finish_checkpoint_upload": lambda store, lease: store.finish_checkpoint_upload(
+    "note_upload": lambda store, lease: SqlUploadLog(store.database).note_upload(
+        lease, "adapter", Location("s", "lora-models"), ["stale"]
+    ),
+    "finish_checkpoint_upload": lambda store, lease: SqlUploadLog(store.database).finish_checkpoint_upload(
         lease, 1, manifest_sha256="stale", size=1
     ),
     "renew_lease": lambda store, lease: store.renew_lease(lease, 600.0),

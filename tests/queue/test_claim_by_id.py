@@ -15,6 +15,7 @@ from daemon.host.inspect import Gpu, Host
 from daemon.queue.job import ClaimedJob
 from daemon.queue.outcome import Failed
 from daemon.queue.store import SqlJobStore
+from daemon.serverless.memory_outbox import MemoryOutbox
 from daemon.serverless.memory_store import MemoryJobStore
 from daemon.serverless.row_store import ServerlessRows
 from daemon.settings import load_settings
@@ -81,7 +82,7 @@ async def test_a_host_without_a_database_refuses_the_same_jobs_in_the_same_words
     wanted: Any, gpus: tuple[Gpu, ...], allowed: str, said: str
 ) -> None:
     models = load_settings(database_url="postgresql://nowhere", allowed_models=allowed).allowed_models
-    store = MemoryJobStore(Host(device="cuda", gpus=gpus), models)
+    store = MemoryJobStore(Host(device="cuda", gpus=gpus), models, MemoryOutbox())
     with pytest.raises(Refused) as refused:
         await store.submit(submission(wanted))
     assert said in refused.value.message and "stays queued" not in str(refused.value.hint)
@@ -95,12 +96,12 @@ async def test_what_a_host_has_it_serves_with_a_database_and_without(
     database: AppDatabase, user: UUID, wanted: dict[str, Any]
 ) -> None:
     assert await taken(database, database.insert_job(user, gpu_config=wanted)) is not None
-    store = MemoryJobStore(Host(device="cuda", gpus=(H100,)), ())
+    store = MemoryJobStore(Host(device="cuda", gpus=(H100,)), (), MemoryOutbox())
     assert await store.claim(await store.submit(submission(wanted))) is not None
 
 
 async def test_a_cpu_host_without_a_database_takes_what_it_is_called_for() -> None:
-    store = MemoryJobStore(Host(device="cpu"), ())
+    store = MemoryJobStore(Host(device="cpu"), (), MemoryOutbox())
     much = submission({"num_gpus": 8, "gpu_memory_gb": 640, "gpu_type": "B200"})
     assert await store.claim(await store.submit(much)) is not None
 

@@ -10,6 +10,7 @@ from daemon.database.connection import Database
 from daemon.errors import HostUnfit, StatementRefused
 from daemon.queue.rows import Limits
 from daemon.queue.store import SqlJobStore
+from daemon.report.outbox import SqlOutbox
 from tests.postgres import AppDatabase
 from tests.sql.world import held
 
@@ -148,15 +149,16 @@ async def test_a_scheduled_job_that_is_refused_keeps_no_other_from_its_time(
 
 
 async def test_a_callback_that_is_refused_keeps_no_other(database: AppDatabase, store: SqlJobStore, user: UUID) -> None:
+    outbox = SqlOutbox(store.database, store.troubles)
     for host in ("a", "a", "b"):
         job_id = database.insert_job(user, callback_url=f"https://{host}.example.org/hook")
         database.run("UPDATE training_jobs SET status = 'cancelled' WHERE id = %s", (job_id,))
     rows = database.run("SELECT id FROM training_callbacks ORDER BY sequence")
     bad, *others = [row["id"] for row in rows]
     refuse(database, "training_callbacks", bad)
-    assert {each.id for each in await store.claim_callbacks(10, 60.0)} == set(others)
+    assert {each.id for each in await outbox.claim_callbacks(10, 60.0)} == set(others)
     assert [each["name"] for each in store.troubles.as_json()] == ["callback"]
-    assert await store.claim_callbacks(10, 60.0) == []
+    assert await outbox.claim_callbacks(10, 60.0) == []
 
 
 async def test_an_unanswered_claim_that_cannot_go_back_keeps_no_other(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
@@ -23,12 +23,14 @@ from psycopg.types.json import Jsonb
 
 from daemon.database.connection import Database
 from daemon.database.statements import statement
-from daemon.errors import LeaseLost
+from daemon.errors import LeaseLost, StatementRefused
 from daemon.queue.job import ClaimedJob, Lease, Returned
 from daemon.queue.outcome import Completed, Failed
-from daemon.queue.rows import Ending, Limits, Location, MetricPoint
+from daemon.queue.rows import Ending, Limits, MetricPoint
 from daemon.queue.states import FINAL, HELD, UNFINISHED, State
 from daemon.queue.store import MAX_RETURNS, SqlJobStore
+from daemon.storage.interface import Location
+from daemon.storage.upload_log import SqlUploadLog
 from tests.lifecycle.test_peer_failures import READS, STALE_WRITES
 from tests.postgres import AppDatabase, Server
 from training.events import ErrorCode
@@ -135,16 +137,15 @@ class Mutant:
         return f"{self.name} without {self.condition}"
 
 
-class MutatedStore(SqlJobStore):
-    """The same methods; one statement is the mutant."""
+class MutableDatabase(Database):
+    """Runs the mutant, while there is one, in place of its statement."""
 
-    def __init__(self, database: Database, mutant: Mutant) -> None:
-        super().__init__(database)
-        self._mutant = mutant
+    mutant: Mutant | None = None
 
-    async def _run(self, name: str, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
-        text = self._mutant.text if name == self._mutant.name else statement(name)
-        return await self.database.fetch(text, parameters)
+    async def fetch(self, text: str, parameters: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+        if self.mutant is not None and text == statement(self.mutant.name):
+            text = self.mutant.text
+        return await super().fetch(text, parameters)
 
 
 class TwoWorkers(RuleBasedStateMachine):
@@ -153,8 +154,7 @@ class TwoWorkers(RuleBasedStateMachine):
     app: AppDatabase
     owner: psycopg.Connection[dict[str, Any]]
     loop: asyncio.AbstractEventLoop
-    databases: tuple[Database, Database]
-    store_of: Callable[[Database], SqlJobStore]
+    databases: tuple[MutableDatabase, MutableDatabase]
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class TwoWorkers(RuleBasedStateMachine):
         self.dataset = self.app.insert_dataset(self.user)
         self.jobs: dict[UUID, ModelJob] = {}
         self.leases: tuple[list[Lease], list[Lease]] = ([], [])
-        self.stores = tuple(type(self).store_of(database) for database in self.databases)
+        self.stores = tuple(SqlJobStore(database) for database in self.databases)
         self.ids = (uuid4(), uuid4())
 
     def do(self, call: Awaitable[T]) -> T:
@@ -220,7 +220,7 @@ class TwoWorkers(RuleBasedStateMachine):
     def claim_by_id(self, worker: int, pick: int) -> None:
         job_id = list(self.jobs)[pick % len(self.jobs)]
         job = self.jobs[job_id]
-        rows = self.do(self.stores[worker]._run("claim_job_by_id", NO_LIMITS | {
+        rows = self.do(self.databases[worker].fetch(statement("claim_job_by_id"), NO_LIMITS | {
             "job_id": job_id, "worker_id": self.ids[worker], "lease_seconds": 3600.0
         }))  # fmt: skip
         # A new job is taken before its time, a retry is not.
@@ -257,7 +257,7 @@ class TwoWorkers(RuleBasedStateMachine):
         if lease is None:
             return
         job = self.jobs[lease.job_id]
-        rows = self.do(self.stores[worker]._run("settle_cancelled_job", {
+        rows = self.do(self.databases[worker].fetch(statement("settle_cancelled_job"), {
             "job_id": lease.job_id, "epoch": lease.epoch, "token": lease.token, "cost": 1
         }))  # fmt: skip
         assert len(rows) == (job.state is State.CANCELLED and self.is_last(lease)), (job, lease)
@@ -296,7 +296,7 @@ class TwoWorkers(RuleBasedStateMachine):
                 # The heir has begun the very upload that its predecessor will call finished.
                 heir = self.leases[1 - worker][-1]
                 self.do(
-                    self.stores[1 - worker].note_upload(
+                    SqlUploadLog(self.databases[1 - worker]).note_upload(
                         heir, "checkpoint", Location("s", "b"), ["heir"], step=UPLOADED_STEP
                     )
                 )
@@ -321,7 +321,11 @@ class TwoWorkers(RuleBasedStateMachine):
         self.claim_by_id(1 - worker, place)
         heir = self.leases[1 - worker][-1]
         assert heir.epoch == lease.epoch
-        self.do(self.stores[1 - worker].note_upload(heir, "checkpoint", Location("s", "b"), ["x"], step=UPLOADED_STEP))
+        self.do(
+            SqlUploadLog(self.databases[1 - worker]).note_upload(
+                heir, "checkpoint", Location("s", "b"), ["x"], step=UPLOADED_STEP
+            )
+        )
         self.jobs[job_id] = replace(self.jobs[job_id], noted=True)
         if ending is not None:
             if ending == "end_cancelled_job":
@@ -533,9 +537,9 @@ def machine(postgres: Server, migrated_template: str) -> Iterator[type[TwoWorker
     with postgres.database(template=migrated_template) as name:
         loop = asyncio.new_event_loop()
         app = AppDatabase(postgres.dsn(name))
-        databases = tuple(Database(app.dsn, application_name=f"worker {number}") for number in (0, 1))
+        databases = tuple(MutableDatabase(app.dsn, application_name=f"worker {number}") for number in (0, 1))
         with app.connect() as owner:
-            given = {"app": app, "owner": owner, "loop": loop, "databases": databases, "store_of": SqlJobStore}
+            given = {"app": app, "owner": owner, "loop": loop, "databases": databases}
             yield type("Machine", (TwoWorkers,), given)
         for database in databases:
             loop.run_until_complete(database.close())
@@ -587,8 +591,13 @@ def test_every_statement_that_names_a_lease_has_its_mutants() -> None:
 def test_a_statement_without_one_of_its_conditions_disagrees_with_the_model(
     machine: type[TwoWorkers], mutant: Mutant
 ) -> None:
-    mutated = type("Mutated", (machine,), {"store_of": lambda database: MutatedStore(database, mutant)})
-    with pytest.raises((AssertionError, psycopg.Error)) as found:
-        run(mutated, 30, Phase.generate)
+    try:
+        for database in machine.databases:
+            database.mutant = mutant
+        with pytest.raises((AssertionError, psycopg.Error, StatementRefused)) as found:
+            run(machine, 30, Phase.generate)
+    finally:
+        for database in machine.databases:
+            database.mutant = None
     # The guard's refusal of an impossible move counts as found; a mutant that is no SQL does not.
-    assert not isinstance(found.value, psycopg.Error) or found.value.sqlstate == "PT409", found.value
+    assert isinstance(found.value, AssertionError) or found.value.sqlstate == "PT409", found.value

@@ -14,8 +14,10 @@ from daemon.fleet import rules
 from daemon.gateway.job_rows import Refused
 from daemon.gateway.schemas import Submission
 from daemon.host.inspect import Gpu, Host
-from daemon.queue.rows import Limits, WorkerRow
+from daemon.queue.rows import Limits
 from daemon.queue.store import SqlJobStore
+from daemon.queue.worker_registry import WorkerRegistry, WorkerRow
+from daemon.serverless.memory_outbox import MemoryOutbox
 from daemon.serverless.memory_store import MemoryJobStore
 from tests.postgres import AppDatabase
 
@@ -50,7 +52,8 @@ async def test_all_places_agree_on_what_a_host_serves(
         uuid4(), "h", host.device, gpu_count=len(host.gpus), gpu_memory_gb=host.gpu_memory_gb, gpu_type=host.gpu_type,
         models=models,
     )  # fmt: skip
-    await store.register_worker(worker)
+    await WorkerRegistry(store.database).register_worker(worker)
+    in_memory = MemoryJobStore(host, models or (), MemoryOutbox())
     answers = set()
     for wanted, model in JOBS:
         parameters = {"base_model": model}
@@ -61,7 +64,7 @@ async def test_all_places_agree_on_what_a_host_serves(
             "claim_job": await store.peek_next_job(limits) is not None,
             "training_queue": reason["waiting_reason"] == "next",
             "fleet": _has_room(worker, row),
-            "without a database": await _is_taken(MemoryJobStore(host, models or ()), wanted, parameters),
+            "without a database": await _is_taken(in_memory, wanted, parameters),
             "claim_job_by_id": await store.claim_job_by_id(uuid4(), job_id, limits, lease_seconds=60) is not None,
         }
         assert len(set(said.values())) == 1, (wanted, model, said)

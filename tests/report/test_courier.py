@@ -19,8 +19,8 @@ from pydantic import SecretStr
 from daemon.database.connection import Database
 from daemon.network.address_rules import AddressRules
 from daemon.queue.job import ClaimedJob
-from daemon.queue.store import SqlJobStore
 from daemon.report.courier import RETRY_SECONDS, CallbackCourier
+from daemon.report.outbox import SqlOutbox
 from daemon.report.webhook import signing_keys, verify
 from daemon.settings import Settings
 from tests.doubles.receiver import Answer, Received, Receiver
@@ -72,7 +72,7 @@ def outbox(database: AppDatabase) -> Outbox:
 @asynccontextmanager
 async def delivering(database: AppDatabase, courier: CallbackCourier) -> AsyncIterator[CallbackCourier]:
     async with Database(database.dsn, application_name="courier under test") as connection:
-        running = asyncio.create_task(courier.run(SqlJobStore(connection)))
+        running = asyncio.create_task(courier.run(SqlOutbox(connection)))
         try:
             await asyncio.sleep(0)
             yield courier

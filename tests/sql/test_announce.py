@@ -14,9 +14,10 @@ import pytest
 from daemon.database.connection import Database
 from daemon.queue.job import Lease
 from daemon.queue.outcome import Completed, Failed
-from daemon.queue.rows import Callback, MetricPoint
+from daemon.queue.rows import MetricPoint
 from daemon.queue.states import State
 from daemon.queue.store import SqlJobStore
+from daemon.report.outbox import Callback, SqlOutbox
 from tests.postgres import AppDatabase
 from tests.queue.claiming import claim, claimed
 from tests.sql.world import held, orphan
@@ -361,49 +362,52 @@ def test_the_apps_cancel_reaches_story_and_outbox_without_rights_on_them(databas
 async def test_a_callback_is_taken_delivered_postponed_and_buried(
     store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
-    assert await store.claim_callbacks(10, 30) == [] and await store.oldest_callback_age() is None
+    outbox = SqlOutbox(store.database)
+    assert await outbox.claim_callbacks(10, 30) == [] and await outbox.oldest_callback_age() is None
     for _ in range(3):
         database.insert_job(user, callback_url="https://app.example.org/hook")
         await store.fail_job((await claimed(store)).lease, BROKEN, cost=None)
     database.run("DELETE FROM training_callbacks WHERE event <> 'job.failed'")
-    age = await store.oldest_callback_age()
+    age = await outbox.oldest_callback_age()
     assert age is not None and age >= 0
-    (first,) = await store.claim_callbacks(10, 30)
-    assert await store.claim_callbacks(10, 30) == [], "one at a time to one host"
-    assert await store.deliver_callback(first.id, first.token, 200)
-    (second,) = await store.claim_callbacks(10, 30)
-    assert await store.postpone_callback(second.id, second.token, 0, 503, "busy\x00")
-    (third,) = await store.claim_callbacks(10, 30)
-    assert await store.bury_callback(third.id, third.token, 410, None)
+    (first,) = await outbox.claim_callbacks(10, 30)
+    assert await outbox.claim_callbacks(10, 30) == [], "one at a time to one host"
+    assert await outbox.deliver_callback(first.id, first.token, 200)
+    (second,) = await outbox.claim_callbacks(10, 30)
+    assert await outbox.postpone_callback(second.id, second.token, 0, 503, "busy\x00")
+    (third,) = await outbox.claim_callbacks(10, 30)
+    assert await outbox.bury_callback(third.id, third.token, 410, None)
     assert first.sequence < second.sequence < third.sequence and first.attempts == 1
     states = {row["id"]: row for row in database.run("SELECT * FROM training_callbacks")}
     assert [states[callback.id]["state"] for callback in (first, second, third)] == ["delivered", "pending", "dead"]
-    (again,) = await store.claim_callbacks(10, 30)
+    (again,) = await outbox.claim_callbacks(10, 30)
     assert again.id == second.id and again.token != second.token and again.attempts == 2
-    assert not await store.deliver_callback(second.id, second.token, 200)
-    assert await store.deliver_callback(again.id, again.token, 200)
+    assert not await outbox.deliver_callback(second.id, second.token, 200)
+    assert await outbox.deliver_callback(again.id, again.token, 200)
     with database.acting("authenticated", user) as owner:
         owner.execute("SELECT resend_callback(%s)", (third.id,))
-    (resent,) = await store.claim_callbacks(10, 30)
+    (resent,) = await outbox.claim_callbacks(10, 30)
     assert resent.id == third.id and resent.attempts == 1
 
 
 async def test_a_callback_whose_deliverer_died_is_due_again(
     store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
+    outbox = SqlOutbox(store.database)
     database.insert_job(user, callback_url="https://app.example.org/hook")
     await claimed(store)
-    (first,) = await store.claim_callbacks(10, 0.05)
-    assert await store.claim_callbacks(10, 30) == []
+    (first,) = await outbox.claim_callbacks(10, 0.05)
+    assert await outbox.claim_callbacks(10, 30) == []
     database.run("SELECT pg_sleep(0.06)")
-    (again,) = await store.claim_callbacks(10, 30)
+    (again,) = await outbox.claim_callbacks(10, 30)
     assert again.id == first.id
-    assert not await store.postpone_callback(first.id, first.token, 0, None, "late")
+    assert not await outbox.postpone_callback(first.id, first.token, 0, None, "late")
 
 
 async def test_one_dead_host_with_many_rows_holds_up_nobody(
     store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
+    outbox = SqlOutbox(store.database)
     for host in ("dead.example", "one.example", "two.example"):
         database.insert_job(user, callback_url=f"https://{host}/hook")
         await claimed(store)
@@ -412,23 +416,24 @@ async def test_one_dead_host_with_many_rows_holds_up_nobody(
         "SELECT job_id, user_id, url, host, event, payload, next_at - interval '1 h' "
         "FROM training_callbacks, generate_series(1, 500) WHERE host = 'dead.example'"
     )
-    taken: list[Callback] = await store.claim_callbacks(10, 30)
+    taken: list[Callback] = await outbox.claim_callbacks(10, 30)
     assert sorted(callback.host for callback in taken) == ["dead.example", "one.example", "two.example"]
     # One at a time for each host, over all daemons: the next when this one is settled.
-    assert await store.claim_callbacks(10, 30) == []
+    assert await outbox.claim_callbacks(10, 30) == []
     dead = next(callback for callback in taken if callback.host == "dead.example")
-    await store.postpone_callback(dead.id, dead.token, 3600, None, "refused")
-    (following,) = await store.claim_callbacks(10, 30)
+    await outbox.postpone_callback(dead.id, dead.token, 3600, None, "refused")
+    (following,) = await outbox.claim_callbacks(10, 30)
     assert following.host == "dead.example" and following.id != dead.id
 
 
 async def test_two_daemons_never_take_the_same_callback(store: SqlJobStore, database: AppDatabase, user: UUID) -> None:
+    outbox = SqlOutbox(store.database)
     for number in range(6):
         database.insert_job(user, callback_url=f"https://h{number}.example/hook")
         await claimed(store)
     with database.connect() as rival, rival.transaction():
         rival.execute("SELECT FROM training_callbacks WHERE host IN ('h0.example', 'h1.example') FOR UPDATE")
-        taken = await store.claim_callbacks(10, 30)
+        taken = await outbox.claim_callbacks(10, 30)
     assert sorted(callback.host for callback in taken) == [f"h{number}.example" for number in range(2, 6)]
 
 

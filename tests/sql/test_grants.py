@@ -10,8 +10,9 @@ import pytest
 from psycopg.types.json import Jsonb
 
 from daemon.queue.outcome import Completed
-from daemon.queue.rows import MetricPoint, WorkerRow
+from daemon.queue.rows import MetricPoint
 from daemon.queue.store import SqlJobStore
+from daemon.queue.worker_registry import WorkerRegistry, WorkerRow
 from tests.postgres import AppDatabase
 from tests.queue.claiming import claimed
 
@@ -168,7 +169,7 @@ def test_operators_functions_are_not_for_users(database: AppDatabase, user: UUID
 async def test_the_apps_select_star_and_its_views_work_for_a_user(
     store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
-    await store.register_worker(WorkerRow(UUID(int=1), "host-1", "cpu", pod="pod-1"))
+    await WorkerRegistry(store.database).register_worker(WorkerRow(UUID(int=1), "host-1", "cpu", pod="pod-1"))
     job_id = await finished_job(store, database, user)
     database.insert_job(user)
     with database.acting("authenticated", user) as caller:

@@ -8,8 +8,8 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from daemon.queue.rows import WorkerRow
 from daemon.queue.store import SqlJobStore
+from daemon.queue.worker_registry import WorkerRegistry, WorkerRow
 from tests.postgres import AppDatabase
 from tests.queue.claiming import claimed
 
@@ -42,40 +42,42 @@ async def test_a_job_that_nobody_can_serve_says_so(
     store: SqlJobStore, database: AppDatabase, user: UUID, host: WorkerRow | None, columns: dict[str, Any], said: str
 ) -> None:
     if host is not None:
-        await store.register_worker(host)
+        await WorkerRegistry(store.database).register_worker(host)
     assert reason(database, database.insert_job(user, **columns)) == said
 
 
 async def test_waiting_for_time_for_a_cap_and_for_a_free_host(
     store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
+    registry = WorkerRegistry(store.database)
     host = gpu_host(user_cap=1)
-    await store.register_worker(host)
+    await registry.register_worker(host)
     now = database.one("SELECT now() AS at")["at"]
     scheduled = database.insert_job(user, run_after=now + timedelta(hours=1))
     assert reason(database, scheduled) == "scheduled"
     database.insert_job(user)
     await claimed(store)
     assert reason(database, database.insert_job(user)) == "cap reached"
-    await store.touch_worker(host.id, state="busy", busy=1, data={})
+    await registry.touch_worker(host.id, state="busy", busy=1, data={})
     other = database.insert_job(database.insert_user())
     assert reason(database, other) == "all workers busy"
-    await store.touch_worker(host.id, state="draining", busy=1, data={})
+    await registry.touch_worker(host.id, state="draining", busy=1, data={})
     assert reason(database, other) == "no worker"
-    await store.end_worker(host.id)
+    await registry.end_worker(host.id)
     row = database.one("SELECT * FROM training_worker_status")
     assert row["state"] == "gone"
 
 
 async def test_a_silent_host_is_lost(store: SqlJobStore, database: AppDatabase) -> None:
+    registry = WorkerRegistry(store.database)
     host = gpu_host()
-    await store.register_worker(host)
+    await registry.register_worker(host)
     database.run("UPDATE training_workers SET last_seen_at = now() - interval '10 minutes'")
     assert database.one("SELECT state FROM training_worker_status")["state"] == "lost"
     assert database.run("SELECT FROM training_live_workers") == []
-    assert await store.touch_worker(host.id, state="idle", busy=0, data={"gpu": [{"utilization": 3}]})
+    assert await registry.touch_worker(host.id, state="idle", busy=0, data={"gpu": [{"utilization": 3}]})
     assert len(database.run("SELECT FROM training_live_workers")) == 1
-    assert not await store.touch_worker(uuid4(), state="idle", busy=0, data={})
+    assert not await registry.touch_worker(uuid4(), state="idle", busy=0, data={})
 
 
 async def test_an_expired_lease_shows_as_lost_before_anyone_reaps(

@@ -7,8 +7,10 @@ from datetime import timedelta
 from uuid import UUID, uuid4
 
 from daemon.queue.outcome import Completed, Failed
-from daemon.queue.rows import MetricPoint, WorkerRow
+from daemon.queue.rows import MetricPoint
 from daemon.queue.store import SqlJobStore
+from daemon.queue.worker_registry import WorkerRegistry, WorkerRow
+from daemon.report.outbox import SqlOutbox
 from tests.postgres import AppDatabase
 from tests.queue.claiming import claimed
 from training.events import ErrorCode
@@ -38,6 +40,7 @@ class Jobs:
 
 async def populate(store: SqlJobStore, database: AppDatabase, owner: UUID) -> Jobs:
     """Insert the jobs and take each as far as its name says. Nothing else may be waiting."""
+    registry = WorkerRegistry(store.database)
     completed = database.insert_job(owner, callback_url=RECEIVER)
     lease = (await claimed(store)).lease
     await store.start_job(lease)
@@ -57,12 +60,12 @@ async def populate(store: SqlJobStore, database: AppDatabase, owner: UUID) -> Jo
 
     running = database.insert_job(owner, callback_url=RECEIVER)
     worker = WorkerRow(uuid4(), "host", "cuda", gpu_count=1, gpu_memory_gb=79.6, gpu_type="NVIDIA H100")
-    await store.register_worker(worker)
+    await registry.register_worker(worker)
     lease = (await claimed(store, worker=worker.id)).lease
     await store.start_job(lease)
     await store.record_event(lease, "checkpoint_saved", "Checkpoint at step 2.", {"step": 2})
     await store.record_metrics(lease, [MetricPoint(step, 0, 2.0 / step, 1e-4) for step in (1, 2)])
-    await store.touch_worker(worker.id, state="busy", busy=1, data={})
+    await registry.touch_worker(worker.id, state="busy", busy=1, data={})
 
     tomorrow = database.one("SELECT now() + interval '1 day' AS at")["at"]
     scheduled = database.insert_job(owner, run_after=tomorrow + timedelta(hours=1))
@@ -89,8 +92,9 @@ def _past_the_guard(database: AppDatabase, owner: UUID, change: str) -> UUID:
 
 async def _settle_callbacks(store: SqlJobStore) -> tuple[UUID, UUID]:
     """Deliver the first that waits and give up the next."""
-    first = (await store.claim_callbacks(1, 60.0))[0]
-    await store.deliver_callback(first.id, first.token, 200)
-    second = (await store.claim_callbacks(1, 60.0))[0]
-    await store.bury_callback(second.id, second.token, 410, "the receiver wants no more messages (410)")
+    outbox = SqlOutbox(store.database)
+    first = (await outbox.claim_callbacks(1, 60.0))[0]
+    await outbox.deliver_callback(first.id, first.token, 200)
+    second = (await outbox.claim_callbacks(1, 60.0))[0]
+    await outbox.bury_callback(second.id, second.token, 410, "the receiver wants no more messages (410)")
     return first.id, second.id

@@ -18,11 +18,13 @@ from daemon.database.connection import Database
 from daemon.errors import JobDelayed, LeaseLost
 from daemon.queue.job import ClaimedJob
 from daemon.queue.outcome import Completed, Failed
+from daemon.queue.row_visibility import RowVisibility
 from daemon.queue.store import SqlJobStore
 from daemon.settings import Settings
 from daemon.storage.folder import FolderStorage
 from daemon.storage.publish import object_names
-from daemon.storage.upload_log import note_adapter, sweep_for_ever, sweep_job
+from daemon.storage.sweep import sweep_for_ever, sweep_job
+from daemon.storage.upload_log import SqlUploadLog, note_adapter
 from tests.postgres import AppDatabase
 from tests.queue.claiming import claimed
 from training.events import ErrorCode
@@ -36,25 +38,30 @@ class Place:
     """A database with one job, and a storage that is a folder."""
 
     app: AppDatabase
-    store: SqlJobStore
+    connection: Database
     storage: FolderStorage
     root: Path
     job_id: UUID
 
+    def __post_init__(self) -> None:
+        self.store = SqlJobStore(self.connection)
+        self.uploads = SqlUploadLog(self.connection)
+        self.visibility = RowVisibility(self.connection)
+
     async def uploaded(self) -> ClaimedJob:
         """The job is claimed and everything of its adapter is stored; then its host says nothing more."""
         job = await claimed(self.store)
-        await note_adapter(self.store, job, self.storage.location)
+        await note_adapter(self.uploads, job, self.storage.location)
         for name in object_names(job.id, job.lease_epoch).all():
             self.put(name)
         return job
 
     async def kept_checkpoint(self, job: ClaimedJob, step: int) -> None:
         names = [f"checkpoints/{job.id}/e{job.lease_epoch}-step{step}/{name}" for name in ("weights", "manifest.json")]
-        await self.store.note_upload(job.lease, "checkpoint", self.storage.location, names, step=step)
+        await self.uploads.note_upload(job.lease, "checkpoint", self.storage.location, names, step=step)
         for name in names:
             self.put(name)
-        await self.store.finish_checkpoint_upload(job.lease, step, manifest_sha256="0" * 64, size=1)
+        await self.uploads.finish_checkpoint_upload(job.lease, step, manifest_sha256="0" * 64, size=1)
 
     async def completed(self, job: ClaimedJob) -> None:
         path = f"{BUCKET}/{object_names(job.id, job.lease_epoch).archive}"
@@ -73,14 +80,14 @@ class Place:
         return int(self.app.one("SELECT count(*) AS n FROM training_uploads")["n"])
 
     async def sweep(self, keep_days: float = 7.0) -> None:
-        await sweep_job(self.store, self.storage, self.job_id, keep_days)
+        await sweep_job(self.uploads, self.storage, self.job_id, keep_days)
 
 
 @pytest.fixture
 async def place(database: AppDatabase, tmp_path: Path) -> AsyncIterator[Place]:
     job_id = database.insert_job(database.insert_user(), max_attempts=5)
     async with Database(database.dsn, application_name="test") as connection:
-        yield Place(database, SqlJobStore(connection), FolderStorage(tmp_path), tmp_path, job_id)
+        yield Place(database, connection, FolderStorage(tmp_path), tmp_path, job_id)
 
 
 async def test_what_a_failed_attempt_stored_is_deleted_while_its_job_waits(place: Place) -> None:
@@ -141,7 +148,7 @@ async def test_nothing_is_deleted_of_a_job_that_is_only_hidden(place: Place, tmp
     before = place.objects()
     place.app.run(HIDE.format(table))
     await place.sweep(keep_days=0.0)
-    tidying = Tidying(place.store, place.storage, settings)
+    tidying = Tidying(place.store, place.uploads, place.storage, settings)
     tidying.begin(Remains(job, ending=None, stored=False))
     await tidying.finish()
     assert place.objects() == before and place.notes() == 2
@@ -153,8 +160,8 @@ async def test_orphans_of_a_table_that_was_made_anew_count_only_when_they_are_as
     place.app.run("TRUNCATE training_jobs CASCADE")
     asked: dict[str, Any] = {"job_id": None, "idle_seconds": 0.0, "keep_seconds": 0.0, "limit": 10}
     location = place.storage.location
-    assert await place.store.leftovers(location, orphans=False, **asked) == []
-    assert [each.job_id for each in await place.store.leftovers(location, orphans=True, **asked)] == [job.id]
+    assert await place.uploads.leftovers(location, orphans=False, **asked) == []
+    assert [each.job_id for each in await place.uploads.leftovers(location, orphans=True, **asked)] == [job.id]
     found = await place.store.find_job(job.id)
     assert found.is_deleted and found.tables != job.tables
 
@@ -165,7 +172,7 @@ async def test_a_folder_whose_job_went_with_the_whole_table_is_kept(place: Place
     workspace = Workspace.open(settings.work_dir, job.lease)
     (workspace.checkpoint_dir / "step").write_text("10")
     place.app.run("TRUNCATE training_jobs CASCADE")
-    tidying = Tidying(place.store, place.storage, settings)
+    tidying = Tidying(place.store, place.uploads, place.storage, settings)
     tidying.begin(Remains(job, ending=None, stored=False))
     await tidying.finish()
     assert (workspace.checkpoint_dir / "step").exists(), "its row may come from a backup yet"
@@ -182,7 +189,7 @@ async def test_an_attempt_that_has_lost_its_job_keeps_the_checkpoints_only_while
     (workspace.checkpoint_dir / "step").write_text("10")
     if deleted:
         place.app.run("DELETE FROM training_jobs")
-    tidying = Tidying(place.store, place.storage, settings)
+    tidying = Tidying(place.store, place.uploads, place.storage, settings)
     tidying.begin(Remains(job, ending=None, stored=True))
     await tidying.finish()
     assert (workspace.checkpoint_dir / "step").exists() == workspace.job_dir.exists() == (not deleted)
@@ -198,8 +205,8 @@ async def test_a_host_that_dies_after_the_completion_leaves_no_note_for_ever(
     second = await place.uploaded()
     await place.completed(second)
     # The daemon dies here. Another daemon's hourly sweep comes by, an hour later and again.
-    monkeypatch.setattr("daemon.storage.upload_log.SWEEP_SECONDS", 0.01)
-    sweeping = asyncio.create_task(sweep_for_ever(place.store, place.storage, 7.0))
+    monkeypatch.setattr("daemon.storage.sweep.SWEEP_SECONDS", 0.01)
+    sweeping = asyncio.create_task(sweep_for_ever(place.uploads, place.visibility, place.storage, 7.0))
     await asyncio.sleep(0.1)
     assert place.notes() == 2  # too fresh: a host that lost its lease may still be uploading
     place.app.run("UPDATE training_uploads SET noted_at = noted_at - interval '2 hours'")
@@ -215,15 +222,15 @@ async def test_a_bucket_of_the_same_name_elsewhere_is_not_swept(place: Place, tm
     job = await place.uploaded()
     await place.kept_checkpoint(job, 10)
     elsewhere = FolderStorage(tmp_path / "another disk", BUCKET)
-    assert await place.store.stored_checkpoints(job.id, elsewhere.location) == []
+    assert await place.uploads.stored_checkpoints(job.id, elsewhere.location) == []
     await place.store.fail_job(job.lease, BROKEN, cost=None)
     before = place.objects()
-    await sweep_job(place.store, elsewhere, job.id, keep_days=0.0)
+    await sweep_job(place.uploads, elsewhere, job.id, keep_days=0.0)
     assert place.objects() == before and place.notes() == 2
     # Another host that mounts the same folder under another path knows it for what it is.
     mounted = tmp_path / "mounted"
     mounted.symlink_to(place.root)
-    await sweep_job(place.store, FolderStorage(mounted, BUCKET), job.id, keep_days=0.0)
+    await sweep_job(place.uploads, FolderStorage(mounted, BUCKET), job.id, keep_days=0.0)
     assert place.objects() == set() and place.notes() == 0
 
 
@@ -247,5 +254,5 @@ async def test_whoever_lost_the_lease_stores_nothing(place: Place) -> None:
     job = await claimed(place.store)
     await place.store.release_job(job.lease, "its host goes", cost=None)
     with pytest.raises(LeaseLost):
-        await note_adapter(place.store, job, place.storage.location)
+        await note_adapter(place.uploads, job, place.storage.location)
     assert place.notes() == 0

@@ -1,0 +1,103 @@
+"""What an attempt needs of the store that keeps its job."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+from uuid import UUID
+
+from daemon.queue.job import ClaimedJob, JobDataset, Lease, Returned
+from daemon.queue.outcome import Completed, Failed
+from daemon.queue.rows import Ending, FoundJob, Limits, MetricPoint
+from daemon.queue.states import State
+
+
+class JobStore(Protocol):
+    """Jobs that are claimed by their id, written to under a lease, and ended.
+
+    Two implementations keep these promises, and one suite checks both (tests/queue/test_job_store.py): SqlJobStore, for
+    any number of hosts, and MemoryJobStore, for one serverless process without a database. They differ in this:
+
+    - In memory nothing is hidden, refused or away: RowsHidden, PointsRefused, StatementRefused and DatabaseAway are
+      raised by SqlJobStore only.
+    - In memory a lease never expires, since no other host could take the job; and metrics and events are not kept,
+      since nobody could read them.
+    - In memory the limits of a claim are not looked at: what this host cannot serve was refused when it was submitted.
+    - A returned job goes back to the queue in Postgres, where another host may take it. In memory there is no other
+      host, so it fails.
+    - A job whose lease ends as cancelled, and which nobody cancelled, is queued again by both, without a cost."""
+
+    async def claim_job_by_id(
+        self, worker_id: UUID, job_id: UUID, limits: Limits, *, lease_seconds: float
+    ) -> ClaimedJob | None:
+        """Take this one job if it waits, its time has come, nobody holds it and this host can serve it; else None.
+
+        Its lease has a higher epoch than any before, and a new token."""
+
+    async def find_job(self, job_id: UUID) -> FoundJob:
+        """What there is of a job, whatever we see of it."""
+
+    async def read_limits(self, job_id: UUID) -> tuple[float | None, float | None] | None:
+        """What the job may cost and the seconds it may still take; None when the job was deleted."""
+
+    async def read_dataset(self, dataset: JobDataset) -> JobDataset | None:
+        """The same with what is known of it now. None where it is hidden."""
+
+    # Writes under a lease. Each raises LeaseLost, and writes nothing, when the lease is not the job's any more.
+
+    async def renew_lease(self, lease: Lease, lease_seconds: float) -> State:
+        """The lease lasts from now. Returns the job's state: a cancelled job keeps its lease until that is ended."""
+
+    async def start_job(self, lease: Lease) -> None:
+        """The first optimizer step is done; a second call changes nothing. A cancelled job raises LeaseLost."""
+
+    async def record_plan(
+        self, lease: Lease, *, total_steps: int, total_epochs: int, estimated_total_cost: float | None
+    ) -> None:
+        """The run's real size. A cancelled job raises LeaseLost."""
+
+    async def record_progress(
+        self,
+        lease: Lease,
+        *,
+        stage: str,
+        progress: float,
+        epoch: int,
+        step: int,
+        metrics: Mapping[str, Any],
+        current_cost: float | None,
+        seconds_left: float | None,
+    ) -> int | None:
+        """Where the attempt is. Progress (percent) never falls within an attempt. A cancelled job raises LeaseLost.
+
+        Returns the number of the progress callback that follows; None when nobody is called."""
+
+    async def record_metrics(self, lease: Lease, points: Sequence[MetricPoint]) -> None:
+        """Points for the charts; also after a cancel, until the lease ends."""
+
+    async def forget_metrics(self, lease: Lease, after_step: int) -> None:
+        """Delete the points after a resumed checkpoint's step; also after a cancel, until the lease ends."""
+
+    async def record_event(self, lease: Lease, kind: str, message: str, data: Mapping[str, Any]) -> None:
+        """One line of the job's story; also after a cancel, until the lease ends."""
+
+    # Endings. Each ends the lease. Asked again after a lost answer, each says what it had done. Of a job that was
+    # cancelled meanwhile each records the cost and says so: `moved` False, `state` cancelled.
+
+    async def complete_job(self, lease: Lease, outcome: Completed, *, cost: float | None) -> Ending:
+        """The stored adapter was verified."""
+
+    async def fail_job(self, lease: Lease, failed: Failed, *, cost: float | None) -> Ending:
+        """For good."""
+
+    async def retry_job(self, lease: Lease, failed: Failed, *, delay_seconds: float, cost: float | None) -> Ending:
+        """Again later; `state` is failed when that was the last attempt."""
+
+    async def release_job(self, lease: Lease, reason: str, *, cost: float | None) -> Ending:
+        """Back to the queue at once, without counting the attempt."""
+
+    async def return_job(self, lease: Lease, returned: Returned, *, cost: float | None) -> Ending:
+        """This host cannot work. `state` says whether the job waits for another host or has failed."""
+
+    async def end_cancelled_job(self, lease: Lease, *, cost: float | None, data: Mapping[str, Any]) -> Ending:
+        """The cancelled job's child is gone. `state` queued: nobody had cancelled it, and it goes back unharmed."""
