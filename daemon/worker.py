@@ -17,6 +17,7 @@ from daemon.attempt.collaborators import Collaborators
 from daemon.attempt.steps import Attempt
 from daemon.attempt.work_folder import tidy_for_ever
 from daemon.chores import Chores
+from daemon.database.retry import AWAY_SECONDS
 from daemon.database.wire import Sent
 from daemon.dataset.prefetch import Lookahead
 from daemon.errors import DatabaseAway, HostUnfit, StatementRefused
@@ -31,7 +32,6 @@ from daemon.stop_request import Stop, StopReason
 
 log = structlog.get_logger()
 
-AWAY_SECONDS = 1.0
 MAX_LOST_RACES = 8
 RACE_SECONDS = 0.25
 PROMOTE_SECONDS = 1.0

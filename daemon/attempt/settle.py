@@ -9,6 +9,7 @@ from typing import assert_never
 import structlog
 
 from daemon.database.connection import REFUSALS
+from daemon.database.retry import AWAY_SECONDS
 from daemon.errors import DatabaseAway, LeaseLost
 from daemon.queue.job import ClaimedJob, Returned
 from daemon.queue.job_store import JobStore
@@ -21,7 +22,6 @@ from training.events import ErrorCode
 
 log = structlog.get_logger()
 
-AWAY_SECONDS = 1.0
 MAX_BACKOFF_SECONDS = 3600.0
 LAST_WORDS_TRIES = 3
 # The heartbeat of an attempt whose ending has just been written finds no lease: time for the answer to be read.

@@ -27,10 +27,11 @@ from daemon.base_model.adapter_size import expected_adapter_bytes
 from daemon.base_model.candidates import ResolvedModel
 from daemon.base_model.resolve import folders_exist, resolve_model
 from daemon.chores import Chores
+from daemon.database.retry import retry_until_database_is_back
 from daemon.dataset.fetch import fetch_dataset
 from daemon.dataset.prefetch import NEAR_END_SECONDS, EarlyDataset
 from daemon.dataset.transfer import FetchedDataset
-from daemon.errors import DatabaseAway, HostFault, JobDelayed, JobError, JobFailed, LeaseLost
+from daemon.errors import HostFault, JobDelayed, JobError, JobFailed, LeaseLost
 from daemon.host.gpu_load import read_load
 from daemon.host.inspect import installed_versions
 from daemon.queue.job import ClaimedJob, JobDataset, Returned
@@ -225,14 +226,12 @@ class Attempt:
         """The job's dataset. Its row may be hidden from us: that is no fault of the job's, and passes."""
         dataset = self._job.dataset
         while dataset.dataset_url is None and dataset.dataset_user_id is None:
-            try:
-                seen = await self._with.store.read_dataset(dataset)
-            except DatabaseAway as error:
-                log.warning("dataset_not_read", error=str(error))
-            else:
-                if seen is not None:
-                    return seen
-                log.error("dataset_hidden", dataset_id=str(dataset.dataset_id))
+            seen = await retry_until_database_is_back(
+                lambda: self._with.store.read_dataset(dataset), "dataset_not_read"
+            )
+            if seen is not None:
+                return seen
+            log.error("dataset_hidden", dataset_id=str(dataset.dataset_id))
             await asyncio.sleep(HIDDEN_SECONDS)
         return dataset
 

@@ -21,6 +21,7 @@ from typing import Any
 import structlog
 
 from daemon.attempt.work_folder import Workspace
+from daemon.database.retry import retry_until_database_is_back
 from daemon.errors import DatabaseAway, JobError, JobFailed, LeaseLost, StatementRefused, TrainerError
 from daemon.queue.job import ClaimedJob
 from daemon.stop_request import Stop
@@ -34,7 +35,6 @@ log = structlog.get_logger()
 MANIFEST = "manifest.json"
 # How often a wait for the last upload looks whether somebody is in a hurry.
 LOOK_SECONDS = 0.25
-AWAY_SECONDS = 1.0
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -103,7 +103,9 @@ class CheckpointStore:
         A damaged or foreign one is passed over. Raises JobDelayed when Storage cannot be asked now: hours of
         training are worth another attempt.
         """
-        stored = await self._ask()
+        stored = await retry_until_database_is_back(
+            lambda: self._uploads.stored_checkpoints(self._job.id, self._storage.location), "checkpoint_not_asked_for"
+        )
         whole = [upload for upload in stored if upload.manifest_sha256 is not None]
         if not whole:
             return
@@ -126,14 +128,6 @@ class CheckpointStore:
                 {"step": upload.step, "bytes": size},
             )
             return
-
-    async def _ask(self) -> list[NotedUpload]:
-        while True:
-            try:
-                return await self._uploads.stored_checkpoints(self._job.id, self._storage.location)
-            except DatabaseAway as error:
-                log.warning("checkpoint_not_asked_for", error=str(error))
-                await asyncio.sleep(AWAY_SECONDS)
 
     async def _download(self, upload: NotedUpload) -> int:
         """Fetch one checkpoint beside its place, compare every file, and rename it there. Returns its bytes."""

@@ -49,6 +49,7 @@ log = structlog.get_logger()
 MAX_COOL_SECONDS = 900.0
 # After our own reconnect: longer than it takes every daemon to reconnect and touch its row.
 SETTLE_SECONDS = 120.0
+# Pods come and go by the minute.
 AWAY_SECONDS = 5.0
 MAX_WAIT_SECONDS = 300.0
 

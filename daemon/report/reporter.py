@@ -29,6 +29,7 @@ log = structlog.get_logger()
 
 # One write a second a job is what Realtime's single thread bears (Supabase's Postgres Changes guide).
 WRITE_SECONDS = 1.0
+# What could not be written is written together with what comes meanwhile: no hurry.
 AWAY_SECONDS = 2.0
 POINTS_A_WRITE = 500
 MAX_STORY = 2_000

@@ -6,24 +6,18 @@ knows which objects may lie there: those that the job's row names stay, the othe
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 from uuid import UUID
 
-import structlog
-
 from daemon.database.connection import Database
-from daemon.errors import DatabaseAway, RowsHidden
+from daemon.database.retry import retry_until_database_is_back
+from daemon.errors import RowsHidden
 from daemon.queue.fenced_statements import FencedStatements
 from daemon.queue.job import ClaimedJob, Lease
 from daemon.storage.interface import Location
 from daemon.storage.publish import object_names
-
-log = structlog.get_logger()
-
-AWAY_SECONDS = 1.0
 
 UploadKind = Literal["adapter", "checkpoint"]
 
@@ -139,9 +133,6 @@ class SqlUploadLog:
 async def note_adapter(uploads: UploadLog, job: ClaimedJob, location: Location) -> None:
     """Note the objects of this attempt's adapter, however long the database is away. Raises LeaseLost."""
     objects = object_names(job.id, job.lease_epoch).all()
-    while True:
-        try:
-            return await uploads.note_upload(job.lease, "adapter", location, objects)
-        except DatabaseAway as error:
-            log.warning("upload_delayed", error=str(error))
-            await asyncio.sleep(AWAY_SECONDS)
+    await retry_until_database_is_back(
+        lambda: uploads.note_upload(job.lease, "adapter", location, objects), "upload_delayed"
+    )

@@ -28,6 +28,7 @@ import structlog
 from daemon.chores import Chores, worked
 from daemon.database.connection import Database
 from daemon.database.listener import Listener
+from daemon.database.retry import AWAY_SECONDS
 from daemon.database.statements import statement
 from daemon.errors import DatabaseAway, HostUnfit, StatementRefused
 from daemon.gateway.dashboard.sse import Client, message
@@ -46,7 +47,6 @@ QUEUE_SHORTEST_SECONDS = 0.5
 QUEUE_SHARE = 20
 WHOLE_SECONDS = 15.0
 BEAT_SECONDS = 5.0
-AWAY_SECONDS = 1.0
 # A page that is loaded anew finds the reader warm.
 LINGER_SECONDS = 3.0
 STATEMENT_SECONDS = 5.0
