@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -283,6 +284,21 @@ def test_every_secret_among_the_settings_is_blotted_out_of_every_log(capfd: pyte
         said = capfd.readouterr().err
         assert said.count("failed") >= len(marks) and "ValueError" in said
         assert not [mark for mark in marks if mark in said], said
+
+
+def test_no_program_configures_its_log_without_the_secrets() -> None:
+    """Most do it by the settings (configure_logs_by); who calls configure_logs names the secrets itself."""
+    bare = [
+        f"{file.relative_to(ROOT)}:{call.lineno}"
+        for file in sorted((ROOT / "daemon").rglob("*.py"))
+        for call in ast.walk(ast.parse(file.read_text()))
+        if isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Name)
+        and call.func.id == "configure_logs"
+        and len(call.args) < 3
+        and "secrets" not in {keyword.arg for keyword in call.keywords}
+    ]
+    assert not bare
 
 
 def test_a_stack_on_a_terminal_shows_no_variables(capfd: pytest.CaptureFixture[str]) -> None:

@@ -207,10 +207,11 @@ def _base_model(adapter: Path) -> Path:
     from daemon.demo.model import models_folder
     from daemon.errors import JobFailed
     from daemon.logs import configure_logs
+    from daemon.settings import secrets_of
 
-    configure_logs("error")
     name = _base_model_name(adapter)
     settings: Settings = model_settings().model_copy(update={"model_downloads": False, "allowed_models": ()})
+    configure_logs("error", secrets=secrets_of(settings))
     try:
         return asyncio.run(resolve_model(name, settings)).path
     except JobFailed as failed:

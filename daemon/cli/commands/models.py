@@ -231,8 +231,9 @@ def local_model(name: str, settings: Settings) -> Path | None:
     from daemon.base_model.resolve import resolve_model
     from daemon.errors import JobFailed
     from daemon.logs import configure_logs
+    from daemon.settings import secrets_of
 
-    configure_logs("error")
+    configure_logs("error", secrets=secrets_of(settings))
     here = settings.model_copy(update={"model_downloads": False, "allowed_models": ()})
     try:
         return asyncio.run(resolve_model(name, here)).path
