@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from training.stop_switch import StopSwitch
 
@@ -101,11 +100,12 @@ class Ranks:
             return
         trained = list(parameters)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-        flat = _flatten_dense_tensors(gradients)
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         dist.all_reduce(flat)
         flat /= self.count
-        for parameter, gradient in zip(trained, _unflatten_dense_tensors(flat, gradients), strict=True):
-            parameter.grad = gradient
+        means = flat.split([gradient.numel() for gradient in gradients])
+        for parameter, mean in zip(trained, means, strict=True):
+            parameter.grad = mean.view_as(parameter)
 
 
 ALONE = Ranks()

@@ -14,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import httpx
 import structlog
@@ -68,6 +68,14 @@ class _Rejected(TrainerError):
     """The server refuses this URL: expired, or never allowed. A freshly signed one may pass."""
 
 
+class _Digest(Protocol):
+    """A hash under way. The type of hashlib's own objects has no public name."""
+
+    def update(self, data: bytes, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
+
+
 @dataclass
 class _Transfer:
     """What is on disk so far, and what proves that a continuation belongs to it.
@@ -80,7 +88,7 @@ class _Transfer:
     known: str | None = None
     unchanged: bool = False
     received: int = 0
-    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+    digest: _Digest = field(default_factory=hashlib.sha256)
     validator: str | None = None
     fruitless: int = 0
     counted: int = 0

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from bitsandbytes.nn import Linear4bit
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-from transformers.models.auto.auto_factory import _get_model_class
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 
 from training.base.dtype import compute_dtype
 from training.compute import ComputeType
@@ -132,7 +131,7 @@ def _load_original(spec: Wanted, folder: ModelFolder, dtype: torch.dtype, device
     try:
         config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
         with _tensors_on_demand(folder) as tensors:
-            kind = _get_model_class(config, AutoModelForCausalLM._model_mapping)
+            kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
             loaded: Any = kind.from_pretrained(
                 None,
                 # Of a model that also sees, the language model alone.
