@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tests.forked_process import ForkedProcess, forker
 from tests.paths import ROOT, SCRIPTED_DAEMON
 
 T = TypeVar("T")
@@ -23,11 +24,19 @@ class DaemonProcess:
     """Use as a context manager: nothing of it is alive afterwards."""
 
     def __init__(
-        self, dsn: str, folder: Path, *, name: str = "daemon", command: tuple[str, ...] = SCRIPTED, **settings: object
+        self,
+        dsn: str,
+        folder: Path,
+        *,
+        name: str = "daemon",
+        command: tuple[str, ...] = SCRIPTED,
+        forked: bool = True,
+        **settings: object,
     ) -> None:
         self.folder = folder
         self.log_path = folder / f"{name}.log"
         self.command = command
+        self._forked = forked
         self.environment = {
             "PATH": os.environ["PATH"],
             "HOME": str(folder),
@@ -49,7 +58,7 @@ class DaemonProcess:
             # A whole run of the tests may force it.
             "TRAINER_COMPUTE_TYPE": os.environ.get("TRAINER_COMPUTE_TYPE", "auto"),
         } | {f"TRAINER_{name.upper()}": str(value) for name, value in settings.items()}
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | ForkedProcess | None = None
 
     def __enter__(self) -> DaemonProcess:
         return self.start()
@@ -58,6 +67,11 @@ class DaemonProcess:
         self.kill()
 
     def start(self) -> DaemonProcess:
+        """A script of ours is forked from what has imported it, unless it shall find other modules, or not be."""
+        if self._forked and self.command == SCRIPTED and self.environment["PYTHONPATH"] == str(ROOT):
+            self.log_path.touch()
+            self.process = forker(self.command[1]).start(self.environment, self.folder, self.log_path)
+            return self
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command, env=self.environment, stdout=log, stderr=log, cwd=self.folder, start_new_session=True

@@ -170,7 +170,8 @@ class Chaos:
         dsn = as_host(self.server.dsn(), name)
         host.daemon = DaemonProcess(
             host.through.dsn(self.server.dsn()) + dsn[len(self.server.dsn()) :] if host.through else dsn,
-            self.folder, name=name, command=host.command, **host.settings,
+            # Started, for the judge looks for what is left by its environment.
+            self.folder, name=name, command=host.command, forked=False, **host.settings,
         ).start()  # fmt: skip
 
     # Each fault is one that a fleet meets in a year; all of them in a minute here.

@@ -55,7 +55,7 @@ async def test_secrets_appear_in_no_row_log_callback_argument_environment_or_fil
     marks = {"SUPABASE_SERVICE_ROLE_KEY": project.storage.key, "secret": SECRET, "HF_TOKEN": "hf_marked_token_0001"}
     marks |= {"WANDB_API_KEY": "marked-tracker-key-0004", "signed url": "/object/sign/"}
     seen = project.folder / "environment.json"
-    daemon = project.daemon(callback_authorization="Bearer marked-authorization-0002")
+    daemon = project.daemon(callback_authorization="Bearer marked-authorization-0002", forked=False)
     daemon.environment |= {"HF_TOKEN": marks["HF_TOKEN"], "RUNPOD_API_KEY": "rpa_marked_0003"}
     daemon.environment |= {"WANDB_API_KEY": marks["WANDB_API_KEY"]}
     marks |= {"authorization": "marked-authorization-0002", "runpod": "rpa_marked_0003"}

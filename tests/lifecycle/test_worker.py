@@ -343,8 +343,8 @@ def test_a_broken_configuration_lists_every_fault_and_exits_78(queue: Queue, tmp
     assert "mysql" not in daemon.tail()
 
 
-def test_the_daemon_starts_quickly_and_stays_small(queue: Queue, daemon: DaemonProcess) -> None:
-    with daemon:
+def test_the_daemon_starts_quickly_and_stays_small(queue: Queue, tmp_path: Path) -> None:
+    with queue.daemon(tmp_path, forked=False) as daemon:
         daemon.wait_for_log("daemon_started")
         # Of a core, not of the wall clock: nearly all of a start is imports, and these machines are noisy.
         ticks = Path(f"/proc/{daemon.pid}/stat").read_text().rpartition(")")[2].split()[11:13]

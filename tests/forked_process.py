@@ -1,0 +1,210 @@
+"""Python scripts as processes of their own that share their imports: forked from one that has imported them.
+
+Half a second of a core is what a start of the daemon takes, all of it imports, and the tests start hundreds. A forked
+one has an environment, a folder, a session and an output of its own, as a started one has; in /proc its arguments and
+its environment are those of the process that it was forked from.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import json
+import os
+import runpy
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tests.paths import ROOT
+
+
+class Forker:
+    """The process that has imported a script, seen from the tests."""
+
+    def __init__(self, script: str) -> None:
+        # A session of its own: Control-C is the tests' own.
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.forked_process", script],
+            env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+        atexit.register(self._end)
+        self._ended: dict[int, int] = {}
+        self._rest = b""
+        self._one_reader = threading.Lock()
+
+    def start(self, environment: Mapping[str, str], folder: Path, log: Path) -> ForkedProcess:
+        assert self._process.stdin is not None
+        order = {"environment": dict(environment), "folder": str(folder), "log": str(log)}
+        with self._one_reader:
+            self._process.stdin.write(json.dumps(order).encode() + b"\n")
+            self._process.stdin.flush()
+            while True:
+                line = self._read_line(60.0)
+                assert line is not None, "the forker does not answer"
+                if "pid" in line:
+                    return ForkedProcess(self, line["pid"])
+
+    def status(self, pid: int, seconds: float) -> int | None:
+        """Of an ended one; None when it lives longer than that."""
+        deadline = time.monotonic() + seconds
+        while True:
+            with self._one_reader:
+                # Whatever is there; then a moment's wait, in which no other thread may ask.
+                while pid not in self._ended and self._read_line(0.0) is not None:
+                    pass
+                if pid in self._ended:
+                    return self._ended[pid]
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return None
+                self._read_line(min(left, 0.05))
+
+    def _read_line(self, seconds: float) -> dict[str, Any] | None:
+        assert self._process.stdout is not None
+        file = self._process.stdout.fileno()
+        while b"\n" not in self._rest:
+            with selectors.DefaultSelector() as selector:
+                selector.register(file, selectors.EVENT_READ)
+                if not selector.select(seconds):
+                    return None
+            piece = os.read(file, 65536)
+            assert piece, "the forker has ended"
+            self._rest += piece
+        text, _, self._rest = self._rest.partition(b"\n")
+        line: dict[str, Any] = json.loads(text)
+        if "ended" in line:
+            self._ended[line["ended"]] = line["status"]
+        return line
+
+    def _end(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(10)
+
+
+@cache
+def forker(script: str) -> Forker:
+    return Forker(script)
+
+
+class ForkedProcess:
+    """What subprocess.Popen is to a process that it started."""
+
+    def __init__(self, forker: Forker, pid: int) -> None:
+        self._forker = forker
+        self.pid = pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._forker.status(self.pid, 0.0)
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        if self.returncode is None:
+            self.returncode = self._forker.status(self.pid, timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("a forked process", timeout)
+        return self.returncode
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+
+# -- the other side ------------------------------------------------------------------------------------------------
+
+
+def run_script(script: str, order: dict[str, Any]) -> int:
+    """In the child: as the interpreter runs a script that it was started with."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setsid()
+    os.chdir(order["folder"])
+    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for number, file in enumerate((nothing, log, log)):
+        os.dup2(file, number)
+    os.closerange(3, 1024)
+    os.environ.clear()
+    os.environ.update(order["environment"])
+    sys.argv = [script]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as ending:
+        if isinstance(ending.code, str):
+            print(ending.code, file=sys.stderr)
+        return ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+    except BaseException:  # noqa: BLE001 as the interpreter would end
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def serve(script: str) -> None:
+    """Fork whenever told so, tell what has ended; end when the tests do."""
+    runpy.run_path(script, run_name="imported")
+    assert threading.active_count() == 1, "a fork would lose the other threads"
+    gc.freeze()
+    answers = os.dup(1)
+    reader, writer = os.pipe()
+    for file in (reader, writer):
+        os.set_blocking(file, False)
+    signal.signal(signal.SIGCHLD, _heard)
+    signal.set_wakeup_fd(writer)
+
+    def say(**line: int) -> None:
+        os.write(answers, json.dumps(line).encode() + b"\n")
+
+    rest = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(0, selectors.EVENT_READ)
+        selector.register(reader, selectors.EVENT_READ)
+        while True:
+            ready = {key.fd for key, _ in selector.select()}
+            if reader in ready:
+                os.read(reader, 4096)
+                while True:
+                    try:
+                        pid, status = os.waitpid(-1, os.WNOHANG)
+                    except ChildProcessError:
+                        break
+                    if pid == 0:
+                        break
+                    say(ended=pid, status=os.waitstatus_to_exitcode(status))
+            if 0 in ready:
+                piece = os.read(0, 65536)
+                if not piece:
+                    return
+                *orders, rest = (rest + piece).split(b"\n")
+                for order in orders:
+                    sys.stdout.flush()
+                    pid = os.fork()
+                    if pid == 0:
+                        status = 70
+                        try:
+                            status = run_script(script, json.loads(order))
+                            sys.stdout.flush()
+                            sys.stderr.flush()
+                        finally:
+                            os._exit(status)
+                    say(pid=pid)
+
+
+def _heard(_number: int, _frame: FrameType | None) -> None:
+    """A signal that is ignored would wake nobody."""
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
