@@ -7,20 +7,17 @@ A probe does what a job does: it writes and syncs a file, starts a trainer, comp
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import assert_never
-from uuid import uuid4
 
 import structlog
 
+from daemon.host.disk_probe import probe_disk
 from daemon.host.inspect import Host, find_gpus
 from daemon.settings import Settings
-from daemon.trainer.environment import child_environment
 from daemon.trainer.process import Child
+from daemon.trainer.selfcheck import run_selfcheck
 from daemon.troubles import Troubles
 from training.events import HostPart
 
@@ -125,21 +122,12 @@ class Fitness:
         if seen < len(self._host.gpus):
             return f"{seen} of {len(self._host.gpus)} GPUs answer"
         for gpu in self._host.gpus:
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "training.preflight.selfcheck", "cuda"),
-                stdout=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.PIPE,
-                env=child_environment(os.environ, (gpu.index,)),
-            )
             try:
-                _, said = await asyncio.wait_for(process.communicate(), START_SECONDS)
+                fault = (await run_selfcheck("cuda", (gpu.index,), START_SECONDS)).fault
             except TimeoutError:
-                process.kill()
-                await process.wait()
                 return f"GPU {gpu.index} did not answer within {START_SECONDS:.0f} s"
-            if process.returncode:
-                last = said.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
-                return f"GPU {gpu.index}: {last[0][:300]}"
+            if fault is not None:
+                return f"GPU {gpu.index}: {fault[:300]}"
         return None
 
 
@@ -153,21 +141,9 @@ ADVICE: dict[HostPart, str] = {
 
 
 def probe_folder(folder: Path) -> str | None:
-    """Write a file, sync it, read it back and delete it; what is wrong, or None."""
-    probe = folder / f".probe-{uuid4().hex}"
-    content = os.urandom(2**16) * (PROBE_BYTES // 2**16)
+    """What is wrong with a folder that must be written to, or None."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with probe.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            if probe.read_bytes() != content:
-                return f"{folder}: a file reads back otherwise than it was written"
-        finally:
-            probe.unlink(missing_ok=True)
-        free = shutil.disk_usage(folder).free
+        free = probe_disk(folder, PROBE_BYTES).free_bytes
     except OSError as error:
         return f"{folder}: {error.strerror or error}"
     if free < MIN_FREE_BYTES:

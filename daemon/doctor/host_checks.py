@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import shutil
-import sys
-import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
-from uuid import uuid4
 
 from daemon.base_model.resolve import resolve_model
 from daemon.doctor.check_result import Finding, green, red, yellow
 from daemon.errors import JobError
+from daemon.host.disk_probe import probe_disk
 from daemon.host.inspect import driver_version, find_gpus, installed_versions
 from daemon.settings import Settings, quantized_dir
-from daemon.trainer.environment import child_environment
+from daemon.trainer.selfcheck import Selfcheck, run_selfcheck
 from training.events import ErrorCode
 
 SELFCHECK_SECONDS = 120.0
@@ -48,33 +43,21 @@ def check_device(settings: Settings) -> Finding:
 
 async def check_trainer(settings: Settings) -> AsyncIterator[Finding]:
     device = "cuda" if settings.device != "cpu" and find_gpus() else "cpu"
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "training.preflight.selfcheck",
-        device,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env=child_environment(os.environ, (0,) if device == "cuda" else ()),
-    )
     try:
-        output, errors = await asyncio.wait_for(process.communicate(), SELFCHECK_SECONDS)
+        checked = await run_selfcheck(device, (0,) if device == "cuda" else (), SELFCHECK_SECONDS)
     except TimeoutError:
-        process.kill()
-        await process.wait()
         yield red("trainer", f"no answer in {SELFCHECK_SECONDS:.0f} s", "look for a hung driver: nvidia-smi, dmesg")
         return
-    for finding in read_selfcheck(device, process.returncode or 0, output.decode(), errors.decode(errors="replace")):
+    for finding in findings_of(checked, device):
         yield finding
 
 
-def read_selfcheck(device: str, exit_code: int, output: str, errors: str) -> Iterator[Finding]:
-    """What `python -m training.preflight.selfcheck DEVICE` said, line by line of the screen."""
-    if exit_code != 0:
-        last = errors.strip().splitlines()[-1:] or [f"exit code {exit_code} without a word"]
-        yield red("trainer", last[0][:200], "the libraries do not fit together: install with constraints.txt")
+def findings_of(checked: Selfcheck, device: str) -> Iterator[Finding]:
+    """A selfcheck's answer, line by line of the screen."""
+    if checked.crash is not None:
+        yield red("trainer", checked.crash[:200], "the libraries do not fit together: install with constraints.txt")
         return
-    found: dict[str, Any] = json.loads(output)
+    found = checked.found
     if found["nf4_error"] is None:
         yield green("4-bit layers", f"bitsandbytes {found['bitsandbytes']} computes on {device}")
     else:
@@ -142,22 +125,12 @@ def _check_copy(settings: Settings, name: str) -> Finding:
 
 def check_disk(name: str, folder: Path) -> Finding:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".doctor-{uuid4().hex}"
-        begun = time.perf_counter()
-        try:
-            with probe.open("wb") as file:
-                for _ in range(PROBE_BYTES // 2**20):
-                    file.write(bytes(2**20))
-                file.flush()
-                os.fsync(file.fileno())
-        finally:
-            probe.unlink(missing_ok=True)
+        probe = probe_disk(folder, PROBE_BYTES)
     except OSError as error:
         variable = "TRAINER_WORK_DIR" if name.startswith("work") else "TRAINER_MODELS_DIR"
         return red(name, f"{folder}: {error.strerror}", f"mount the volume, or set {variable} to a writable folder")
-    speed = PROBE_BYTES / 1e6 / (time.perf_counter() - begun)
-    free = shutil.disk_usage(folder).free / 1024**3
+    speed = probe.written_bytes / 1e6 / probe.seconds
+    free = probe.free_bytes / 1024**3
     detail = f"{folder}: {free:.0f} GiB free, writes {speed:.0f} MB/s"
     if free < MIN_FREE_GIB:
         return red(name, detail, "free space on the volume, or enlarge it")

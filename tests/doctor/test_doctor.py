@@ -18,11 +18,12 @@ from psycopg.types.json import Jsonb
 from daemon.doctor import host_checks as doctor_host
 from daemon.doctor import service_checks as doctor_services
 from daemon.doctor.check_result import Finding, Light
-from daemon.doctor.host_checks import check_disk, check_model, read_selfcheck
+from daemon.doctor.host_checks import check_disk, check_model, findings_of
 from daemon.doctor.run import examine
 from daemon.doctor.service_checks import check_callbacks, check_database, check_storage
 from daemon.host.inspect import installed_versions
 from daemon.settings import Settings, load_settings
+from daemon.trainer.selfcheck import read_selfcheck
 from tests.doubles.storage import Bucket, StorageDouble
 from tests.lifecycle.queue import write_model_folder
 from tests.paths import ROOT
@@ -63,7 +64,9 @@ def assert_red(finding: Finding, *words: str, light: Light = Light.RED) -> None:
 
 
 def selfcheck(**differing: object) -> dict[str, Finding]:
-    return {finding.name: finding for finding in read_selfcheck("cuda", 0, json.dumps(CARD | differing), "")}
+    return {
+        finding.name: finding for finding in findings_of(read_selfcheck(0, json.dumps(CARD | differing), ""), "cuda")
+    }
 
 
 def test_a_card_with_everything_is_green_line_by_line() -> None:
@@ -95,7 +98,8 @@ def test_each_fault_of_a_card_has_its_line(
 
 
 def test_libraries_that_do_not_load_are_red_with_their_last_word() -> None:
-    (finding,) = read_selfcheck("cuda", 1, "", "Traceback …\nImportError: libcudart.so.12: cannot open\n")
+    said = read_selfcheck(1, "", "Traceback …\nImportError: libcudart.so.12: cannot open\n")
+    (finding,) = findings_of(said, "cuda")
     assert_red(finding, "libcudart.so.12", "constraints.txt")
 
 
