@@ -68,9 +68,10 @@ class DaemonProcess:
 
     def start(self) -> DaemonProcess:
         """A script of ours is forked from what has imported it, unless it shall find other modules, or not be."""
-        if self._forked and self.command == SCRIPTED and self.environment["PYTHONPATH"] == str(ROOT):
+        _python, script, *arguments = self.command
+        if self._forked and script.endswith(".py") and self.environment["PYTHONPATH"] == str(ROOT):
             self.log_path.touch()
-            self.process = forker(self.command[1]).start(self.environment, self.folder, self.log_path)
+            self.process = forker(script).start(self.environment, self.folder, self.log_path, *arguments)
             return self
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(

@@ -43,9 +43,9 @@ class Forker:
         self._rest = b""
         self._one_reader = threading.Lock()
 
-    def start(self, environment: Mapping[str, str], folder: Path, log: Path) -> ForkedProcess:
+    def start(self, environment: Mapping[str, str], folder: Path, log: Path, *arguments: str) -> ForkedProcess:
         assert self._process.stdin is not None
-        order = {"environment": dict(environment), "folder": str(folder), "log": str(log)}
+        order = {"environment": dict(environment), "folder": str(folder), "log": str(log), "arguments": arguments}
         with self._one_reader:
             self._process.stdin.write(json.dumps(order).encode() + b"\n")
             self._process.stdin.flush()
@@ -139,7 +139,7 @@ def run_script(script: str, order: dict[str, Any]) -> int:
     os.closerange(3, 1024)
     os.environ.clear()
     os.environ.update(order["environment"])
-    sys.argv = [script]
+    sys.argv = [script, *order["arguments"]]
     try:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as ending:
