@@ -9,9 +9,9 @@ import signal
 import sys
 from pathlib import Path
 
+from training.death_signal import end_with_parent
 from training.events import EXIT_STOPPED
 
-_PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -21,14 +21,15 @@ def die_with_parent(parent: int | None = None) -> None:
     `parent` is its pid where it is known; it may have died before the request took hold.
     """
     parent = os.getppid() if parent is None else parent
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     if os.getppid() != parent:
         sys.exit(EXIT_STOPPED)
 
 
 def adopt_orphans() -> None:
     """From now on the kernel gives us, and not init, whatever our children leave behind."""
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl")
 
 
 def end_every_child() -> None:
@@ -57,8 +58,3 @@ def children_of_this_process() -> list[int]:
         if int(fields[1]) == me:
             found.append(int(stat.parent.name))
     return found
-
-
-def _prctl(option: int, value: int) -> None:
-    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl")

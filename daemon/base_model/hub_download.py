@@ -9,11 +9,9 @@ downloaded stays; the next call goes on from there.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import shutil
-import signal
 import sys
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
@@ -21,14 +19,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from daemon.base_model.files import Marker
+from training.death_signal import end_with_parent
 
 # What a causal language model needs, and nothing that runs code or repeats the weights in another form.
 WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 UNWANTED = ("consolidated*.safetensors", "*/*", ".*")
 # Room for checkpoints and everything else that lives on the volume.
 SPARE_BYTES = 2 * 1024**3
-
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -134,7 +131,7 @@ def _say(answer: Plan | Done | NotDone) -> None:
 
 def main() -> int:
     # The daemon's death is ours: nobody would wait for the answer.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     order: dict[str, Any] = json.loads(sys.stdin.readline())
     answer = download(Order(**order))
     _say(answer)

