@@ -16,23 +16,22 @@ class JobStore(Protocol):
     """Jobs that are claimed by their id, written to under a lease, and ended.
 
     Two implementations keep these promises, and one suite checks both (tests/queue/test_job_store.py): SqlJobStore, for
-    any number of hosts, and MemoryJobStore, for one serverless process without a database. They differ in this:
+    any number of hosts, and MemoryJobStore, for one serverless process without a database. In memory
 
-    - In memory nothing is hidden, refused or away: RowsHidden, PointsRefused, StatementRefused and DatabaseAway are
-      raised by SqlJobStore only.
-    - In memory a lease never expires, since no other host could take the job; and metrics and events are not kept,
-      since nobody could read them.
-    - In memory the limits of a claim are not looked at: what this host cannot serve was refused when it was submitted.
-    - A returned job goes back to the queue in Postgres, where another host may take it. In memory there is no other
-      host, so it fails.
-    - A job whose lease ends as cancelled, and which nobody cancelled, is queued again by both, without a cost."""
+    - no lease expires, since there is no other host to take the job;
+    - metrics, events and the plan are not kept, since nobody could read them;
+    - the cost is kept when the attempt ends;
+    - a claim does not look at the limits: `submit` has refused what this host cannot serve;
+    - a returned job fails. In Postgres it goes back to the queue, where another host takes it;
+    - nothing is refused, hidden or away: only SqlJobStore raises StatementRefused, PointsRefused, RowsHidden or
+      DatabaseAway."""
 
     async def claim_job_by_id(
         self, worker_id: UUID, job_id: UUID, limits: Limits, *, lease_seconds: float
     ) -> ClaimedJob | None:
-        """Take this one job if it waits, its time has come, nobody holds it and this host can serve it; else None.
+        """Take this one job if it waits, nobody holds it and this host can serve it; None otherwise.
 
-        Its lease has a higher epoch than any before, and a new token."""
+        A retry waits for its time. The lease has a higher epoch than any before, and a new token."""
 
     async def find_job(self, job_id: UUID) -> FoundJob:
         """What there is of a job, whatever we see of it."""

@@ -36,7 +36,7 @@ MAX_RETURNS = 10
 
 
 class SqlJobStore:
-    """The statements over one Database. Raises what Database raises, and LeaseLost."""
+    """A JobStore over one Database, and the queue of waiting jobs. Raises what Database raises, and LeaseLost."""
 
     def __init__(self, database: Database, troubles: Troubles | None = None) -> None:
         self._database = database

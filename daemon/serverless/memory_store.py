@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import NAMESPACE_URL, UUID, uuid4, uuid5
 
-from daemon.database.column_types import clean_json, clean_text, fit_integer
+from daemon.database.column_types import clean_json, clean_text, fit_integer, fit_numeric
 from daemon.errors import LeaseLost
 from daemon.gateway.job_rows import Refused, Standing, unknown_job
 from daemon.gateway.schemas import Submission
@@ -126,7 +126,7 @@ class MemoryJobStore:
         lease_seconds: float,  # noqa: ARG002
     ) -> ClaimedJob | None:
         job = self._jobs.get(job_id)
-        if job is None or job.is_leased or job.state is not State.QUEUED or time.monotonic() < job.due_at:
+        if job is None or job.state is not State.QUEUED or time.monotonic() < job.due_at:
             return None
         job.attempt += 1
         job.epoch += 1
@@ -240,7 +240,6 @@ class MemoryJobStore:
             lease,
             cost,
             State.QUEUED if again else State.FAILED,
-            said_before={State.QUEUED, State.FAILED},
             delay_seconds=delay_seconds,
             **error_columns(failed),
         )
@@ -327,25 +326,24 @@ class MemoryJobStore:
         cost: float | None,
         target: State,
         *,
-        said_before: Collection[State] = (),
         counts: bool = True,
         delay_seconds: float = 0.0,
         **columns: Any,
     ) -> Ending:
-        """`said_before`: the states that this ending may have led to if its answer was lost; `target` if none."""
         job = self._job_of(lease)
         noted = bool(job.uploads)
         if not job.is_held_by(lease):
-            if job.lease == lease and job.state in (said_before or {target}):
+            # It was written before, and the answer was lost.
+            if job.lease == lease and job.state is target:
                 return Ending(True, job.state, noted)
             raise _lost(lease)
         job.is_leased = False
-        job.spent = float(cost or job.spent)
+        job.spent = float(fit_numeric(cost, 10, 2) or job.spent)
         if job.state is State.CANCELLED:
             return Ending(target is State.CANCELLED, State.CANCELLED, noted)
         if not counts:
             job.attempt -= 1
-        job.due_at = time.monotonic() + delay_seconds
+        job.due_at = time.monotonic() + max(delay_seconds, 0.0)
         self._move(job, target, **columns)
         return Ending(True, target, noted)
 
