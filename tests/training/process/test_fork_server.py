@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Set
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,11 @@ from safetensors import safe_open
 
 from tests.daemon_process import alive, children_of, eventually
 from tests.tiny_models import conversation, make_model, write_conversations, write_dataset
-from tests.training.conftest import IN_BOTH_TYPES, ModelOf, SpecOf, train
+from tests.training.conftest import ModelOf, SpecOf, train
 from tests.training.process.child import WARM, Child, start
 from training.base.dtype import compute_dtype
 from training.compute import ComputeType
-from training.events import EXIT_STOPPED
+from training.events import EXIT_STOPPED, Ready
 from training.files.model_folder import open_model_folder
 from training.preflight.estimate import model_bytes
 from training.spec import HoldOrder, JobSpec
@@ -31,29 +32,46 @@ def _adapter(spec: JobSpec) -> bytes:
     return (spec.output_dir / "adapter_model.safetensors").read_bytes()
 
 
-def _do(child: Child, spec: JobSpec, served: int) -> None:
-    child.send(spec.model_dump_json())
-    child.wait_until_ready(served=served)
+def _do(child: Child, order: JobSpec | HoldOrder) -> Ready:
+    """What it says when it is ready for the next one."""
+    served = child.readies[-1].served
+    child.send(order.model_dump_json())
+    return child.wait_until_ready(served=served + 1)
 
 
-# A process takes seconds to start: each type once, with one kind of model.
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Callable[[], Child]]:
+    """A warm trainer that earlier tests may have used, for tests that need it ready and no more; a new one where the
+    last test has ended it. It takes seconds to start."""
+    with ExitStack() as stack:
+        children: list[Child] = []
+
+        def get() -> Child:
+            if not children or children[-1].process.poll() is not None:
+                children.append(stack.enter_context(start(arguments=WARM)))
+                children[-1].wait_until_ready()
+            children[-1].events.clear()
+            return children[-1]
+
+        yield get
+
+
+# Each type once, with one kind of model.
 @pytest.mark.parametrize(("architecture", "compute_type"), [("qwen3", "bfloat16"), ("qwen3_next", "float32")])
 def test_a_warm_trainer_makes_the_adapter_of_a_process_of_its_own_bit_for_bit(
-    architecture: str, compute_type: ComputeType, spec_of: SpecOf
+    architecture: str, compute_type: ComputeType, spec_of: SpecOf, shared: Callable[[], Child]
 ) -> None:
-    chosen = {"num_epochs": 1, "lora_dropout": 0.1}
+    chosen = {"num_epochs": 1, "lora_dropout": 0.1, "sample_prompts": None}
     cold = spec_of(architecture, name="cold", **chosen)
     train(cold)
     first = spec_of(architecture, name="first", **chosen)
     other = spec_of(architecture, name="other", **chosen | {"seed": 7, "lora_rank": 8, "target_modules": ["o_proj"]})
     again = spec_of(architecture, name="again", **chosen)
-    with start(arguments=WARM) as child:
-        assert child.wait_until_ready().base_model is None
-        for served, spec in enumerate((first, other, again), start=1):
-            _do(child, spec, served)
-        assert child.readies[-1].base_model == cold.base_model
-        child.close_stdin()
-        assert child.exit_status() == 0
+    child = shared()
+    assert child.readies[-1].base_model != cold.base_model
+    for spec in (first, other, again):
+        _do(child, spec)
+    assert child.readies[-1].base_model == cold.base_model
     assert _adapter(first) == _adapter(cold) == _adapter(again) != _adapter(other)
 
 
@@ -68,7 +86,7 @@ def test_nothing_of_a_finished_job_is_left_in_the_warm_trainer_or_around_it(
     for row in rows:
         row["messages"][0]["content"] += f" {SECRET}"
     dataset = write_dataset(tmp_path / f"{SECRET}.jsonl", rows)
-    spec = spec_of(name=f"job-{SECRET}", dataset_path=dataset, num_epochs=20)
+    spec = spec_of(name=f"job-{SECRET}", dataset_path=dataset, num_epochs=10)
     with start(arguments=WARM) as child:
         child.wait_until_ready()
         warm = child.process.pid
@@ -76,21 +94,27 @@ def test_nothing_of_a_finished_job_is_left_in_the_warm_trainer_or_around_it(
         child.send(spec.model_dump_json())
         child.wait_for("progress", step=2)
         (fork,) = children_of(warm)
-        # The search can find it: in the fork, while it works.
-        assert _finds(fork, SECRET.encode()) and _finds(fork, str(spec.model_path).encode())
+        # The search can find it: in the fork, in the middle of its work.
+        os.kill(fork, signal.SIGSTOP)
+        marks = {SECRET.encode(), str(spec.model_path).encode()}
+        assert _found(fork, marks) == marks
+        os.kill(fork, signal.SIGCONT)
         child.wait_until_ready(served=1)
         with safe_open(spec.output_dir / "adapter_model.safetensors", "np") as file:
             weights = next(file.get_tensor(key) for key in file.keys() if "lora_B" in key)  # noqa: SIM118
         assert not alive(fork) and children_of(warm) == []
-        assert _finds(warm, str(spec.model_path).encode())
-        for what in (SECRET.encode(), SECRET.encode("utf-16-le"), weights.tobytes()[:64]):
-            assert not _finds(warm, what)
+        marks |= {SECRET.encode("utf-16-le"), weights.tobytes()[:64]}
+        assert _found(warm, marks) == {str(spec.model_path).encode()}
         assert _state_of(warm) == before
         assert set(around.rglob("*")) == files
         assert not [file for file in files if file.is_file() and SECRET.encode() in file.read_bytes()]
+        child.close_stdin()
+        assert child.exit_status() == 0
 
 
-def test_a_base_model_whose_files_have_changed_is_loaded_anew(tiny: ModelOf, spec_of: SpecOf, tmp_path: Path) -> None:
+def test_a_base_model_whose_files_have_changed_is_loaded_anew(
+    tiny: ModelOf, spec_of: SpecOf, tmp_path: Path, shared: Callable[[], Child]
+) -> None:
     folder = tmp_path / "base"
     shutil.copytree(tiny("qwen3"), folder)
     # More than would fit into a pipe, of which a fork tells whole.
@@ -98,21 +122,21 @@ def test_a_base_model_whose_files_have_changed_is_loaded_anew(tiny: ModelOf, spe
         (folder / f"{number:080}.txt").touch()
     before = spec_of(name="before", model_path=folder, num_epochs=1)
     after = spec_of(name="after", model_path=folder, num_epochs=1)
-    with start(arguments=WARM) as child:
-        # Held before a job asks for it.
-        order = HoldOrder(base_model=before.base_model, model_path=folder, compute_type=before.compute_type)
-        child.send(order.model_dump_json())
-        assert child.wait_until_ready(served=1).base_model == before.base_model
-        _do(child, before, 2)
-        shutil.rmtree(folder)
-        make_model(folder, "llama")
-        _do(child, after, 3)
+    child = shared()
+    # Held before a job asks for it.
+    order = HoldOrder(base_model=before.base_model, model_path=folder, compute_type=before.compute_type)
+    assert _do(child, order).base_model == before.base_model
+    _do(child, before)
+    shutil.rmtree(folder)
+    make_model(folder, "llama")
+    _do(child, after)
     cold = spec_of(name="cold", model_path=folder, num_epochs=1)
     train(cold)
     assert _adapter(after) == _adapter(cold) != _adapter(before)
 
 
-@IN_BOTH_TYPES
+# What is freed is found or not in either type.
+@pytest.mark.parametrize("compute_type", ["bfloat16", pytest.param("float32", marks=pytest.mark.system)])
 def test_a_model_too_large_to_keep_has_the_memory_of_the_one_before_and_a_failed_job_ends_the_trainer(
     compute_type: ComputeType, spec_of: SpecOf, tmp_path: Path
 ) -> None:
@@ -120,18 +144,17 @@ def test_a_model_too_large_to_keep_has_the_memory_of_the_one_before_and_a_failed
     small, large = spec_of("llama", name="small", num_epochs=1), spec_of("qwen3", num_epochs=3)
     room = model_bytes(open_model_folder(small.model_path, "small"), quantize=True, compute_type=compute_type)
     with start(arguments=("--warm", "--keep-bytes", str(room))) as child:
+        child.wait_until_ready()
         order = HoldOrder(base_model=large.base_model, model_path=large.model_path, compute_type=compute_type)
-        child.send(order.model_dump_json())
-        assert child.wait_until_ready(served=1).base_model is None
-        _do(child, small, 2)
-        assert child.readies[-1].base_model == small.base_model
+        assert _do(child, order).base_model is None
+        assert _do(child, small).base_model == small.base_model
         with safe_open(small.model_path / "model.safetensors", "pt") as file:
             weights = _bytes_of(file.get_tensor("model.embed_tokens.weight").to(compute_dtype("cpu", compute_type)))
-        assert _finds(child.process.pid, weights)
+        assert _found(child.process.pid, {weights})
         child.send(large.model_dump_json())
         # More than the small one's.
         child.wait_for("progress", step=8)
-        assert not _finds(child.process.pid, weights), "it is still there beside the large one"
+        assert not _found(child.process.pid, {weights}), "it is still there beside the large one"
         assert child.wait_until_ready(served=3).base_model is None
         child.send(bad.model_dump_json())
         assert child.exit_status() == 1
@@ -139,24 +162,26 @@ def test_a_model_too_large_to_keep_has_the_memory_of_the_one_before_and_a_failed
 
 
 def test_a_model_that_cannot_be_loaded_fails_the_job_that_wanted_it(
-    tiny: ModelOf, spec_of: SpecOf, tmp_path: Path
+    tiny: ModelOf, spec_of: SpecOf, tmp_path: Path, shared: Callable[[], Child]
 ) -> None:
     folder = tmp_path / "base"
     shutil.copytree(tiny("qwen3"), folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
-    with start(arguments=WARM) as child:
-        child.send(spec_of(model_path=folder).model_dump_json())
-        assert child.exit_status() == 1
+    child = shared()
+    child.send(spec_of(model_path=folder).model_dump_json())
+    assert child.exit_status() == 1
     failed = child.wait_for("failed")
     assert failed.code == "model_unsupported" and failed.job_id == "job"
 
 
-def test_sigterm_ends_a_waiting_trainer_at_once_and_a_working_one_with_a_checkpoint(spec_of: SpecOf) -> None:
-    with start(arguments=WARM) as child:
-        child.wait_until_ready()
-        child.terminate()
-        assert child.exit_status(20) == EXIT_STOPPED
+def test_sigterm_ends_a_waiting_trainer_at_once(shared: Callable[[], Child]) -> None:
+    child = shared()
+    child.terminate()
+    assert child.exit_status(20) == EXIT_STOPPED
+
+
+def test_sigterm_ends_a_working_trainer_with_a_checkpoint(spec_of: SpecOf) -> None:
     spec = spec_of(num_epochs=100)
     with start(arguments=WARM) as child:
         child.send(spec.model_dump_json())
@@ -224,9 +249,14 @@ def _state_of(pid: int) -> dict[str, object]:
     }
 
 
-def _finds(pid: int, what: bytes) -> bool:
-    """Whether these bytes stand anywhere in a process's writable memory."""
-    return any(what in piece for piece in _memory(pid, overlap=len(what)))
+def _found(pid: int, marks: Set[bytes]) -> set[bytes]:
+    """Those of these bytes that stand anywhere in a process's writable memory."""
+    found: set[bytes] = set()
+    for piece in _memory(pid, overlap=max(map(len, marks))):
+        found |= {mark for mark in marks - found if mark in piece}
+        if found == marks:
+            break
+    return found
 
 
 def _memory(pid: int, overlap: int) -> Iterator[bytes]:
