@@ -45,7 +45,9 @@ def real_model() -> Any:
     )
 
 
+# Slow: the model is unpacked from GGUF. Its rounding alone is tried on a tiny one below.
 # bfloat16 first: float32 could not be made bfloat16 again without a second rounding.
+@pytest.mark.system
 @pytest.mark.parametrize("compute_type", ["bfloat16", "float32"])
 def test_a_real_model_is_packed_though_two_layouts_never_give_it_equal_numbers(
     compute_type: ComputeType, real_model: Any
@@ -97,6 +99,22 @@ def test_a_model_that_carries_one_text_into_the_next_is_found_out(
 ) -> None:
     reason = why_not_packed(_Borderless(_load(tiny(architecture), compute_type)))
     assert reason is not None and "carry one conversation into the next" in reason
+
+
+class _Rounded(_Borderless):
+    """Keeps texts apart, and rounds otherwise when they are packed: as far as SmolLM2-135M does in bfloat16."""
+
+    def forward(self, input_ids: torch.Tensor, **borders: Any) -> Any:
+        found = self.model(input_ids=input_ids, **borders)
+        if "position_ids" in borders:
+            found.logits[..., ::2] *= 1.016
+            found.logits[..., 1::2] *= 0.984
+        return found
+
+
+@IN_BOTH_TYPES
+def test_a_model_that_only_rounds_packed_texts_otherwise_is_packed(compute_type: ComputeType, tiny: ModelOf) -> None:
+    assert why_not_packed(_Rounded(_load(tiny("llama"), compute_type))) is None
 
 
 class _Shifted(_Borderless):
