@@ -139,13 +139,16 @@ def measure(checkpoint: Path, copies: Path, way: str, device: str) -> dict[str, 
 
 def load_once(checkpoint: Path, copies: Path, way: str, device: str) -> dict[str, float]:
     """Load in this process. The way with the copy must come after the one that writes it."""
-    import torch
-    from transformers.utils import logging
+    from training.quick_imports import quick_imports
 
-    from training.base.load import load_base_model
-    from training.base.make_quantized_copy import Request
-    from training.files.model_folder import open_model_folder
-    from training.quantization.experts import expert_states, has_fused_experts
+    with quick_imports():
+        import torch
+        from transformers.utils import logging
+
+        from training.base.load import load_base_model
+        from training.base.make_quantized_copy import Request
+        from training.files.model_folder import open_model_folder
+        from training.quantization.experts import expert_states, has_fused_experts
 
     logging.disable_progress_bar()
     folder = open_model_folder(checkpoint, "measured/model")
