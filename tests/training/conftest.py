@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # As a trainer does it: each file of tests imports some of this.
 with quick_imports():
-    import training.recipe  # noqa: F401
+    import training.recipe
 
 
 class HeardVoice(Voice):
@@ -59,6 +59,12 @@ IN_BOTH_TYPES = pytest.mark.parametrize("compute_type", get_args(ComputeType))
 ROUNDING: dict[ComputeType, float] = {"float32": 1e-4, "bfloat16": 20**0.5 * 2**-9}
 
 
+@pytest.fixture(autouse=True)
+def without_a_chart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes a third of such a short job; children of ours draw, and one test in test_adapter.py."""
+    monkeypatch.setattr(training.recipe, "draw_chart", lambda _journal, path, title: path.write_bytes(b"\x89PNG"))
+
+
 ModelOf = Callable[[str], Path]
 SpecOf = Callable[..., JobSpec]
 
@@ -84,12 +90,15 @@ def compute_type() -> ComputeType | None:
 
 @pytest.fixture
 def spec_of(tiny: ModelOf, tmp_path: Path, compute_type: ComputeType | None) -> SpecOf:
-    """A spec over a tiny model with 24 conversations; keywords beyond JobSpec's own become hyperparameters."""
+    """A spec over a tiny model with 24 conversations, six steps. Keywords beyond JobSpec's own are hyperparameters.
+
+    No samples: two before and two after take as long as the steps. `sample_prompts=None` is what a job has by itself.
+    """
 
     def make(architecture: str = "qwen3", **changes: object) -> JobSpec:
         name = str(changes.pop("name", "job"))
         top = {key: changes.pop(key) for key in list(changes) if key in JobSpec.model_fields}
-        chosen = {"num_epochs": 2, "lora_rank": 4, "learning_rate": 5e-3, **changes}
+        chosen = {"num_epochs": 1, "lora_rank": 4, "learning_rate": 5e-3, "sample_prompts": (), **changes}
         root = tmp_path / name
         (root / "work").mkdir(parents=True)
         if "dataset_path" not in top:

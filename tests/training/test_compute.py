@@ -34,7 +34,7 @@ def test_a_card_computes_in_bfloat16_and_whoever_asks_has_what_he_asks_for() -> 
 def test_every_product_of_a_run_has_its_type_and_the_story_says_which(
     architecture: str, compute_type: ComputeType, spec_of: SpecOf
 ) -> None:
-    spec = spec_of(architecture, num_epochs=1, sample_prompts=())
+    spec = spec_of(architecture, num_epochs=1)
     voice = train(spec)
     assert [event.compute_type for event in voice.all("planned")] == [compute_type]
     wanted = compute_dtype("cpu", compute_type)
@@ -56,7 +56,7 @@ def test_a_base_model_in_memory_is_not_that_of_a_job_in_the_other_type(spec_of: 
 
 def test_a_checkpoint_of_the_other_type_is_not_continued(spec_of: SpecOf) -> None:
     """Its adapter would be neither that of the one nor that of the other."""
-    spec = spec_of(num_epochs=1, sample_prompts=(), checkpoint_seconds=1e-4, compute_type="bfloat16")
+    spec = spec_of(num_epochs=1, checkpoint_seconds=1e-4, compute_type="bfloat16")
     train(spec)
     for asked, code in (("bfloat16", "resumed"), ("float32", "checkpoint_passed_over")):
         voice = train(spec.model_copy(update={"compute_type": asked}))

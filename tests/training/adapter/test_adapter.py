@@ -12,10 +12,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import training.recipe
 from tests.tiny_models import ARCHITECTURES, DENSE
 from tests.training.conftest import ModelOf, SpecOf, train
 from training.adapter.lora import attach_adapter, choose_targets, trainable_parameters
 from training.failures import TrainingFailed
+from training.results.chart import draw_chart
 from training.spec import Hyperparameters
 
 
@@ -39,7 +41,8 @@ def test_an_adapter_opens_with_plain_peft_and_changes_the_answers(architecture: 
     assert saved.summary["trainable_parameters"] == sum(value.numel() for value in stored.values())
 
 
-def test_the_folder_holds_everything_and_nothing_pickled(spec_of: SpecOf) -> None:
+def test_the_folder_holds_everything_and_nothing_pickled(spec_of: SpecOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training.recipe, "draw_chart", draw_chart)
     spec = spec_of("llama")
     train(spec)
     names = {path.name for path in spec.output_dir.iterdir()}
@@ -53,7 +56,7 @@ def test_the_folder_holds_everything_and_nothing_pickled(spec_of: SpecOf) -> Non
         "metrics_chart.png",
     } <= names
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
-    assert (spec.output_dir / "metrics_chart.png").read_bytes().startswith(b"\x89PNG")
+    assert (spec.output_dir / "metrics_chart.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     config = json.loads((spec.output_dir / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "tiny/llama"
     assert set(config["target_modules"]) == {

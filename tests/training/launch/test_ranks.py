@@ -55,7 +55,7 @@ def _same_run(ours: list[Progress], theirs: list[Progress], computed_in: Compute
 @IN_BOTH_TYPES
 def test_two_processes_make_the_steps_of_one(compute_type: ComputeType, spec_of: SpecOf) -> None:
     """Seven conversations a step of 24, less two held out: shares differ in size, and the last step has one for one."""
-    chosen = {"batch_size": 7, "num_epochs": 2, "lora_dropout": 0.0}
+    chosen = {"batch_size": 7, "num_epochs": 2, "lora_dropout": 0.0, "sample_prompts": None}
     alone = train(spec_of(name="alone", **chosen))
     together = spec_of(name="together", num_gpus=2, **chosen)
     with start(together) as child:

@@ -17,7 +17,7 @@ from training.stop_switch import StopSwitch
 pytestmark = pytest.mark.timeout(600)
 
 # Dropout and evaluation are what a resumed run forgets first: both draw on state that lives outside the weights.
-_CHOSEN = {"num_epochs": 2, "lora_dropout": 0.1, "validation_fraction": 0.2, "sample_prompts": ()}
+_CHOSEN = {"num_epochs": 2, "lora_dropout": 0.1, "validation_fraction": 0.2}
 
 
 class _Killed(BaseException):

@@ -36,7 +36,7 @@ def _batch(rows: int = 3, length: int = 20) -> dict[str, torch.Tensor]:
 
 @IN_BOTH_TYPES
 def test_a_run_tells_its_story_in_order_and_learns(spec_of: SpecOf) -> None:
-    voice = train(spec_of(num_epochs=3))
+    voice = train(spec_of(num_epochs=3, sample_prompts=None))
     kinds = voice.kinds()
     assert kinds.index("planned") < kinds.index("evaluated") < kinds.index("progress")
     assert kinds[-1] == "adapter_saved"
@@ -179,7 +179,7 @@ def test_a_pass_before_the_first_step_finds_what_the_card_takes_and_changes_noth
     capacity: int, expected: int | None, spec_of: SpecOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(training.data.plan._TOKENS_PER_MICRO_BATCH, "cpu", 100)
-    chosen = {"num_epochs": 1, "validation_fraction": 0.0, "sample_prompts": ()}
+    chosen = {"num_epochs": 1, "validation_fraction": 0.0}
     unasked = spec_of(name="unasked", **chosen)
     steps = train(unasked).all("progress")
     monkeypatch.setattr(training.recipe, "gauge_of", lambda _device: _Reading(capacity))

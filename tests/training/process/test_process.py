@@ -24,7 +24,7 @@ def _adapter(spec: JobSpec) -> bytes:
 
 
 def test_a_spec_becomes_an_adapter_and_the_events_tell_it_in_order(spec_of: SpecOf) -> None:
-    spec = spec_of(name="first", num_epochs=1)
+    spec = spec_of(name="first", num_epochs=1, sample_prompts=None)
     with start(spec) as child:
         assert child.exit_status() == 0
     kinds = [event.kind for event in child.events]

@@ -23,7 +23,7 @@ from training.preflight.estimate import Estimate
 from training.quantization.dequantized_cache import Kept, keep_unpacked, spare_bytes
 from training.quantization.experts import expert_states, has_fused_experts, unpack_once_for_backward
 
-_SHORT = {"num_epochs": 1, "lora_dropout": 0.1, "sample_prompts": ()}
+_SHORT = {"num_epochs": 1, "lora_dropout": 0.1}
 
 
 def _load(spec: Any) -> Any:
