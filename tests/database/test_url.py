@@ -23,7 +23,7 @@ from daemon.fleet.plan import read_plan
 from daemon.logs import configure_logs, configure_logs_by
 from daemon.settings import Settings, load_settings, secrets_of
 from tests.cli.command import CommandLine
-from tests.paths import ROOT
+from tests.paths import DOUBLES, ROOT
 from tests.postgres import AppDatabase
 
 # Special characters everywhere, and no four of its letters in any word of ours.
@@ -179,9 +179,6 @@ COMMANDS = (
 def said_by_every_command(urls: list[str], folder: Path) -> list[tuple[tuple[str, ...], str, dict[str, Any]]]:
     """Words, address, and what the command said and how it ended."""
     (folder / "data.jsonl").write_text('{"messages": []}\n')
-    # The doctor's selfcheck imports torch, six seconds for each address: here it finds none and says so.
-    (folder / "no_torch").mkdir()
-    (folder / "no_torch" / "torch.py").write_text("raise ImportError('none here')\n")
     environment = CommandLine(folder).environment | {
         "TRAINER_DEVICE": "cpu",
         "TRAINER_MODELS_DIR": str(folder / "models"),
@@ -197,7 +194,8 @@ def said_by_every_command(urls: list[str], folder: Path) -> list[tuple[tuple[str
     }
     done = subprocess.run(
         [sys.executable, "-m", "tests.database.every_url"],
-        env=environment | {"PYTHONPATH": f"{folder / 'no_torch'}{os.pathsep}{ROOT}"},
+        # The doctor would import torch for each address.
+        env=environment | {"PYTHONPATH": f"{DOUBLES / 'no_torch'}{os.pathsep}{ROOT}"},
         cwd=folder,
         input=json.dumps([COMMANDS, urls]),
         capture_output=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 from daemon.schema.migrations import migrate
 from tests.daemon_process import alive, eventually
 from tests.lifecycle.queue import Queue
+from tests.paths import DOUBLES
 
 LONG = [["steps", 100_000, 0.02]]
 
@@ -63,6 +65,7 @@ def troubles(queue: Queue) -> list[str]:
 def doctor(queue: Queue, folder: Path) -> str:
     command = (sys.executable, "-m", "daemon", "doctor", "--json")
     settings = queue.daemon(folder, name="doctor").environment
+    settings["PYTHONPATH"] = f"{DOUBLES / 'no_torch'}{os.pathsep}{settings['PYTHONPATH']}"
     return subprocess.run(command, env=settings, capture_output=True, text=True, cwd=folder, check=False).stdout
 
 

@@ -86,10 +86,10 @@ async def test_an_app_whose_statuses_lack_one_of_ours_costs_no_daemon_and_holds_
             admin.execute(
                 "ALTER TABLE training_jobs ADD CONSTRAINT app_statuses CHECK (status <> 'initializing') NOT VALID"
             )
-            jobs = [queue.insert() for _ in range(20)]
+            jobs = [queue.insert() for _ in range(12)]
             eventually(lambda: len(daemon.logged("claim_refused")) >= 8 or None, why=daemon.tail)
             held = [job for job in jobs if "constraint app_statuses" in (reason(queue, job) or "")]
-            assert 8 <= len(held) < 20, "the rest of the queue is left as it is"
+            assert 8 <= len(held) < 12, "the rest of the queue is left as it is"
             assert daemon.process is not None and daemon.process.poll() is None
             admin.execute("ALTER TABLE training_jobs DROP CONSTRAINT app_statuses")
         queue.select("SELECT release_held_jobs()")
@@ -133,7 +133,7 @@ async def test_a_table_locked_for_longer_than_a_lease_costs_no_attempt(
 ) -> None:
     """As VACUUM FULL and ALTER TABLE do: the heartbeats waited, and so did two reapers."""
     (tmp_path / "other").mkdir()
-    shared = {"storage_dir": tmp_path / "storage", "models_dir": tmp_path / "models", "lease_seconds": 6}
+    shared = {"storage_dir": tmp_path / "storage", "models_dir": tmp_path / "models", "lease_seconds": 4}
     with queue.daemon(tmp_path, **shared) as daemon, queue.daemon(tmp_path / "other", **shared) as other:
         job = queue.insert(script=LONG)
         queue.wait_for(job, "running")
@@ -141,12 +141,12 @@ async def test_a_table_locked_for_longer_than_a_lease_costs_no_attempt(
             each.wait_for_log("listener_hears")
         with queue.connect() as admin:
             # Each reaper has known its database for a lease: it would reap.
-            admin.execute("SELECT pg_sleep(7)")
+            admin.execute("SELECT pg_sleep(5)")
             with admin.transaction():
                 admin.execute(f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE".encode())
-                admin.execute("SELECT pg_sleep(15)")
+                admin.execute("SELECT pg_sleep(10)")
             # Longer than any reaper's rhythm.
-            admin.execute("SELECT pg_sleep(8)")
+            admin.execute("SELECT pg_sleep(6)")
         assert not daemon.logged("job_reaped") and not other.logged("job_reaped")
         row = queue.row(job)
         assert (row["status"], row["attempt"], row["error_code"]) == ("running", 1, None)
