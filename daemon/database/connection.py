@@ -19,8 +19,8 @@ from psycopg.rows import dict_row
 from psycopg.types.json import set_json_loads
 from psycopg.waiting import wait_async
 
-from daemon.database.login import login_fault
-from daemon.database.refusal import is_of_the_app, refusal_of
+from daemon.database.login import KEEPALIVE, login_fault
+from daemon.database.refusal import NOT_MIGRATED, first_line, is_of_the_app, refusal_of
 from daemon.database.url import is_transaction_pooler
 from daemon.database.wire import Sent, Wire
 from daemon.errors import (
@@ -33,27 +33,13 @@ from daemon.errors import (
 )
 
 ROLE = "training_daemon"
-# A dead peer is noticed in about 25 s, also while a statement waits for its answer.
-_KEEPALIVE: Mapping[str, Any] = {
-    "keepalives": 1,
-    "keepalives_idle": 10,
-    "keepalives_interval": 5,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 25_000,
-}
 _MIGRATE = "run `brightrun-trainer migrate` against this database"
 # What says "not now" rather than "never", beside psycopg's OperationalError: a standby after a failover.
 _AWAY = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.ReadOnlySqlTransaction, OSError)
 # Our prepared statements are not there, or another's are: a transaction pooler on a port of its own choice.
 _NOT_OUR_SESSION = (psycopg.errors.InvalidSqlStatementName, psycopg.errors.DuplicatePreparedStatement)
-_NOT_MIGRATED = (
-    psycopg.errors.UndefinedTable,
-    psycopg.errors.UndefinedColumn,
-    psycopg.errors.UndefinedFunction,
-    psycopg.errors.UndefinedObject,
-    psycopg.errors.InvalidSchemaName,
-    psycopg.errors.InsufficientPrivilege,
-)
+# A right that the daemon's role lacks comes with the migrations too.
+_UNPREPARED = (*NOT_MIGRATED, psycopg.errors.InsufficientPrivilege)
 # Raised by our own triggers where a statement would leave a job half moved: row security hides the other half.
 _ROWS_HIDDEN = "PT503"
 # How long an app's transaction on one job's row may hold up what we write about all the others.
@@ -167,16 +153,16 @@ class Database:
             if lost or shared or isinstance(error, _AWAY) or _is_altered(error):
                 if not _connection_survives(error):
                     await self.close()
-                raise DatabaseAway(_first_line(error)) from error
+                raise DatabaseAway(first_line(error)) from error
             if isinstance(error, psycopg.Error) and error.sqlstate == _ROWS_HIDDEN:
-                raise RowsHidden(_first_line(error)) from error
+                raise RowsHidden(first_line(error)) from error
             if _breaks_a_policy(error) and not is_of_the_app(error):
                 # No right is missing: a policy of somebody's binds the daemon's role as well.
-                raise RowsHidden(f"{_first_line(error)}; doctor names the policy") from error
-            if isinstance(error, _NOT_MIGRATED) and not is_of_the_app(error):
+                raise RowsHidden(f"{first_line(error)}; doctor names the policy") from error
+            if isinstance(error, _UNPREPARED) and not is_of_the_app(error):
                 await self._renew_session()
                 raise self._missing(
-                    f"the database is not prepared for this version ({_first_line(error)}): {_MIGRATE}"
+                    f"the database is not prepared for this version ({first_line(error)}): {_MIGRATE}"
                 ) from error
             if isinstance(error, psycopg.Error):
                 raise refusal_of(error) from error
@@ -215,7 +201,7 @@ class Database:
                 application_name=self._application_name,
                 # Ours, whatever the role or the database is set to; poolers know this one.
                 client_encoding="UTF8",
-                **_KEEPALIVE,
+                **KEEPALIVE,
             )
         except psycopg.OperationalError as error:
             # Only before the first success: later a pooler may say anything while its database restarts.
@@ -307,10 +293,6 @@ def _breaks_a_policy(error: BaseException) -> bool:
     return (
         isinstance(error, psycopg.errors.InsufficientPrivilege) and error.diag.source_function == "ExecWithCheckOptions"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__
 
 
 # A database that is there and will not: a right that is missing, a trigger of the app's own that objects.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
 from uuid import UUID, uuid4
 
 import psycopg
@@ -16,7 +15,7 @@ import structlog
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
 from daemon.chores import worked
-from daemon.database.login import login_reason
+from daemon.database.login import KEEPALIVE, login_reason
 
 log = structlog.get_logger()
 
@@ -26,7 +25,6 @@ CHANNEL = "training_jobs"
 PROBE_SECONDS = 10.0
 PROBE_LIMIT_SECONDS = 5.0
 PROOF_LIMIT_SECONDS = 30.0
-KEEPALIVE: dict[str, Any] = {"keepalives": 1, "keepalives_idle": 15, "keepalives_interval": 5, "keepalives_count": 3}
 
 
 class Listener:

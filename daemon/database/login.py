@@ -15,6 +15,14 @@ from psycopg.rows import TupleRow
 from daemon.errors import DatabaseAway, HostUnfit
 
 CONNECT_SECONDS = 10
+# A dead peer is noticed in about 25 s, also while a statement waits for its answer.
+KEEPALIVE: dict[str, Any] = {
+    "keepalives": 1,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 25_000,
+}
 _NETWORK = "Supabase: Database settings, Network Restrictions; elsewhere: pg_hba.conf"
 _CERTIFICATE = "put the server's CA certificate into a file and name it by sslrootcert=…, or take sslmode=require"
 # In this order: Supavisor's, PgBouncer's and Postgres' words for the same thing stand together.

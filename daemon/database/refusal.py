@@ -1,4 +1,4 @@
-"""Who refused a statement of ours, as Postgres tells it: the functions on its way, and the constraint that it broke."""
+"""What an error of Postgres means: our tables are not there, or somebody refused a statement, and who."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ import psycopg
 
 from daemon.errors import StatementRefused
 
+# What is missing from a database that was never migrated, or that holds an older version.
+NOT_MIGRATED = (
+    psycopg.errors.UndefinedTable,
+    psycopg.errors.UndefinedColumn,
+    psycopg.errors.UndefinedFunction,
+    psycopg.errors.UndefinedObject,
+    psycopg.errors.InvalidSchemaName,
+)
 # Of an error's context: `PL/pgSQL function app.audit() line 3 at RAISE`, `SQL function "audit" statement 1`.
 _FUNCTION = re.compile(r"^(?:PL/\w+|SQL) function \"?([\w.$]+)\"?", re.MULTILINE)
 _CREATED = re.compile(r"^CREATE OR REPLACE FUNCTION public\.(\w+)", re.MULTILINE)
@@ -17,7 +25,7 @@ _CREATED = re.compile(r"^CREATE OR REPLACE FUNCTION public\.(\w+)", re.MULTILINE
 
 def refusal_of(error: psycopg.Error) -> StatementRefused:
     """What the database said, and who said it."""
-    return StatementRefused(_said(error), who=_who(error), sqlstate=error.sqlstate)
+    return StatementRefused(first_line(error), who=_who(error), sqlstate=error.sqlstate)
 
 
 def is_of_the_app(error: BaseException) -> bool:
@@ -37,8 +45,10 @@ def _who(error: psycopg.Error) -> str | None:
     return ", ".join(part for part in parts if part) or None
 
 
-def _said(error: psycopg.Error) -> str:
-    return (error.diag.message_primary or str(error).strip()).split("\n", 1)[0] or type(error).__name__
+def first_line(error: BaseException) -> str:
+    """What an error says, without Postgres' own excerpt of the statement."""
+    said = error.diag.message_primary if isinstance(error, psycopg.Error) else None
+    return (said or str(error)).strip().split("\n", 1)[0] or type(error).__name__
 
 
 def _functions(error: psycopg.Error) -> list[str]:

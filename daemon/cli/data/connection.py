@@ -18,7 +18,8 @@ from pydantic import AliasChoices, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from daemon.cli.errors import CommandFailed
-from daemon.database.login import CONNECT_SECONDS, login_fault
+from daemon.database.login import CONNECT_SECONDS, KEEPALIVE, login_fault
+from daemon.database.refusal import NOT_MIGRATED, first_line
 from daemon.database.url import DatabaseUrlInvalid, is_transaction_pooler, read_database_url
 from daemon.errors import DatabaseAway, HostUnfit
 
@@ -26,14 +27,6 @@ Connection = psycopg.Connection[dict[str, Any]]
 
 # A person waits at the other end.
 STATEMENT_SECONDS = 60
-_KEEPALIVE: dict[str, Any] = {"keepalives": 1, "keepalives_idle": 15, "keepalives_interval": 5, "keepalives_count": 3}
-
-_NOT_MIGRATED = (
-    psycopg.errors.UndefinedTable,
-    psycopg.errors.UndefinedColumn,
-    psycopg.errors.UndefinedFunction,
-    psycopg.errors.InvalidSchemaName,
-)
 
 
 class _DatabaseSettings(BaseSettings):
@@ -79,7 +72,7 @@ def connect() -> Connection:
             prepare_threshold=None,
             connect_timeout=CONNECT_SECONDS,
             application_name="brightrun-trainer cli",
-            **_KEEPALIVE,
+            **KEEPALIVE,
         )
     except psycopg.OperationalError as error:
         raise login_fault(error) from error
@@ -105,28 +98,23 @@ def said_plainly() -> Iterator[None]:
     """Turn Postgres' errors into ours: DatabaseAway, HostUnfit (not migrated), CommandFailed (refused)."""
     try:
         yield
-    except _NOT_MIGRATED as error:
+    except NOT_MIGRATED as error:
         raise HostUnfit(
-            f"the database is not prepared for this version ({_reason(error)}): run `brightrun-trainer migrate`"
+            f"the database is not prepared for this version ({first_line(error)}): run `brightrun-trainer migrate`"
         ) from error
     except psycopg.errors.QueryCanceled as error:
         raise CommandFailed(f"the database took longer than {STATEMENT_SECONDS} s and was stopped") from error
     except psycopg.errors.InsufficientPrivilege as error:
         hint = error.diag.message_hint or "use a DATABASE_URL whose login may: training_daemon, or the project's owner"
-        raise CommandFailed(f"this login may not: {_reason(error)}", hint) from error
+        raise CommandFailed(f"this login may not: {first_line(error)}", hint) from error
     except (psycopg.OperationalError, psycopg.InterfaceError) as error:
-        raise DatabaseAway(_reason(error)) from error
+        raise DatabaseAway(first_line(error)) from error
     except psycopg.Error as error:
         # The guard's and the functions' own words (PT404, PT409), and constraints'.
-        raise CommandFailed(_reason(error), error.diag.message_hint) from error
+        raise CommandFailed(first_line(error), error.diag.message_hint) from error
 
 
 @cache
 def read_statement(name: str) -> bytes:
     """The text of sql/reads/<name>.sql."""
     return (resources.files("sql.reads") / f"{name}.sql").read_bytes()
-
-
-def _reason(error: psycopg.Error) -> str:
-    words = error.diag.message_primary or str(error)
-    return words.strip().split("\n", 1)[0] or type(error).__name__
