@@ -26,6 +26,7 @@ from daemon.schema.installation import (
     repair_catalogue,
     repair_rows,
 )
+from daemon.schema.sql_script import split_statements
 
 T = TypeVar("T")
 
@@ -109,50 +110,6 @@ def pending(dsn: str) -> list[str]:
     except psycopg.errors.InsufficientPrivilege as error:
         raise MayNotRead(f"this login may not read which migrations were applied: {error}") from error
     return [f"{item.version}_{item.name}" for item in migrations() if item.version not in recorded]
-
-
-def split_statements(sql: str) -> list[str]:
-    """Cut a script at its top-level semicolons; strings, dollar quotes and comments are left whole."""
-    statements: list[str] = []
-    start = position = 0
-    while position < len(sql):
-        end = _end_of_quoted(sql, position)
-        if end is not None:
-            position = end
-        elif sql[position] == ";":
-            statements.append(sql[start:position].strip())
-            position += 1
-            start = position
-        else:
-            position += 1
-    statements.append(sql[start:].strip())
-    return [statement for statement in statements if _says_something(statement)]
-
-
-def _end_of_quoted(sql: str, position: int) -> int | None:
-    """Where the string, comment or dollar quote that begins here ends; None if none begins here."""
-    if sql.startswith("--", position):
-        return _after(sql, "\n", position)
-    if sql.startswith("/*", position):
-        return _after(sql, "*/", position + 2)
-    if sql[position] in "'\"":
-        return _after(sql, sql[position], position + 1)
-    if sql[position] == "$":
-        close = sql.find("$", position + 1)
-        tag = sql[position : close + 1]
-        # $1 is a parameter, $$ and $body$ are quotes.
-        if close != -1 and (tag == "$$" or tag[1:-1].isidentifier()):
-            return _after(sql, tag, close + 1)
-    return None
-
-
-def _after(sql: str, end: str, position: int) -> int:
-    found = sql.find(end, position)
-    return len(sql) if found == -1 else found + len(end)
-
-
-def _says_something(statement: str) -> bool:
-    return any(line.strip() and not line.strip().startswith("--") for line in statement.splitlines())
 
 
 def _apply_local(db: psycopg.Connection[Any]) -> None:

@@ -15,7 +15,8 @@ from uuid import UUID
 
 import pytest
 
-from daemon.schema.migrations import migrate, split_statements
+from daemon.schema.migrations import migrate
+from daemon.schema.sql_script import split_statements
 from tests.daemon_process import SCRIPTED, DaemonProcess, eventually
 from tests.doubles.receiver import Receiver
 from tests.doubles.storage import StorageDouble

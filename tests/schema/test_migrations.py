@@ -20,7 +20,8 @@ from daemon.database.embedded_server import EmbeddedPostgres
 from daemon.errors import DatabaseAway, HostUnfit
 from daemon.queue.rows import Claim
 from daemon.queue.store import SqlJobStore
-from daemon.schema.migrations import migrate, migrations, pending, split_statements
+from daemon.schema.migrations import migrate, migrations, pending
+from daemon.schema.sql_script import split_statements
 from tests.paths import ROOT
 from tests.postgres import BINARIES, AppDatabase, Server, app_job, insert_statement
 from tests.queue.claiming import claim
@@ -245,21 +246,3 @@ async def claim_and_give_back(dsn: str) -> bool:
         await store.release_job(job.lease, "x", cost=None)
         assert await store.reap_expired_leases() == []
         return connection.role_warning is not None
-
-
-@pytest.mark.parametrize(
-    ("script", "statements"),
-    [
-        ("a; b", ["a", "b"]),
-        ("a ';' ; b", ["a ';'", "b"]),
-        ("a -- ;\n; b", ["a -- ;", "b"]),
-        ("a /* ; */ b;", ["a /* ; */ b"]),
-        ("DO $$ x; y $$; z", ["DO $$ x; y $$", "z"]),
-        ("DO $a$ x; $$ ; $$ $a$; z", ["DO $a$ x; $$ ; $$ $a$", "z"]),
-        ('select "a;b", $1; c', ['select "a;b", $1', "c"]),
-        ("-- only words\n", []),
-        ("select 'it''s; fine'; b", ["select 'it''s; fine'", "b"]),
-    ],
-)
-def test_a_script_is_cut_at_its_own_semicolons_only(script: str, statements: list[str]) -> None:
-    assert split_statements(script) == statements

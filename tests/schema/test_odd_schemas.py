@@ -13,7 +13,8 @@ from daemon.errors import HostUnfit
 from daemon.queue.outcome import Completed, Failed
 from daemon.queue.rows import MetricPoint
 from daemon.queue.store import SqlJobStore
-from daemon.schema.migrations import faults, migrate, split_statements
+from daemon.schema.migrations import faults, migrate
+from daemon.schema.sql_script import split_statements
 from tests.paths import ROOT
 from tests.postgres import AppDatabase, Server, app_job, insert_statement
 from tests.queue.claiming import claimed

@@ -14,7 +14,8 @@ from daemon.database.embedded_server import EmbeddedPostgres, installed_binaries
 from daemon.errors import HostUnfit
 from daemon.queue.states import State
 from daemon.queue.store import SqlJobStore
-from daemon.schema.migrations import bring_up_to_date, faults, split_statements
+from daemon.schema.migrations import bring_up_to_date, faults
+from daemon.schema.sql_script import split_statements
 from tests.paths import ROOT
 from tests.postgres import AppDatabase
 from tests.queue.claiming import claimed
