@@ -1,7 +1,9 @@
 """The gateway's statements: it inserts rows and reads them, and keeps nothing of its own.
 
 A few connections, each serving one request at a time; whoever finds all of them taken waits his turn,
-so that a thousand callers never cost the database more than these.
+so that a thousand callers never cost the database more than these. psycopg_pool 3.3.3 was tried in place of the queue:
+it connects in the background, so that with Postgres away a request waits out its timeout (20 s, where it is refused at
+once here) and is not given the reason, a wrong password included; after 45 s away it served again 11 s later than this.
 """
 
 from __future__ import annotations
