@@ -92,7 +92,9 @@ def test_a_trainer_hides_wrong_kernels_before_transformers_chooses_them(
         "kernels.hide_wrong_kernels()\n"
         "import importlib.util; print(importlib.util.find_spec('fla') is None)\n"
     )
-    code += "import transformers.models.qwen3_next.modeling_qwen3_next\n" if is_hidden else ""
+    if is_hidden:
+        code += "from training.quick_imports import quick_imports\n"
+        code += "with quick_imports(): import transformers.models.qwen3_next.modeling_qwen3_next\n"
     ended = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         env={"PYTHONPATH": f"{folder}:{ROOT}"},

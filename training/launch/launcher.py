@@ -21,6 +21,7 @@ from training.events import ErrorCode
 from training.failures import StopRequested, TrainingFailed
 from training.launch.shared_folder import RankDesk
 from training.parent_process import adopt_orphans, children_of_this_process, end_every_child
+from training.quick_imports import quick_imports
 from training.spec import JobSpec
 from training.stop_switch import STOP_A_RANK, StopSwitch
 
@@ -58,8 +59,9 @@ def train_on_ranks(spec: JobSpec, events_fd: int, stop: StopSwitch) -> None:
 
 def _run(spec: JobSpec, desk: RankDesk, events_fd: int) -> ProcessFailure | None:
     """Run the ranks to their end. Returns the one that ended badly: one that was killed, else the first."""
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import elastic_launch
+    with quick_imports():
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.launcher.api import elastic_launch
 
     if "OMP_NUM_THREADS" not in os.environ and spec.device == "cpu":
         os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // spec.num_gpus))
