@@ -416,7 +416,8 @@ def test_unusable_settings_exit_78_and_name_the_variable(tmp_path: Path) -> None
     assert "TRAINER_LEASE_SECONDS" in unusable.stderr and "DATABASE_URL" in unusable.stderr
 
 
-async def test_every_line_comes_even_where_everything_is_wrong(tmp_path: Path) -> None:
+async def test_every_line_comes_even_where_everything_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_host, "SELFCHECK_SECONDS", 0.0)
     (tmp_path / "file").write_text("")
     wrong = settings(
         tmp_path, device="auto", work_dir=tmp_path / "file" / "jobs", models_dir=tmp_path / "file" / "models",
@@ -424,5 +425,13 @@ async def test_every_line_comes_even_where_everything_is_wrong(tmp_path: Path) -
     )  # fmt: skip
     found = await by_name(examine(wrong))
     red = {name for name, finding in found.items() if finding.light is Light.RED}
-    assert red >= {"default model", "work folder", "models folder", "database", "storage (folder)", "callback secret"}
+    assert red >= {
+        "trainer",
+        "default model",
+        "work folder",
+        "models folder",
+        "database",
+        "storage (folder)",
+        "callback secret",
+    }
     assert all(finding.advice for finding in found.values() if finding.light is not Light.GREEN)
