@@ -16,11 +16,10 @@ from pathlib import Path
 from uuid import UUID
 
 import pytest
-from pydantic import SecretStr
 
-from daemon.report.webhook import signing_keys, verify
 from tests.daemon_process import alive, eventually
 from tests.doubles.receiver import Answer, Receiver
+from tests.doubles.standard_webhooks import verify
 from tests.doubles.storage import StorageDouble
 from tests.lifecycle.project import SECRET, Project
 from tests.lifecycle.queue import Queue
@@ -33,7 +32,7 @@ async def test_a_row_becomes_an_adapter_in_storage_and_every_row_that_the_app_ex
         (ending, *_again) = await project.endings(job)
     assert ending.payload["status"] == "completed"
     assert ending.payload["adapter_path"] == row["adapter_path"] == f"lora-models/adapters/{job}.tar.gz"
-    verify(signing_keys([SecretStr(SECRET)]), ending.headers, ending.body, time.time())
+    verify(SECRET, ending.headers, ending.body)
     told = [one.payload["event"] for one in project.receiver.received if one.payload["event"] != "job.progress"]
     assert told == ["job.initializing", "job.started", "job.completed"]
     sequences = [one.payload["sequence"] for one in project.receiver.received if one.payload["event"] != "job.progress"]

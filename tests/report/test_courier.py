@@ -14,16 +14,16 @@ from uuid import UUID, uuid4
 
 import pytest
 from psycopg.types.json import Jsonb
-from pydantic import SecretStr
 
 from daemon.database.connection import Database
 from daemon.network.address_rules import AddressRules
 from daemon.queue.job import ClaimedJob
 from daemon.report.courier import RETRY_SECONDS, CallbackCourier
 from daemon.report.outbox import SqlOutbox
-from daemon.report.webhook import signing_keys, verify
 from daemon.settings import Settings
-from tests.doubles.receiver import Answer, Received, Receiver
+from tests.doubles.receiver import Answer, Received
+from tests.doubles.receiver import Receiver as AnyReceiver
+from tests.doubles.standard_webhooks import NotSigned, verify
 from tests.postgres import AppDatabase
 
 SECRET = "whsec_" + base64.b64encode(b"k" * 24).decode()
@@ -35,6 +35,15 @@ def settings_of(receivers: list[Receiver], **changes: Any) -> Settings:
     return Settings(
         _env_file=None, database_url="postgresql://x", allowed_hosts=allowed, callback_secrets=SECRET, **changes
     )
+
+
+class Receiver(AnyReceiver):
+    """As any, and at its end everything that came must have been signed as Standard Webhooks say."""
+
+    async def __aexit__(self, *exc: object) -> None:
+        await super().__aexit__(*exc)
+        for received in self.received:
+            verify(SECRET, received.headers, received.body)
 
 
 class Outbox:
@@ -88,7 +97,6 @@ async def test_an_ending_is_posted_signed_and_settled(outbox: Outbox) -> None:
         async with delivering(outbox.database, CallbackCourier(settings_of([receiver]))):
             row = await outbox.settled(callback, lambda row: row["state"] == "delivered")
     (received,) = receiver.received
-    verify(signing_keys([SecretStr(SECRET)]), received.headers, received.body, time.time())
     assert received.headers["webhook-id"] == str(callback)
     assert received.payload == {
         "job_id": str(outbox.job), "status": "completed", "event": "job.completed", "sequence": row["sequence"],
@@ -96,6 +104,26 @@ async def test_an_ending_is_posted_signed_and_settled(outbox: Outbox) -> None:
     assert received.headers["content-type"] == "application/json"
     assert "authorization" not in received.headers
     assert (row["last_status"], row["last_error"], row["attempts"]) == (200, None, 1)
+
+
+@pytest.mark.parametrize("changed", ["body", "webhook-id", "webhook-timestamp", "webhook-signature", "secret"])
+async def test_a_delivered_message_that_somebody_changed_is_refused(outbox: Outbox, changed: str) -> None:
+    async with Receiver() as receiver:
+        outbox.add(receiver.url)
+        async with delivering(outbox.database, CallbackCourier(settings_of([receiver]))):
+            (received,) = await receiver.wait_for(lambda all: len(all) == 1)
+    headers, body, secret = received.headers, received.body, SECRET
+    match changed:
+        case "body":
+            body = body.replace(b"completed", b"cancelled")
+        case "webhook-timestamp":
+            headers = headers | {changed: str(int(headers[changed]) + 1)}
+        case "secret":
+            secret = "whsec_" + base64.b64encode(b"x" * 24).decode()
+        case _:
+            headers = headers | {changed: headers[changed][:-8] + "AAAAAAA="}
+    with pytest.raises(NotSigned):
+        verify(secret, headers, body)
 
 
 async def test_a_callback_written_later_is_delivered_when_woken(outbox: Outbox) -> None:
@@ -290,7 +318,6 @@ async def test_progress_is_posted_and_the_newest_wins(outbox: Outbox) -> None:
     assert [one.payload["current_step"] for one in received] == [1, 99]
     assert received[1].payload["event"] == "job.progress"
     assert received[1].payload["job_id"] == str(job.id)
-    verify(signing_keys([SecretStr(SECRET)]), received[1].headers, received[1].body, time.time())
     assert receiver.most_at_once == 1
 
 
