@@ -46,9 +46,13 @@ class Queue:
         self._kept.prepare_threshold = None  # a test may alter the tables
         return _rows(self._kept, statement, parameters)
 
-    def __del__(self) -> None:
+    def close(self) -> None:
+        """End the kept connection; the next statement makes another."""
         if self._kept is not None:
             self._kept.close()
+
+    def __del__(self) -> None:
+        self.close()
 
     def daemon(self, folder: Path, **settings: Any) -> DaemonProcess:
         return DaemonProcess(self.dsn, folder, **settings)

@@ -28,6 +28,7 @@ def test_a_host_from_before_the_restore_is_refused_by_the_epoch_that_it_shares_w
 ) -> None:
     name = queue.dsn.rpartition("/")[2]
     job = queue.insert(script=[["steps", 160, 0.05]])
+    queue.close()  # a database that somebody is connected to is not copied
     with postgres.database(template=name) as backup:
         older = queue.daemon(tmp_path, name="older")
         younger = queue.daemon(tmp_path, name="younger")
