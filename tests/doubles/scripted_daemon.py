@@ -1,5 +1,6 @@
 """The real daemon with the scripted trainer in place of the real one, and with less patience where a test would only
-wait for it: how often it touches its row, and asks whether it is still heard. All else is as in production."""
+wait for it: how often it touches its row, asks whether it is still heard, and claims again after refusals. All else is
+as in production."""
 
 from __future__ import annotations
 
@@ -10,12 +11,14 @@ from pathlib import Path
 import daemon.attempt.limits
 import daemon.database.listener
 import daemon.queue.worker_registry
+import daemon.worker
 from daemon.errors import EXIT_UNFIT, HostUnfit
 from daemon.service import run_service
 
 if __name__ == "__main__":
     daemon.attempt.limits.READ_SECONDS = 2.0
     daemon.queue.worker_registry.TOUCH_SECONDS = 2.0
+    daemon.worker.REFUSED_SECONDS = 5.0
     daemon.database.listener.PROBE_SECONDS = 3.0
     daemon.database.listener.PROBE_LIMIT_SECONDS = 3.0
     try:
