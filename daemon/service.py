@@ -18,13 +18,12 @@ from daemon.chores import Chores
 from daemon.database.connection import Database
 from daemon.database.listener import Listener
 from daemon.errors import DatabaseAway, HostUnfit
-from daemon.fitness import Fitness
 from daemon.host.inspect import inspect_host
 from daemon.logs import configure_logs_by
 from daemon.pod.lifetime import PodLife, pod_environment
 from daemon.pod.price import PodPrice
 from daemon.pod.shutdown import chosen_end, end_own_pod, keys_of
-from daemon.queue.lease import LeaseKeeper
+from daemon.queue.lease import heartbeat_database
 from daemon.queue.row_visibility import RowVisibility
 from daemon.queue.store import SqlJobStore
 from daemon.queue.worker_registry import WorkerRegistry
@@ -34,7 +33,6 @@ from daemon.settings import Settings, load_settings
 from daemon.storage.open import open_storage
 from daemon.storage.sweep import sweep_for_ever
 from daemon.storage.upload_log import SqlUploadLog
-from daemon.trainer.pool import Trainers
 from daemon.troubles import Troubles
 from daemon.worker import Queue, Worker
 
@@ -79,17 +77,7 @@ async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_C
     async with AsyncExitStack() as stack:
         # Three connections: one that works, one that keeps the leases alive, one that listens.
         database = await stack.enter_async_context(Database(dsn, application_name="brightrun-trainer"))
-        # A heartbeat without an answer is given up after a third of the lease: found half open, its connection is
-        # made anew before anybody else may think us dead.
-        patience = settings.lease_seconds / 6
-        heartbeat = await stack.enter_async_context(
-            Database(
-                dsn,
-                application_name="brightrun-trainer heartbeat",
-                connect_seconds=patience,
-                statement_seconds=patience,
-            )
-        )
+        heartbeat = await stack.enter_async_context(heartbeat_database(settings))
         storage = open_storage(settings)
         stack.push_async_callback(storage.close)
         troubles = Troubles()
@@ -99,23 +87,17 @@ async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_C
         environment = pod_environment(settings)
         price = PodPrice(settings.pod_id, keys_of(environment), settings.runpod_api)
         worker = Worker(
-            Collaborators(
-                settings=settings,
-                host=host,
+            Collaborators.of(
+                settings,
+                host,
+                trainer_command,
+                troubles,
                 store=store,
+                heartbeat=SqlJobStore(heartbeat),
                 uploads=uploads,
-                leases=LeaseKeeper(
-                    SqlJobStore(heartbeat),
-                    lease_seconds=settings.lease_seconds,
-                    on_partition=settings.on_partition,
-                    troubles=troubles,
-                ),
                 storage=storage,
                 courier=courier,
-                trainers=Trainers(settings, host, trainer_command),
-                fitness=Fitness(settings, host, trainer_command, troubles),
                 platform_price=lambda: price.per_gpu_hour,
-                troubles=troubles,
             ),
             Queue(store, visibility, WorkerRegistry(database)),
         )

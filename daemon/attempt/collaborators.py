@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from daemon.fitness import Fitness
 from daemon.host.inspect import Host
@@ -19,7 +19,7 @@ from daemon.troubles import Troubles
 
 @dataclass(frozen=True)
 class Collaborators:
-    """Built once for a program: by daemon.service, or by daemon.serverless."""
+    """Put together once for a program (`of`), by daemon.service or by daemon.serverless."""
 
     settings: Settings
     host: Host
@@ -30,5 +30,40 @@ class Collaborators:
     courier: CallbackCourier
     trainers: Trainers
     fitness: Fitness
-    platform_price: Callable[[], float | None] = lambda: None
-    troubles: Troubles = field(default_factory=Troubles)
+    platform_price: Callable[[], float | None]
+    troubles: Troubles
+
+    @classmethod
+    def of(
+        cls,
+        settings: Settings,
+        host: Host,
+        trainer_command: tuple[str, ...],
+        troubles: Troubles,
+        *,
+        store: JobStore,
+        heartbeat: JobStore,
+        uploads: UploadLog,
+        storage: Storage,
+        courier: CallbackCourier,
+        platform_price: Callable[[], float | None] = lambda: None,
+    ) -> Collaborators:
+        """With rows or without: `store` and `uploads` say where they are kept, `heartbeat` renews the leases there."""
+        return cls(
+            settings=settings,
+            host=host,
+            store=store,
+            uploads=uploads,
+            leases=LeaseKeeper(
+                heartbeat,
+                lease_seconds=settings.lease_seconds,
+                on_partition=settings.on_partition,
+                troubles=troubles,
+            ),
+            storage=storage,
+            courier=courier,
+            trainers=Trainers(settings, host, trainer_command),
+            fitness=Fitness(settings, host, trainer_command, troubles),
+            platform_price=platform_price,
+            troubles=troubles,
+        )

@@ -14,9 +14,11 @@ from typing import Literal, Protocol
 import structlog
 
 from daemon.chores import Chores, worked
+from daemon.database.connection import Database
 from daemon.errors import DatabaseAway, HostUnfit, LeaseLost, StatementRefused
 from daemon.queue.job import Lease
 from daemon.queue.states import HELD, State
+from daemon.settings import Settings
 from daemon.stop_request import Stop, StopReason
 from daemon.tasks import wait_at_most
 from daemon.troubles import Troubles
@@ -25,6 +27,20 @@ log = structlog.get_logger()
 
 # Three renewals fit into a lease: one may be lost and one late before anybody thinks us dead.
 RENEWALS_A_LEASE = 3
+
+
+def heartbeat_database(settings: Settings) -> Database:
+    """The connection that renews leases, and does nothing else.
+
+    A renewal without an answer is given up after a third of the lease: found half open, its connection is made anew
+    before anybody else may think us dead."""
+    patience = settings.lease_seconds / 6
+    return Database(
+        settings.database_url.get_secret_value(),
+        application_name="brightrun-trainer heartbeat",
+        connect_seconds=patience,
+        statement_seconds=patience,
+    )
 
 
 class Renewing(Protocol):

@@ -21,14 +21,13 @@ from daemon.database.connection import Database
 from daemon.database.listener import Listener
 from daemon.database.url import NO_DATABASE
 from daemon.errors import EXIT_UNFIT, HostUnfit
-from daemon.fitness import Fitness
 from daemon.host.inspect import inspect_host
 from daemon.logs import configure_logs_by
 from daemon.pod.lifetime import pod_environment
 from daemon.pod.price import PodPrice
 from daemon.pod.shutdown import keys_of
 from daemon.queue.job_store import JobStore
-from daemon.queue.lease import LeaseKeeper
+from daemon.queue.lease import heartbeat_database
 from daemon.queue.reaper import reap_for_ever
 from daemon.queue.row_visibility import RowVisibility
 from daemon.queue.store import SqlJobStore
@@ -41,7 +40,6 @@ from daemon.service import TRAINER_COMMAND
 from daemon.settings import Settings, dotenv_unreadable, load_settings
 from daemon.storage.open import open_storage
 from daemon.storage.upload_log import SqlUploadLog, UploadLog
-from daemon.trainer.pool import Trainers
 from daemon.troubles import Troubles
 from daemon.worker import Worker
 
@@ -72,8 +70,8 @@ async def open_host(
         reap: Callable[[], Coroutine[None, None, None]] | None = None
         if with_rows:
             jobs = await stack.enter_async_context(_opened(ServerlessRows(settings, host)))
-            names = ("brightrun-trainer serverless", "brightrun-trainer heartbeat")
-            working, beating = [await stack.enter_async_context(Database(dsn, application_name=name)) for name in names]
+            working = await stack.enter_async_context(Database(dsn, application_name="brightrun-trainer serverless"))
+            beating = await stack.enter_async_context(heartbeat_database(settings))
             store = rows = SqlJobStore(working, troubles)
             heartbeat = SqlJobStore(beating, troubles)
             uploads, outbox = SqlUploadLog(working), SqlOutbox(working, troubles)
@@ -84,31 +82,23 @@ async def open_host(
         # A serverless worker is a pod to RunPod's API where it is one at all; else the setting's price counts.
         price = PodPrice(settings.pod_id, keys_of(pod_environment(settings)), settings.runpod_api)
         await price.read()
-        trainers = Trainers(settings, host, trainer_command)
-        worker = Worker(
-            Collaborators(
-                settings=settings,
-                host=host,
-                store=store,
-                uploads=uploads,
-                leases=LeaseKeeper(
-                    heartbeat,
-                    lease_seconds=settings.lease_seconds,
-                    on_partition=settings.on_partition,
-                    troubles=troubles,
-                ),
-                storage=storage,
-                courier=herald,
-                trainers=trainers,
-                fitness=Fitness(settings, host, trainer_command, troubles),
-                platform_price=lambda: price.per_gpu_hour,
-                troubles=troubles,
-            )
+        collaborators = Collaborators.of(
+            settings,
+            host,
+            trainer_command,
+            troubles,
+            store=store,
+            heartbeat=heartbeat,
+            uploads=uploads,
+            storage=storage,
+            courier=herald,
+            platform_price=lambda: price.per_gpu_hour,
         )
+        worker = Worker(collaborators)
         async with Chores(troubles) as chores:
             chores.start("callbacks", lambda: herald.run(outbox))
             chores.start("price of the pod", price.run)
-            chores.start("waiting trainers", trainers.tend)
+            chores.start("waiting trainers", collaborators.trainers.tend)
             if reap is not None:
                 chores.start("listener", Listener(dsn, wake=lambda: None, on_cancel=worker.cancelled).run)
                 chores.start("reaper", reap)

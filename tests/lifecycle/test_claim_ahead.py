@@ -14,9 +14,7 @@ from pydantic import SecretStr
 
 from daemon.attempt.collaborators import Collaborators
 from daemon.database.connection import Database
-from daemon.fitness import Fitness
 from daemon.host.inspect import Host
-from daemon.queue.lease import LeaseKeeper
 from daemon.queue.row_visibility import RowVisibility
 from daemon.queue.store import SqlJobStore
 from daemon.queue.worker_registry import WorkerRegistry
@@ -24,7 +22,6 @@ from daemon.report.courier import CallbackCourier
 from daemon.settings import load_settings
 from daemon.storage.open import open_storage
 from daemon.storage.upload_log import SqlUploadLog
-from daemon.trainer.pool import Trainers
 from daemon.troubles import Troubles
 from daemon.worker import Queue as WorkerQueue
 from daemon.worker import Worker
@@ -59,16 +56,16 @@ async def resting(
         command = (sys.executable, str(SCRIPTED_TRAINER))
         store = SqlJobStore(database)
         worker = Worker(
-            Collaborators(
-                settings=settings,
-                host=host,
+            Collaborators.of(
+                settings,
+                host,
+                command,
+                Troubles(),
                 store=store,
+                heartbeat=SqlJobStore(beat),
                 uploads=SqlUploadLog(database),
-                leases=LeaseKeeper(SqlJobStore(beat), lease_seconds=settings.lease_seconds, on_partition="continue"),
                 storage=storage,
                 courier=CallbackCourier(settings),
-                trainers=Trainers(settings, host, command),
-                fitness=Fitness(settings, host, command, Troubles()),
             ),
             WorkerQueue(store, RowVisibility(database), WorkerRegistry(database)),
         )
