@@ -35,7 +35,7 @@ HEARTBEAT_SECONDS = 20
 METRICS = {"training_loss": 1.25, "learning_rate": 1e-4, "gradient_norm": 0.8, "throughput": 1800.0}
 
 
-class Meter:
+class CostMeter:
     """WAL bytes and milliseconds by kind of write."""
 
     def __init__(self, operator: psycopg.Connection[Any]) -> None:
@@ -55,7 +55,7 @@ class Meter:
         self.wal_bytes.setdefault(kind, []).append(self.wal() - wal)
 
 
-async def one_hour(store: SqlJobStore, leases: list[Lease], seconds: int, meter: Meter) -> None:
+async def one_hour(store: SqlJobStore, leases: list[Lease], seconds: int, meter: CostMeter) -> None:
     for second in range(1, seconds + 1):
         for lease in leases:
             if second % HEARTBEAT_SECONDS == 0:
@@ -90,7 +90,7 @@ async def measure(dsn: str, jobs: int, seconds: int, *, old_snapshot: bool) -> l
     app.wait_in_line(jobs)
     app.settle_down()
     app.connection.execute("SELECT pg_stat_reset()")
-    meter = Meter(app.connection)
+    meter = CostMeter(app.connection)
     analyst = psycopg.connect(dsn)
     if old_snapshot:
         analyst.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")

@@ -41,7 +41,7 @@ from tests.doubles.tcp_proxy import TcpProxy
 from tests.lifecycle.queue import Queue
 from tests.paths import ROOT
 from tests.training.process.child import start
-from training.event_writer import AnyEvent, Voice
+from training.event_writer import AnyEvent, EventWriter
 from training.events import AdapterSaved, Progress
 from training.spec import Hyperparameters, JobSpec
 
@@ -66,10 +66,10 @@ class Took:
 
 def train_and_time_the_telling() -> None:
     """The trainer as it is, except that its summary says how long it took to write the events of its steps."""
-    say = Voice.say
+    say = EventWriter.say
     seconds = 0.0
 
-    def timed(self: Voice, event: AnyEvent) -> None:
+    def timed(self: EventWriter, event: AnyEvent) -> None:
         nonlocal seconds
         if isinstance(event, AdapterSaved):
             event = event.model_copy(update={"summary": event.summary | {"telling_seconds": seconds}})
@@ -78,7 +78,7 @@ def train_and_time_the_telling() -> None:
         if isinstance(event, Progress):
             seconds += time.perf_counter() - began
 
-    Voice.say = timed  # type: ignore[method-assign]
+    EventWriter.say = timed  # type: ignore[method-assign]
     runpy.run_module("training", run_name="__main__")
 
 

@@ -57,7 +57,7 @@ class Spent:
     wal_bytes: int = 0
 
 
-class Meter:
+class CostMeter:
     """What each kind of statement takes, at the client, in the backend's CPU and in the WAL."""
 
     def __init__(self, operator: psycopg.Connection[Any], backends: list[int]) -> None:
@@ -86,7 +86,7 @@ class Meter:
         return sum(int(field[11]) + int(field[12]) for field in fields) * 1000 / TICKS
 
 
-async def one_life(app: App, store: SqlJobStore, seconds: int, meter: Meter) -> None:
+async def one_life(app: App, store: SqlJobStore, seconds: int, meter: CostMeter) -> None:
     async def insert() -> None:
         app.connection.execute(
             "INSERT INTO training_jobs (user_id, dataset_id, hyperparameters, callback_url) "
@@ -139,8 +139,8 @@ async def lives(dsn: str, jobs: int, seconds: int) -> dict[str, Spent]:
     operator = psycopg.connect(dsn, autocommit=True)
     async with Database(dsn, application_name="scale_day") as database:
         store = SqlJobStore(database)
-        await one_life(app, store, 2, Meter(operator, []))  # connects; plans and caches
-        meter = Meter(operator, [backend_named(operator, "scale_day"), app.connection.info.backend_pid])
+        await one_life(app, store, 2, CostMeter(operator, []))  # connects; plans and caches
+        meter = CostMeter(operator, [backend_named(operator, "scale_day"), app.connection.info.backend_pid])
         for _ in range(jobs):
             await one_life(app, store, seconds, meter)
     operator.close()
@@ -161,7 +161,7 @@ async def fruitless_wakes(dsn: str, count: int) -> dict[str, tuple[float, float]
             await store.next_due_in()
 
         await busy()  # connects
-        meter = Meter(operator, [backend_named(operator, "scale_day wakes")])
+        meter = CostMeter(operator, [backend_named(operator, "scale_day wakes")])
         for _ in range(count):
             await meter.take("with a free place", idle())
             await meter.take("without", busy())

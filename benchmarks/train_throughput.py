@@ -64,14 +64,14 @@ from training.data.chat_template import ChatTemplate, Example
 from training.data.corpus import Corpus, gather
 from training.data.plan import make_plan
 from training.data.tokenizer import load_tokenizer
-from training.event_writer import AnyEvent, Voice
+from training.event_writer import AnyEvent, EventWriter
 from training.files.model_folder import open_model_folder
 from training.loop.checkpoint import CheckpointShelf
 from training.loop.loss import AnswerLoss
 from training.loop.trainer import AdapterTrainer
-from training.preflight.check import look_ahead
+from training.preflight.check import plan_and_estimate
 from training.quantization.dequantized_cache import keep_unpacked, spare_bytes
-from training.results.history import Journal
+from training.results.history import RunHistory
 from training.spec import Hyperparameters, JobSpec
 from training.stop_switch import StopSwitch
 
@@ -93,7 +93,7 @@ _HELD_OUT = 8
 _TIMES = {"dense": 1, "mixture": 6}
 
 
-class _Silent(Voice):
+class _Silent(EventWriter):
     def say(self, event: AnyEvent) -> None:
         pass
 
@@ -328,7 +328,7 @@ def _ours_padded(spec: JobSpec, corpus: Corpus, model: Any, tokenizer: Any) -> S
 
 
 def _ours(spec: JobSpec, corpus: Corpus, model: Any, tokenizer: Any, *, packed: bool) -> SFTTrainer:
-    plan, estimate = look_ahead(spec, open_model_folder(spec.model_path, spec.base_model), corpus)
+    plan, estimate = plan_and_estimate(spec, open_model_folder(spec.model_path, spec.base_model), corpus)
     trainer = AdapterTrainer(
         spec=spec,
         corpus=Corpus(corpus.train, (), (), corpus.max_length, corpus.format, ()),
@@ -336,7 +336,7 @@ def _ours(spec: JobSpec, corpus: Corpus, model: Any, tokenizer: Any, *, packed: 
         model=model,
         tokenizer=tokenizer,
         shelf=CheckpointShelf(spec.checkpoint_dir, {}),
-        journal=Journal(),
+        journal=RunHistory(),
         voice=_Silent(-1, spec.job_id),
         stop=StopSwitch(),
         packed=packed,

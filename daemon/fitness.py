@@ -16,7 +16,7 @@ import structlog
 from daemon.host.disk_probe import probe_disk
 from daemon.host.inspect import Host, find_gpus
 from daemon.settings import Settings
-from daemon.trainer.process import Child
+from daemon.trainer.process import TrainerProcess
 from daemon.trainer.selfcheck import run_selfcheck
 from daemon.troubles import Troubles
 from training.events import HostPart
@@ -104,7 +104,7 @@ class Fitness:
     async def _probe_trainer(self) -> str | None:
         """Start one as the pool does: it says that it is ready once the libraries are imported."""
         try:
-            child = await Child.start(self._command, keep_bytes=0)
+            child = await TrainerProcess.start(self._command, keep_bytes=0)
         except OSError as error:
             return f"the trainer cannot be started: {error.strerror or error}"
         try:

@@ -31,7 +31,7 @@ from daemon.report.courier import CallbackCourier
 from daemon.report.outbox import SqlOutbox
 from daemon.settings import Settings, load_settings
 from daemon.storage.open import open_storage
-from daemon.storage.sweep import sweep_for_ever
+from daemon.storage.sweep import sweep_forever
 from daemon.storage.upload_log import SqlUploadLog
 from daemon.troubles import Troubles
 from daemon.worker import Queue, Worker
@@ -118,9 +118,7 @@ async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_C
             chores.start("listener", listener.run)
             chores.start("callbacks", lambda: courier.run(outbox))
             chores.start("price of the pod", price.run)
-            chores.start(
-                "clean-up of Storage", lambda: sweep_for_ever(uploads, visibility, storage, settings.keep_days)
-            )
+            chores.start("clean-up of Storage", lambda: sweep_forever(uploads, visibility, storage, settings.keep_days))
             if life is not None:
                 chores.start("life of the pod", life.run)
             await worker.run()

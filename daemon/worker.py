@@ -12,22 +12,22 @@ from dataclasses import dataclass
 
 import structlog
 
-from daemon.attempt.cleanup import Remains, Tidying
+from daemon.attempt.cleanup import Cleanup, FinishedAttempt
 from daemon.attempt.collaborators import Collaborators
 from daemon.attempt.steps import Attempt
-from daemon.attempt.work_folder import tidy_for_ever
+from daemon.attempt.work_folder import clean_up_forever
 from daemon.chores import Chores
 from daemon.database.retry import AWAY_SECONDS
 from daemon.database.wire import Sent
-from daemon.dataset.prefetch import Lookahead
+from daemon.dataset.prefetch import Prefetch
 from daemon.errors import DatabaseAway, HostUnfit, StatementRefused
-from daemon.host.slots import GpuPool
+from daemon.host.slots import GpuSlots
 from daemon.queue.job import ClaimedJob
-from daemon.queue.reaper import reap_for_ever
-from daemon.queue.row_visibility import RowVisibility, watch_sight
+from daemon.queue.reaper import reap_forever
+from daemon.queue.row_visibility import RowVisibility, watch_row_visibility
 from daemon.queue.rows import Claim, Limits
 from daemon.queue.store import SqlJobStore
-from daemon.queue.worker_registry import Load, WorkerRegistry, say_goodbye, stay_present
+from daemon.queue.worker_registry import Load, WorkerRegistry, keep_registered, unregister
 from daemon.stop_request import Stop, StopReason
 
 log = structlog.get_logger()
@@ -57,16 +57,16 @@ class Worker:
         self._queue_or_none = queue
         self._settings = collaborators.settings
         self._host = collaborators.host
-        self._pool = GpuPool(collaborators.host, collaborators.settings.slots)
+        self._pool = GpuSlots(collaborators.host, collaborators.settings.slots)
         self._wake = asyncio.Event()
         self._closing = asyncio.Event()
         self._shutting_down = False
-        self._attempts: dict[asyncio.Task[Remains], tuple[ClaimedJob, Stop]] = {}
-        self._tidying = Tidying(
+        self._attempts: dict[asyncio.Task[FinishedAttempt], tuple[ClaimedJob, Stop]] = {}
+        self._cleanup = Cleanup(
             collaborators.store, collaborators.uploads, collaborators.storage, collaborators.settings
         )
-        self._lookahead = Lookahead(collaborators.settings, collaborators.host, collaborators.storage)
-        self._near_end: dict[asyncio.Task[Remains], tuple[int, ...]] = {}
+        self._prefetch = Prefetch(collaborators.settings, collaborators.host, collaborators.storage)
+        self._near_end: dict[asyncio.Task[FinishedAttempt], tuple[int, ...]] = {}
         self._claiming = asyncio.Lock()
         self._at_rest = False
         # A claim that `wake` has sent, and the limits it names.
@@ -88,10 +88,10 @@ class Worker:
             try:
                 await self._serve()
             finally:
-                self._lookahead.stop()
-                await self._lookahead.ended()
-        await say_goodbye(self._queue.registry, self._host)
-        await self._tidying.finish()
+                self._prefetch.stop()
+                await self._prefetch.ended()
+        await unregister(self._queue.registry, self._host)
+        await self._cleanup.finish()
 
     async def _serve(self) -> None:
         await self._with.fitness.look()
@@ -118,13 +118,13 @@ class Worker:
         troubles, load = self._with.troubles, self._load
         chores.start(
             "worker row",
-            lambda: stay_present(queue.registry, host, settings, troubles, load=load, on_drain=self.drain),
+            lambda: keep_registered(queue.registry, host, settings, troubles, load=load, on_drain=self.drain),
         )
-        chores.start("sight of rows", lambda: watch_sight(queue.visibility, troubles))
-        chores.start("reaper", lambda: reap_for_ever(queue.store, queue.visibility, settings.lease_seconds))
+        chores.start("sight of rows", lambda: watch_row_visibility(queue.visibility, troubles))
+        chores.start("reaper", lambda: reap_forever(queue.store, queue.visibility, settings.lease_seconds))
         chores.start(
             "clean-up of work folders",
-            lambda: tidy_for_ever(
+            lambda: clean_up_forever(
                 settings.work_dir,
                 settings.keep_days,
                 host,
@@ -136,7 +136,7 @@ class Worker:
         chores.start("probes of the host", self._with.fitness.run)
 
     async def _claim_all(self) -> float:
-        """Claim until nothing is due or no place is free. Returns the seconds to sleep unless woken."""
+        """Claim until nothing is due or no slot is free. Returns the seconds to sleep unless woken."""
         if self._ahead is None and (seconds := self._rest_until - time.monotonic()) > 0:
             return seconds
         try:
@@ -181,7 +181,7 @@ class Worker:
             due_in = await self._queue.store.next_due_in()
             if due_in == 0 and await self._queue.store.promote_due_jobs():
                 continue
-            self._lookahead.drop()
+            self._prefetch.drop()
             if due_in == 0:
                 return RACE_SECONDS  # it is due, and somebody holds its row
             return settings.poll_seconds if due_in is None else min(due_in, settings.poll_seconds)
@@ -191,7 +191,7 @@ class Worker:
                 self._promote_at = time.monotonic() + PROMOTE_SECONDS
                 await self._queue.store.promote_due_jobs()
             await self._look_ahead()
-        return settings.poll_seconds  # the place that becomes free wakes us, and so does the end of a pause
+        return settings.poll_seconds  # the slot that becomes free wakes us, and so does the end of a pause
 
     def _rest(self) -> float:
         """Claim nothing for a while, whoever wakes us. Returns for how long."""
@@ -258,10 +258,10 @@ class Worker:
         return self._limits(self._pool.free_gpus, self._with.trainers.bases())
 
     async def _look_ahead(self) -> None:
-        """With every place taken and one about to become free: let the data of the likely next job be fetched.
+        """With every slot taken and one about to become free: let the data of the likely next job be fetched.
 
         A user whom the very job that ends keeps at his cap is passed over: the guess may be wrong."""
-        if not self._near_end or not self._lookahead.wants_a_job or self._paused or self._closing.is_set():
+        if not self._near_end or not self._prefetch.wants_a_job or self._paused or self._closing.is_set():
             return
         free_gpus = self._pool.free_gpus
         limits = self._limits(
@@ -270,7 +270,7 @@ class Worker:
         )
         dataset = await self._queue.store.peek_next_job(limits)
         if dataset is not None:
-            self._lookahead.guess(dataset)
+            self._prefetch.guess(dataset)
 
     def _limits(self, free_gpus: int | None, warm_models: Sequence[str]) -> Limits:
         """What this host serves, the same for a claim and for the look ahead, and what of it is free."""
@@ -286,7 +286,7 @@ class Worker:
             skip=self._queue.store.refused_claims.skip,
         )
 
-    def begin(self, job: ClaimedJob) -> asyncio.Task[Remains]:
+    def begin(self, job: ClaimedJob) -> asyncio.Task[FinishedAttempt]:
         """Run an attempt of a job that has been claimed for this host; the task ends when it is settled."""
         log.info(
             "job_claimed",
@@ -295,25 +295,25 @@ class Worker:
             waited_seconds=round(job.waited_seconds, 3),
             lease_epoch=job.lease_epoch,
         )
-        places = self._pool.take(job.need_gpus, self._with.trainers.preferred(self._pool.free, job.base_model))
+        slots = self._pool.take(job.need_gpus, self._with.trainers.preferred(self._pool.free, job.base_model))
         stop = Stop()
         if self._shutting_down:  # told while the claim was under way
             stop.request(StopReason.SHUTDOWN)
 
         def near_end() -> None:
             if task not in self._near_end:
-                self._near_end[task] = places
+                self._near_end[task] = slots
                 self._wake.set()
 
-        early = self._lookahead.hand_over(job.dataset)
-        attempt = Attempt(self._with, job, stop, places, early=early, on_near_end=near_end)
+        early = self._prefetch.hand_over(job.dataset)
+        attempt = Attempt(self._with, job, stop, slots, early=early, on_near_end=near_end)
         task = asyncio.create_task(attempt.run(), name=f"attempt {job.id}")
         self._attempts[task] = (job, stop)
 
-        def ended(done: asyncio.Task[Remains]) -> None:
+        def ended(done: asyncio.Task[FinishedAttempt]) -> None:
             del self._attempts[done]
             self._near_end.pop(done, None)
-            self._pool.give_back(places)
+            self._pool.give_back(slots)
             self._idle_since = time.monotonic()
             self._wake.set()
             if done.cancelled():
@@ -321,7 +321,7 @@ class Worker:
             if (error := done.exception()) is not None:
                 log.error("attempt_crashed", job_id=str(job.id), exc_info=error)
                 return
-            self._tidying.begin(done.result())
+            self._cleanup.begin(done.result())
 
         task.add_done_callback(ended)
         return task
@@ -354,7 +354,7 @@ class Worker:
         for job, stop in self._attempts.values():
             if job.id == job_id:
                 stop.request(StopReason.CANCELLED)
-        self._lookahead.forget(job_id)
+        self._prefetch.forget(job_id)
 
     def _mended(self) -> None:
         self._with.trainers.try_again()
@@ -364,7 +364,7 @@ class Worker:
         """Claim nothing more; the jobs at hand run to their end."""
         log.info("worker_draining", running=len(self._attempts))
         self._with.trainers.drain()
-        self._lookahead.stop()
+        self._prefetch.stop()
         self._closing.set()
         self._wake.set()
 

@@ -12,7 +12,7 @@ import argparse
 import os
 import sys
 
-from training.event_writer import Voice
+from training.event_writer import EventWriter
 from training.files.page_cache import read_ahead
 from training.kernels import hide_wrong_kernels
 from training.parent_process import die_with_parent
@@ -51,9 +51,9 @@ def main() -> int:
     hide_unwanted_packages()
     hide_wrong_kernels()
     if chosen.warm:
-        from training.process.fork_server import WarmProcess
+        from training.process.fork_server import ForkServer
 
-        return WarmProcess(chosen.events_fd, chosen.keep_bytes).serve()
+        return ForkServer(chosen.events_fd, chosen.keep_bytes).serve()
     return run_alone(chosen.events_fd)
 
 
@@ -67,7 +67,7 @@ def run_alone(events_fd: int) -> int:
     spec = read_spec(line, events_fd)
     if spec is None:
         return 1
-    voice = Voice(events_fd, spec.job_id)
+    voice = EventWriter(events_fd, spec.job_id)
     begin_job(spec, voice)
     read_ahead(spec)
 

@@ -24,7 +24,7 @@ AnyEvent = (
 )
 
 
-class Voice:
+class EventWriter:
     """Speaks for one job. Lives as long as the job; the descriptor belongs to the caller."""
 
     def __init__(self, descriptor: int, job_id: str) -> None:
@@ -51,7 +51,7 @@ class Voice:
         self.say(Sample(job_id=self.job_id, when=when, prompt=prompt, answer=answer))
 
 
-class Silence(Voice):
+class NullWriter(EventWriter):
     """The voice of every rank but the first: one job, one speaker."""
 
     def __init__(self, job_id: str) -> None:

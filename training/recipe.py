@@ -24,19 +24,19 @@ from training.data.chat_template import ChatTemplate
 from training.data.corpus import Corpus, gather
 from training.data.plan import Plan
 from training.data.tokenizer import load_tokenizer
-from training.event_writer import Voice
+from training.event_writer import EventWriter
 from training.events import AdapterSaved, Planned, Stage
 from training.failures import StopRequested
 from training.files.model_folder import ModelFolder, open_model_folder
 from training.loop.checkpoint import Checkpoint, CheckpointShelf
 from training.loop.memory_probe import gauge_of
 from training.loop.trainer import AdapterTrainer
-from training.preflight.check import check_resources, look_ahead, memory_remark
+from training.preflight.check import check_resources, memory_remark, plan_and_estimate
 from training.preflight.estimate import Estimate
 from training.quantization.dequantized_cache import keep_unpacked, spare_bytes
 from training.ranks import ALONE, Ranks
 from training.results.chart import draw_chart
-from training.results.history import Journal
+from training.results.history import RunHistory
 from training.results.summary import summarise
 from training.results.trackers import tracked_files
 from training.spec import JobSpec
@@ -59,7 +59,7 @@ class Prepared:
     is_cut: bool = False
 
 
-def train_adapter(spec: JobSpec, voice: Voice, stop: StopSwitch, ranks: Ranks = ALONE) -> None:
+def train_adapter(spec: JobSpec, voice: EventWriter, stop: StopSwitch, ranks: Ranks = ALONE) -> None:
     """Do one job. Ends with `adapter_saved`; raises TrainingFailed, or StopRequested once a checkpoint is on disk.
 
     On several ranks each does all of this on its share of the conversations; what is written, the first one writes.
@@ -70,7 +70,7 @@ def train_adapter(spec: JobSpec, voice: Voice, stop: StopSwitch, ranks: Ranks = 
     train_on(_load_on_ranks(prepared, spec, voice, ranks), prepared, spec, voice, stop, ranks=ranks)
 
 
-def _load_on_ranks(prepared: Prepared, spec: JobSpec, voice: Voice, ranks: Ranks) -> PreTrainedModel:
+def _load_on_ranks(prepared: Prepared, spec: JobSpec, voice: EventWriter, ranks: Ranks) -> PreTrainedModel:
     """The base model: whole on each card, or in parts on all of them."""
     folder = prepared.folder
     if prepared.is_cut:
@@ -89,14 +89,14 @@ def _load_on_ranks(prepared: Prepared, spec: JobSpec, voice: Voice, ranks: Ranks
     return load_base_model(spec, folder, voice)
 
 
-def prepare(spec: JobSpec, voice: Voice, tokenizer: PreTrainedTokenizerBase | None = None) -> Prepared:
+def prepare(spec: JobSpec, voice: EventWriter, tokenizer: PreTrainedTokenizerBase | None = None) -> Prepared:
     """Read the data and look ahead, without a model. `tokenizer` is the base model's, where it is loaded already."""
     folder = open_model_folder(spec.model_path, spec.base_model)
     tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
     template = ChatTemplate(tokenizer)
     corpus = gather(spec.dataset_path, spec.validation_path, spec.hyperparameters, template, folder.context_length)
     corpus.announce(voice)
-    plan, estimate = look_ahead(spec, folder, corpus)
+    plan, estimate = plan_and_estimate(spec, folder, corpus)
     memory = memory_of_a_rank(spec)
     is_cut = must_be_cut(spec, folder, estimate, memory)
     memory *= spec.num_gpus if is_cut else 1
@@ -127,7 +127,13 @@ def prepare(spec: JobSpec, voice: Voice, tokenizer: PreTrainedTokenizerBase | No
 
 
 def train_on(
-    base: PreTrainedModel, prepared: Prepared, spec: JobSpec, voice: Voice, stop: StopSwitch, *, ranks: Ranks = ALONE
+    base: PreTrainedModel,
+    prepared: Prepared,
+    spec: JobSpec,
+    voice: EventWriter,
+    stop: StopSwitch,
+    *,
+    ranks: Ranks = ALONE,
 ) -> None:
     """From a base model, as loading left it, to the adapter. The model is used up: it carries the adapter after."""
     corpus, plan, tokenizer, template = prepared.corpus, prepared.plan, prepared.tokenizer, prepared.template
@@ -140,7 +146,7 @@ def train_on(
     # Training, from the beginning or from where an earlier attempt got to.
     shelf = CheckpointShelf(spec.checkpoint_dir, fingerprint=_fingerprint(spec, plan, corpus))
     checkpoint = ranks.as_the_first(lambda: _find_checkpoint(shelf, voice))
-    journal = Journal.load(checkpoint.path) if checkpoint else Journal()
+    journal = RunHistory.load(checkpoint.path) if checkpoint else RunHistory()
     _keep_what_fits(base, prepared, spec, voice)
     trainer = AdapterTrainer(
         spec=spec,
@@ -184,7 +190,7 @@ def train_on(
     voice.say(AdapterSaved(job_id=spec.job_id, path=str(path), summary=summary))
 
 
-def may_pack(spec: JobSpec, base: PreTrainedModel, voice: Voice) -> bool:
+def may_pack(spec: JobSpec, base: PreTrainedModel, voice: EventWriter) -> bool:
     """Whether conversations of a micro-batch are laid end to end instead of padded: where it changes nothing."""
     if spec.hyperparameters.packing is False:
         return False
@@ -194,7 +200,7 @@ def may_pack(spec: JobSpec, base: PreTrainedModel, voice: Voice) -> bool:
     return reason is None
 
 
-def _keep_what_fits(base: PreTrainedModel, prepared: Prepared, spec: JobSpec, voice: Voice) -> None:
+def _keep_what_fits(base: PreTrainedModel, prepared: Prepared, spec: JobSpec, voice: EventWriter) -> None:
     """Unpack frozen weights for the whole run where memory is left over, and say how much it took."""
     if prepared.is_cut:
         return
@@ -208,7 +214,7 @@ def _keep_what_fits(base: PreTrainedModel, prepared: Prepared, spec: JobSpec, vo
         )
 
 
-def _find_checkpoint(shelf: CheckpointShelf, voice: Voice) -> Checkpoint | None:
+def _find_checkpoint(shelf: CheckpointShelf, voice: EventWriter) -> Checkpoint | None:
     checkpoint, passed_over = shelf.newest()
     for damaged in passed_over:
         voice.notice("checkpoint_passed_over", f"{damaged.path.name} is not used: {damaged.reason}")

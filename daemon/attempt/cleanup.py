@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from daemon.attempt.work_folder import Workspace
+from daemon.attempt.work_folder import WorkFolder
 from daemon.database.connection import REFUSALS
 from daemon.errors import DatabaseAway, JobError
 from daemon.queue.job import ClaimedJob
@@ -31,7 +31,7 @@ FINISH_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Remains:
+class FinishedAttempt:
     """A settled attempt. `ending` None: its job is somebody else's now. `stored`: it had begun to store its adapter.
     `filled`: the disk became full under it."""
 
@@ -41,7 +41,7 @@ class Remains:
     filled: bool = False
 
 
-class Tidying:
+class Cleanup:
     """Tidies up after attempts, each in the background."""
 
     def __init__(self, store: JobStore, uploads: UploadLog, storage: Storage, settings: Settings) -> None:
@@ -51,7 +51,7 @@ class Tidying:
         self._settings = settings
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def begin(self, remains: Remains) -> None:
+    def begin(self, remains: FinishedAttempt) -> None:
         """Tidy up after this attempt; never waits."""
         task = asyncio.create_task(self._tidy(remains), name=f"tidying {remains.job.id}")
         self._tasks.add(task)
@@ -72,9 +72,9 @@ class Tidying:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _tidy(self, remains: Remains) -> None:
+    async def _tidy(self, remains: FinishedAttempt) -> None:
         job, ending = remains.job, remains.ending
-        workspace = Workspace(self._settings.work_dir, job.lease)
+        workspace = WorkFolder(self._settings.work_dir, job.lease)
         deleted = ending is None and await self._is_deleted(job)
         # A job that ended for good because it fills the disk would keep every other job from it.
         hopeless = ending is not None and ending.state is State.FAILED and remains.filled

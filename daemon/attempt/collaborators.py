@@ -13,7 +13,7 @@ from daemon.report.courier import CallbackCourier
 from daemon.settings import Settings
 from daemon.storage.interface import Storage
 from daemon.storage.upload_log import UploadLog
-from daemon.trainer.pool import Trainers
+from daemon.trainer.pool import TrainerPool
 from daemon.troubles import Troubles
 
 
@@ -28,7 +28,7 @@ class Collaborators:
     leases: LeaseKeeper
     storage: Storage
     courier: CallbackCourier
-    trainers: Trainers
+    trainers: TrainerPool
     fitness: Fitness
     platform_price: Callable[[], float | None]
     troubles: Troubles
@@ -62,7 +62,7 @@ class Collaborators:
             ),
             storage=storage,
             courier=courier,
-            trainers=Trainers(settings, host, trainer_command),
+            trainers=TrainerPool(settings, host, trainer_command),
             fitness=Fitness(settings, host, trainer_command, troubles),
             platform_price=platform_price,
             troubles=troubles,

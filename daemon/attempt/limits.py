@@ -45,7 +45,7 @@ class Allowance:
         return None
 
 
-async def watch_allowance(job: ClaimedJob, reporter: Reporter, store: JobStore, stop: Stop) -> None:
+async def enforce_limits(job: ClaimedJob, reporter: Reporter, store: JobStore, stop: Stop) -> None:
     """Ask for an end when the job passes what its owner set, money or time, or when its row is gone.
 
     Read anew every few seconds, and always before the end: what was raised a moment ago counts."""

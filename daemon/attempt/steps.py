@@ -16,13 +16,13 @@ from typing import Any, TypeVar, assert_never
 
 import structlog
 
-from daemon.attempt.cleanup import Remains
+from daemon.attempt.cleanup import FinishedAttempt
 from daemon.attempt.collaborators import Collaborators
-from daemon.attempt.limits import watch_allowance
+from daemon.attempt.limits import enforce_limits
 from daemon.attempt.settle import settle
 from daemon.attempt.stored_checkpoints import CheckpointStore
 from daemon.attempt.trackers import Tracking, choose_trackers
-from daemon.attempt.work_folder import Workspace
+from daemon.attempt.work_folder import WorkFolder
 from daemon.base_model.adapter_size import expected_adapter_bytes
 from daemon.base_model.candidates import ResolvedModel
 from daemon.base_model.resolve import folders_exist, resolve_model
@@ -37,13 +37,13 @@ from daemon.host.inspect import installed_versions
 from daemon.queue.job import ClaimedJob, JobDataset, Returned
 from daemon.queue.lease import HeldLease
 from daemon.queue.outcome import Cancelled, Completed, Failed, Outcome, Released, Superseded
-from daemon.report.cost import Meter, price_per_gpu_hour
+from daemon.report.cost import CostMeter, price_per_gpu_hour
 from daemon.report.reporter import Reporter
 from daemon.settings import quantized_dir
 from daemon.stop_request import Stop, StopReason
 from daemon.storage.publish import publish_adapter
 from daemon.storage.upload_log import note_adapter
-from daemon.trainer.process import Patience
+from daemon.trainer.process import Timeouts
 from daemon.trainer.verdict import Stopped, Verdict
 from training.events import CheckpointSaved, ErrorCode, Event, Stage
 from training.spec import JobSpec, ParsedRow, SpecInvalid, parse_row
@@ -66,7 +66,7 @@ class Interrupted(Exception):
 
 
 class Attempt:
-    """A claimed job, the places (cards, or slots of a CPU host) it may use, and a way to stop it.
+    """A claimed job, the slots (cards, or slots of a CPU host) it may use, and a way to stop it.
 
     `early` is its dataset, if that was fetched before the claim. `on_near_end` is called, again and again, when the
     training is about to end."""
@@ -76,7 +76,7 @@ class Attempt:
         collaborators: Collaborators,
         job: ClaimedJob,
         stop: Stop,
-        places: tuple[int, ...],
+        slots: tuple[int, ...],
         *,
         early: EarlyDataset | None,
         on_near_end: Callable[[], None],
@@ -84,14 +84,14 @@ class Attempt:
         self._with = collaborators
         self._job = job
         self._stop = stop
-        self._places = places
+        self._slots = slots
         self._early = early
         self._on_near_end = on_near_end
         self._stored = False
         # Where nobody is called the outbox has no news of this job: the courier need not look.
         self._tell = collaborators.courier.wake if job.callback_url is not None else lambda: None
 
-    async def run(self) -> Remains:
+    async def run(self) -> FinishedAttempt:
         """Hold the lease, do the work, write the ending. Nothing of it runs any more on return."""
         job = self._job
         structlog.contextvars.bind_contextvars(job_id=str(job.id), attempt=job.attempt)
@@ -103,7 +103,7 @@ class Attempt:
                     chores.start(f"reports of job {job.id}", reporter.run)
                     chores.start(
                         f"limits of job {job.id}",
-                        lambda: watch_allowance(job, reporter, self._with.store, self._stop),
+                        lambda: enforce_limits(job, reporter, self._with.store, self._stop),
                     )
                     outcome = await self._outcome(reporter)
             finally:
@@ -116,11 +116,11 @@ class Attempt:
             self._tell()
         log.info("attempt_settled", outcome=type(outcome).__name__.lower(), seconds=round(reporter.attempt_seconds, 1))
         filled = isinstance(outcome, Failed | Returned) and outcome.code is ErrorCode.DISK_FULL
-        return Remains(job, ending, self._stored, filled)
+        return FinishedAttempt(job, ending, self._stored, filled)
 
     def _reporter(self, held: HeldLease) -> Reporter:
         asked_price, num_gpus = _asked_price(self._job)
-        meter = Meter(
+        meter = CostMeter(
             price=price_per_gpu_hour(self._with.platform_price(), self._with.settings.cost_per_gpu_hour, asked_price),
             num_gpus=num_gpus,
             already_spent=self._job.spent,
@@ -131,7 +131,7 @@ class Attempt:
             self._job.lease,
             meter=meter,
             on_refused=held.doubt,
-            read_load=(lambda: read_load(self._places[0])) if on_gpu else (lambda: None),
+            read_load=(lambda: read_load(self._slots[0])) if on_gpu else (lambda: None),
             on_moved=self._tell,
             on_written=lambda status: self._with.courier.send_progress(self._job, status),
         )
@@ -166,7 +166,7 @@ class Attempt:
         if row.unknown_keys:
             reporter.tell("unknown_keys", f"Unknown and unused: {', '.join(row.unknown_keys)}.")
         tracking = choose_trackers(row.hyperparameters, settings)
-        workspace = Workspace.open(settings.work_dir, job.lease)
+        workspace = WorkFolder.open(settings.work_dir, job.lease)
 
         # The data first: they are what is wrong most often, and cost seconds where a model may cost hours.
         reporter.enter(Stage.DOWNLOADING)
@@ -193,7 +193,7 @@ class Attempt:
             output_dir=workspace.adapter_dir,
             quantized_dir=quantized_dir(settings),
             hyperparameters=row.hyperparameters,
-            num_gpus=len(self._places),
+            num_gpus=len(self._slots),
             device=self._with.host.device,
             compute_type=settings.asked_compute_type,
             checkpoint_seconds=settings.checkpoint_seconds,
@@ -250,7 +250,7 @@ class Attempt:
         self,
         spec: JobSpec,
         tracking: Tracking,
-        workspace: Workspace,
+        workspace: WorkFolder,
         reporter: Reporter,
         keeper: CheckpointStore | None,
     ) -> Verdict:
@@ -268,10 +268,10 @@ class Attempt:
         try:
             return await self._with.trainers.run(
                 spec,
-                self._places,
+                self._slots,
                 on_event=hear,
                 stop=self._stop,
-                patience=Patience(settings.stall_seconds, settings.drain_seconds, settings.kill_seconds),
+                patience=Timeouts(settings.stall_seconds, settings.drain_seconds, settings.kill_seconds),
                 log_path=workspace.log_path,
                 own_environment=tracking.environment,
             )

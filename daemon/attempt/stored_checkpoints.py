@@ -20,14 +20,14 @@ from typing import Any
 
 import structlog
 
-from daemon.attempt.work_folder import Workspace
+from daemon.attempt.work_folder import WorkFolder
 from daemon.database.retry import retry_until_database_is_back
 from daemon.errors import DatabaseAway, JobError, JobFailed, LeaseLost, StatementRefused, TrainerError
 from daemon.queue.job import ClaimedJob
 from daemon.stop_request import Stop
 from daemon.storage.interface import Storage
 from daemon.storage.sweep import withdraw
-from daemon.storage.upload_log import NotedUpload, UploadLog
+from daemon.storage.upload_log import RecordedUpload, UploadLog
 from training.files.durable_files import put_in_place, sha256_of
 
 log = structlog.get_logger()
@@ -84,7 +84,9 @@ def newest_whole_step(folder: Path) -> int:
 class CheckpointStore:
     """One attempt's checkpoints in Storage. `tell` adds a line to the job's story."""
 
-    def __init__(self, uploads: UploadLog, storage: Storage, job: ClaimedJob, workspace: Workspace, tell: Tell) -> None:
+    def __init__(
+        self, uploads: UploadLog, storage: Storage, job: ClaimedJob, workspace: WorkFolder, tell: Tell
+    ) -> None:
         self._uploads = uploads
         self._storage = storage
         self._job = job
@@ -129,7 +131,7 @@ class CheckpointStore:
             )
             return
 
-    async def _download(self, upload: NotedUpload) -> int:
+    async def _download(self, upload: RecordedUpload) -> int:
         """Fetch one checkpoint beside its place, compare every file, and rename it there. Returns its bytes."""
         part = self._workspace.checkpoint_dir / f".fetching-{upload.step}"
         await asyncio.to_thread(shutil.rmtree, part, True)
@@ -205,7 +207,7 @@ class CheckpointStore:
         folder = f"checkpoints/{self._job.id}/e{self._job.lease_epoch}-step{step}"
         hashes = {**manifest.files, MANIFEST: manifest_sha256}
         objects = [f"{folder}/{name}" for name in hashes]
-        await self._uploads.note_upload(self._job.lease, "checkpoint", self._storage.location, objects, step=step)
+        await self._uploads.record_upload(self._job.lease, "checkpoint", self._storage.location, objects, step=step)
         size = 0
         for name, sha256 in hashes.items():
             stored = await self._storage.upload(

@@ -34,14 +34,14 @@ _JOB_FOLDER = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
-class Workspace:
+class WorkFolder:
     """Paths of one attempt. Each carries the lease's epoch and token, so that a stale host overwrites nothing."""
 
     work_dir: Path
     lease: Lease
 
     @classmethod
-    def open(cls, work_dir: Path, lease: Lease) -> Workspace:
+    def open(cls, work_dir: Path, lease: Lease) -> WorkFolder:
         """Make this attempt's folders and take over the newest checkpoints of an earlier one."""
         workspace = cls(work_dir, lease)
         try:
@@ -115,7 +115,7 @@ def lease_folder(lease: Lease) -> str:
     return f"e{lease.epoch}-{lease.token.hex[:8]}"
 
 
-async def tidy_for_ever(
+async def clean_up_forever(
     work_dir: Path,
     keep_days: float,
     host: Host,

@@ -78,7 +78,7 @@ class EarlyDataset:
         self._fetching.add_done_callback(_remove)
 
 
-class Lookahead:
+class Prefetch:
     """Guesses once after each claim: on many hosts most guesses are wrong, and each is a download."""
 
     def __init__(self, settings: Settings, host: Host, storage: Storage) -> None:

@@ -6,29 +6,29 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 
-class Light(StrEnum):
+class Status(StrEnum):
     GREEN = "ok"
     YELLOW = "warning"
     RED = "fault"
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """One line of the screen. `advice` says what to do where the light is not green."""
 
     name: str
-    light: Light
+    light: Status
     detail: str
     advice: str | None = None
 
 
-def green(name: str, detail: str) -> Finding:
-    return Finding(name, Light.GREEN, detail)
+def green(name: str, detail: str) -> CheckResult:
+    return CheckResult(name, Status.GREEN, detail)
 
 
-def yellow(name: str, detail: str, advice: str) -> Finding:
-    return Finding(name, Light.YELLOW, detail, advice)
+def yellow(name: str, detail: str, advice: str) -> CheckResult:
+    return CheckResult(name, Status.YELLOW, detail, advice)
 
 
-def red(name: str, detail: str, advice: str) -> Finding:
-    return Finding(name, Light.RED, detail, advice)
+def red(name: str, detail: str, advice: str) -> CheckResult:
+    return CheckResult(name, Status.RED, detail, advice)

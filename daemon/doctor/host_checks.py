@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 from daemon.base_model.resolve import resolve_model
-from daemon.doctor.check_result import Finding, green, red, yellow
+from daemon.doctor.check_result import CheckResult, green, red, yellow
 from daemon.errors import JobError
 from daemon.host.disk_probe import probe_disk
 from daemon.host.inspect import driver_version, find_gpus, installed_versions
@@ -22,7 +22,7 @@ SLOW_DISK_MB_A_SECOND = 50.0
 MIN_FREE_GIB = 10.0
 
 
-def check_python() -> Finding:
+def check_python() -> CheckResult:
     versions = installed_versions()
     shown = ", ".join(f"{name} {number}" for name, number in versions.items())
     missing = {"torch", "transformers", "peft", "trl", "bitsandbytes"} - versions.keys()
@@ -31,7 +31,7 @@ def check_python() -> Finding:
     return green("versions", shown)
 
 
-def check_device(settings: Settings) -> Finding:
+def check_device(settings: Settings) -> CheckResult:
     gpus = find_gpus()
     if gpus:
         cards = ", ".join(f"{gpu.name} {gpu.memory_gb:.1f} GiB" for gpu in gpus)
@@ -41,7 +41,7 @@ def check_device(settings: Settings) -> Finding:
     return red("GPU", "no NVIDIA GPU answers", "check the driver with nvidia-smi, or set TRAINER_DEVICE=cpu")
 
 
-async def check_trainer(settings: Settings) -> AsyncIterator[Finding]:
+async def check_trainer(settings: Settings) -> AsyncIterator[CheckResult]:
     device = "cuda" if settings.device != "cpu" and find_gpus() else "cpu"
     try:
         checked = await run_selfcheck(device, (0,) if device == "cuda" else (), SELFCHECK_SECONDS)
@@ -52,7 +52,7 @@ async def check_trainer(settings: Settings) -> AsyncIterator[Finding]:
         yield finding
 
 
-def findings_of(checked: Selfcheck, device: str) -> Iterator[Finding]:
+def findings_of(checked: Selfcheck, device: str) -> Iterator[CheckResult]:
     """A selfcheck's answer, line by line of the screen."""
     if checked.crash is not None:
         yield red("trainer", checked.crash[:200], "the libraries do not fit together: install with constraints.txt")
@@ -84,7 +84,7 @@ def findings_of(checked: Selfcheck, device: str) -> Iterator[Finding]:
             yield yellow(package, f"missing: Qwen3-Next trains {slower}", advice)
 
 
-async def check_model(settings: Settings) -> AsyncIterator[Finding]:
+async def check_model(settings: Settings) -> AsyncIterator[CheckResult]:
     """The default model, whole or not, and its 4-bit copy."""
     offline = settings.model_copy(update={"model_downloads": False})
     name = settings.default_model
@@ -102,7 +102,7 @@ async def check_model(settings: Settings) -> AsyncIterator[Finding]:
     yield await asyncio.to_thread(_check_copy, settings, model.name)
 
 
-def _check_copy(settings: Settings, name: str) -> Finding:
+def _check_copy(settings: Settings, name: str) -> CheckResult:
     """Whether the 4-bit copy was made by these libraries and has all its files; the trainer reads their hashes."""
     advice = f"brightrun-trainer models quantize {name} (else the first job loads the whole model and makes it)"
     problem = "none yet"
@@ -123,7 +123,7 @@ def _check_copy(settings: Settings, name: str) -> Finding:
     return yellow("4-bit copy", problem, advice)
 
 
-def check_disk(name: str, folder: Path) -> Finding:
+def check_disk(name: str, folder: Path) -> CheckResult:
     try:
         probe = probe_disk(folder, PROBE_BYTES)
     except OSError as error:

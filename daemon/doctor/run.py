@@ -10,13 +10,13 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
-from daemon.doctor.check_result import Finding, Light
+from daemon.doctor.check_result import CheckResult, Status
 from daemon.doctor.host_checks import check_device, check_disk, check_model, check_python, check_trainer
 from daemon.doctor.service_checks import check_callbacks, check_database, check_pod, check_storage
 from daemon.settings import Settings
 
 
-async def examine(settings: Settings) -> AsyncIterator[Finding]:
+async def examine(settings: Settings) -> AsyncIterator[CheckResult]:
     """All findings, in the order of the screen, each as soon as it is known."""
     yield check_python()
     yield check_device(settings)
@@ -33,7 +33,7 @@ async def examine(settings: Settings) -> AsyncIterator[Finding]:
     yield await check_pod(settings)
 
 
-Show = Callable[[Finding], None]
+Show = Callable[[CheckResult], None]
 
 
 def run_doctor(settings: Settings, show: Show) -> int:
@@ -43,7 +43,7 @@ def run_doctor(settings: Settings, show: Show) -> int:
         worst = 0
         async for finding in examine(settings):
             show(finding)
-            worst = max(worst, int(finding.light is Light.RED))
+            worst = max(worst, int(finding.light is Status.RED))
         return worst
 
     work: Coroutine[Any, Any, int] = all_findings()

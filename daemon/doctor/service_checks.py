@@ -14,7 +14,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from daemon.database.connection import Database
 from daemon.database.listener import Listener
-from daemon.doctor.check_result import Finding, green, red, yellow
+from daemon.doctor.check_result import CheckResult, green, red, yellow
 from daemon.errors import DatabaseAway, DatabaseUnprepared, HostFault, HostUnfit, JobError
 from daemon.fitness import ADVICE
 from daemon.pod.lifetime import pod_environment
@@ -45,7 +45,7 @@ MAX_SKEW_SECONDS = 5.0
 _NOT_YET = "role, rights, clock and LISTEN come after it"
 
 
-async def check_database(settings: Settings) -> AsyncIterator[Finding]:
+async def check_database(settings: Settings) -> AsyncIterator[CheckResult]:
     dsn = settings.database_url.get_secret_value()
     for notice in notices_of(settings):
         yield yellow("DATABASE_URL", notice, "take it out of the address")
@@ -87,7 +87,7 @@ async def check_database(settings: Settings) -> AsyncIterator[Finding]:
     yield await _check_listen(dsn)
 
 
-async def _check_role(database: Database) -> Finding:
+async def _check_role(database: Database) -> CheckResult:
     rows = await database.fetch("SELECT current_user AS role, session_user AS login")
     if database.role_warning is not None:
         return yellow("database role", f"logs in as {rows[0]['login']}", database.role_warning)
@@ -103,7 +103,7 @@ def _kind_of_connection(dsn: str) -> str:
     return f"by the session pooler {host}:{port}" if ".pooler." in host else f"directly at {host}:{port}"
 
 
-async def _check_rights(database: Database) -> Finding:
+async def _check_rights(database: Database) -> CheckResult:
     """What the daemon's statements need, asked of the database for the role that it works as."""
     rows = await database.fetch(
         "SELECT relation, verb FROM (VALUES "
@@ -118,7 +118,7 @@ async def _check_rights(database: Database) -> Finding:
     return green("rights", f"all that the daemon needs on {len(RIGHTS)} tables")
 
 
-def _check_installation(dsn: str) -> Finding:
+def _check_installation(dsn: str) -> CheckResult:
     """Whether all is as `migrate` left it: after a restore the record of what was applied says so, and it is not."""
     name, advice = "installation", "brightrun-trainer migrate, as the administrator, repairs it"
     try:
@@ -132,10 +132,10 @@ def _check_installation(dsn: str) -> Finding:
     return green(name, "every role, right, trigger and function is as migrate left it")
 
 
-async def _check_sight(visibility: RowVisibility) -> Finding:
+async def _check_sight(visibility: RowVisibility) -> CheckResult:
     """A policy of the app's that binds the daemon's role hides rows without a word: jobs would wait for ever."""
     name = "row security"
-    sight, policies = await visibility.read_sight(), await visibility.read_hiding_policies()
+    sight, policies = await visibility.read_row_visibility(), await visibility.read_hiding_policies()
     cures = "; ".join(cure(policy) for policy in policies)
     if hidden := in_words(sight, policies):
         return red(name, hidden, cures or "see pg_policies for what hides them")
@@ -145,7 +145,7 @@ async def _check_sight(visibility: RowVisibility) -> Finding:
     return green(name, "hides nothing from the daemon")
 
 
-async def _check_clock(database: Database) -> Finding:
+async def _check_clock(database: Database) -> CheckResult:
     rows = await database.fetch("SELECT clock_timestamp() AS now")
     skew = abs((rows[0]["now"] - datetime.now(UTC)).total_seconds())
     if skew > MAX_SKEW_SECONDS:
@@ -156,7 +156,7 @@ async def _check_clock(database: Database) -> Finding:
     return green("clock", f"{skew * 1000:.0f} ms from the database's")
 
 
-async def _check_older_dispatcher(database: Database) -> Finding:
+async def _check_older_dispatcher(database: Database) -> CheckResult:
     # By the catalogue, which everybody may read: to_regclass fails where the schema is not ours to use.
     found = await database.fetch(
         "SELECT EXISTS (SELECT FROM pg_class WHERE relname = 'job' AND relnamespace = "
@@ -177,7 +177,7 @@ async def _check_older_dispatcher(database: Database) -> Finding:
     return green(name, "pg_cron runs nothing about training")
 
 
-async def _check_hosts(database: Database) -> AsyncIterator[Finding]:
+async def _check_hosts(database: Database) -> AsyncIterator[CheckResult]:
     """What the daemons that live now say of themselves."""
     rows = await database.fetch(
         "SELECT host, state, coalesce(data -> 'troubles', '[]') AS troubles FROM training_workers "
@@ -195,7 +195,7 @@ async def _check_hosts(database: Database) -> AsyncIterator[Finding]:
         yield green("hosts", f"{len(rows)} alive, none reports a trouble")
 
 
-async def _check_listen(dsn: str) -> Finding:
+async def _check_listen(dsn: str) -> CheckResult:
     listener = Listener(dsn, wake=lambda: None, on_cancel=lambda _job: None)
     task = asyncio.create_task(listener.run())
     try:
@@ -212,7 +212,7 @@ async def _check_listen(dsn: str) -> Finding:
     return green("LISTEN", "a notification from another session arrived")
 
 
-async def check_storage(settings: Settings) -> Finding:
+async def check_storage(settings: Settings) -> CheckResult:
     """Write, read back and delete a real object, in the bucket that adapters go to."""
     name = f"storage ({settings.effective_storage})"
     storage = open_storage(settings)
@@ -242,7 +242,7 @@ async def check_storage(settings: Settings) -> Finding:
     return green(name, f"wrote, read and deleted an object in {storage.bucket}")
 
 
-def check_callbacks(settings: Settings) -> Finding:
+def check_callbacks(settings: Settings) -> CheckResult:
     try:
         keys = signing_keys(settings.callback_secrets)
     except HostUnfit as error:
@@ -254,7 +254,7 @@ def check_callbacks(settings: Settings) -> Finding:
     return green("callback secret", f"{len(keys)} in use")
 
 
-async def check_pod(settings: Settings) -> Finding:
+async def check_pod(settings: Settings) -> CheckResult:
     """Whether this pod can see itself by the API, and so learn its price and end itself when idle."""
     if settings.pod_id is None:
         return green("RunPod", "not a pod")

@@ -36,7 +36,7 @@ from daemon.fleet.rules import (
 from daemon.fleet.store import FleetStore
 from daemon.logs import configure_logs_by
 from daemon.pod.runpod_api import Fault, Key, Pod, RunPod, RunPodError
-from daemon.queue.reaper import reap_for_ever
+from daemon.queue.reaper import reap_forever
 from daemon.queue.row_visibility import RowVisibility, is_blind
 from daemon.queue.store import SqlJobStore
 from daemon.report.courier import CallbackCourier
@@ -84,7 +84,7 @@ async def serve_fleet(settings: Settings) -> None:
         async with Chores(troubles) as chores:
             chores.start("listener", listener.run)
             chores.start("callbacks", lambda: courier.run(outbox))
-            chores.start("reaper", lambda: reap_for_ever(store, visibility, settings.lease_seconds))
+            chores.start("reaper", lambda: reap_forever(store, visibility, settings.lease_seconds))
             await fleet.run()
         log.info("fleet_ended")
 

@@ -192,7 +192,7 @@ class _Room:
     gpu_memory_gb: float | None
     gpu_type: str | None
     models: Collection[str] | None
-    places: int
+    slots: int
 
     def fits(self, job: WaitingJob) -> bool:
         """The condition of sql/queries/queue/_candidates.sql, asked of hosts that may not exist yet."""
@@ -221,7 +221,7 @@ class Demand:
 
 
 def weigh(view: View, kinds: Sequence[GpuKind], cooling: Collection[str], limits: Limits) -> Demand:
-    """Give every waiting job a place: on a living host, on a pod that is starting, else on a pod to be started."""
+    """Give every waiting job a slot: on a living host, on a pod that is starting, else on a pod to be started."""
     by_id = {kind.id: kind for kind in kinds}
     open_rows = [row for row in view.pods if row.ended_at is None]
     of_kind = Counter(row.gpu_type for row in open_rows)
@@ -231,7 +231,7 @@ def weigh(view: View, kinds: Sequence[GpuKind], cooling: Collection[str], limits
     for job in view.jobs:
         if limits.user_cap is not None and job.running + served[job.user_id] >= limits.user_cap:
             continue
-        room = next((room for room in rooms if room.places > 0 and room.fits(job)), None)
+        room = next((room for room in rooms if room.slots > 0 and room.fits(job)), None)
         if room is None:
             kind = _choose(job, kinds, cooling, of_kind, limits)
             if kind is None:
@@ -248,7 +248,7 @@ def weigh(view: View, kinds: Sequence[GpuKind], cooling: Collection[str], limits
             demand.starts.append((kind, job, len(view.jobs)))
             room = _room(kind, limits)
             rooms.append(room)
-        room.places -= 1
+        room.slots -= 1
         served[job.user_id] += 1
     return demand
 
@@ -271,9 +271,9 @@ def _living(view: View, limits: Limits) -> list[_Room]:
     for worker in view.workers:
         alive = worker.state in ("idle", "busy") and view.age(worker.last_seen_at) < view.alive_seconds
         if alive and (worker.pod is None or worker.pod not in lost):
-            places = worker.slots * limits.jobs_per_pod - max(worker.busy, worker.leases)
+            slots = worker.slots * limits.jobs_per_pod - max(worker.busy, worker.leases)
             gpus = None if worker.device == "cpu" else worker.gpu_count
-            rooms.append(_Room(gpus, worker.gpu_memory_gb, worker.gpu_type, worker.models, places))
+            rooms.append(_Room(gpus, worker.gpu_memory_gb, worker.gpu_type, worker.models, slots))
     return rooms
 
 

@@ -23,7 +23,7 @@ from daemon.gateway.dashboard.broadcaster import Feed
 from daemon.gateway.job_rows import GatewayRows
 from daemon.gateway.metrics import ServiceMetrics
 from daemon.logs import configure_logs_by
-from daemon.queue.reaper import reap_for_ever
+from daemon.queue.reaper import reap_forever
 from daemon.queue.row_visibility import RowVisibility
 from daemon.queue.store import SqlJobStore
 from daemon.report.courier import CallbackCourier
@@ -87,7 +87,7 @@ async def run_gateway(settings: Settings, closing: asyncio.Event) -> None:
                 delivers_callbacks=bool(settings.callback_secrets),
             )
             async with Chores(troubles, on_failure=metrics.count_chore_failure) as watched:
-                watched.start("reaper", lambda: reap_for_ever(store, visibility, settings.lease_seconds))
+                watched.start("reaper", lambda: reap_forever(store, visibility, settings.lease_seconds))
                 watched.start("dashboard", feed.run)
                 # Without the secrets it would send unsigned what the daemons would sign.
                 if settings.callback_secrets:

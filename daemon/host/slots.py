@@ -5,14 +5,14 @@ from __future__ import annotations
 from daemon.host.inspect import Host
 
 
-class GpuPool:
-    """Which of this host's slots are free: cards on a GPU host, numbered places on a CPU host."""
+class GpuSlots:
+    """Which of this host's slots are free: cards on a GPU host, numbered slots on a CPU host."""
 
-    def __init__(self, host: Host, slots: int | None) -> None:
+    def __init__(self, host: Host, most_jobs: int | None) -> None:
         self._on_cpu = host.device == "cpu"
-        places = range(slots or 1) if self._on_cpu else [gpu.index for gpu in host.gpus]
-        self._free = list(places)
-        self._jobs_left = slots or len(self._free)
+        slots = range(most_jobs or 1) if self._on_cpu else [gpu.index for gpu in host.gpus]
+        self._free = list(slots)
+        self._jobs_left = most_jobs or len(self._free)
 
     @property
     def free_gpus(self) -> int | None:
@@ -31,10 +31,10 @@ class GpuPool:
         """Places for one job; a CPU host, which any job may be claimed on, gives as many as it has."""
         count = min(count, len(self._free)) if self._on_cpu else count
         taken = (preferred,) if count == 1 and preferred in self._free else tuple(self._free[:count])
-        self._free = [place for place in self._free if place not in taken]
+        self._free = [slot for slot in self._free if slot not in taken]
         self._jobs_left -= 1
         return taken
 
-    def give_back(self, places: tuple[int, ...]) -> None:
-        self._free = sorted([*self._free, *places])
+    def give_back(self, slots: tuple[int, ...]) -> None:
+        self._free = sorted([*self._free, *slots])
         self._jobs_left += 1

@@ -25,7 +25,7 @@ PROMPT_PART = 1 / 6
 PROMPT_SECONDS = 1.0
 
 
-async def reap_for_ever(store: SqlJobStore, visibility: RowVisibility, lease_seconds: float) -> None:
+async def reap_forever(store: SqlJobStore, visibility: RowVisibility, lease_seconds: float) -> None:
     """Reap twice a lease until cancelled.
 
     Whenever the database was away every holder first gets one lease's time to renew: an outage must not look like the

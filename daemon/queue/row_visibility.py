@@ -29,7 +29,7 @@ UNPREPARED = "database"
 
 
 @dataclass(frozen=True)
-class Sight:
+class VisibilityReport:
     """How many of a few rows of each table are there and hidden from us. `can_tell` False: nobody could say."""
 
     can_tell: bool
@@ -53,9 +53,9 @@ class RowVisibility:
     def __init__(self, database: Database) -> None:
         self._statements = FencedStatements(database)
 
-    async def read_sight(self) -> Sight:
+    async def read_row_visibility(self) -> VisibilityReport:
         """Whether rows are hidden from us."""
-        return Sight(**(await self._statements.run("read_sight", {}))[0])
+        return VisibilityReport(**(await self._statements.run("read_row_visibility", {}))[0])
 
     async def read_hiding_policies(self) -> list[HidingPolicy]:
         """Whose fault that may be."""
@@ -70,7 +70,7 @@ class RowVisibility:
         return not found.can_tell or (found.job_exists and found.state not in FINAL)
 
 
-async def watch_sight(visibility: RowVisibility, troubles: Troubles) -> None:
+async def watch_row_visibility(visibility: RowVisibility, troubles: Troubles) -> None:
     """Keep the troubles of hidden rows, and of tables and rights that are missing, true until cancelled."""
     while True:
         try:
@@ -91,19 +91,19 @@ async def watch_sight(visibility: RowVisibility, troubles: Troubles) -> None:
 
 async def is_blind(visibility: RowVisibility) -> bool:
     """Whether rows are hidden from us now, or may be and nobody could tell."""
-    sight = await visibility.read_sight()
+    sight = await visibility.read_row_visibility()
     return bool(sight.hidden) or (not sight.can_tell and bool(await visibility.read_hiding_policies()))
 
 
 async def what_is_hidden(visibility: RowVisibility) -> str | None:
     """In words what is hidden from us, by which policy, and what to do; None when we see everything."""
-    sight = await visibility.read_sight()
+    sight = await visibility.read_row_visibility()
     if sight.can_tell and not sight.hidden:
         return None
     return in_words(sight, await visibility.read_hiding_policies())
 
 
-def in_words(sight: Sight, policies: list[HidingPolicy]) -> str | None:
+def in_words(sight: VisibilityReport, policies: list[HidingPolicy]) -> str | None:
     """None where nothing is hidden: we see each row that was looked up, or no policy could hide one."""
     if sight.can_tell:
         if not sight.hidden:

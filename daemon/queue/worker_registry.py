@@ -96,7 +96,7 @@ class Load:
     busy: int
 
 
-async def stay_present(
+async def keep_registered(
     registry: WorkerRegistry,
     host: Host,
     settings: Settings,
@@ -129,7 +129,7 @@ async def stay_present(
             troubles.changed.clear()
 
 
-async def say_goodbye(registry: WorkerRegistry, host: Host) -> None:
+async def unregister(registry: WorkerRegistry, host: Host) -> None:
     """The host left in good order; if the database is away, its row grows old by itself."""
     try:
         await registry.end_worker(host.worker_id)

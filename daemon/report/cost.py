@@ -8,7 +8,7 @@ SECONDS_AN_HOUR = 3600.0
 
 
 @dataclass(frozen=True)
-class Meter:
+class CostMeter:
     """US dollars of one job, over all its attempts. `price` is per card and hour; None means nobody knows."""
 
     price: float | None

@@ -225,7 +225,7 @@ class CallbackCourier:
                 if delay < self._poll_seconds:
                     asyncio.get_running_loop().call_later(delay, self._wake.set)
             case Postponed(status, error) | Buried(status, error):
-                await outbox.bury_callback(callback.id, callback.token, status, error)
+                await outbox.mark_callback_dead(callback.id, callback.token, status, error)
                 log.warning("callback_buried", status=status, error=error, url=redact(callback.url), **about)
             case _:
                 assert_never(verdict)

@@ -43,7 +43,9 @@ class Outbox(Protocol):
         self, callback_id: UUID, token: UUID, delay_seconds: float, status: int | None, error: str | None, /
     ) -> bool: ...
 
-    async def bury_callback(self, callback_id: UUID, token: UUID, status: int | None, error: str | None, /) -> bool: ...
+    async def mark_callback_dead(
+        self, callback_id: UUID, token: UUID, status: int | None, error: str | None, /
+    ) -> bool: ...
 
 
 class SqlOutbox:
@@ -85,9 +87,9 @@ class SqlOutbox:
         values = _attempt(callback_id, token, status, error) | {"delay_seconds": delay_seconds}
         return bool(await self._run("postpone_callback", values))
 
-    async def bury_callback(self, callback_id: UUID, token: UUID, status: int | None, error: str | None) -> bool:
+    async def mark_callback_dead(self, callback_id: UUID, token: UUID, status: int | None, error: str | None) -> bool:
         """Give it up; resend_callback() brings it back."""
-        return bool(await self._run("bury_callback", _attempt(callback_id, token, status, error)))
+        return bool(await self._run("mark_callback_dead", _attempt(callback_id, token, status, error)))
 
     async def oldest_callback_age(self) -> float | None:
         """Seconds that the oldest unsent callback has waited; None when none waits."""

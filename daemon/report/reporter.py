@@ -20,7 +20,7 @@ from daemon.errors import DatabaseAway, LeaseLost, PointsRefused, StatementRefus
 from daemon.host.gpu_load import GpuLoad
 from daemon.queue.job import Lease
 from daemon.queue.job_store import JobStore
-from daemon.report.cost import Meter
+from daemon.report.cost import CostMeter
 from daemon.report.status import JobStatus
 from training import events
 from training.events import Event, Stage
@@ -55,7 +55,7 @@ class Reporter:
         store: JobStore,
         lease: Lease,
         *,
-        meter: Meter,
+        meter: CostMeter,
         on_refused: Callable[[], None],
         read_load: Callable[[], GpuLoad | None] = lambda: None,
         on_moved: Callable[[], None] = lambda: None,

@@ -28,7 +28,7 @@ from daemon.pod.price import PodPrice
 from daemon.pod.shutdown import keys_of
 from daemon.queue.job_store import JobStore
 from daemon.queue.lease import heartbeat_database
-from daemon.queue.reaper import reap_for_ever
+from daemon.queue.reaper import reap_forever
 from daemon.queue.row_visibility import RowVisibility
 from daemon.queue.store import SqlJobStore
 from daemon.report.outbox import Outbox, SqlOutbox
@@ -75,7 +75,7 @@ async def open_host(
             store = rows = SqlJobStore(working, troubles)
             heartbeat = SqlJobStore(beating, troubles)
             uploads, outbox = SqlUploadLog(working), SqlOutbox(working, troubles)
-            reap = partial(reap_for_ever, rows, RowVisibility(working), settings.lease_seconds)
+            reap = partial(reap_forever, rows, RowVisibility(working), settings.lease_seconds)
         else:
             outbox = MemoryOutbox()
             jobs = store = heartbeat = uploads = MemoryJobStore(host, settings.allowed_models, outbox)

@@ -71,5 +71,5 @@ class MemoryOutbox:
         self._not_before[callback_id] = time.monotonic() + delay_seconds
         return callback_id in self._callbacks
 
-    async def bury_callback(self, callback_id: UUID, token: UUID, status: int | None, error: str | None) -> bool:  # noqa: ARG002
+    async def mark_callback_dead(self, callback_id: UUID, token: UUID, status: int | None, error: str | None) -> bool:  # noqa: ARG002
         return self._callbacks.pop(callback_id, None) is not None

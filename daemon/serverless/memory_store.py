@@ -26,7 +26,7 @@ from daemon.queue.states import FINAL, HELD, UNFINISHED, State
 from daemon.serverless.memory_outbox import MemoryOutbox
 from daemon.serverless.row_store import cannot_serve
 from daemon.storage.interface import Location
-from daemon.storage.upload_log import NotedUpload, UploadKind
+from daemon.storage.upload_log import RecordedUpload, UploadKind
 from training.spec import Fault, ParsedRow, SpecInvalid, parse_row
 
 MAX_ATTEMPTS = 3
@@ -49,7 +49,7 @@ class _Job:
     due_at: float = 0.0
     spent: float = 0.0
     columns: dict[str, Any] = field(default_factory=dict)
-    uploads: dict[tuple[int, UploadKind, int], NotedUpload] = field(default_factory=dict)
+    uploads: dict[tuple[int, UploadKind, int], RecordedUpload] = field(default_factory=dict)
     # The lease of the last claim, and whether it still holds.
     lease: Lease | None = None
     is_leased: bool = False
@@ -57,7 +57,7 @@ class _Job:
     def is_held_by(self, lease: Lease) -> bool:
         return self.is_leased and self.lease == lease
 
-    def leftovers(self, location: Location) -> list[NotedUpload]:
+    def leftovers(self, location: Location) -> list[RecordedUpload]:
         """What was noted as stored and is not needed, and the note of what the answer names."""
         if self.is_leased:
             return []
@@ -260,7 +260,7 @@ class MemoryJobStore:
 
     # -- UploadLog -------------------------------------------------------------------------------------------------
 
-    async def note_upload(
+    async def record_upload(
         self,
         lease: Lease,
         kind: UploadKind,
@@ -270,7 +270,7 @@ class MemoryJobStore:
         step: int = 0,
     ) -> None:
         job = self._held(lease)
-        job.uploads[lease.epoch, kind, step] = NotedUpload(job.id, lease.epoch, kind, step, [*objects])
+        job.uploads[lease.epoch, kind, step] = RecordedUpload(job.id, lease.epoch, kind, step, [*objects])
 
     async def finish_checkpoint_upload(self, lease: Lease, step: int, *, manifest_sha256: str, size: int) -> None:  # noqa: ARG002
         self._held(lease)
@@ -279,7 +279,7 @@ class MemoryJobStore:
         job = self._job_of(lease)
         return job.lease is not None and (job.lease.epoch > lease.epoch or job.lease == lease)
 
-    async def stored_checkpoints(self, job_id: UUID, location: Location) -> list[NotedUpload]:  # noqa: ARG002
+    async def stored_checkpoints(self, job_id: UUID, location: Location) -> list[RecordedUpload]:  # noqa: ARG002
         """None: whoever could resume from them has them on its own disk."""
         return []
 
@@ -292,12 +292,12 @@ class MemoryJobStore:
         keep_seconds: float,  # noqa: ARG002
         orphans: bool,  # noqa: ARG002
         limit: int,
-    ) -> list[NotedUpload]:
+    ) -> list[RecordedUpload]:
         """What is not needed of a job that nobody holds, at once: no other process could want it later."""
         jobs = [self._jobs[job_id]] if job_id is not None else list(self._jobs.values())
         return [upload for job in jobs for upload in job.leftovers(location)][:limit]
 
-    async def forget_upload(self, upload: NotedUpload) -> None:
+    async def forget_upload(self, upload: RecordedUpload) -> None:
         self._jobs[upload.job_id].uploads.pop((upload.epoch, upload.kind, upload.step), None)
 
     # -- moves -----------------------------------------------------------------------------------------------------

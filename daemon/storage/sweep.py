@@ -11,7 +11,7 @@ from daemon.chores import worked
 from daemon.errors import DatabaseAway, HostUnfit, JobError, StatementRefused
 from daemon.queue.row_visibility import RowVisibility
 from daemon.storage.interface import Storage
-from daemon.storage.upload_log import NotedUpload, UploadLog
+from daemon.storage.upload_log import RecordedUpload, UploadLog
 
 log = structlog.get_logger()
 
@@ -26,7 +26,7 @@ async def sweep_job(uploads: UploadLog, storage: Storage, job_id: UUID, keep_day
     await _sweep(uploads, storage, job_id=job_id, idle_seconds=0.0, keep_days=keep_days, orphans=True)
 
 
-async def sweep_for_ever(uploads: UploadLog, visibility: RowVisibility, storage: Storage, keep_days: float) -> None:
+async def sweep_forever(uploads: UploadLog, visibility: RowVisibility, storage: Storage, keep_days: float) -> None:
     """Delete what dead hosts left and what has been kept long enough, until cancelled.
 
     A job without a row counts as deleted only in a table that was the same at the sweep before: into one that was made
@@ -43,7 +43,7 @@ async def sweep_for_ever(uploads: UploadLog, visibility: RowVisibility, storage:
 
 async def _tables(visibility: RowVisibility) -> str | None:
     try:
-        return (await visibility.read_sight()).tables
+        return (await visibility.read_row_visibility()).tables
     except (DatabaseAway, HostUnfit) as error:
         log.warning("leftovers_kept", error=str(error))
         return None
@@ -75,7 +75,7 @@ async def _sweep(
             log.warning("leftovers_kept", job_id=str(upload.job_id), error=str(error))
 
 
-async def withdraw(uploads: UploadLog, storage: Storage, upload: NotedUpload) -> None:
+async def withdraw(uploads: UploadLog, storage: Storage, upload: RecordedUpload) -> None:
     """Delete the objects, unless the job's row names them, then the note. Raises DatabaseAway and JobError."""
     if not upload.named:
         # The manifest is the last of a checkpoint's: without it nobody takes what is left for whole.

@@ -23,7 +23,7 @@ UploadKind = Literal["adapter", "checkpoint"]
 
 
 @dataclass(frozen=True)
-class NotedUpload:
+class RecordedUpload:
     """Objects that one attempt may have stored, the archive first or the manifest last.
 
     `manifest_sha256` stands when a checkpoint is whole; `named` when the job's own row names the objects."""
@@ -40,7 +40,7 @@ class NotedUpload:
 class UploadLog(Protocol):
     """What the attempt and the sweeps need of it; SqlUploadLog and MemoryJobStore have it."""
 
-    async def note_upload(
+    async def record_upload(
         self, lease: Lease, kind: UploadKind, location: Location, objects: Sequence[str], *, step: int = 0
     ) -> None: ...
 
@@ -48,7 +48,7 @@ class UploadLog(Protocol):
 
     async def names_are_ours(self, lease: Lease) -> bool: ...
 
-    async def stored_checkpoints(self, job_id: UUID, location: Location) -> list[NotedUpload]: ...
+    async def stored_checkpoints(self, job_id: UUID, location: Location) -> list[RecordedUpload]: ...
 
     async def leftovers(
         self,
@@ -59,9 +59,9 @@ class UploadLog(Protocol):
         keep_seconds: float,
         orphans: bool,
         limit: int,
-    ) -> list[NotedUpload]: ...
+    ) -> list[RecordedUpload]: ...
 
-    async def forget_upload(self, upload: NotedUpload) -> None: ...
+    async def forget_upload(self, upload: RecordedUpload) -> None: ...
 
 
 class SqlUploadLog:
@@ -70,12 +70,12 @@ class SqlUploadLog:
     def __init__(self, database: Database) -> None:
         self._statements = FencedStatements(database)
 
-    async def note_upload(
+    async def record_upload(
         self, lease: Lease, kind: UploadKind, location: Location, objects: Sequence[str], *, step: int = 0
     ) -> None:
         """These objects may be there from now on: before the first byte is sent. `step` is a checkpoint's."""
         values = {"kind": kind, "step": step, "objects": [*objects]} | location.parameters()
-        await self._statements.fenced("note_upload", lease, values)
+        await self._statements.fenced("record_upload", lease, values)
 
     async def finish_checkpoint_upload(self, lease: Lease, step: int, *, manifest_sha256: str, size: int) -> None:
         """The checkpoint is stored and was read back, its manifest last. `size` in bytes."""
@@ -91,7 +91,7 @@ class SqlUploadLog:
             return (await self._statements.find_job(lease.job_id)).is_deleted
         return bool(rows[0]["lease_epoch"] > lease.epoch or rows[0]["lease_token"] == lease.token)
 
-    async def stored_checkpoints(self, job_id: UUID, location: Location) -> list[NotedUpload]:
+    async def stored_checkpoints(self, job_id: UUID, location: Location) -> list[RecordedUpload]:
         """The latest attempt's newest first; those without a `manifest_sha256` are not whole.
 
         Raises RowsHidden where there are some that we do not see: hours of training would begin anew."""
@@ -100,7 +100,7 @@ class SqlUploadLog:
             seen = await self._statements.run("count_seen_checkpoints", {"job_id": job_id})
             if seen[0]["seen"] < found.checkpoints:
                 raise RowsHidden(f"the stored checkpoints of job {job_id} are hidden from the daemon by row security")
-        return [NotedUpload(**row) for row in rows]
+        return [RecordedUpload(**row) for row in rows]
 
     async def leftovers(
         self,
@@ -111,7 +111,7 @@ class SqlUploadLog:
         keep_seconds: float,
         orphans: bool,
         limit: int,
-    ) -> list[NotedUpload]:
+    ) -> list[RecordedUpload]:
         """What nobody needs any more, of one job or of all. `keep_seconds`: how long a checkpoint outlives its job.
 
         `orphans`: of jobs that are not there any more as well."""
@@ -122,9 +122,9 @@ class SqlUploadLog:
             "orphans": orphans,
             "limit": limit,
         } | location.parameters()
-        return [NotedUpload(**row) for row in await self._statements.run("read_leftovers", values)]
+        return [RecordedUpload(**row) for row in await self._statements.run("read_leftovers", values)]
 
-    async def forget_upload(self, upload: NotedUpload) -> None:
+    async def forget_upload(self, upload: RecordedUpload) -> None:
         """Its objects are gone, or the job's row names them."""
         values = {"job_id": upload.job_id, "noted_epoch": upload.epoch, "kind": upload.kind, "step": upload.step}
         await self._statements.run("forget_upload", values)
@@ -134,5 +134,5 @@ async def note_adapter(uploads: UploadLog, job: ClaimedJob, location: Location) 
     """Note the objects of this attempt's adapter, however long the database is away. Raises LeaseLost."""
     objects = object_names(job.id, job.lease_epoch).all()
     await retry_until_database_is_back(
-        lambda: uploads.note_upload(job.lease, "adapter", location, objects), "upload_delayed"
+        lambda: uploads.record_upload(job.lease, "adapter", location, objects), "upload_delayed"
     )

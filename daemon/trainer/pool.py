@@ -1,11 +1,11 @@
-"""Trainers that wait: one for each place of this host, with the libraries imported and the last base model in memory.
+"""TrainerPool that wait: one for each slot of this host, with the libraries imported and the last base model in memory.
 
 What a job brought with it is not in there: a warm trainer does each job in a fork of itself
 (training/process/fork_server.py), which the kernel takes back whole. So jobs of different owners may use the same
 one, and no card's memory is held meanwhile.
 A trainer is given up after any ending but success, when it grew, when it held a model for long without being used,
 and when this host stops. A job that carries a key of its own, or wants several cards, gets a process of its own, and
-the memory of those that wait in its places; others wait there afterwards.
+the memory of those that wait in its slots; others wait there afterwards.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from daemon.queue.outcome import Failed
 from daemon.settings import Settings, quantized_dir
 from daemon.stop_request import Stop
 from daemon.tasks import wait_at_most
-from daemon.trainer.process import Child, Patience
+from daemon.trainer.process import Timeouts, TrainerProcess
 from daemon.trainer.verdict import Trained, Verdict
 from training.events import ErrorCode, Event
 from training.spec import HoldOrder, JobSpec
@@ -44,11 +44,11 @@ GROWTH_BYTES = 512 * 2**20
 class _Waiting:
     """A trainer at rest."""
 
-    child: Child
+    child: TrainerProcess
     since: float = field(default_factory=time.monotonic)
 
 
-class Trainers:
+class TrainerPool:
     """Runs specs on this host, on waiting trainers where there are any."""
 
     def __init__(self, settings: Settings, host: Host, command: tuple[str, ...]) -> None:
@@ -56,9 +56,9 @@ class Trainers:
         self._on_gpu = host.device == "cuda"
         self._device = host.device
         self._command = command
-        places = [gpu.index for gpu in host.gpus] if self._on_gpu else range(settings.slots or 1)
-        self._places = tuple(places)
-        self._keep_bytes = 0 if settings.warm != "model" else _memory_for_models(settings) // len(self._places)
+        slots = [gpu.index for gpu in host.gpus] if self._on_gpu else range(settings.slots or 1)
+        self._slots = tuple(slots)
+        self._keep_bytes = 0 if settings.warm != "model" else _memory_for_models(settings) // len(self._slots)
         self._waiting: dict[int, _Waiting] = {}
         self._busy: set[int] = set()
         # Places whose trainer died before it was ready: not tried again until a job has shown that it can live.
@@ -69,35 +69,35 @@ class Trainers:
     async def run(
         self,
         spec: JobSpec,
-        places: tuple[int, ...],
+        slots: tuple[int, ...],
         *,
         on_event: Callable[[Event], None],
         stop: Stop,
-        patience: Patience,
+        patience: Timeouts,
         log_path: Path,
         own_environment: Mapping[str, str] = MappingProxyType({}),
     ) -> Verdict:
-        """See one spec through on these places. What is left waiting afterwards has done with it."""
+        """See one spec through on these slots. What is left waiting afterwards has done with it."""
 
-        async def run_on(child: Child) -> Verdict:
+        async def run_on(child: TrainerProcess) -> Verdict:
             return await child.run(spec, on_event=on_event, stop=stop, patience=patience, log_path=log_path)
 
-        place = places[0]
-        may_stay = self._settings.warm != "off" and len(places) == 1 and not own_environment and spec.num_gpus == 1
-        self._busy.update(places)
+        slot = slots[0]
+        may_stay = self._settings.warm != "off" and len(slots) == 1 and not own_environment and spec.num_gpus == 1
+        self._busy.update(slots)
         try:
-            if may_stay and (waiting := self._waiting.pop(place, None)) is not None:
+            if may_stay and (waiting := self._waiting.pop(slot, None)) is not None:
                 verdict = await run_on(waiting.child)
                 if not _was_lost(waiting.child, verdict, stop):
-                    await self._put_back(place, waiting.child)
+                    await self._put_back(slot, waiting.child)
                     return verdict
                 # It died while nobody looked, or with the spec in its hands: the job has not begun.
-                log.warning("warm_trainer_lost", place=place)
-            await self._clear(places)
+                log.warning("warm_trainer_lost", slot=slot)
+            await self._clear(slots)
             try:
-                child = await Child.start(
+                child = await TrainerProcess.start(
                     self._command,
-                    gpus=places if self._on_gpu else (),
+                    gpus=slots if self._on_gpu else (),
                     own_environment=own_environment,
                     keep_bytes=self._keep_bytes if may_stay else None,
                 )
@@ -109,18 +109,18 @@ class Trainers:
                     detail=f"the trainer cannot be started: {error.strerror or error}",
                 ) from error
             verdict = await run_on(child)
-            await self._put_back(place, child)
+            await self._put_back(slot, child)
             if isinstance(verdict, Failed) and _was_lost(child, verdict, stop):
                 # A fresh one, and it died before it had read its spec: no job had a hand in that.
                 return replace(verdict, host="trainer")
             return verdict
         finally:
-            self._busy.difference_update(places)
+            self._busy.difference_update(slots)
             self._changed.set()
 
     def bases(self) -> list[str]:
         """Base models that are in memory and waiting; an empty name stands for jobs that name none."""
-        return self._named({base for place in self._waiting if (base := self._held(place)) is not None})
+        return self._named({base for slot in self._waiting if (base := self._held(slot)) is not None})
 
     def bases_after(self, ending: Iterable[str | None]) -> list[str]:
         """What `bases` will say when jobs on these base models (None: the default one) have ended well."""
@@ -129,12 +129,12 @@ class Trainers:
         return self._named({*self.bases(), *(base or self._settings.default_model for base in ending)})
 
     def preferred(self, free: Iterable[int], base_model: str | None) -> int | None:
-        """The free place whose trainer holds this base model; the default one where none is named."""
+        """The free slot whose trainer holds this base model; the default one where none is named."""
         wanted = base_model or self._settings.default_model
-        return next((place for place in free if self._held(place) == wanted), None)
+        return next((slot for slot in free if self._held(slot) == wanted), None)
 
     async def tend(self) -> None:
-        """Keep a trainer ready at each place and give up those that waited too long. Cancelled, it leaves none."""
+        """Keep a trainer ready at each slot and give up those that waited too long. Cancelled, it leaves none."""
         try:
             await self._fill()
             if self._settings.warm == "model" and self._settings.warm_default_model and not self._on_gpu:
@@ -163,57 +163,57 @@ class Trainers:
     async def close(self) -> None:
         """End every waiting trainer."""
         self._closing = True
-        for place in list(self._waiting):
-            await self._waiting.pop(place).child.kill()
+        for slot in list(self._waiting):
+            await self._waiting.pop(slot).child.kill()
 
     # -- at rest ---------------------------------------------------------------------------------------------------
 
-    async def _put_back(self, place: int, child: Child) -> None:
+    async def _put_back(self, slot: int, child: TrainerProcess) -> None:
         if not child.is_done:
             return
-        self._unfit.discard(place)
+        self._unfit.discard(slot)
         if self._closing:
             await child.kill()
         else:
-            self._waiting[place] = _Waiting(child)
+            self._waiting[slot] = _Waiting(child)
 
-    async def _clear(self, places: tuple[int, ...]) -> None:
+    async def _clear(self, slots: tuple[int, ...]) -> None:
         """A job begins here without those that wait here: what they hold is its memory."""
-        for place in places:
-            if (waiting := self._waiting.pop(place, None)) is not None:
-                log.info("warm_trainer_given_up", place=place, reason="place_taken")
+        for slot in slots:
+            if (waiting := self._waiting.pop(slot, None)) is not None:
+                log.info("warm_trainer_given_up", slot=slot, reason="place_taken")
                 await waiting.child.kill()
 
     async def _fill(self) -> None:
-        for place in self._places:
-            if self._settings.warm == "off" or place in self._unfit or not self._may_wait(place):
+        for slot in self._slots:
+            if self._settings.warm == "off" or slot in self._unfit or not self._may_wait(slot):
                 continue
             try:
-                child = await Child.start(
-                    self._command, gpus=(place,) if self._on_gpu else (), keep_bytes=self._keep_bytes
+                child = await TrainerProcess.start(
+                    self._command, gpus=(slot,) if self._on_gpu else (), keep_bytes=self._keep_bytes
                 )
             except OSError as error:
-                log.warning("warm_trainer_not_started", place=place, error=str(error))
-                self._unfit.add(place)
+                log.warning("warm_trainer_not_started", slot=slot, error=str(error))
+                self._unfit.add(slot)
                 continue
-            if self._may_wait(place):
-                self._waiting[place] = _Waiting(child)
+            if self._may_wait(slot):
+                self._waiting[slot] = _Waiting(child)
             else:
                 # A job came meanwhile and started its own.
                 await child.kill()
 
-    def _may_wait(self, place: int) -> bool:
-        return not self._closing and place not in self._waiting and place not in self._busy
+    def _may_wait(self, slot: int) -> bool:
+        return not self._closing and slot not in self._waiting and slot not in self._busy
 
     async def _give_up_stale(self) -> None:
-        for place, waiting in list(self._waiting.items()):
+        for slot, waiting in list(self._waiting.items()):
             reason = self._why_stale(waiting)
-            if reason is None or self._waiting.get(place) is not waiting:
+            if reason is None or self._waiting.get(slot) is not waiting:
                 continue
-            log.info("warm_trainer_given_up", place=place, reason=reason)
-            del self._waiting[place]
+            log.info("warm_trainer_given_up", slot=slot, reason=reason)
+            del self._waiting[slot]
             if reason == "never_ready":
-                self._unfit.add(place)
+                self._unfit.add(slot)
             await waiting.child.kill()
 
     def _why_stale(self, waiting: _Waiting) -> str | None:
@@ -252,16 +252,16 @@ class Trainers:
     def _named(self, bases: set[str]) -> list[str]:
         return sorted(bases | {""} if self._settings.default_model in bases else bases)
 
-    def _held(self, place: int) -> str | None:
-        waiting = self._waiting.get(place)
+    def _held(self, slot: int) -> str | None:
+        waiting = self._waiting.get(slot)
         if waiting is None or not waiting.child.alive or waiting.child.ready is None:
             return None
         return waiting.child.ready.base_model
 
 
-def _was_lost(child: Child, verdict: Verdict, stop: Stop) -> bool:
+def _was_lost(child: TrainerProcess, verdict: Verdict, stop: Stop) -> bool:
     """It ended by itself, or by a stranger's hand, before it said a word of this job."""
-    if not child.said_nothing or stop.reason is not None or isinstance(verdict, Trained):
+    if not child.reported_nothing or stop.reason is not None or isinstance(verdict, Trained):
         return False
     return not (isinstance(verdict, Failed) and verdict.code is ErrorCode.STALLED)
 

@@ -21,7 +21,7 @@ import structlog
 from daemon.stop_request import Stop, StopReason
 from daemon.trainer.environment import child_environment
 from daemon.trainer.log_file import TrainerLog
-from daemon.trainer.verdict import Verdict, judge
+from daemon.trainer.verdict import Verdict, verdict_of
 from training import events
 from training.events import Event, Ready, parse_line
 from training.spec import HoldOrder, JobSpec
@@ -33,7 +33,7 @@ MAX_EVENT_BYTES = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True)
-class Patience:
+class Timeouts:
     """How long the daemon waits, in seconds: for any event, for a checkpoint on stop, for an end after TERM."""
 
     stall_seconds: float = 1800.0
@@ -45,7 +45,7 @@ class Patience:
         return self.drain_seconds if reason.saves_a_checkpoint else self.kill_seconds
 
 
-class Child:
+class TrainerProcess:
     """One trainer process and the pipes to it.
 
     A warm one takes specs one after another for as long as each ends well; whatever else happens, it is ended.
@@ -58,7 +58,7 @@ class Child:
         self._given = 0
         self._done = asyncio.Event()
         self._on_event: Callable[[Event], None] = _drop
-        self._last_words = _LastWords()
+        self._last_words = _LastEvent()
         self._reader: asyncio.Task[None] | None = None
         self.ready: Ready | None = None
         # Resident bytes when it was first ready with a base model, by that model's name.
@@ -72,7 +72,7 @@ class Child:
         gpus: tuple[int, ...] = (),
         own_environment: Mapping[str, str] = MappingProxyType({}),
         keep_bytes: int | None = None,
-    ) -> Child:
+    ) -> TrainerProcess:
         """Start a process. With `keep_bytes` it is warm, and a base model up to this size stays in its memory.
 
         `own_environment` is one job's alone: a tracker's key.
@@ -144,7 +144,7 @@ class Child:
         return 0 if self.ready is None else self.ready.resident_bytes - self._sizes[self.ready.base_model]
 
     @property
-    def said_nothing(self) -> bool:
+    def reported_nothing(self) -> bool:
         """No event of the last spec arrived: whatever became of the process, that job never began."""
         return self._last_words.silent
 
@@ -154,7 +154,7 @@ class Child:
         *,
         on_event: Callable[[Event], None],
         stop: Stop,
-        patience: Patience,
+        patience: Timeouts,
         log_path: Path,
     ) -> Verdict:
         """Hand over a spec and see it through. On return the process is done with it, or none of its group is alive.
@@ -162,7 +162,7 @@ class Child:
         `on_event` is called in order and must not block.
         """
         trainer_log = TrainerLog(log_path)
-        self._output.log, self._on_event, self._last_words = trainer_log, on_event, _LastWords()
+        self._output.log, self._on_event, self._last_words = trainer_log, on_event, _LastEvent()
         done = False
         try:
             self.give(spec)
@@ -181,7 +181,7 @@ class Child:
             trainer_log.close()
         returncode = 0 if done else self._process.returncode
         assert returncode is not None
-        return judge(
+        return verdict_of(
             returncode,
             self._last_words.terminal,
             stop_reason=stop.reason,
@@ -214,7 +214,7 @@ class Child:
         self._output.close()
         log.info("trainer_ended", pid=self._process.pid, returncode=self._process.returncode)
 
-    async def _watch(self, stop: Stop, patience: Patience) -> bool:
+    async def _watch(self, stop: Stop, patience: Timeouts) -> bool:
         """Wait until it is done or gone; ask for an end when told to stop. True if it fell silent."""
         ended = asyncio.create_task(self._process.wait())
         done = asyncio.create_task(self._done.wait())
@@ -282,7 +282,7 @@ class Child:
 
 
 @dataclass
-class _LastWords:
+class _LastEvent:
     """What was heard of the present spec."""
 
     terminal: events.AdapterSaved | events.Failed | None = None
@@ -332,7 +332,7 @@ def _drop(event: Event) -> None:
     log.warning("event_of_no_job", kind=event.kind)
 
 
-async def _end(process: asyncio.subprocess.Process, ended: asyncio.Task[int], stop: Stop, patience: Patience) -> None:
+async def _end(process: asyncio.subprocess.Process, ended: asyncio.Task[int], stop: Stop, patience: Timeouts) -> None:
     """TERM the group, KILL it when its grace is over. A stronger reason that arrives meanwhile shortens the grace."""
     clock = asyncio.get_running_loop().time
     asked_at = clock()

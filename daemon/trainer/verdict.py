@@ -31,7 +31,7 @@ class Stopped:
 Verdict = Trained | Stopped | Failed
 
 
-def judge(
+def verdict_of(
     returncode: int,
     terminal: events.AdapterSaved | events.Failed | None,
     *,

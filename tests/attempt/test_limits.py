@@ -9,14 +9,14 @@ from uuid import uuid4
 
 import pytest
 
-from daemon.attempt.limits import watch_allowance
+from daemon.attempt.limits import enforce_limits
 from daemon.database.connection import Database
 from daemon.gateway.schemas import Submission
 from daemon.host.inspect import Host
 from daemon.queue.job import ClaimedJob
 from daemon.queue.rows import Limits
 from daemon.queue.store import SqlJobStore
-from daemon.report.cost import Meter
+from daemon.report.cost import CostMeter
 from daemon.report.reporter import Reporter
 from daemon.serverless.memory_outbox import MemoryOutbox
 from daemon.serverless.memory_store import MemoryJobStore
@@ -47,9 +47,9 @@ async def claimed(store: SqlJobStore, database: AppDatabase, column: str, value:
 @asynccontextmanager
 async def watched(job: ClaimedJob, store: SqlJobStore) -> AsyncIterator[Stop]:
     stop = Stop()
-    meter = Meter(price=DOLLAR_A_SECOND, num_gpus=1, already_spent=0.0)
+    meter = CostMeter(price=DOLLAR_A_SECOND, num_gpus=1, already_spent=0.0)
     reporter = Reporter(store, job.lease, meter=meter, on_refused=lambda: None)
-    watching = asyncio.create_task(watch_allowance(job, reporter, store, stop))
+    watching = asyncio.create_task(enforce_limits(job, reporter, store, stop))
     try:
         yield stop
     finally:

@@ -11,16 +11,16 @@ from uuid import uuid4
 
 import pytest
 
-from daemon.attempt.cleanup import Remains, Tidying
+from daemon.attempt.cleanup import Cleanup, FinishedAttempt
 from daemon.attempt.settle import settle
-from daemon.attempt.work_folder import Workspace
+from daemon.attempt.work_folder import WorkFolder
 from daemon.database.connection import Database
 from daemon.database.statements import statement
 from daemon.queue.job import Lease
 from daemon.queue.outcome import Cancelled, Completed, Failed, Released, Superseded
 from daemon.queue.states import State
 from daemon.queue.store import SqlJobStore
-from daemon.report.cost import Meter
+from daemon.report.cost import CostMeter
 from daemon.report.reporter import Reporter
 from daemon.settings import Settings
 from daemon.stop_request import Stop, StopReason
@@ -73,7 +73,7 @@ def settings(tmp_path: Path) -> Settings:
 
 
 def reporter_of(store: SqlJobStore, lease: Any) -> Reporter:
-    meter = Meter(price=None, num_gpus=1, already_spent=0.0)
+    meter = CostMeter(price=None, num_gpus=1, already_spent=0.0)
     return Reporter(store, lease, meter=meter, on_refused=lambda: None)
 
 
@@ -93,8 +93,8 @@ async def test_a_job_refused_at_the_first_look_is_written_back_by_one_statement(
     counting.ran.clear()
     ending = await settle(job, REFUSED, reporter_of(store, job.lease), stop=Stop(), store=store, settings=settings)
     assert ending is not None and (ending.state, ending.noted) == (State.FAILED, False)
-    tidying = Tidying(store, SqlUploadLog(store.database), FolderStorage(tmp_path), settings)
-    tidying.begin(Remains(job, ending, stored=False))
+    tidying = Cleanup(store, SqlUploadLog(store.database), FolderStorage(tmp_path), settings)
+    tidying.begin(FinishedAttempt(job, ending, stored=False))
     await tidying.finish()
     assert counting.ran == [statement("fail_job")]
 
@@ -113,8 +113,8 @@ async def test_an_ending_says_whether_something_of_the_job_lies_in_storage(
         second, REFUSED, reporter_of(store, second.lease), stop=Stop(), store=store, settings=settings
     )
     assert ending is not None and ending.noted
-    tidying = Tidying(store, uploads, storage, settings)
-    tidying.begin(Remains(second, ending, stored=False))
+    tidying = Cleanup(store, uploads, storage, settings)
+    tidying.begin(FinishedAttempt(second, ending, stored=False))
     await tidying.finish()
     assert not left.exists() and database.run("SELECT FROM training_uploads") == []
 
@@ -126,15 +126,15 @@ async def test_what_an_attempt_stored_after_it_lost_its_job_is_deleted_by_itself
     storage = FolderStorage(tmp_path)
     stale = await claimed(store)
     await note_adapter(uploads, stale, storage.location)
-    workspace = Workspace.open(settings.work_dir, stale.lease)
+    workspace = WorkFolder.open(settings.work_dir, stale.lease)
     await store.release_job(stale.lease, "it fell silent, and was reaped", cost=None)
     heir = await claimed(store)
     await note_adapter(uploads, heir, storage.location)
     kept = put(tmp_path, object_names(heir.id, heir.lease_epoch).archive)
     done = Completed(f"lora-models/{object_names(heir.id, heir.lease_epoch).archive}", "0" * 64, 1)
-    tidying = Tidying(store, uploads, storage, settings)
+    tidying = Cleanup(store, uploads, storage, settings)
     ending = await settle(heir, done, reporter_of(store, heir.lease), stop=Stop(), store=store, settings=settings)
-    tidying.begin(Remains(heir, ending, stored=True))
+    tidying.begin(FinishedAttempt(heir, ending, stored=True))
     await tidying.finish()
     assert database.run("SELECT FROM training_uploads") == [], "the note of the stale attempt is gone"
     # Only now the stale host's last bytes arrive, and then it learns that the job is not its own.
@@ -143,7 +143,7 @@ async def test_what_an_attempt_stored_after_it_lost_its_job_is_deleted_by_itself
         stale, Superseded(), reporter_of(store, stale.lease), stop=Stop(), store=store, settings=settings
     )
     assert ending is None
-    tidying.begin(Remains(stale, ending, stored=True))
+    tidying.begin(FinishedAttempt(stale, ending, stored=True))
     await tidying.finish()
     assert not late.exists() and kept.exists() and not workspace.attempt_dir.exists()
 
@@ -158,16 +158,16 @@ async def test_tidying_keeps_a_stopping_host_only_for_a_moment_and_is_done_by_an
     await note_adapter(uploads, job, storage.location)
     left = put(tmp_path, object_names(job.id, job.lease_epoch).archive)
     ending = await settle(job, REFUSED, reporter_of(store, job.lease), stop=Stop(), store=store, settings=settings)
-    stopping = Tidying(store, uploads, storage, settings)
-    stopping.begin(Remains(job, ending, stored=True))
+    stopping = Cleanup(store, uploads, storage, settings)
+    stopping.begin(FinishedAttempt(job, ending, stored=True))
     async with asyncio.timeout(30):
         await storage.asked.wait()
         await stopping.finish()
     assert left.exists() and len(database.run("SELECT FROM training_uploads")) == 1
     storage.gate.set()
     monkeypatch.setattr("daemon.attempt.cleanup.FINISH_SECONDS", 30.0)
-    other = Tidying(store, uploads, storage, settings)
-    other.begin(Remains(job, ending, stored=True))
+    other = Cleanup(store, uploads, storage, settings)
+    other.begin(FinishedAttempt(job, ending, stored=True))
     await other.finish()
     assert not left.exists() and database.run("SELECT FROM training_uploads") == []
 
@@ -285,10 +285,10 @@ def test_a_folder_that_vanishes_while_its_checkpoints_are_adopted_costs_the_heir
     job_id = uuid4()
     first, second, third = (Lease(job_id, epoch, uuid4()) for epoch in (1, 2, 3))
     for lease in (first, second):
-        (Workspace.open(tmp_path, lease).checkpoint_dir / "step").write_text(str(lease.epoch))
+        (WorkFolder.open(tmp_path, lease).checkpoint_dir / "step").write_text(str(lease.epoch))
         # The second one took over from the first: put something back, as a host that was cut off does.
-        Workspace(tmp_path, first).checkpoint_dir.mkdir(exist_ok=True)
-        (Workspace(tmp_path, first).checkpoint_dir / "step").write_text("1")
+        WorkFolder(tmp_path, first).checkpoint_dir.mkdir(exist_ok=True)
+        (WorkFolder(tmp_path, first).checkpoint_dir / "step").write_text("1")
     rename = Path.rename
 
     def too_late(self: Path, target: Path) -> Path:
@@ -297,7 +297,7 @@ def test_a_folder_that_vanishes_while_its_checkpoints_are_adopted_costs_the_heir
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", too_late)
-    heir = Workspace.open(tmp_path, third)
+    heir = WorkFolder.open(tmp_path, third)
     assert (heir.checkpoint_dir / "step").read_text() == "1"
 
 
@@ -318,8 +318,8 @@ async def test_a_host_from_before_a_restore_deletes_no_object_of_who_shares_its_
     younger = await claimed(store)
     assert younger.lease_epoch == older.lease_epoch
     kept = put(tmp_path, object_names(younger.id, younger.lease_epoch).archive)
-    tidying = Tidying(store, SqlUploadLog(store.database), storage, settings)
-    tidying.begin(Remains(older, None, stored=True))
+    tidying = Cleanup(store, SqlUploadLog(store.database), storage, settings)
+    tidying.begin(FinishedAttempt(older, None, stored=True))
     await tidying.finish()
     assert kept.exists()
 
@@ -330,9 +330,9 @@ def test_of_two_hosts_with_one_epoch_the_second_adopts_and_neither_writes_into_t
     """A backup took the rows back in time: both hold epoch 2, and see one volume."""
     job_id = uuid4()
     older, younger = Lease(job_id, 2, uuid4()), Lease(job_id, 2, uuid4())
-    before = Workspace.open(tmp_path, older)
+    before = WorkFolder.open(tmp_path, older)
     (before.checkpoint_dir / "step").write_text("10")
-    now = Workspace.open(tmp_path, younger)
+    now = WorkFolder.open(tmp_path, younger)
     assert (now.checkpoint_dir / "step").read_text() == "10" and not before.checkpoint_dir.exists()
     assert now.attempt_dir != before.attempt_dir
     before.forget_attempt()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from daemon.attempt.stored_checkpoints import CheckpointStore, CheckpointUnusable, newest_whole_step, read_manifest
-from daemon.attempt.work_folder import Workspace
+from daemon.attempt.work_folder import WorkFolder
 from daemon.database.connection import Database
 from daemon.errors import JobFailed
 from daemon.queue.job import ClaimedJob
@@ -53,7 +53,7 @@ class Host:
     """A host with a disk of its own, working on the one job that there is."""
 
     def __init__(self, folder: Path, store: SqlJobStore, storage: Any, job: ClaimedJob) -> None:
-        self.workspace = Workspace.open(folder, job.lease)
+        self.workspace = WorkFolder.open(folder, job.lease)
         self.story: list[tuple[str, dict[str, Any]]] = []
         self.keeper = CheckpointStore(SqlUploadLog(store.database), storage, job, self.workspace, self.tell)
 

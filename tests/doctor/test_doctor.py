@@ -17,7 +17,7 @@ from psycopg.types.json import Jsonb
 
 from daemon.doctor import host_checks as doctor_host
 from daemon.doctor import service_checks as doctor_services
-from daemon.doctor.check_result import Finding, Light
+from daemon.doctor.check_result import CheckResult, Status
 from daemon.doctor.host_checks import check_disk, check_model, findings_of
 from daemon.doctor.run import examine
 from daemon.doctor.service_checks import check_callbacks, check_database, check_storage
@@ -49,11 +49,11 @@ def settings(folder: Path, **given: Any) -> Settings:
     return load_settings(**(usual | given))
 
 
-async def by_name(findings: AsyncIterator[Finding]) -> dict[str, Finding]:
+async def by_name(findings: AsyncIterator[CheckResult]) -> dict[str, CheckResult]:
     return {finding.name: finding async for finding in findings}
 
 
-def assert_red(finding: Finding, *words: str, light: Light = Light.RED) -> None:
+def assert_red(finding: CheckResult, *words: str, light: Status = Status.RED) -> None:
     assert finding.light is light, finding
     assert finding.advice, "a line that is not green says what to do"
     for word in words:
@@ -63,7 +63,7 @@ def assert_red(finding: Finding, *words: str, light: Light = Light.RED) -> None:
 # -- this machine ------------------------------------------------------------------------------------------------
 
 
-def selfcheck(**differing: object) -> dict[str, Finding]:
+def selfcheck(**differing: object) -> dict[str, CheckResult]:
     return {
         finding.name: finding for finding in findings_of(read_selfcheck(0, json.dumps(CARD | differing), ""), "cuda")
     }
@@ -72,27 +72,27 @@ def selfcheck(**differing: object) -> dict[str, Finding]:
 def test_a_card_with_everything_is_green_line_by_line() -> None:
     found = selfcheck()
     assert list(found) == ["4-bit layers", "CUDA", "bf16", "flash-linear-attention", "causal-conv1d"]
-    assert {finding.light for finding in found.values()} == {Light.GREEN}
+    assert {finding.light for finding in found.values()} == {Status.GREEN}
 
 
 @pytest.mark.parametrize(
     ("differing", "line", "light", "words"),
     [
-        ({"nf4_error": "RuntimeError: no kernel image"}, "4-bit layers", Light.RED, ["no kernel image", "reinstall"]),
-        ({"cuda_available": False}, "CUDA", Light.RED, ["2.13.0 sees no card", "CUDA driver"]),
-        ({"bf16": False}, "bf16", Light.RED, ["Ampere"]),
-        ({"flash_linear_attention": False}, "flash-linear-attention", Light.YELLOW, ["pip install"]),
+        ({"nf4_error": "RuntimeError: no kernel image"}, "4-bit layers", Status.RED, ["no kernel image", "reinstall"]),
+        ({"cuda_available": False}, "CUDA", Status.RED, ["2.13.0 sees no card", "CUDA driver"]),
+        ({"bf16": False}, "bf16", Status.RED, ["Ampere"]),
+        ({"flash_linear_attention": False}, "flash-linear-attention", Status.YELLOW, ["pip install"]),
         (
             {"kernel_fault": "flash-linear-attention 0.6.0 cannot be used with Triton 3.5.1 on this card"},
             "flash-linear-attention",
-            Light.RED,
+            Status.RED,
             ["Triton 3.5.1", "another TORCH"],
         ),
-        ({"causal_conv1d": False}, "causal-conv1d", Light.YELLOW, ["a wheel for this torch"]),
+        ({"causal_conv1d": False}, "causal-conv1d", Status.YELLOW, ["a wheel for this torch"]),
     ],
 )
 def test_each_fault_of_a_card_has_its_line(
-    differing: dict[str, object], line: str, light: Light, words: list[str]
+    differing: dict[str, object], line: str, light: Status, words: list[str]
 ) -> None:
     assert_red(selfcheck(**differing)[line], *words, light=light)
 
@@ -104,7 +104,7 @@ def test_libraries_that_do_not_load_are_red_with_their_last_word() -> None:
 
 
 def test_a_library_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor_host.check_python().light is Light.GREEN
+    assert doctor_host.check_python().light is Status.GREEN
     monkeypatch.setattr(doctor_host, "installed_versions", lambda: {"python": "3.11.2", "torch": "2.13.0"})
     assert_red(doctor_host.check_python(), "bitsandbytes, peft, transformers, trl", "pip install")
 
@@ -124,13 +124,13 @@ async def test_a_model_that_is_absent_cut_or_whole_is_told_apart(tmp_path: Path)
     here = settings(tmp_path)
     assert_red((await by_name(check_model(here)))["default model"], "tiny")
     pull = settings(tmp_path, default_model="org/tiny", model_downloads=True)
-    assert_red((await by_name(check_model(pull)))["default model"], "models pull org/tiny", light=Light.YELLOW)
+    assert_red((await by_name(check_model(pull)))["default model"], "models pull org/tiny", light=Status.YELLOW)
 
     folder = tmp_path / "models" / "tiny"
     write_model_folder(folder)
     found = await by_name(check_model(here))
-    assert found["default model"].light is Light.GREEN
-    assert_red(found["4-bit copy"], "none yet", "models quantize tiny", light=Light.YELLOW)
+    assert found["default model"].light is Status.GREEN
+    assert_red(found["4-bit copy"], "none yet", "models quantize tiny", light=Status.YELLOW)
 
     weights = next(folder.glob("*.safetensors"))
     weights.unlink()
@@ -143,24 +143,24 @@ async def test_a_copy_of_other_libraries_or_without_a_file_is_not_taken_for_one(
     copy.mkdir(parents=True)
     versions = {name: installed_versions()[name] for name in ("bitsandbytes", "transformers", "torch")}
 
-    async def light_with(versions: dict[str, str], files: list[str]) -> Finding:
+    async def light_with(versions: dict[str, str], files: list[str]) -> CheckResult:
         manifest = {"fingerprint": {"versions": versions}, "files": dict.fromkeys(files, "hash")}
         (copy / "manifest.json").write_text(json.dumps(manifest))
         return (await by_name(check_model(settings(tmp_path))))["4-bit copy"]
 
-    assert_red(await light_with(versions, ["weights-00000.safetensors"]), "weights-00000", light=Light.YELLOW)
+    assert_red(await light_with(versions, ["weights-00000.safetensors"]), "weights-00000", light=Status.YELLOW)
     (copy / "weights-00000.safetensors").write_bytes(b"weights")
-    assert (await light_with(versions, ["weights-00000.safetensors"])).light is Light.GREEN
-    assert_red(await light_with(versions | {"torch": "1.0"}, []), "torch 1.0", light=Light.YELLOW)
+    assert (await light_with(versions, ["weights-00000.safetensors"])).light is Status.GREEN
+    assert_red(await light_with(versions | {"torch": "1.0"}, []), "torch 1.0", light=Status.YELLOW)
     (copy / "manifest.json").write_text("cut")
-    assert_red((await by_name(check_model(settings(tmp_path))))["4-bit copy"], "cannot be read", light=Light.YELLOW)
+    assert_red((await by_name(check_model(settings(tmp_path))))["4-bit copy"], "cannot be read", light=Status.YELLOW)
 
 
 @pytest.mark.parametrize(("name", "variable"), [("work folder", "WORK_DIR"), ("models folder", "MODELS_DIR")])
 def test_a_folder_that_cannot_be_written_is_red_with_its_variable(name: str, variable: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     assert_red(check_disk(name, tmp_path / "file" / "below"), f"TRAINER_{variable}")
-    assert check_disk(name, tmp_path / "new").light is not Light.RED
+    assert check_disk(name, tmp_path / "new").light is not Status.RED
     assert not list((tmp_path / "new").iterdir()), "the probe was removed"
 
 
@@ -169,7 +169,7 @@ def test_a_full_or_slow_disk_is_not_green(tmp_path: Path, monkeypatch: pytest.Mo
     assert_red(check_disk("work folder", tmp_path), "enlarge")
     monkeypatch.setattr(doctor_host, "MIN_FREE_GIB", 0.0)
     monkeypatch.setattr(doctor_host, "SLOW_DISK_MB_A_SECOND", 1e9)
-    assert_red(check_disk("work folder", tmp_path), "slow", light=Light.YELLOW)
+    assert_red(check_disk("work folder", tmp_path), "slow", light=Status.YELLOW)
 
 
 # -- the database ------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def as_url(dsn: str, user: str, password: str) -> str:
 
 async def test_a_database_as_the_guide_sets_it_up_is_green(daemons_url: str, tmp_path: Path) -> None:
     found = await by_name(check_database(settings(tmp_path, database_url=daemons_url)))
-    assert [name for name, finding in found.items() if finding.light is not Light.GREEN] == []
+    assert [name for name, finding in found.items() if finding.light is not Status.GREEN] == []
     names = (
         "database",
         "migrations",
@@ -232,8 +232,8 @@ async def test_a_login_that_may_not_see_what_was_applied_still_gets_every_other_
 ) -> None:
     database.run("REVOKE USAGE ON SCHEMA supabase_migrations FROM training_daemon")
     found = await by_name(check_database(settings(tmp_path, database_url=daemons_url)))
-    assert_red(found["migrations"], "may not read", "migrate", light=Light.YELLOW)
-    assert found["LISTEN"].light is Light.GREEN
+    assert_red(found["migrations"], "may not read", "migrate", light=Status.YELLOW)
+    assert found["LISTEN"].light is Status.GREEN
 
 
 async def test_a_database_that_does_not_answer_is_red_and_nothing_more_is_asked(tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ async def test_a_database_without_the_migrations_is_red(postgres: Server, tmp_pa
 
 async def test_the_administrators_login_is_named(database: AppDatabase, tmp_path: Path) -> None:
     found = await by_name(check_database(settings(tmp_path, database_url=database.dsn)))
-    assert_red(found["database role"], "ALTER ROLE training_daemon", light=Light.YELLOW)
+    assert_red(found["database role"], "ALTER ROLE training_daemon", light=Status.YELLOW)
 
 
 async def test_a_right_that_is_lacking_is_named(database: AppDatabase, tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ async def test_a_clock_that_is_off_is_told(
 
     monkeypatch.setattr(doctor_services, "datetime", Late)
     found = await by_name(check_database(settings(tmp_path, database_url=database.dsn)))
-    assert_red(found["clock"], "synchronise", light=Light.YELLOW)
+    assert_red(found["clock"], "synchronise", light=Status.YELLOW)
 
 
 async def test_a_cron_job_that_still_dispatches_is_named(database: AppDatabase, tmp_path: Path) -> None:
@@ -308,12 +308,12 @@ async def test_a_cron_job_that_still_dispatches_is_named(database: AppDatabase, 
     database.run("CREATE TABLE cron.job (jobname text, command text, active boolean)")
     database.run("INSERT INTO cron.job VALUES ('dispatch', 'SELECT net.http_post(''…/training-dispatch'')', true)")
     here = settings(tmp_path, database_url=database.dsn)
-    assert_red((await by_name(check_database(here)))["older dispatcher"], "may not look", light=Light.YELLOW)
+    assert_red((await by_name(check_database(here)))["older dispatcher"], "may not look", light=Status.YELLOW)
     database.run("GRANT USAGE ON SCHEMA cron TO training_daemon")
     database.run("GRANT SELECT ON cron.job TO training_daemon")
-    assert_red((await by_name(check_database(here)))["older dispatcher"], "dispatch", "unschedule", light=Light.YELLOW)
+    assert_red((await by_name(check_database(here)))["older dispatcher"], "dispatch", "unschedule", light=Status.YELLOW)
     database.run("UPDATE cron.job SET active = false")
-    assert (await by_name(check_database(here)))["older dispatcher"].light is Light.GREEN
+    assert (await by_name(check_database(here)))["older dispatcher"].light is Status.GREEN
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,7 @@ def with_storage(double: StorageDouble, folder: Path, **given: Any) -> Settings:
 
 async def test_storage_is_written_read_and_left_empty(storage: StorageDouble, tmp_path: Path) -> None:
     finding = await check_storage(with_storage(storage, tmp_path))
-    assert finding.light is Light.GREEN, finding
+    assert finding.light is Status.GREEN, finding
     assert not [file for file in storage.path_of("lora-models", "").rglob("*") if file.is_file()]
 
 
@@ -359,14 +359,14 @@ async def test_a_wrong_key_a_narrow_bucket_and_a_small_one_are_told_apart(
     assert_red(await check_storage(with_storage(storage, tmp_path)), "MIME")
     storage.buckets["lora-models"] = Bucket(file_size_limit=50 * 2**20)
     small = await check_storage(with_storage(storage, tmp_path))
-    assert_red(small, "52,428,800", "size limit", light=Light.YELLOW)
+    assert_red(small, "52,428,800", "size limit", light=Status.YELLOW)
 
 
 def test_a_callback_secret_that_is_none_is_red(tmp_path: Path) -> None:
     assert_red(check_callbacks(settings(tmp_path, callback_secrets="plain words")), "openssl")
-    assert_red(check_callbacks(settings(tmp_path)), "TRAINER_CALLBACK_SECRETS", light=Light.YELLOW)
+    assert_red(check_callbacks(settings(tmp_path)), "TRAINER_CALLBACK_SECRETS", light=Status.YELLOW)
     good = settings(tmp_path, callback_secrets="whsec_aW1hZ2UtY2hlY2stc2VjcmV0LW9mLTMyLWJ5dGVzIQ==")
-    assert check_callbacks(good).light is Light.GREEN
+    assert check_callbacks(good).light is Status.GREEN
 
 
 # -- the whole screen --------------------------------------------------------------------------------------------
@@ -424,7 +424,7 @@ async def test_every_line_comes_even_where_everything_is_wrong(tmp_path: Path, m
         storage_dir=tmp_path / "file" / "storage", callback_secrets="x",
     )  # fmt: skip
     found = await by_name(examine(wrong))
-    red = {name for name, finding in found.items() if finding.light is Light.RED}
+    red = {name for name, finding in found.items() if finding.light is Status.RED}
     assert red >= {
         "trainer",
         "default model",
@@ -434,4 +434,4 @@ async def test_every_line_comes_even_where_everything_is_wrong(tmp_path: Path, m
         "storage (folder)",
         "callback secret",
     }
-    assert all(finding.advice for finding in found.values() if finding.light is not Light.GREEN)
+    assert all(finding.advice for finding in found.values() if finding.light is not Status.GREEN)

@@ -578,7 +578,7 @@ async def test_each_statement_without_its_epoch_turns_the_judge_red(queue: Queue
         await SqlJobStore(other).record_metrics(
             heir, [MetricPoint(step=1, epoch=0, training_loss=1.0, learning_rate=1.0, throughput=2.0)]
         )
-        await SqlUploadLog(other).note_upload(heir, "checkpoint", Location("s", "lora-models"), ["heir"], step=1)
+        await SqlUploadLog(other).record_upload(heir, "checkpoint", Location("s", "lora-models"), ["heir"], step=1)
         if write in {"end_cancelled_job", "settle_cancelled_job"}:
             app.cancel_as_owner(heir.job_id)
         with pytest.raises(LeaseLost):

@@ -205,7 +205,7 @@ def test_a_job_on_several_places_survives_the_death_of_any_of_its_processes_at_a
         return jobs[-1]
 
     def start(name: str) -> DaemonProcess:
-        # Trainers wait on both places between the jobs, and make room for the ranks.
+        # TrainerPool wait on both places between the jobs, and make room for the ranks.
         return queue.daemon(tmp_path, name=name, command=REAL, slots=2, checkpoint_seconds=0.2)
 
     def found(pattern: str) -> bool:

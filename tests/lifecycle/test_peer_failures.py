@@ -200,7 +200,7 @@ STALE_WRITES: dict[str, Callable[[SqlJobStore, Lease], Awaitable[object]]] = {
     "record_metrics": lambda store, lease: store.record_metrics(lease, [POINT]),
     "forget_metrics": lambda store, lease: store.forget_metrics(lease, 0),
     "record_event": lambda store, lease: store.record_event(lease, "stale", "stale", {}),
-    "note_upload": lambda store, lease: SqlUploadLog(store.database).note_upload(
+    "record_upload": lambda store, lease: SqlUploadLog(store.database).record_upload(
         lease, "adapter", Location("s", "lora-models"), ["stale"]
     ),
     "finish_checkpoint_upload": lambda store, lease: SqlUploadLog(store.database).finish_checkpoint_upload(

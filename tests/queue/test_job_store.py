@@ -138,7 +138,7 @@ STILL_HEARD: dict[str, Write] = {
     "finish_checkpoint_upload": lambda kept, lease: kept.uploads.finish_checkpoint_upload(
         lease, 5, manifest_sha256="c" * 64, size=1
     ),
-    "note_upload": lambda kept, lease: kept.uploads.note_upload(lease, "adapter", BUCKET, ["x"]),
+    "record_upload": lambda kept, lease: kept.uploads.record_upload(lease, "adapter", BUCKET, ["x"]),
 }
 OF_A_RUNNING_JOB: dict[str, Write] = {
     "start_job": lambda kept, lease: kept.store.start_job(lease),
@@ -299,7 +299,7 @@ async def test_points_and_events_are_taken_while_the_lease_holds(kept: Kept) -> 
 
 async def test_of_a_cancelled_job_its_holder_is_heard_until_the_lease_ends(kept: Kept) -> None:
     lease = (await claimed(kept)).lease
-    await kept.uploads.note_upload(lease, "checkpoint", BUCKET, ["checkpoints/5"], step=5)
+    await kept.uploads.record_upload(lease, "checkpoint", BUCKET, ["checkpoints/5"], step=5)
     await kept.cancel(lease.job_id)
     for write in STILL_HEARD.values():
         await write(kept, lease)
@@ -548,7 +548,7 @@ async def leftovers(kept: Kept, job_id: UUID) -> list[tuple[str, int, list[str],
 @pytest.mark.parametrize("ending", ENDINGS)
 async def test_an_ending_says_whether_something_of_the_job_may_lie_in_storage(kept: Kept, ending: str) -> None:
     lease = (await claimed(kept)).lease
-    await kept.uploads.note_upload(lease, "adapter", BUCKET, ["adapters/y.tar.gz"])
+    await kept.uploads.record_upload(lease, "adapter", BUCKET, ["adapters/y.tar.gz"])
     assert await leftovers(kept, lease.job_id) == [], "somebody holds it"
     assert (await ENDINGS[ending](kept.store, lease)).noted
     assert await leftovers(kept, lease.job_id) == [("adapter", 0, ["adapters/y.tar.gz"], False)]
@@ -556,8 +556,8 @@ async def test_an_ending_says_whether_something_of_the_job_may_lie_in_storage(ke
 
 async def test_of_a_completed_job_the_adapter_that_it_names_is_told_from_what_is_left(kept: Kept) -> None:
     lease = (await claimed(kept)).lease
-    await kept.uploads.note_upload(lease, "checkpoint", BUCKET, ["checkpoints/5"], step=5)
-    await kept.uploads.note_upload(lease, "adapter", BUCKET, ["adapters/x.tar.gz", "adapters/x.json"])
+    await kept.uploads.record_upload(lease, "checkpoint", BUCKET, ["checkpoints/5"], step=5)
+    await kept.uploads.record_upload(lease, "adapter", BUCKET, ["adapters/x.tar.gz", "adapters/x.json"])
     await kept.store.complete_job(lease, DONE, cost=None)
     assert await leftovers(kept, lease.job_id) == [
         ("adapter", 0, ["adapters/x.tar.gz", "adapters/x.json"], True),

@@ -12,7 +12,7 @@ import pytest
 
 from daemon.database.connection import Database
 from daemon.queue.job import Lease
-from daemon.queue.reaper import reap_for_ever
+from daemon.queue.reaper import reap_forever
 from daemon.queue.row_visibility import RowVisibility
 from daemon.queue.states import State
 from daemon.queue.store import SqlJobStore
@@ -32,7 +32,7 @@ def proxy(database: AppDatabase) -> Iterator[TcpProxy]:
 @asynccontextmanager
 async def reaper_behind(proxy: TcpProxy, dsn: str) -> AsyncIterator[None]:
     async with Database(proxy.dsn(dsn), application_name="reaper") as database:
-        reaping = asyncio.create_task(reap_for_ever(SqlJobStore(database), RowVisibility(database), LEASE_SECONDS))
+        reaping = asyncio.create_task(reap_forever(SqlJobStore(database), RowVisibility(database), LEASE_SECONDS))
         try:
             yield
         finally:

@@ -296,7 +296,7 @@ class TwoWorkers(RuleBasedStateMachine):
                 # The heir has begun the very upload that its predecessor will call finished.
                 heir = self.leases[1 - worker][-1]
                 self.do(
-                    SqlUploadLog(self.databases[1 - worker]).note_upload(
+                    SqlUploadLog(self.databases[1 - worker]).record_upload(
                         heir, "checkpoint", Location("s", "b"), ["heir"], step=UPLOADED_STEP
                     )
                 )
@@ -322,7 +322,7 @@ class TwoWorkers(RuleBasedStateMachine):
         heir = self.leases[1 - worker][-1]
         assert heir.epoch == lease.epoch
         self.do(
-            SqlUploadLog(self.databases[1 - worker]).note_upload(
+            SqlUploadLog(self.databases[1 - worker]).record_upload(
                 heir, "checkpoint", Location("s", "b"), ["x"], step=UPLOADED_STEP
             )
         )

@@ -14,7 +14,7 @@ from daemon.host.gpu_load import read_load
 from daemon.queue.job import ClaimedJob
 from daemon.queue.rows import Limits
 from daemon.queue.store import SqlJobStore
-from daemon.report.cost import Meter
+from daemon.report.cost import CostMeter
 from daemon.report.reporter import Reporter
 from tests.postgres import AppDatabase
 from training import events
@@ -35,7 +35,7 @@ class Claimed:
         return self.job.id
 
     def reporter(self, price: float | None = None) -> Reporter:
-        meter = Meter(price=price, num_gpus=1, already_spent=0.0)
+        meter = CostMeter(price=price, num_gpus=1, already_spent=0.0)
         return Reporter(self.store, self.job.lease, meter=meter, on_refused=lambda: self.refusals.append(None))
 
     def step(self, number: int, total: int = 10, **changes: object) -> events.Progress:
@@ -239,7 +239,7 @@ async def test_a_table_of_points_that_refuses_everything_costs_the_curve_and_not
 
 
 async def test_a_card_that_says_nothing_leaves_its_numbers_empty(claimed: Claimed) -> None:
-    meter = Meter(price=None, num_gpus=1, already_spent=0.0)
+    meter = CostMeter(price=None, num_gpus=1, already_spent=0.0)
     reporter = Reporter(
         claimed.store, claimed.job.lease, meter=meter, on_refused=lambda: None, read_load=lambda: read_load(9_999)
     )
@@ -253,7 +253,7 @@ async def test_a_card_that_says_nothing_leaves_its_numbers_empty(claimed: Claime
 async def test_progress_does_not_overtake_the_outbox(claimed: Claimed) -> None:
     """What the outbox tells (the claim, the start) is not told by progress too: a receiver drops what comes late."""
     told: list[object] = []
-    meter = Meter(price=None, num_gpus=1, already_spent=0.0)
+    meter = CostMeter(price=None, num_gpus=1, already_spent=0.0)
     reporter = Reporter(
         claimed.store,
         claimed.job.lease,

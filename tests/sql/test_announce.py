@@ -376,7 +376,7 @@ async def test_a_callback_is_taken_delivered_postponed_and_buried(
     (second,) = await outbox.claim_callbacks(10, 30)
     assert await outbox.postpone_callback(second.id, second.token, 0, 503, "busy\x00")
     (third,) = await outbox.claim_callbacks(10, 30)
-    assert await outbox.bury_callback(third.id, third.token, 410, None)
+    assert await outbox.mark_callback_dead(third.id, third.token, 410, None)
     assert first.sequence < second.sequence < third.sequence and first.attempts == 1
     states = {row["id"]: row for row in database.run("SELECT * FROM training_callbacks")}
     assert [states[callback.id]["state"] for callback in (first, second, third)] == ["delivered", "pending", "dead"]

@@ -96,5 +96,5 @@ async def _settle_callbacks(store: SqlJobStore) -> tuple[UUID, UUID]:
     first = (await outbox.claim_callbacks(1, 60.0))[0]
     await outbox.deliver_callback(first.id, first.token, 200)
     second = (await outbox.claim_callbacks(1, 60.0))[0]
-    await outbox.bury_callback(second.id, second.token, 410, "the receiver wants no more messages (410)")
+    await outbox.mark_callback_dead(second.id, second.token, 410, "the receiver wants no more messages (410)")
     return first.id, second.id

@@ -12,8 +12,8 @@ from uuid import UUID
 import pytest
 from pydantic import SecretStr
 
-from daemon.attempt.cleanup import Remains, Tidying
-from daemon.attempt.work_folder import Workspace
+from daemon.attempt.cleanup import Cleanup, FinishedAttempt
+from daemon.attempt.work_folder import WorkFolder
 from daemon.database.connection import Database
 from daemon.errors import JobDelayed, LeaseLost
 from daemon.queue.job import ClaimedJob
@@ -23,7 +23,7 @@ from daemon.queue.store import SqlJobStore
 from daemon.settings import Settings
 from daemon.storage.folder import FolderStorage
 from daemon.storage.publish import object_names
-from daemon.storage.sweep import sweep_for_ever, sweep_job
+from daemon.storage.sweep import sweep_forever, sweep_job
 from daemon.storage.upload_log import SqlUploadLog, note_adapter
 from tests.postgres import AppDatabase
 from tests.queue.claiming import claimed
@@ -58,7 +58,7 @@ class Place:
 
     async def kept_checkpoint(self, job: ClaimedJob, step: int) -> None:
         names = [f"checkpoints/{job.id}/e{job.lease_epoch}-step{step}/{name}" for name in ("weights", "manifest.json")]
-        await self.uploads.note_upload(job.lease, "checkpoint", self.storage.location, names, step=step)
+        await self.uploads.record_upload(job.lease, "checkpoint", self.storage.location, names, step=step)
         for name in names:
             self.put(name)
         await self.uploads.finish_checkpoint_upload(job.lease, step, manifest_sha256="0" * 64, size=1)
@@ -143,13 +143,13 @@ async def test_nothing_is_deleted_of_a_job_that_is_only_hidden(place: Place, tmp
     job = await place.uploaded()
     await place.kept_checkpoint(job, 10)
     settings = Settings(_env_file=None, database_url=SecretStr(place.app.dsn), work_dir=tmp_path / "jobs")
-    workspace = Workspace.open(settings.work_dir, job.lease)
+    workspace = WorkFolder.open(settings.work_dir, job.lease)
     (workspace.checkpoint_dir / "step").write_text("10")
     before = place.objects()
     place.app.run(HIDE.format(table))
     await place.sweep(keep_days=0.0)
-    tidying = Tidying(place.store, place.uploads, place.storage, settings)
-    tidying.begin(Remains(job, ending=None, stored=False))
+    tidying = Cleanup(place.store, place.uploads, place.storage, settings)
+    tidying.begin(FinishedAttempt(job, ending=None, stored=False))
     await tidying.finish()
     assert place.objects() == before and place.notes() == 2
     assert (workspace.checkpoint_dir / "step").exists()
@@ -169,11 +169,11 @@ async def test_orphans_of_a_table_that_was_made_anew_count_only_when_they_are_as
 async def test_a_folder_whose_job_went_with_the_whole_table_is_kept(place: Place, tmp_path: Path) -> None:
     job = await place.uploaded()
     settings = Settings(_env_file=None, database_url=SecretStr(place.app.dsn), work_dir=tmp_path / "jobs")
-    workspace = Workspace.open(settings.work_dir, job.lease)
+    workspace = WorkFolder.open(settings.work_dir, job.lease)
     (workspace.checkpoint_dir / "step").write_text("10")
     place.app.run("TRUNCATE training_jobs CASCADE")
-    tidying = Tidying(place.store, place.uploads, place.storage, settings)
-    tidying.begin(Remains(job, ending=None, stored=False))
+    tidying = Cleanup(place.store, place.uploads, place.storage, settings)
+    tidying.begin(FinishedAttempt(job, ending=None, stored=False))
     await tidying.finish()
     assert (workspace.checkpoint_dir / "step").exists(), "its row may come from a backup yet"
 
@@ -185,12 +185,12 @@ async def test_an_attempt_that_has_lost_its_job_keeps_the_checkpoints_only_while
     job = await place.uploaded()
     await place.kept_checkpoint(job, 10)
     settings = Settings(_env_file=None, database_url=SecretStr(place.app.dsn), work_dir=tmp_path / "jobs")
-    workspace = Workspace.open(settings.work_dir, job.lease)
+    workspace = WorkFolder.open(settings.work_dir, job.lease)
     (workspace.checkpoint_dir / "step").write_text("10")
     if deleted:
         place.app.run("DELETE FROM training_jobs")
-    tidying = Tidying(place.store, place.uploads, place.storage, settings)
-    tidying.begin(Remains(job, ending=None, stored=True))
+    tidying = Cleanup(place.store, place.uploads, place.storage, settings)
+    tidying.begin(FinishedAttempt(job, ending=None, stored=True))
     await tidying.finish()
     assert (workspace.checkpoint_dir / "step").exists() == workspace.job_dir.exists() == (not deleted)
     assert {name.partition("/")[0] for name in place.objects()} == (set() if deleted else {"checkpoints"})
@@ -206,7 +206,7 @@ async def test_a_host_that_dies_after_the_completion_leaves_no_note_for_ever(
     await place.completed(second)
     # The daemon dies here. Another daemon's hourly sweep comes by, an hour later and again.
     monkeypatch.setattr("daemon.storage.sweep.SWEEP_SECONDS", 0.01)
-    sweeping = asyncio.create_task(sweep_for_ever(place.uploads, place.visibility, place.storage, 7.0))
+    sweeping = asyncio.create_task(sweep_forever(place.uploads, place.visibility, place.storage, 7.0))
     await asyncio.sleep(0.1)
     assert place.notes() == 2  # too fresh: a host that lost its lease may still be uploading
     place.app.run("UPDATE training_uploads SET noted_at = noted_at - interval '2 hours'")

@@ -1,4 +1,4 @@
-"""Trainers that wait for jobs: whose memory they may hold, and when they are given up. Real processes throughout."""
+"""TrainerPool that wait for jobs: whose memory they may hold, and when they are given up. Real processes throughout."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import daemon.trainer.pool
 from daemon.host.inspect import Gpu, Host
 from daemon.settings import Settings
 from daemon.stop_request import Stop
-from daemon.trainer.pool import Trainers
-from daemon.trainer.process import Patience
+from daemon.trainer.pool import TrainerPool
+from daemon.trainer.process import Timeouts
 from daemon.trainer.verdict import Trained, Verdict
 from tests.daemon_process import alive, children_of
 from tests.lifecycle.queue import write_model_folder
@@ -34,7 +34,7 @@ MIB = 2**20
 
 
 class Site:
-    """A host of two places, its trainers tended as in a daemon."""
+    """A host of two slots, its trainers tended as in a daemon."""
 
     def __init__(
         self, folder: Path, host: Host = CPU, command: tuple[str, ...] = SCRIPTED, slots: int = 2, **changes: Any
@@ -43,7 +43,7 @@ class Site:
         write_model_folder(folder / "models" / "tiny")
         given = {"database_url": "postgresql://unused", "models_dir": folder / "models", "default_model": "tiny"}
         settings = Settings(_env_file=None, slots=slots, **(given | changes))
-        self.trainers = Trainers(settings, host, command)
+        self.trainers = TrainerPool(settings, host, command)
         self.jobs = 0
 
     @asynccontextmanager
@@ -59,7 +59,7 @@ class Site:
     async def job(
         self,
         *script: list[Any],
-        places: tuple[int, ...] = (0,),
+        slots: tuple[int, ...] = (0,),
         hear: Callable[[Event], None] | None = None,
         **how: Any,
     ) -> Verdict:
@@ -76,14 +76,14 @@ class Site:
             checkpoint_dir=folder / "checkpoints",
             output_dir=folder / "adapter",
             hyperparameters=Hyperparameters(),
-            num_gpus=len(places),
+            num_gpus=len(slots),
         )
         return await self.trainers.run(
             spec,
-            places,
+            slots,
             on_event=hear or (lambda _event: None),
             stop=Stop(),
-            patience=Patience(stall_seconds=60.0, kill_seconds=1.0),
+            patience=Timeouts(stall_seconds=60.0, kill_seconds=1.0),
             log_path=folder / "trainer.log",
             **how,
         )
@@ -109,22 +109,22 @@ async def until(question: Callable[[], Any]) -> Any:
     return answer
 
 
-async def waiting_trainers(logged: Sequence[Mapping[str, Any]], places: int) -> set[int]:
-    """The trainers of all places, each in its place. The process alone is there sooner: a job that came then would be
+async def waiting_trainers(logged: Sequence[Mapping[str, Any]], slots: int) -> set[int]:
+    """The trainers of all slots, each in its slot. The process alone is there sooner: a job that came then would be
     given another one."""
 
     def started() -> set[int]:
         return {line["pid"] for line in logged if line["event"] == "trainer_started"}
 
-    await until(lambda: len(started()) == places)
+    await until(lambda: len(started()) == slots)
     return started()
 
 
 @pytest.mark.parametrize(
-    ("places", "key", "stay"), [((0, 1), {}, 0), ((0,), {"WANDB_API_KEY": "k"}, 1)], ids=["two_places", "own_key"]
+    ("slots", "key", "stay"), [((0, 1), {}, 0), ((0,), {"WANDB_API_KEY": "k"}, 1)], ids=["two_places", "own_key"]
 )
 async def test_those_that_wait_where_a_job_has_a_process_of_its_own_leave_it_their_memory(
-    tmp_path: Path, places: tuple[int, ...], key: dict[str, str], stay: int
+    tmp_path: Path, slots: tuple[int, ...], key: dict[str, str], stay: int
 ) -> None:
     site = Site(tmp_path)
     present: set[int] = set()
@@ -135,12 +135,12 @@ async def test_those_that_wait_where_a_job_has_a_process_of_its_own_leave_it_the
 
     with capture_logs() as logged:
         async with site.tended():
-            waiting = await waiting_trainers(logged, places=2)
-            verdict = await site.job(["sleep", 0.3], places=places, hear=hear, own_environment=key)
+            waiting = await waiting_trainers(logged, slots=2)
+            verdict = await site.job(["sleep", 0.3], slots=slots, hear=hear, own_environment=key)
             assert isinstance(verdict, Trained)
             assert len(present & waiting) == stay and len(present - waiting) == 1
             # Others wait there for the next job.
-            await until(lambda: len(trainer_pids() - present) == len(places))
+            await until(lambda: len(trainer_pids() - present) == len(slots))
             assert len(trainer_pids()) == 2
 
 
@@ -158,7 +158,7 @@ async def test_a_trainer_that_has_grown_is_given_up_and_one_that_has_not_stays(
 
     with capture_logs() as logged:
         async with site.tended():
-            (first,) = await waiting_trainers(logged, places=1)
+            (first,) = await waiting_trainers(logged, slots=1)
             # What its first job leaves is taken for the base model.
             for mib in (100, 30, 100):
                 await site.job(["grow", mib * MIB], hear=hear)

@@ -15,14 +15,14 @@ import pytest
 
 from daemon.queue.outcome import Failed
 from daemon.stop_request import Stop, StopReason
-from daemon.trainer.process import Child, Patience
+from daemon.trainer.process import Timeouts, TrainerProcess
 from daemon.trainer.verdict import Stopped, Trained, Verdict
 from tests.paths import SCRIPTED_TRAINER
 from training.events import ErrorCode, Event, Notice, Progress
 from training.spec import Hyperparameters, JobSpec
 
 SCRIPTED = (sys.executable, str(SCRIPTED_TRAINER))
-QUICK = Patience(stall_seconds=20.0, drain_seconds=5.0, kill_seconds=1.0)
+QUICK = Timeouts(stall_seconds=20.0, drain_seconds=5.0, kill_seconds=1.0)
 
 
 class Run:
@@ -47,13 +47,13 @@ class Run:
         self.events: list[Event] = []
 
     async def verdict(
-        self, patience: Patience = QUICK, on_event: Callable[[Event], None] = lambda _event: None
+        self, patience: Timeouts = QUICK, on_event: Callable[[Event], None] = lambda _event: None
     ) -> Verdict:
         def hear(event: Event) -> None:
             self.events.append(event)
             on_event(event)
 
-        child = await Child.start(SCRIPTED)
+        child = await TrainerProcess.start(SCRIPTED)
         return await child.run(self.spec, on_event=hear, stop=self.stop, patience=patience, log_path=self.log_path)
 
 
@@ -112,7 +112,7 @@ async def test_a_killed_child_is_a_transient_failure_that_names_the_signal(tmp_p
 
 async def test_a_silent_child_is_ended_as_stalled_with_its_log_tail(tmp_path: Path) -> None:
     run = Run(tmp_path, [["print", "deadlocked in a kernel"], ["sleep", 60]])
-    verdict = await run.verdict(Patience(stall_seconds=0.5, kill_seconds=0.2))
+    verdict = await run.verdict(Timeouts(stall_seconds=0.5, kill_seconds=0.2))
     assert isinstance(verdict, Failed) and verdict.code is ErrorCode.STALLED and verdict.transient
     assert verdict.stack is not None and "deadlocked in a kernel" in verdict.stack
 
@@ -126,13 +126,13 @@ async def test_a_long_spec_for_a_process_that_does_not_read_it_makes_nobody_wait
     spec = run.spec.model_copy(update={"hyperparameters": Hyperparameters(sample_prompts=prompts)})
     if reason is not None:
         run.stop.request(reason)
-    child = await Child.start((sys.executable, "-c", "import time; time.sleep(60)"))
+    child = await TrainerProcess.start((sys.executable, "-c", "import time; time.sleep(60)"))
     async with asyncio.timeout(30):
         verdict = await child.run(
             spec,
             on_event=run.events.append,
             stop=run.stop,
-            patience=Patience(stall_seconds=0.3, kill_seconds=0.3),
+            patience=Timeouts(stall_seconds=0.3, kill_seconds=0.3),
             log_path=run.log_path,
         )
     assert verdict == Stopped(reason) if reason else isinstance(verdict, Failed) and verdict.code is ErrorCode.STALLED
@@ -149,7 +149,7 @@ async def test_a_cancelled_child_that_ignores_term_is_killed_and_its_grandchild_
             assert len(processes_of_group(pids[0])) == 2
             run.stop.request(StopReason.CANCELLED)
 
-    verdict = await run.verdict(Patience(kill_seconds=0.3), hear)
+    verdict = await run.verdict(Timeouts(kill_seconds=0.3), hear)
     assert verdict == Stopped(StopReason.CANCELLED)
     assert processes_of_group(pids[0]) == []
 
@@ -173,7 +173,7 @@ async def test_a_second_signal_cuts_the_grace_short(tmp_path: Path) -> None:
             run.stop.hurry()
 
     begun = asyncio.get_running_loop().time()
-    assert await run.verdict(Patience(drain_seconds=60.0), hear) == Stopped(StopReason.SHUTDOWN)
+    assert await run.verdict(Timeouts(drain_seconds=60.0), hear) == Stopped(StopReason.SHUTDOWN)
     assert asyncio.get_running_loop().time() - begun < 10.0
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.tiny_models import make_model, write_conversations
 from training.compute import ComputeType
-from training.event_writer import AnyEvent, Voice
+from training.event_writer import AnyEvent, EventWriter
 from training.quick_imports import quick_imports
 from training.spec import Hyperparameters, JobSpec
 from training.stop_switch import StopSwitch
@@ -24,7 +24,7 @@ with quick_imports():
     import training.recipe
 
 
-class HeardVoice(Voice):
+class RecordedEvents(EventWriter):
     """Keeps what was said, in order, where the real one writes it to a pipe."""
 
     def __init__(self, job_id: str = "job") -> None:
@@ -41,11 +41,11 @@ class HeardVoice(Voice):
         return [event for event in self.heard if event.kind == kind]
 
 
-def train(spec: JobSpec) -> HeardVoice:
+def train(spec: JobSpec) -> RecordedEvents:
     """One whole job in this process; its events."""
     from training.recipe import train_adapter
 
-    voice = HeardVoice(spec.job_id)
+    voice = RecordedEvents(spec.job_id)
     train_adapter(spec, voice, StopSwitch())
     return voice
 

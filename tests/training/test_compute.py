@@ -8,7 +8,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 
-from tests.training.conftest import IN_BOTH_TYPES, HeardVoice, SpecOf, train
+from tests.training.conftest import IN_BOTH_TYPES, RecordedEvents, SpecOf, train
 from training.base.dtype import compute_dtype
 from training.base.load import load_base_model
 from training.base.loaded_model import Base
@@ -38,7 +38,7 @@ def test_every_product_of_a_run_has_its_type_and_the_story_says_which(
     voice = train(spec)
     assert [event.compute_type for event in voice.all("planned")] == [compute_type]
     wanted = compute_dtype("cpu", compute_type)
-    model = load_base_model(spec, open_model_folder(spec.model_path, spec.base_model), HeardVoice())
+    model = load_base_model(spec, open_model_folder(spec.model_path, spec.base_model), RecordedEvents())
     linear = [module for module in model.modules() if isinstance(module, Linear4bit)]
     experts = [module for module in model.modules() if has_fused_experts(module)]
     assert linear and bool(experts) == (architecture == "qwen3_moe")

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from tests.paths import ROOT
-from tests.training.conftest import HeardVoice, ModelOf, SpecOf
+from tests.training.conftest import ModelOf, RecordedEvents, SpecOf
 from training.base.load import warn_of_missing_kernels
 from training.failures import TrainingFailed
 from training.kernels import fault_of_kernels
@@ -114,10 +114,10 @@ def test_hidden_kernels_are_told_in_the_story_and_seen_ones_refused_in_words(
     model = AutoModelForCausalLM.from_pretrained(tiny("qwen3_next"))
     spec = spec_of("qwen3_next", device="cuda")
     with pytest.raises(TrainingFailed, match=r"Triton 3\.5\.1") as refused:
-        warn_of_missing_kernels(spec, model, HeardVoice())
+        warn_of_missing_kernels(spec, model, RecordedEvents())
     assert refused.value.code == "model_unsupported" and not refused.value.transient
     monkeypatch.setitem(sys.modules, "fla", None)
-    voice = HeardVoice()
+    voice = RecordedEvents()
     warn_of_missing_kernels(spec, model, voice)
     (notice,) = voice.all("notice")
     assert notice.code == "kernels_missing" and "Triton 3.5.1" in notice.message and "plain PyTorch" in notice.message

@@ -16,7 +16,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConf
 
 from training.base.dtype import compute_dtype
 from training.compute import ComputeType
-from training.event_writer import Voice
+from training.event_writer import EventWriter
 from training.events import ErrorCode
 from training.failures import TrainingFailed
 from training.files.model_folder import ModelFolder
@@ -61,7 +61,7 @@ class Wanted(Protocol):
 
 
 def load_base_model(
-    spec: Wanted, folder: ModelFolder, voice: Voice | None = None, *, device: torch.device | None = None
+    spec: Wanted, folder: ModelFolder, voice: EventWriter | None = None, *, device: torch.device | None = None
 ) -> PreTrainedModel:
     """Load frozen weights in NF4 with double quantisation (bf16 when spec.quantize is false).
 
@@ -92,7 +92,9 @@ def load_base_model(
     return model
 
 
-def _load_copy(copy: QuantizedCopy, spec: Wanted, voice: Voice | None, device: torch.device) -> PreTrainedModel | None:
+def _load_copy(
+    copy: QuantizedCopy, spec: Wanted, voice: EventWriter | None, device: torch.device
+) -> PreTrainedModel | None:
     try:
         return copy.load(compute_dtype(spec.device, spec.compute_type), device)
     except CopyUnusable as error:
@@ -182,7 +184,7 @@ def _device(spec: Wanted) -> torch.device:
     return torch.device("cuda", 0) if spec.device == "cuda" else torch.device("cpu")
 
 
-def warn_of_missing_kernels(spec: Wanted, model: PreTrainedModel, voice: Voice) -> None:
+def warn_of_missing_kernels(spec: Wanted, model: PreTrainedModel, voice: EventWriter) -> None:
     """Linear attention on a GPU without its kernels runs many times slower, and transformers says so in one line.
 
     Raises TrainingFailed where kernels were found that would fail, or be wrong, in the first backward.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict
 
 from training.compute import ComputeType, compute_type
-from training.event_writer import AnyEvent, Voice
+from training.event_writer import AnyEvent, EventWriter
 from training.files.model_folder import ModelFolder, open_model_folder
 from training.spec import HoldOrder, JobSpec
 
@@ -58,7 +58,7 @@ class HeldBase:
     remarks: tuple[AnyEvent, ...]
 
 
-class Notebook(Voice):
+class BufferedWriter(EventWriter):
     """A voice for when there is no job yet that could speak: it is written down, under no name."""
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ def load_base(base: Base) -> HeldBase:
     from training.data.tokenizer import load_tokenizer
 
     folder = base.open()
-    notebook = Notebook()
+    notebook = BufferedWriter()
     tokenizer = load_tokenizer(folder)
     model = load_base_model(base, folder, notebook)
     return HeldBase(base, model, tokenizer, tuple(notebook.events))

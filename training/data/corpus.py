@@ -14,7 +14,7 @@ from training.data.formats import Conversation, Reading, invalid, list_faults, r
 from training.spec import Hyperparameters
 
 if TYPE_CHECKING:
-    from training.event_writer import Voice
+    from training.event_writer import EventWriter
 
 # Sequences are padded to a multiple of this, so a length between multiples buys nothing.
 LENGTH_STEP = 64
@@ -75,7 +75,7 @@ class Corpus:
             "trained_share": round(self.trained_tokens / max(1, self.train_tokens), 4),
         }
 
-    def announce(self, voice: Voice) -> None:
+    def announce(self, voice: EventWriter) -> None:
         for remark in self.remarks:
             voice.notice(remark.code, remark.message, **remark.data)
 

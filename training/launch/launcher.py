@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from training.events import ErrorCode
 from training.failures import StopRequested, TrainingFailed
-from training.launch.shared_folder import RankDesk
+from training.launch.shared_folder import RankFolder
 from training.parent_process import adopt_orphans, children_of_this_process, end_every_child
 from training.quick_imports import quick_imports
 from training.spec import JobSpec
@@ -40,7 +40,7 @@ def train_on_ranks(spec: JobSpec, events_fd: int, stop: StopSwitch) -> None:
     None of them is alive afterwards; should this process be killed, the kernel kills them.
     """
     adopt_orphans()
-    desk = RankDesk.lay(spec.work_dir / "ranks", spec)
+    desk = RankFolder.lay(spec.work_dir / "ranks", spec)
     _pass_on_sigterm(desk, stop)
     lost = _run(spec, desk, events_fd)
     end_every_child()
@@ -57,7 +57,7 @@ def train_on_ranks(spec: JobSpec, events_fd: int, stop: StopSwitch) -> None:
     )
 
 
-def _run(spec: JobSpec, desk: RankDesk, events_fd: int) -> ProcessFailure | None:
+def _run(spec: JobSpec, desk: RankFolder, events_fd: int) -> ProcessFailure | None:
     """Run the ranks to their end. Returns the one that ended badly: one that was killed, else the first."""
     with quick_imports():
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -108,10 +108,10 @@ def launch_config(spec: JobSpec) -> LaunchConfig:
     )
 
 
-def _pass_on_sigterm(desk: RankDesk, stop: StopSwitch) -> None:
+def _pass_on_sigterm(desk: RankFolder, stop: StopSwitch) -> None:
     def pass_on(_number: int, _frame: FrameType | None) -> None:
         stop.requested = True
-        desk.wish_to_stop()
+        desk.request_stop()
         for child in children_of_this_process():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, STOP_A_RANK)

@@ -13,10 +13,10 @@ import sys
 import time
 from pathlib import Path
 
-from training.event_writer import Silence, Voice
+from training.event_writer import EventWriter, NullWriter
 from training.failures import StopRequested, failed_event
 from training.kernels import hide_wrong_kernels
-from training.launch.shared_folder import RankDesk
+from training.launch.shared_folder import RankFolder
 from training.parent_process import die_with_parent
 from training.process.blocked_imports import hide_unwanted_packages
 from training.quick_imports import quick_imports
@@ -35,13 +35,13 @@ def main() -> int:
     hide_wrong_kernels()
     stop = StopSwitch()
     stop.listen(STOP_A_RANK)
-    desk = RankDesk(chosen.desk)
+    desk = RankFolder(chosen.desk)
     # The wish came before we could hear the signal.
     if desk.stop_is_wished:
         return 0
     index = int(os.environ["RANK"])
     spec = desk.spec()
-    voice = Voice(os.open(chosen.events, os.O_WRONLY), spec.job_id) if index == 0 else Silence(spec.job_id)
+    voice = EventWriter(os.open(chosen.events, os.O_WRONLY), spec.job_id) if index == 0 else NullWriter(spec.job_id)
     try:
         if spec.device == "cuda":
             see_one_card()
@@ -71,7 +71,7 @@ def see_one_card() -> None:
     os.environ["LOCAL_RANK"] = "0"
 
 
-def _work(spec: JobSpec, voice: Voice, stop: StopSwitch) -> None:
+def _work(spec: JobSpec, voice: EventWriter, stop: StopSwitch) -> None:
     with quick_imports():
         from training.ranks import join, leave
         from training.recipe import train_adapter

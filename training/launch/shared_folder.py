@@ -23,11 +23,11 @@ class RankFailure(BaseModel):
 
 
 @dataclass(frozen=True)
-class RankDesk:
+class RankFolder:
     folder: Path
 
     @classmethod
-    def lay(cls, folder: Path, spec: JobSpec) -> RankDesk:
+    def lay(cls, folder: Path, spec: JobSpec) -> RankFolder:
         """An empty desk with the spec on it."""
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -41,7 +41,7 @@ class RankDesk:
     def stop_is_wished(self) -> bool:
         return (self.folder / "stop").exists()
 
-    def wish_to_stop(self) -> None:
+    def request_stop(self) -> None:
         (self.folder / "stop").touch()
 
     @property

@@ -11,10 +11,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from training.data.plan import Plan
 from training.data.sampler import mixed_seed
-from training.event_writer import Voice
+from training.event_writer import EventWriter
 from training.events import ErrorCode, Progress, Stage
 from training.failures import TrainingFailed
-from training.results.history import Journal, StepRecord
+from training.results.history import RunHistory, StepRecord
 from training.spec import JobSpec
 from training.stop_switch import StopSwitch
 
@@ -26,7 +26,14 @@ class ProgressCallback(TrainerCallback):
     """Watches one run: tells each step, refuses numbers that are none, sets the loop's switches."""
 
     def __init__(
-        self, *, plan: Plan, journal: Journal, voice: Voice, stop: StopSwitch, spec: JobSpec, trainer: AdapterTrainer
+        self,
+        *,
+        plan: Plan,
+        journal: RunHistory,
+        voice: EventWriter,
+        stop: StopSwitch,
+        spec: JobSpec,
+        trainer: AdapterTrainer,
     ) -> None:
         self._plan = plan
         self._journal = journal

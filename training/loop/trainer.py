@@ -21,7 +21,7 @@ from training.data.corpus import Corpus
 from training.data.micro_batches import halve, in_groups, micro_batches, tokens_in
 from training.data.plan import Plan
 from training.data.sampler import StepOrder
-from training.event_writer import Voice
+from training.event_writer import EventWriter
 from training.events import CheckpointSaved, ErrorCode, Evaluated, Stage
 from training.failures import TrainingFailed, is_out_of_memory, memory_advice
 from training.loop.arguments import training_arguments
@@ -33,7 +33,7 @@ from training.loop.memory_probe import MemoryGauge, tokens_that_fit
 from training.loop.trained_tensors import restore_tensors, trained_tensors
 from training.quantization.experts import unpack_once_for_backward
 from training.ranks import ALONE, Ranks
-from training.results.history import EvaluationRecord, Journal
+from training.results.history import EvaluationRecord, RunHistory
 from training.results.trackers import tracking_callbacks
 from training.spec import JobSpec
 from training.stop_switch import StopSwitch
@@ -60,8 +60,8 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         model: PeftModel,
         tokenizer: PreTrainedTokenizerBase,
         shelf: CheckpointShelf,
-        journal: Journal,
-        voice: Voice,
+        journal: RunHistory,
+        voice: EventWriter,
         stop: StopSwitch,
         packed: bool,
         ranks: Ranks = ALONE,

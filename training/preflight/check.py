@@ -110,7 +110,7 @@ def check_spec(spec: JobSpec, memory_bytes: int | None = None) -> Verdict:
         folder = open_model_folder(spec.model_path, spec.base_model)
         template = ChatTemplate(load_tokenizer(folder))
         corpus = gather(spec.dataset_path, spec.validation_path, spec.hyperparameters, template, folder.context_length)
-        plan, estimate = look_ahead(spec, folder, corpus)
+        plan, estimate = plan_and_estimate(spec, folder, corpus)
         check_resources(spec, estimate, memory_bytes)
     except TrainingFailed as error:
         return _refused(error)
@@ -134,7 +134,7 @@ def check_spec(spec: JobSpec, memory_bytes: int | None = None) -> Verdict:
     )
 
 
-def look_ahead(spec: JobSpec, folder: ModelFolder, corpus: Corpus) -> tuple[Plan, Estimate]:
+def plan_and_estimate(spec: JobSpec, folder: ModelFolder, corpus: Corpus) -> tuple[Plan, Estimate]:
     plan = make_plan(spec, corpus)
     return plan, estimate_run(spec, folder, corpus, plan)
 

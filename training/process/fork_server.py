@@ -29,7 +29,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from training.base.loaded_model import Base, HeldBase, load_base
-from training.event_writer import Voice
+from training.event_writer import EventWriter
 from training.events import EXIT_STOPPED, Ready, Stage
 from training.files.page_cache import read_ahead
 from training.parent_process import adopt_orphans, die_with_parent, end_every_child
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from training.recipe import Prepared
 
 
-class WarmProcess:
+class ForkServer:
     """Serves lines of stdin until it ends, a job ends badly, or a SIGTERM comes."""
 
     def __init__(self, events_fd: int, keep_bytes: int) -> None:
@@ -179,7 +179,7 @@ class WarmProcess:
         # Ranks are started by an engine with threads and a store of its own: nothing to do in a fork.
         if spec.num_gpus > 1 or not _card_opens(spec):
             _start_afresh(line, self._events_fd)
-        voice = Voice(self._events_fd, spec.job_id)
+        voice = EventWriter(self._events_fd, spec.job_id)
         begin_job(spec, voice)
 
         def work() -> None:
@@ -222,7 +222,7 @@ class WarmProcess:
             spec, prepared = pickle.load(file)  # noqa: S301
         # It would lie there as long as the job trains.
         os.ftruncate(desk, 0)
-        voice = Voice(self._events_fd, spec.job_id)
+        voice = EventWriter(self._events_fd, spec.job_id)
 
         def work() -> None:
             if failure is not None:

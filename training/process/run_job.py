@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from pydantic import ValidationError
 
-from training.event_writer import Voice
+from training.event_writer import EventWriter
 from training.events import EXIT_STOPPED, ErrorCode, Failed, Stage, Started
 from training.failures import StopRequested, failed_event
 from training.spec import JobSpec, faults_of
@@ -24,7 +24,7 @@ def read_spec(line: str, events_fd: int) -> JobSpec | None:
         return JobSpec.model_validate_json(line)
     except ValidationError as error:
         faults = "; ".join(f"{fault.field}: {fault.message}" for fault in faults_of(error))
-        Voice(events_fd, "").say(
+        EventWriter(events_fd, "").say(
             Failed(
                 job_id="",
                 code=ErrorCode.INVALID_SPEC,
@@ -35,7 +35,7 @@ def read_spec(line: str, events_fd: int) -> JobSpec | None:
         return None
 
 
-def begin_job(spec: JobSpec, voice: Voice) -> None:
+def begin_job(spec: JobSpec, voice: EventWriter) -> None:
     """Say that the job is in hand; from here on its scratch files lie in its own folder and go with it."""
     voice.say(Started(job_id=spec.job_id, pid=os.getpid(), versions=_versions()))
     voice.stage(Stage.SETUP)
@@ -44,7 +44,7 @@ def begin_job(spec: JobSpec, voice: Voice) -> None:
     os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)
 
 
-def status_of(work: Callable[[], None], spec: JobSpec, voice: Voice) -> int:
+def status_of(work: Callable[[], None], spec: JobSpec, voice: EventWriter) -> int:
     """Do it, and turn whatever comes of it into an exit status: 0, 1 after `failed` was said, 75 when stopped."""
     try:
         work()

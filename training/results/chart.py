@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from training.results.history import Journal
+from training.results.history import RunHistory
 
 
-def draw_chart(journal: Journal, path: Path, title: str) -> None:
+def draw_chart(journal: RunHistory, path: Path, title: str) -> None:
     """Write the chart; a run without steps gives empty axes."""
     # Here, so that nobody waits for it before the training. And without pyplot, which is for screens.
     from matplotlib.figure import Figure

@@ -30,7 +30,7 @@ class EvaluationRecord:
 
 
 @dataclass
-class Journal:
+class RunHistory:
     """Grows while the run goes on. Seconds and tokens count over all attempts."""
 
     steps: list[StepRecord] = field(default_factory=list)
@@ -57,7 +57,7 @@ class Journal:
         (folder / _FILE).write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: Path) -> Journal:
+    def load(cls, folder: Path) -> RunHistory:
         raw: dict[str, Any] = json.loads((folder / _FILE).read_text(encoding="utf-8"))
         return cls(
             steps=[StepRecord(**record) for record in raw["steps"]],

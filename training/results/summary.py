@@ -8,13 +8,13 @@ from typing import Any
 
 from training.data.corpus import Corpus
 from training.data.plan import Plan
-from training.results.history import Journal
+from training.results.history import RunHistory
 
 # The mean of this many last steps stands for "the final training loss"; a single step's is noise.
 _LAST_STEPS = 5
 
 
-def summarise(journal: Journal, plan: Plan, corpus: Corpus, trainable: int) -> dict[str, Any]:
+def summarise(journal: RunHistory, plan: Plan, corpus: Corpus, trainable: int) -> dict[str, Any]:
     """Keys are the app's where it has one. Losses are mean nats a trained token; perplexity is of the validation."""
     first = journal.evaluations[0].validation_loss if journal.evaluations else None
     best = journal.best

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import WandbCallback
 
-from training.event_writer import Voice
-from training.results.history import Journal
+from training.event_writer import EventWriter
+from training.results.history import RunHistory
 from training.spec import JobSpec
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _WANDB_INIT_SECONDS = 30.0
 _WANDB_FINISH_SECONDS = 60.0
 
 
-def tracking_callbacks(spec: JobSpec, journal: Journal, voice: Voice) -> Iterator[TrainerCallback]:
+def tracking_callbacks(spec: JobSpec, journal: RunHistory, voice: EventWriter) -> Iterator[TrainerCallback]:
     """One callback for each tracker of the job. They go behind the one that fills the journal."""
     if "tensorboard" in spec.trackers:
         yield TensorBoardFile(journal, spec.work_dir)
@@ -46,7 +46,7 @@ class TensorBoardFile(TrainerCallback):
     """The journal as a TensorBoard event file, written while the run goes on: `tensorboard --logdir` on the host
     shows it live. A resumed run begins with what the journal remembers, so that its curves have no hole."""
 
-    def __init__(self, journal: Journal, work_dir: Path) -> None:
+    def __init__(self, journal: RunHistory, work_dir: Path) -> None:
         self._journal = journal
         self._folder = work_dir / "tensorboard"
         self._goal = work_dir / TENSORBOARD_FILE
@@ -104,7 +104,7 @@ class WandbRun(WandbCallback):
     environment, where the daemon put it.
     """
 
-    def __init__(self, spec: JobSpec, voice: Voice) -> None:
+    def __init__(self, spec: JobSpec, voice: EventWriter) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._spec = spec
         self._voice = voice

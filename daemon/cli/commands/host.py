@@ -85,7 +85,7 @@ def doctor(as_json: AsJson = False) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    from daemon.doctor.check_result import Finding, Light
+    from daemon.doctor.check_result import CheckResult, Status
     from daemon.doctor.run import run_doctor
     from daemon.logs import configure_logs
     from daemon.settings import load_settings, secrets_of
@@ -93,12 +93,12 @@ def doctor(as_json: AsJson = False) -> None:
     settings = load_settings()
     configure_logs("error", secrets=secrets_of(settings))
     console = Console(soft_wrap=True)
-    colours = {Light.GREEN: "green", Light.YELLOW: "yellow", Light.RED: "red"}
+    colours = {Status.GREEN: "green", Status.YELLOW: "yellow", Status.RED: "red"}
     # Told apart without colours too, as in the log of a pod.
-    signs = {Light.GREEN: "●", Light.YELLOW: "▲", Light.RED: "✖"}
-    seen = dict.fromkeys(Light, 0)
+    signs = {Status.GREEN: "●", Status.YELLOW: "▲", Status.RED: "✖"}
+    seen = dict.fromkeys(Status, 0)
 
-    def show(finding: Finding) -> None:
+    def show(finding: CheckResult) -> None:
         seen[finding.light] += 1
         if as_json:
             typer.echo(json.dumps(asdict(finding)))
@@ -111,7 +111,7 @@ def doctor(as_json: AsJson = False) -> None:
     status = run_doctor(settings, show)
     if not as_json:
         verdict = "this host cannot work yet" if status else "this host can work"
-        console.print(f"\n{verdict}: {seen[Light.RED]} red, {seen[Light.YELLOW]} yellow, {seen[Light.GREEN]} green")
+        console.print(f"\n{verdict}: {seen[Status.RED]} red, {seen[Status.YELLOW]} yellow, {seen[Status.GREEN]} green")
     raise typer.Exit(status)
 
 

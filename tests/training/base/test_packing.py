@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GgufConfig
 
 from daemon.demo.model import find_gguf
 from tests.tiny_models import make_model
-from tests.training.conftest import IN_BOTH_TYPES, HeardVoice, ModelOf, SpecOf
+from tests.training.conftest import IN_BOTH_TYPES, ModelOf, RecordedEvents, SpecOf
 from training.base.dtype import compute_dtype
 from training.base.load import load_base_model
 from training.base.packing import why_not_packed
@@ -29,7 +29,7 @@ def _load(folder: Path, compute_type: ComputeType) -> Any:
 @pytest.mark.parametrize("architecture", ["qwen3", "llama", "qwen3_moe", "mixtral"])
 def test_what_keeps_texts_apart_is_packed(architecture: str, spec_of: SpecOf) -> None:
     spec = spec_of(architecture)
-    voice = HeardVoice()
+    voice = RecordedEvents()
     assert may_pack(spec, load_base_model(spec, open_model_folder(spec.model_path, "tiny")), voice)
     assert not voice.heard
 
@@ -68,12 +68,12 @@ def test_an_architecture_that_says_so_itself_is_padded_and_the_story_has_its_wor
     compute_type: ComputeType, spec_of: SpecOf, tiny: ModelOf
 ) -> None:
     for asked in (None, True):
-        voice = HeardVoice()
+        voice = RecordedEvents()
         spec = spec_of("qwen3_next", name=f"packing-{asked}", packing=asked)
         assert not may_pack(spec, _load(tiny("qwen3_next"), compute_type), voice)
         (notice,) = voice.all("notice")
         assert notice.code == "packing_refused" and "can't keep packed sequences apart" in notice.data["reason"]
-    voice = HeardVoice()
+    voice = RecordedEvents()
     assert not may_pack(spec_of(packing=False), _load(tiny("qwen3"), compute_type), voice)
     assert not voice.heard, "nobody asked for it"
 

@@ -28,8 +28,8 @@ from training.data.tokenizer import load_tokenizer
 from training.events import EXIT_STOPPED, ErrorCode, Progress
 from training.failures import TrainingFailed, failed_event
 from training.files.model_folder import open_model_folder
-from training.launch.shared_folder import RankDesk
-from training.preflight.check import look_ahead
+from training.launch.shared_folder import RankFolder
+from training.preflight.check import plan_and_estimate
 from training.ranks import Ranks
 
 # Processes that import torch, on a machine that may be busy.
@@ -170,7 +170,7 @@ def test_what_one_rank_alone_fails_of_is_what_the_job_fails_of(
 def test_the_cause_is_the_first_failure_with_a_name(spec_of: SpecOf, tmp_path: Path) -> None:
     """A rank whose neighbour ran out of memory fails of the neighbour's silence, and may be the first to say so."""
     spec = spec_of()
-    desk = RankDesk.lay(tmp_path / "desk", spec)
+    desk = RankFolder.lay(tmp_path / "desk", spec)
     assert desk.cause() is None and desk.spec() == spec
     for rank, at, error in (
         (0, 1.0, RuntimeError("Connection closed by peer")),
@@ -263,7 +263,7 @@ def test_only_a_model_that_does_not_fit_is_cut_and_a_mixture_of_experts_never(sp
         folder = open_model_folder(spec.model_path, spec.base_model)
         template = ChatTemplate(load_tokenizer(folder))
         corpus = gather(spec.dataset_path, None, spec.hyperparameters, template, folder.context_length)
-        _, estimate = look_ahead(spec, folder, corpus)
+        _, estimate = plan_and_estimate(spec, folder, corpus)
         return must_be_cut(spec, folder, estimate, int(estimate.model_bytes * share_of_model))
 
     assert asked("qwen3", 1.2) and asked("qwen3", 0.6)

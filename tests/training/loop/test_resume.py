@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiny_models import write_conversations
-from tests.training.conftest import IN_BOTH_TYPES, HeardVoice, SpecOf, train
+from tests.training.conftest import IN_BOTH_TYPES, RecordedEvents, SpecOf, train
 from training.event_writer import AnyEvent
 from training.recipe import train_adapter
 from training.spec import JobSpec
@@ -24,7 +24,7 @@ class _Killed(BaseException):
     """Like a kill: nobody catches it, nothing is tidied up."""
 
 
-class _FatalVoice(HeardVoice):
+class _FatalVoice(RecordedEvents):
     """Dies while it tells of a step."""
 
     def __init__(self, job_id: str, fatal_step: int) -> None:
@@ -37,7 +37,7 @@ class _FatalVoice(HeardVoice):
             raise _Killed
 
 
-def _killed_at(spec: JobSpec, step: int) -> HeardVoice:
+def _killed_at(spec: JobSpec, step: int) -> RecordedEvents:
     voice = _FatalVoice(spec.job_id, step)
     with pytest.raises(_Killed):
         train_adapter(spec, voice, StopSwitch())

@@ -20,7 +20,7 @@ from training.base.packing import packs_without_leaks
 from training.compute import ComputeType
 from training.data.micro_batches import halve, in_groups, micro_batches, pack, packing_pays, tokens_in
 from training.loop.loss import AnswerLoss
-from training.results.history import Journal
+from training.results.history import RunHistory
 
 
 def _plain(folder: Path, compute_type: ComputeType) -> Any:
@@ -192,7 +192,7 @@ def test_a_pass_before_the_first_step_finds_what_the_card_takes_and_changes_noth
         ours, theirs = (spec.output_dir / "adapter_model.safetensors" for spec in (asked, unasked))
         assert ours.read_bytes() == theirs.read_bytes()
     assert [event.tokens_seen for event in voice.all("progress")] == [event.tokens_seen for event in steps]
-    kept = Journal.load(asked.checkpoint_dir / f"checkpoint-{len(steps)}")
+    kept = RunHistory.load(asked.checkpoint_dir / f"checkpoint-{len(steps)}")
     assert kept.micro_batch_tokens == expected
 
 

@@ -14,7 +14,7 @@ import torch
 import training.files.free_memory
 import training.quantization.dequantized_cache
 import training.recipe
-from tests.training.conftest import IN_BOTH_TYPES, HeardVoice, SpecOf, train
+from tests.training.conftest import IN_BOTH_TYPES, RecordedEvents, SpecOf, train
 from training.adapter.lora import attach_adapter
 from training.base.load import load_base_model
 from training.files.free_memory import free_bytes
@@ -27,7 +27,7 @@ _SHORT = {"num_epochs": 1, "lora_dropout": 0.1}
 
 
 def _load(spec: Any) -> Any:
-    return load_base_model(spec, open_model_folder(spec.model_path, spec.base_model), HeardVoice())
+    return load_base_model(spec, open_model_folder(spec.model_path, spec.base_model), RecordedEvents())
 
 
 class _Unpackings:

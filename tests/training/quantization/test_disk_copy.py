@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.conftest import IN_BOTH_TYPES, HeardVoice, SpecOf, train
+from tests.training.conftest import IN_BOTH_TYPES, RecordedEvents, SpecOf, train
 from training.base.load import load_base_model
 from training.files.model_folder import open_model_folder
 from training.spec import JobSpec
 
 
-def _load(spec: JobSpec) -> tuple[Any, HeardVoice]:
-    voice = HeardVoice()
+def _load(spec: JobSpec) -> tuple[Any, RecordedEvents]:
+    voice = RecordedEvents()
     return load_base_model(spec, open_model_folder(spec.model_path, spec.base_model), voice), voice
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import training.quantization.experts
 from tests.tiny_models import MIXTURES
-from tests.training.conftest import IN_BOTH_TYPES, ROUNDING, HeardVoice, SpecOf
+from tests.training.conftest import IN_BOTH_TYPES, ROUNDING, RecordedEvents, SpecOf
 from training.base.load import count_weights, load_base_model
 from training.compute import ComputeType
 from training.failures import TrainingFailed
@@ -24,7 +24,7 @@ from training.quantization.packed_weights import is_in_bytes, refuse_what_is_lef
 
 
 def _load(spec: Any) -> Any:
-    return load_base_model(spec, open_model_folder(spec.model_path, spec.base_model), HeardVoice())
+    return load_base_model(spec, open_model_folder(spec.model_path, spec.base_model), RecordedEvents())
 
 
 def _dequantised(folder: Path, quantised: Any) -> Any:

@@ -12,7 +12,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from tests.paths import ROOT
-from tests.training.conftest import HeardVoice, SpecOf, train
+from tests.training.conftest import RecordedEvents, SpecOf, train
 from tests.training.process.child import start
 from training.event_writer import AnyEvent
 from training.failures import StopRequested
@@ -52,7 +52,7 @@ def test_a_resumed_run_has_curves_without_a_hole(spec_of: SpecOf) -> None:
     spec = spec_of("llama")
     stop = StopSwitch()
 
-    class StopAtThree(HeardVoice):
+    class StopAtThree(RecordedEvents):
         def say(self, event: AnyEvent) -> None:
             super().say(event)
             stop.requested = stop.requested or getattr(event, "step", 0) == 3
