@@ -18,7 +18,7 @@ BLOT = "[secret]"
 
 def configure_logs_by(settings: Settings, more_secrets: Iterable[str] = ()) -> None:
     """As the settings say, with every secret among them blotted out; what was left out of them is logged."""
-    from daemon.settings import notices_of, secrets_of
+    from daemon.read_settings import notices_of, secrets_of
 
     configure_logs(settings.log_level, settings.log_format, (*secrets_of(settings), *more_secrets))
     for notice in notices_of(settings):

@@ -27,9 +27,10 @@ from daemon.queue.lease import heartbeat_database
 from daemon.queue.row_visibility import RowVisibility
 from daemon.queue.store import SqlJobStore
 from daemon.queue.worker_registry import WorkerRegistry
+from daemon.read_settings import load_settings
 from daemon.report.courier import CallbackCourier
 from daemon.report.outbox import SqlOutbox
-from daemon.settings import Settings, load_settings
+from daemon.settings import Settings
 from daemon.storage.open import open_storage
 from daemon.storage.sweep import sweep_forever
 from daemon.storage.upload_log import SqlUploadLog

@@ -21,9 +21,10 @@ from daemon.pod.lifetime import pod_environment
 from daemon.pod.runpod_api import RunPod, RunPodError
 from daemon.pod.shutdown import keys_of
 from daemon.queue.row_visibility import RowVisibility, cure, in_words
+from daemon.read_settings import notices_of
 from daemon.report.webhook import signing_keys
 from daemon.schema.migrations import MayNotRead, faults, pending
-from daemon.settings import Settings, notices_of
+from daemon.settings import Settings
 from daemon.storage.open import open_storage
 
 HEARS_SECONDS = 15.0

@@ -31,13 +31,14 @@ from daemon.queue.lease import heartbeat_database
 from daemon.queue.reaper import reap_forever
 from daemon.queue.row_visibility import RowVisibility
 from daemon.queue.store import SqlJobStore
+from daemon.read_settings import dotenv_unreadable, load_settings
 from daemon.report.outbox import Outbox, SqlOutbox
 from daemon.serverless.host import Herald, Jobs, ServerlessHost
 from daemon.serverless.memory_outbox import MemoryOutbox
 from daemon.serverless.memory_store import MemoryJobStore
 from daemon.serverless.row_store import ServerlessRows
 from daemon.service import TRAINER_COMMAND
-from daemon.settings import Settings, dotenv_unreadable, load_settings
+from daemon.settings import Settings
 from daemon.storage.open import open_storage
 from daemon.storage.upload_log import SqlUploadLog, UploadLog
 from daemon.troubles import Troubles

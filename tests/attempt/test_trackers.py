@@ -8,7 +8,7 @@ import pytest
 
 from daemon.attempt.trackers import choose_trackers
 from daemon.errors import HostUnfit, JobFailed
-from daemon.settings import load_settings
+from daemon.read_settings import load_settings
 from tests.daemon_process import eventually
 from tests.lifecycle.queue import Queue
 from tests.postgres import AppDatabase

@@ -21,7 +21,8 @@ from daemon.database.url import DatabaseUrlInvalid, is_transaction_pooler, read_
 from daemon.errors import HostUnfit
 from daemon.fleet.plan import read_plan
 from daemon.logs import configure_logs, configure_logs_by
-from daemon.settings import Settings, load_settings, secrets_of
+from daemon.read_settings import load_settings, secrets_of
+from daemon.settings import Settings
 from tests.cli.command import CommandLine
 from tests.paths import DOUBLES, ROOT
 from tests.postgres import AppDatabase

@@ -260,7 +260,7 @@ def _openapi() -> dict[str, Any]:
     from daemon.gateway.dashboard.broadcaster import Feed
     from daemon.gateway.job_rows import GatewayRows
     from daemon.gateway.metrics import ServiceMetrics
-    from daemon.settings import load_settings
+    from daemon.read_settings import load_settings
 
     nowhere = "postgresql://nobody@127.0.0.1:1/none"
     settings = load_settings(database_url=nowhere, gateway_keys=("0123456789abcdef",), storage="folder")

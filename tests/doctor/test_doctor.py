@@ -22,7 +22,8 @@ from daemon.doctor.host_checks import check_disk, check_model, findings_of
 from daemon.doctor.run import examine
 from daemon.doctor.service_checks import check_callbacks, check_database, check_storage
 from daemon.host.inspect import installed_versions
-from daemon.settings import Settings, load_settings
+from daemon.read_settings import load_settings
+from daemon.settings import Settings
 from daemon.trainer.selfcheck import read_selfcheck
 from tests.doubles.storage import Bucket, StorageDouble
 from tests.lifecycle.queue import write_model_folder

@@ -16,7 +16,8 @@ from daemon.fleet.store import FleetStore
 from daemon.pod.runpod_api import Key, RunPod
 from daemon.queue.row_visibility import RowVisibility
 from daemon.queue.store import SqlJobStore
-from daemon.settings import Settings, load_settings
+from daemon.read_settings import load_settings
+from daemon.settings import Settings
 from tests.doubles.runpod_api import PodRow, RunPodDouble
 from tests.postgres import AppDatabase
 

@@ -7,7 +7,7 @@ import sys
 
 from daemon.errors import EXIT_UNFIT, HostUnfit
 from daemon.gateway.server import serve_gateway
-from daemon.settings import load_settings
+from daemon.read_settings import load_settings
 
 if __name__ == "__main__":
     try:

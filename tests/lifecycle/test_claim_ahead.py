@@ -18,8 +18,8 @@ from daemon.host.inspect import Host
 from daemon.queue.row_visibility import RowVisibility
 from daemon.queue.store import SqlJobStore
 from daemon.queue.worker_registry import WorkerRegistry
+from daemon.read_settings import load_settings
 from daemon.report.courier import CallbackCourier
-from daemon.settings import load_settings
 from daemon.storage.open import open_storage
 from daemon.storage.upload_log import SqlUploadLog
 from daemon.troubles import Troubles

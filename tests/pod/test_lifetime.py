@@ -14,7 +14,7 @@ from daemon.doctor.service_checks import check_pod
 from daemon.errors import DatabaseAway
 from daemon.pod import lifetime as pod_life
 from daemon.pod.lifetime import PodLife
-from daemon.settings import load_settings
+from daemon.read_settings import load_settings
 from tests.daemon_process import DaemonProcess, eventually
 from tests.doubles.runpod_api import RunPodDouble
 from tests.doubles.storage import Bucket, StorageDouble

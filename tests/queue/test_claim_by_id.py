@@ -15,10 +15,10 @@ from daemon.host.inspect import Gpu, Host
 from daemon.queue.job import ClaimedJob
 from daemon.queue.outcome import Failed
 from daemon.queue.store import SqlJobStore
+from daemon.read_settings import load_settings
 from daemon.serverless.memory_outbox import MemoryOutbox
 from daemon.serverless.memory_store import MemoryJobStore
 from daemon.serverless.row_store import ServerlessRows
-from daemon.settings import load_settings
 from tests.postgres import AppDatabase
 from tests.queue.claiming import claim
 from training.events import ErrorCode

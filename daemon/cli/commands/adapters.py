@@ -49,7 +49,7 @@ def fetch_adapter(row: JobRow, details: JobDetails, folder: Path) -> dict[str, A
     import tempfile
 
     from daemon.cli.errors import CommandFailed, Misused
-    from daemon.settings import load_settings
+    from daemon.read_settings import load_settings
     from daemon.storage.archive import ArchiveInvalid, unpack_adapter
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

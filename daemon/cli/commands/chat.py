@@ -207,7 +207,7 @@ def _base_model(adapter: Path) -> Path:
     from daemon.demo.model import models_folder
     from daemon.errors import JobFailed
     from daemon.logs import configure_logs
-    from daemon.settings import secrets_of
+    from daemon.read_settings import secrets_of
 
     name = _base_model_name(adapter)
     settings: Settings = model_settings().model_copy(update={"model_downloads": False, "allowed_models": ()})

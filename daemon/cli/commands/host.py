@@ -39,7 +39,7 @@ def serve() -> None:
     import asyncio
 
     from daemon.gateway.server import serve_gateway
-    from daemon.settings import load_settings
+    from daemon.read_settings import load_settings
 
     asyncio.run(serve_gateway(load_settings()))
 
@@ -51,7 +51,7 @@ def fleet() -> None:
     Where stderr is no terminal, each line of its log is JSON (TRAINER_LOG_FORMAT decides).
     """
     from daemon.fleet.loop import run_fleet
-    from daemon.settings import load_settings
+    from daemon.read_settings import load_settings
 
     run_fleet(load_settings())
 
@@ -88,7 +88,7 @@ def doctor(as_json: AsJson = False) -> None:
     from daemon.doctor.check_result import CheckResult, Status
     from daemon.doctor.run import run_doctor
     from daemon.logs import configure_logs
-    from daemon.settings import load_settings, secrets_of
+    from daemon.read_settings import load_settings, secrets_of
 
     settings = load_settings()
     configure_logs("error", secrets=secrets_of(settings))

@@ -219,7 +219,7 @@ def _folder_of(model: str, settings: Settings) -> FoundModel | None:
 def model_settings() -> Settings:
     """The settings without what models do not need: a host may fetch its models before it knows its database."""
     from daemon.database.url import NO_DATABASE
-    from daemon.settings import load_settings
+    from daemon.read_settings import load_settings
 
     return load_settings(database_url=NO_DATABASE, storage="folder")
 
@@ -231,7 +231,7 @@ def local_model(name: str, settings: Settings) -> Path | None:
     from daemon.base_model.resolve import resolve_model
     from daemon.errors import JobFailed
     from daemon.logs import configure_logs
-    from daemon.settings import secrets_of
+    from daemon.read_settings import secrets_of
 
     configure_logs("error", secrets=secrets_of(settings))
     here = settings.model_copy(update={"model_downloads": False, "allowed_models": ()})

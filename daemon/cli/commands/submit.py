@@ -57,7 +57,7 @@ def submit(
     from daemon.cli.data.connection import open_database
     from daemon.cli.data.preflight import forecast, refuse_unless_ok
     from daemon.cli.errors import Misused
-    from daemon.settings import load_settings
+    from daemon.read_settings import load_settings
     from daemon.terminal.console import print_json, say, say_done
 
     wish = _Wish(

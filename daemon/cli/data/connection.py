@@ -39,7 +39,7 @@ class _DatabaseSettings(BaseSettings):
 
 def database_url() -> str:
     """DATABASE_URL from the environment or .env, as libpq takes it. Raises HostUnfit."""
-    from daemon.settings import dotenv_unreadable
+    from daemon.read_settings import dotenv_unreadable
     from daemon.terminal.sanitize import plain
 
     try:

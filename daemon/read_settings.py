@@ -1,0 +1,62 @@
+"""Reads the settings from the environment, and says what is wrong with them without quoting a value."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import SecretStr, ValidationError
+from pydantic_settings import BaseSettings
+
+from daemon.database.url import DatabaseUrl
+from daemon.errors import HostUnfit
+from daemon.settings import Settings
+
+
+def load_settings(**given: Any) -> Settings:
+    """Read the environment; what is given counts before it.
+
+    Raises HostUnfit listing every fault, by the variable's name and never by its value."""
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        lines = [
+            f"  {_variable(item['loc'])}: {item['msg'].removeprefix('Value error, ')}"
+            for item in error.errors(include_input=False, include_context=False)
+        ]
+        raise HostUnfit("the configuration is not usable:\n" + "\n".join(lines)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise dotenv_unreadable(error) from None
+
+
+def dotenv_unreadable(error: OSError | UnicodeDecodeError) -> HostUnfit:
+    """What to say of a .env file that cannot be read; its text is not quoted."""
+    why = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"cannot be read ({error.strerror})"
+    return HostUnfit(f"the file .env in this folder {why}: correct it, or remove it")
+
+
+def secrets_of(settings: BaseSettings) -> Iterator[str]:
+    """Every value that no output may hold: found by its type, so that a new secret cannot be forgotten."""
+    for name in type(settings).model_fields:
+        held = getattr(settings, name)
+        for one in held if isinstance(held, tuple) else (held,):
+            if isinstance(one, DatabaseUrl):
+                yield from one.secrets
+            elif isinstance(one, SecretStr):
+                yield one.get_secret_value()
+    # What libpq reads beside DATABASE_URL.
+    yield os.environ.get("PGPASSWORD", "")
+
+
+def notices_of(settings: BaseSettings) -> tuple[str, ...]:
+    """What was left out of a setting, to be said once."""
+    url = getattr(settings, "database_url", None)
+    return url.notices if isinstance(url, DatabaseUrl) else ()
+
+
+def _variable(location: tuple[int | str, ...]) -> str:
+    if not location:
+        return "settings"
+    name = str(location[0])
+    return name if name.isupper() else f"TRAINER_{name.upper()}"
