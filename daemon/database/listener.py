@@ -1,7 +1,7 @@
-"""The wake-up: one connection that LISTENs, proves that it hears, and never gives up.
+"""Wakes the daemon: one connection that LISTENs, checks that notifications arrive, and always reconnects.
 
-A notification is only ever a reason to look: the truth is in the rows, and the daemon polls slowly
-as well, because a NOTIFY sent while we reconnect is lost for ever.
+A notification is only a reason to look at the rows. The daemon also polls slowly, because a NOTIFY
+sent while we reconnect is lost.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from daemon.database.login import KEEPALIVE, login_reason
 log = structlog.get_logger()
 
 CHANNEL = "training_jobs"
-# pg-boss probes as often and waits as long (docs/api/constructor, `heartbeat`): a half-open
+# The same interval and timeout as pg-boss (docs/api/constructor, `heartbeat`): a half-open
 # connection is found within fifteen seconds instead of the two hours of TCP's own keepalive.
 PROBE_SECONDS = 10.0
 PROBE_LIMIT_SECONDS = 5.0
@@ -28,7 +28,7 @@ PROOF_LIMIT_SECONDS = 30.0
 
 
 class Listener:
-    """Sets `wake` when something may be claimable and calls `on_cancel` for a job that was cancelled."""
+    """Sets `wake` when a job may be claimable and calls `on_cancel` when a job was cancelled."""
 
     def __init__(self, dsn: str, *, wake: Callable[[], None], on_cancel: Callable[[UUID], None]) -> None:
         self._dsn = dsn
@@ -41,7 +41,7 @@ class Listener:
         self.hears = asyncio.Event()
 
     async def run(self) -> None:
-        """Listen until cancelled, reconnecting with capped, jittered backoff."""
+        """Listens until cancelled, reconnecting with capped, jittered backoff."""
         async for attempt in AsyncRetrying(
             retry=retry_if_exception_type((psycopg.Error, OSError, TimeoutError)),
             wait=wait_random_exponential(multiplier=0.2, max=15.0),
@@ -53,7 +53,7 @@ class Listener:
                 except (psycopg.Error, OSError, TimeoutError) as error:
                     self.hears.clear()
                     if self._probed:
-                        # A good connection ends the count: a cut after months of short outages is mended at once.
+                        # A good connection resets the backoff: the first retry after the next loss is immediate.
                         attempt.retry_state.attempt_number = 1
                     log.warning(
                         "listener_lost",
@@ -69,10 +69,10 @@ class Listener:
                 await connection.execute(f"LISTEN {CHANNEL}")
                 await self._prove(connection)
                 if self.hears.is_set():
-                    # It sleeps between two probes. Only where the session is ours: a transaction pooler's is the next
-                    # client's, and the proof has told them apart.
+                    # The session is idle between two probes. Not behind a transaction pooler, where the next client
+                    # would inherit the setting; the probe has ruled that out.
                     await connection.execute("SET idle_session_timeout = 0")
-            # Whatever was announced before this moment went unheard: look once, always.
+            # Notifications before this moment were missed: always look once.
             self._wake()
             while True:
                 await self._hear(connection, PROBE_SECONDS)
@@ -91,9 +91,9 @@ class Listener:
         )
 
     async def _hear(self, connection: psycopg.AsyncConnection, seconds: float) -> None:
-        """Handle what arrives in this time, or until our own nonce does, straight from the event loop.
+        """Handles notifications for `seconds`, or until our own nonce arrives, directly from the event loop.
 
-        psycopg's generator would set itself up for the next notification before anybody acts on this one.
+        psycopg's generator would prepare for the next notification before this one is handled.
         Raises OperationalError when the connection is lost."""
         loop = asyncio.get_running_loop()
         socket = connection.pgconn.socket
@@ -110,7 +110,7 @@ class Listener:
                     ended.set_exception(error)
 
         loop.add_reader(socket, read)
-        # Something may have come together with the answer to our last statement: no socket would tell of it again.
+        # A notification may have come with the answer to our last statement: the socket will not be readable for it.
         read()
         try:
             async with asyncio.timeout(seconds):
@@ -121,10 +121,10 @@ class Listener:
             loop.remove_reader(socket)
 
     async def _prove(self, connection: psycopg.AsyncConnection) -> None:
-        """Send a nonce from another session and see whether it arrives.
+        """Sends a nonce from another session and waits for it.
 
-        Through a transaction pooler LISTEN raises no error and the notification reaches somebody
-        else's connection; sent from this very connection the nonce could come back by luck.
+        Behind a transaction pooler LISTEN raises no error, but notifications reach another client's
+        connection. A nonce sent from this connection could still come back by luck.
         """
         self.hears.clear()
         self._nonce = f"nonce {uuid4()}"

@@ -1,7 +1,7 @@
-"""What a refused login means: an outage, which heals by waiting, or something that somebody must mend.
+"""Decides whether a failed login is an outage, which passes, or a fault that a person must fix.
 
-Postgres, its poolers and libpq say it in words only, because a connection that was never made has no SQLSTATE. So it
-is told by their words, and only before the first success: later a pooler may say anything while its database restarts.
+A connection that was never made has no SQLSTATE, so this compares the messages of Postgres, its poolers and libpq.
+It applies only before the first success: later, a pooler may report any error while its database restarts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KEEPALIVE: dict[str, Any] = {
 }
 _NETWORK = "Supabase: Database settings, Network Restrictions; elsewhere: pg_hba.conf"
 _CERTIFICATE = "put the server's CA certificate into a file and name it by sslrootcert=…, or take sslmode=require"
-# In this order: Supavisor's, PgBouncer's and Postgres' words for the same thing stand together.
+# The first match counts. Messages of Supavisor, PgBouncer and Postgres for the same fault are together.
 _FOR_GOOD: tuple[tuple[str, str], ...] = (
     (
         r"tenant or user not found|\(ENOTFOUND\)|\(ENOIDENTIFIER\)|no tenant identifier",
@@ -93,7 +93,7 @@ _ATTEMPT = re.compile(r'(?:at|host(?:addr)?:) "?\'?(?P<address>[0-9A-Fa-f:.]+)"?
 
 
 def login_fault(error: psycopg.Error | OSError) -> DatabaseAway | HostUnfit:
-    """What a connection that could not be made means, in one line with what to do."""
+    """Turns a failed connection into one line that says what is wrong and what to do."""
     text = str(error).strip()
     reason = login_reason(text) or type(error).__name__
     if advice := _advice(text, _FOR_GOOD):
@@ -105,18 +105,18 @@ def login_fault(error: psycopg.Error | OSError) -> DatabaseAway | HostUnfit:
 
 
 def login_reason(text: str) -> str:
-    """The first of the lines in which libpq tells of each address that it tried."""
+    """The first line of libpq's message, which has a line for each address that it tried."""
     line = text.strip().partition("\n")[0]
     return line.removeprefix("connection failed: ").removeprefix("connection is bad: ")
 
 
 def connect(dsn: str, *, application_name: str, **parameters: Any) -> psycopg.Connection[TupleRow]:
-    """A connection in autocommit, rows as tuples. Raises DatabaseAway or HostUnfit."""
+    """Opens a connection in autocommit, rows as tuples. Raises DatabaseAway or HostUnfit."""
     try:
         return psycopg.connect(
             dsn,
             autocommit=True,
-            # A transaction pooler hands the next statement to another session.
+            # A transaction pooler may run the next statement in another session.
             prepare_threshold=None,
             connect_timeout=CONNECT_SECONDS,
             application_name=application_name,
@@ -134,6 +134,6 @@ def _advice(text: str, known: tuple[tuple[str, str], ...]) -> str | None:
 
 
 def _is_ipv6_only(text: str) -> bool:
-    """Every address that was tried is of IPv6, and this machine has no way there."""
+    """Whether all addresses that were tried are IPv6, and this machine has no IPv6 route."""
     tried = [address for found in _ATTEMPT.finditer(text) if set(address := found["address"]) & {".", ":"}]
     return bool(_UNREACHABLE.search(text)) and bool(tried) and all(":" in address for address in tried)

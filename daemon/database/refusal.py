@@ -1,4 +1,4 @@
-"""What an error of Postgres means: our tables are not there, or somebody refused a statement, and who."""
+"""Explains an error from Postgres: our tables are missing, or a statement was refused, and by which function."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import psycopg
 
 from daemon.errors import StatementRefused
 
-# What is missing from a database that was never migrated, or that holds an older version.
+# Errors of a database that was never migrated, or that has an older version.
 NOT_MIGRATED = (
     psycopg.errors.UndefinedTable,
     psycopg.errors.UndefinedColumn,
@@ -18,18 +18,18 @@ NOT_MIGRATED = (
     psycopg.errors.UndefinedObject,
     psycopg.errors.InvalidSchemaName,
 )
-# Of an error's context: `PL/pgSQL function app.audit() line 3 at RAISE`, `SQL function "audit" statement 1`.
+# In an error's context: `PL/pgSQL function app.audit() line 3 at RAISE`, `SQL function "audit" statement 1`.
 _FUNCTION = re.compile(r"^(?:PL/\w+|SQL) function \"?([\w.$]+)\"?", re.MULTILINE)
 _CREATED = re.compile(r"^CREATE OR REPLACE FUNCTION public\.(\w+)", re.MULTILINE)
 
 
 def refusal_of(error: psycopg.Error) -> StatementRefused:
-    """What the database said, and who said it."""
+    """The database's message, and the function that raised it."""
     return StatementRefused(first_line(error), who=_who(error), sqlstate=error.sqlstate)
 
 
 def is_of_the_app(error: BaseException) -> bool:
-    """It was raised inside a function that is not ours: a trigger of the app's own, say, that lacks a right itself."""
+    """Whether a function that is not ours raised it, such as a trigger of the app that lacks a right."""
     return isinstance(error, psycopg.Error) and any(name not in _own_functions() for name in _functions(error))
 
 
@@ -46,13 +46,13 @@ def _who(error: psycopg.Error) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without Postgres' own excerpt of the statement."""
+    """The error's first line, without Postgres' excerpt of the statement."""
     said = error.diag.message_primary if isinstance(error, psycopg.Error) else None
     return (said or str(error)).strip().split("\n", 1)[0] or type(error).__name__
 
 
 def _functions(error: psycopg.Error) -> list[str]:
-    """The innermost first; without the schema that all of ours are in."""
+    """The functions in the error's context, innermost first, without the schema that ours are in."""
     return [name.removeprefix("public.") for name in _FUNCTION.findall(error.diag.context or "")]
 
 

@@ -1,8 +1,8 @@
-"""Waits out a database that is away: the same call again until it is answered.
+"""Retries a call until the database is back.
 
-For calls that nothing can go on without. Who may give up, has something else to do meanwhile or writes newer values
-the next time has a loop of its own: the worker's and the fleet's looks (a wake-up ends their pause), the reporter,
-the dashboard, an attempt's outcome (a release may be left to the reaper), the lease (it may count as lost).
+For calls that must succeed before anything else can happen. These have their own loops, because they may give up, have
+other work meanwhile, or write newer values next time: the worker and the fleet (a wake-up ends their pause), the
+reporter, the dashboard, an attempt's outcome (a release may be left to the reaper), the lease (it may count as lost).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from daemon.errors import DatabaseAway
 
 log = structlog.get_logger()
 
-# Between two tries: soon enough after a restart of Postgres, rare enough for a host with many waiting calls.
+# Between two tries: short enough after a restart of Postgres, long enough for a host with many waiting calls.
 AWAY_SECONDS = 1.0
 
 Answer = TypeVar("Answer")
 
 
 async def retry_until_database_is_back(ask: Callable[[], Awaitable[Answer]], event: str, **fields: Any) -> Answer:
-    """What `ask` returns, however long it takes; each wait is a warning with this event name."""
+    """Returns what `ask` returns, however long that takes. Each wait logs a warning with this event name."""
     while True:
         try:
             return await ask()

@@ -1,7 +1,7 @@
-"""The texts of sql/queries and sql/reads, by name.
+"""Loads the statements of sql/queries and sql/reads by name.
 
-What two statements share is a file of its own, whose name begins with an underscore. The line `-- include: candidates`
-stands for the text of _candidates.sql. The database sees one whole statement, and plans it as such.
+Text that two statements share is in its own file, whose name begins with an underscore. The line
+`-- include: candidates` is replaced by the text of _candidates.sql. The database receives one whole statement.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _INCLUDE = re.compile(r"^ *-- include: (\w+)$", re.MULTILINE)
 def statement(name: str, folder: str = "queries") -> str:
     """The text of <name>.sql in sql/<folder> or in one of its rooms, without its comments and indentation.
 
-    psycopg remembers how it translated a statement of at most 4,096 characters; a longer one is cut apart at each call.
+    psycopg caches the translation of statements up to 4,096 characters; it parses a longer one at each call.
     """
     text = _files(folder)[name].read_text(encoding="utf-8")
     text = _INCLUDE.sub(lambda found: statement(f"_{found[1]}", folder), text)
@@ -28,7 +28,7 @@ def statement(name: str, folder: str = "queries") -> str:
 
 @cache
 def _files(folder: str) -> dict[str, Traversable]:
-    """Every file of SQL by its name, whichever room it is in."""
+    """Every SQL file by its name, whichever room it is in."""
     here = resources.files(f"sql.{folder}")
     rooms = (entry for entry in here.iterdir() if entry.is_dir())
     files = (file for room in (here, *rooms) for file in room.iterdir())

@@ -1,8 +1,8 @@
-"""DATABASE_URL, read once and in one place, whoever wrote it and for whichever driver.
+"""Reads DATABASE_URL in the spelling of any driver and turns it into a connection string that libpq accepts.
 
-What comes out is a connection string that libpq takes as it is. What cannot be taken is said in one line that names
-the part and never what stands in it: a password with an `@` or a `/` moves everything behind it to other parts, so
-that any of them may hold a piece of it. That is also why libpq's own words, which quote, are never passed on.
+A URL that cannot be used gives a one-line error that names the part but never its value: an unescaped `@` or `/` in a
+password shifts the rest of the URL, so any part may contain a piece of the password. For the same reason libpq's own
+messages, which quote the value, are never passed on.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _PARAMETER = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,40}")
 _PAIR = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*)\s*=\s*('(?:[^'\\]|\\.)*'|(?:[^\s'\\]|\\.)*)(?:\s+|$)", re.DOTALL)
 _BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _HOST = re.compile(r"[A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+(?:%25[A-Za-z0-9._-]+)?\]|%2F[A-Za-z0-9._/%-]*", re.IGNORECASE)
-# What dashboards and guides write where the password belongs.
+# Placeholders that dashboards and guides write in place of the password.
 _PLACEHOLDER = re.compile(
     r"[\[<{(]+[-_ ]*(?:(?:your|my|db|database|project)[-_ ]*)*password[\]>})]+|your[-_]?(?:db|database)?[-_]?password",
     re.IGNORECASE,
@@ -42,7 +42,7 @@ _NUMBERS = frozenset(
     ("connect_timeout", "keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count", "tcp_user_timeout")
 )
 _SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
-# What other drivers and their poolers understand, and libpq does not. None of them changes where we connect to.
+# Parameters of other drivers and poolers that libpq does not know. None of them changes where we connect to.
 _OTHERS = frozenset(
     {
         # Prisma, Vercel and Supabase's own templates
@@ -66,20 +66,20 @@ _OTHERS = frozenset(
         # Rails, Ecto, Sequelize, Npgsql
         "pool", "adapter", "encoding", "reaping_frequency", "checkout_timeout", "variables", "advisory_locks",
         "queue_target", "queue_interval", "dialect", "pooling", "maximum_pool_size", "minimum_pool_size",
-        # settings of the session: ours are set by every connection itself
+        # session settings: every connection sets its own
         "statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout", "search_path", "timezone",
     }
 )  # fmt: skip
 
 
 class DatabaseUrlInvalid(ValueError):
-    """Names the part that is wrong and how to write it; never what stands there."""
+    """Names the part that is wrong and how to write it, never its value."""
 
 
 class DatabaseUrl(SecretStr):
-    """A DATABASE_URL that libpq takes. `get_secret_value` is the connection string.
+    """A DATABASE_URL that libpq accepts. `get_secret_value` is the connection string.
 
-    `notices` say what was left out; `secrets` are the strings that no output may hold."""
+    `notices` list what was left out; `secrets` are the strings that no output may contain."""
 
     def __init__(self, dsn: str, notices: tuple[str, ...] = (), secrets: frozenset[str] = frozenset()) -> None:
         super().__init__(dsn)
@@ -92,7 +92,7 @@ NO_DATABASE = DatabaseUrl("")
 
 
 def read_database_url(text: str) -> DatabaseUrl:
-    """Read an address as people have it: quoted, with `psql` before it, with another driver's parameters.
+    """Reads a URL as people paste it: quoted, after `psql`, with parameters of another driver.
 
     Raises DatabaseUrlInvalid."""
     bare = _unwrapped(text)
@@ -119,13 +119,13 @@ def read_database_url(text: str) -> DatabaseUrl:
         raise DatabaseUrlInvalid(f"is not an address that Postgres' library understands: it needs {_SHAPE}") from None
     hidden = [kept[name] for name in ("password", "sslpassword", "oauth_client_secret") if name in kept]
     secrets = {text.strip(), bare, *written, *hidden, *(quote(one, safe="") for one in hidden)}
-    # As a connection string quotes it.
+    # The same secrets as a connection string quotes them.
     secrets |= {one.replace("\\", "\\\\").replace("'", "\\'") for one in hidden}
     return DatabaseUrl(dsn, tuple(notices), frozenset(secret for secret in secrets if secret))
 
 
 def is_transaction_pooler(dsn: str) -> bool:
-    """Whether the port is the one where transaction poolers usually listen."""
+    """Whether the port is the usual one of transaction poolers."""
     try:
         ports = str(conninfo_to_dict(dsn).get("port") or "")
     except psycopg.ProgrammingError:
@@ -134,7 +134,7 @@ def is_transaction_pooler(dsn: str) -> bool:
 
 
 def _unwrapped(text: str) -> str:
-    """Without what a shell, a .env file or a copied command has put around it."""
+    """Removes what a shell, a .env file or a copied command has put around the URL."""
     before = None
     while before != text:
         before = text
@@ -147,9 +147,9 @@ def _unwrapped(text: str) -> str:
 
 
 def _from_url(rest: str) -> tuple[dict[str, str], list[str]]:
-    """The parts of a URL behind its scheme, decoded, and the secrets among them as they were written.
+    """The decoded parts of a URL after its scheme, and its secrets as they were written.
 
-    libpq ends the login at the first `@` that comes before a `/`, and so do we."""
+    Like libpq, we end the login at the first `@` that comes before a `/`."""
     login, host, written = "", rest, []
     if (at := rest.find("@")) != -1:
         if "/" in rest[:at] or "@" in rest[at + 1 :]:
@@ -183,7 +183,7 @@ def _from_url(rest: str) -> tuple[dict[str, str], list[str]]:
 
 
 def _hosts(text: str, *, has_login: bool) -> dict[str, str]:
-    """host and port, several by comma as libpq takes them."""
+    """host and port; several are separated by commas, as libpq expects."""
     hosts, ports = [], []
     for one in text.split(","):
         host, colon, port = one.rpartition(":") if not one.endswith("]") else (one, "", "")
@@ -201,7 +201,7 @@ def _hosts(text: str, *, has_login: bool) -> dict[str, str]:
 
 
 def _from_pairs(text: str) -> dict[str, str]:
-    """libpq's other notation: host=… user=… password='…'."""
+    """Parses libpq's other notation: host=… user=… password='…'."""
     given: dict[str, str] = {}
     position = 0
     while position < len(text):
@@ -238,13 +238,13 @@ def _refuse_placeholder(password: str) -> None:
 
 
 def _understood(given: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """What libpq takes, and a notice for each parameter of another driver that was left out."""
+    """The parameters that libpq accepts, and a notice for each parameter of another driver that was left out."""
     kept: dict[str, str] = {}
     notices: list[str] = []
     for number, (name, value) in enumerate(given.items(), 1):
         match name.lower():
             case "ssl":
-                # JDBC's, asyncpg's and node-postgres' word.
+                # The name in JDBC, asyncpg and node-postgres.
                 kept.setdefault("sslmode", _ssl_mode(value))
             case "sslmode" if value == "no-verify":
                 kept["sslmode"] = "require"
@@ -263,7 +263,7 @@ def _understood(given: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
 
 
 def _unknown(number: int, name: str) -> str:
-    """Told by its place: a name that nobody knows may be the rest of a password."""
+    """Describes an unknown parameter by its position: its name may be the rest of a password."""
     close = get_close_matches(name, _LIBPQ, n=1)
     meant = f"is it meant to be {close[0]}?" if close else "correct it or leave it out"
     return f"has a parameter that no driver knows (number {number}): {meant}"
@@ -284,7 +284,7 @@ def _number(name: str, value: str) -> str:
 
 
 def _require_whole(given: Mapping[str, str]) -> None:
-    """Libpq fills what is absent from PG* variables, or guesses: the login's name as the database's, a local socket."""
+    """Requires the parts that libpq would take from PG* variables or guess (the user as database, a local socket)."""
     if "service" in given:
         return
     missing = {
@@ -295,7 +295,7 @@ def _require_whole(given: Mapping[str, str]) -> None:
     if "host" in missing and "hostaddr" not in given:
         raise DatabaseUrlInvalid(f"names no host: it needs {_SHAPE}")
     if given.keys() <= {"host"}:
-        # All else is libpq's to find, in its own variables and files.
+        # libpq finds everything else in its own variables and files.
         return
     if "dbname" in missing:
         raise DatabaseUrlInvalid("names no database: end it with one, /postgres on Supabase")
@@ -308,5 +308,5 @@ _NEEDED = {
     "dbname": ("PGDATABASE", "PGSERVICE"),
     "user": ("PGUSER", "PGSERVICE"),
 }
-# Of a URL, before its parameters.
+# The parts of a URL before its parameters.
 _PARTS = ("user", "password", "host", "port", "dbname")

@@ -1,7 +1,7 @@
-"""Prepared statements sent straight through libpq, their answers read by one standing callback of the event loop.
+"""Sends prepared statements directly through libpq and reads the answers in one permanent callback of the event loop.
 
-A cursor of psycopg's sets up a dozen objects, a generator and two registrations with the event loop for each statement.
-To a daemon that slept until it was woken all of that is cold: a fifth of the way from an insert to its claim.
+For each statement a psycopg cursor creates a dozen objects, a generator and two registrations with the event loop.
+In a daemon that has just been woken this code is cold: it takes a fifth of the time from an insert to its claim.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _PARAMETER = re.compile(r"%(?:\((\w+)\)s|(%))")
 
 
 class Wire:
-    """One statement at a time over a connection that nobody else uses. Raises psycopg's errors.
+    """Runs one statement at a time over a connection of its own. Raises psycopg's errors.
 
-    Callers of `fetch` take turns; `send` may come between. One that is cancelled leaves an answer behind: close the
+    Callers of `fetch` take turns; `send` may come in between. A cancelled call leaves its answer unread: close the
     wire then, and the connection with it."""
 
     def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
@@ -43,13 +43,13 @@ class Wire:
         self._end(psycopg.OperationalError("the connection was closed before the answer came"))
 
     async def fetch(self, statement: str, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The rows of one statement with `%(name)s` for its parameters; prepared at its first use, and kept."""
+        """Returns the rows of one statement with `%(name)s` parameters. It is prepared at its first use and kept."""
         prepared = self._prepared.get(statement) or await self._prepare(statement)
         await self._idle()
         return await self._execute(prepared, parameters).rows()
 
     def send(self, statement: str, parameters: Mapping[str, Any]) -> Sent | None:
-        """Send it at once; None where it would have to wait: not prepared yet, another under way, a lost connection."""
+        """Sends it immediately. None if it is not prepared yet, another is running, or the connection is lost."""
         prepared = self._prepared.get(statement)
         if prepared is None or self._answer is not None:
             return None
@@ -65,7 +65,7 @@ class Wire:
     async def _prepare(self, statement: str) -> _Prepared:
         await self._idle()
         prepared = _Prepared(statement, self._connection)
-        # The types of the parameters are the statement's own: one plan, whatever the values are.
+        # The statement itself gives the parameter types: one plan for all values.
         self._pgconn.send_prepare(prepared.name, prepared.text)
         await self._sent()
         self._prepared[statement] = prepared
@@ -100,7 +100,7 @@ class Wire:
                     return
                 self._results.append(result)
         except psycopg.Error as error:
-            # A lost connection stays readable for ever.
+            # The socket of a lost connection stays readable.
             self._loop.remove_reader(self._socket)
             self._end(error)
 
@@ -112,28 +112,28 @@ class Wire:
             error = psycopg.errors.error_from_result(self._results[-1])
         if error is not None:
             answer.set_exception(error)
-            answer.exception()  # seen, as far as asyncio is concerned: what `send` has sent may have nobody who waits
+            answer.exception()  # marks it as retrieved: no caller may be waiting for what `send` sent
         else:
             answer.set_result(self._results[-1])
 
 
 @dataclass(frozen=True)
 class Sent:
-    """A statement under way."""
+    """A statement that was sent and is not answered yet."""
 
     _prepared: _Prepared
     _answer: asyncio.Future[PGresult]
 
     async def rows(self) -> list[dict[str, Any]]:
-        """Its rows, once they are here."""
+        """Waits for its rows."""
         return self._prepared.load(await self._answer)
 
 
 class _Prepared:
-    """A statement as the server knows it, with all that turns values to and fro, chosen at its first answer."""
+    """A prepared statement with its dumpers and loaders, which are chosen at its first answer."""
 
     def __init__(self, statement: str, connection: psycopg.AsyncConnection[Any]) -> None:
-        # Where a pooler gives this session to others unnoticed, a name must mean the same statement to all of them.
+        # If a pooler shares this session without our knowing, a name must mean the same statement to every client.
         self.name = hashlib.blake2s(statement.encode(), digest_size=16).hexdigest().encode()
         self._parameters: list[str] = []
         self.text = _PARAMETER.sub(self._number, statement).encode()
