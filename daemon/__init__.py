@@ -1,1 +1,1 @@
-"""The daemon: claims rows of training_jobs, runs the trainer, reports, uploads, settles."""
+"""The daemon: claims rows of training_jobs, runs the trainer, reports progress, uploads the adapter, ends the job."""

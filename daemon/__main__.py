@@ -1,7 +1,7 @@
-"""The command `brightrun-trainer`: its words, and what is said when one of them fails.
+"""The command `brightrun-trainer`: its subcommands, and the message that is printed when one of them fails.
 
-The composition root of the command line: each word is a function of daemon.cli, which imports what it
-needs when it is called, so that `--help` and a shell's completion answer at once.
+The composition root of the command line: each subcommand is a function of daemon.cli, which imports what it
+needs when it is called, so that `--help` and shell completion stay fast.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ app.add_typer(models.app, rich_help_panel="Models and data")
 
 
 def main() -> None:
-    """Run a command; what the user can mend is said in one line, without a traceback."""
+    """Runs a command. An error that the user can fix is printed in one line, without a traceback."""
     try:
         app(prog_name="brightrun-trainer")
     except TrainerError as error:

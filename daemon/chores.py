@@ -1,7 +1,7 @@
-"""Background work that never ends unheard: each chore has a name, and is begun again after whatever ends it.
+"""Supervised background work: each chore has a name, and is restarted after any exception.
 
 A chore is a loop. While it fails it is a trouble of this process (daemon.troubles), from its first failure until it
-says that a round was good, by `worked()`, or returns.
+calls `worked()` after a good round, or returns.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ log = structlog.get_logger()
 
 FIRST_BACKOFF_SECONDS = 1.0
 MAX_BACKOFF_SECONDS = 30.0
-# The same failure again: said with its stack once, and then so rarely.
+# A failure is logged with its stack once; the same failure is logged again only this often.
 LOG_SECONDS = 300.0
 
 _working: ContextVar[Callable[[], None] | None] = ContextVar("working chore", default=None)
 
 
 def worked() -> None:
-    """Said by a chore after a good round: whatever had failed before is over."""
+    """Called by a chore after a good round: ends its trouble."""
     if (say := _working.get()) is not None:
         say()
 
 
 class Chores:
-    """The background work of one process, or of one attempt. Leaving the block ends it all and waits for it."""
+    """The background work of one process, or of one attempt. Leaving the block cancels every chore and waits for it."""
 
     def __init__(self, troubles: Troubles, *, on_failure: Callable[[str], None] = lambda _name: None) -> None:
         self._troubles = troubles
@@ -46,7 +46,7 @@ class Chores:
         self.failures: Counter[str] = Counter()
 
     def start(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Do this work until it returns or the block is left, again after every exception."""
+        """Runs this work until it returns or the block is left, and restarts it after every exception."""
         self._tasks[name] = asyncio.create_task(_Chore(name, work, self).run(), name=name)
 
     async def __aenter__(self) -> Chores:
@@ -59,7 +59,7 @@ class Chores:
             task.cancel()
         endings = await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         for name, ending in zip(self._tasks, endings, strict=True):
-            # What it was to leave in order it has left as it was: nobody would hear of it otherwise.
+            # The chore failed while it was being cancelled: without this line the error would be lost.
             if isinstance(ending, Exception):
                 log.error("chore_ended_badly", chore=name, exc_info=ending)
             self._troubles.end(name)
@@ -97,7 +97,7 @@ class _Chore:
                     if _is_leaving():
                         raise
                     if self._worked_since:
-                        # It had worked since: a failure once a day does not add up to a long pause.
+                        # It worked before this failure: one failure a day must not add up to a long pause.
                         attempt.retry_state.attempt_number = 1
                     self._failed(error)
                     raise
@@ -109,7 +109,7 @@ class _Chore:
         except asyncio.CancelledError:
             if _is_leaving():
                 raise
-            # Somebody else's cancellation came out of what it awaited: a failure like any other.
+            # A cancellation that something it awaited has raised is a failure like any other.
             raise RuntimeError("cancelled from within") from None
 
     def _works(self) -> None:
@@ -132,6 +132,6 @@ class _Chore:
 
 
 def _is_leaving() -> bool:
-    """This chore was told to end: whatever comes out of it now is its end."""
+    """True if this chore was asked to end. Then it is not restarted, whatever it raises."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0

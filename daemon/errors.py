@@ -2,16 +2,16 @@
 
     TrainerError
     ├── JobError           this job's attempt ends here
-    │   ├── JobFailed      for good: the user must change something
-    │   └── JobDelayed     transient: another attempt may succeed
-    │       └── HostFault  this host's, not the job's: give it back uncounted, claim nothing until the host is mended
-    ├── LeaseLost          somebody else owns the job now: stop, write nothing
-    ├── DatabaseAway       Postgres does not answer: training goes on, try again
-    │   ├── DatabaseUnprepared   a table or a right that was there is missing for now: as good as away
-    │   └── RowsHidden           the row is there and this role does not see it: as good as away
-    ├── StatementRefused   Postgres answers and will not: a constraint, an app's trigger: leave the row, go on
-    ├── PointsRefused      the app's metrics_points takes no points: training goes on without them
-    └── HostUnfit          this host cannot work as configured: exit 78, do not restart
+        │   ├── JobFailed      permanent: the user must change something
+        │   └── JobDelayed     transient: another attempt may succeed
+        │       └── HostFault  the host's fault, not the job's: return it uncounted, claim nothing until the host works
+        ├── LeaseLost          another host may own the job now: stop, write nothing
+        ├── DatabaseAway       Postgres does not answer: training goes on, try again
+        │   ├── DatabaseUnprepared   a table or grant that was there is missing for now: treated as away
+        │   └── RowsHidden           the row exists but this role cannot see it: treated as away
+        ├── StatementRefused   Postgres answers but refuses: a constraint, a trigger of the app: skip the row, go on
+        ├── PointsRefused      the app's metrics_points accepts no points: training goes on without them
+        └── HostUnfit          this host cannot work as configured: exit 78, do not restart
 
 Cancelling and shutting down are outcomes, not errors (see daemon.queue.job).
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 
 from training.events import ErrorCode, HostPart
 
-# EX_CONFIG of sysexits.h: supervisord is told not to restart a daemon that exits with it.
+# EX_CONFIG of sysexits.h: supervisord does not restart a daemon that exits with it.
 EXIT_UNFIT = 78
 
 
@@ -33,7 +33,7 @@ class TrainerError(Exception):
 
 
 class JobError(TrainerError):
-    """An attempt cannot go on. `message` and `hint` are written for the user's eyes; they carry no secret."""
+    """An attempt cannot go on. `message` and `hint` are shown to the user and contain no secret."""
 
     def __init__(self, code: ErrorCode, message: str, hint: str | None = None, stack: str | None = None) -> None:
         super().__init__(message)
@@ -44,7 +44,7 @@ class JobError(TrainerError):
 
 
 class JobFailed(JobError):
-    """For good: trying again unchanged would fail again."""
+    """Permanent: trying again unchanged would fail again."""
 
 
 class JobDelayed(JobError):
@@ -52,8 +52,8 @@ class JobDelayed(JobError):
 
 
 class HostFault(JobDelayed):
-    """A part of this host does not work, whatever the job. `message` and `hint` name no path of this host: the job's
-    owner reads them. What the operator needs to know is `detail`."""
+    """A part of this host does not work, whatever the job. The job's owner reads `message` and `hint`, so they contain
+    no path of this host. `detail` is for the operator."""
 
     def __init__(self, part: HostPart, code: ErrorCode, message: str, *, detail: str, stack: str | None = None) -> None:
         super().__init__(code, message, "Nothing is wrong with the job: it runs as soon as a host can take it.", stack)
@@ -62,7 +62,7 @@ class HostFault(JobDelayed):
 
 
 def disk_fault(part: HostPart, folder: Path, error: OSError) -> HostFault:
-    """What the operating system said of this host's disk, for the job's owner without its paths."""
+    """Returns the fault for an operating system error on this host's disk. Its message contains no path."""
     words = error.strerror or type(error).__name__
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = f"{shutil.disk_usage(folder).free / 1024**3:.1f} GiB are free" if folder.exists() else "it is not there"
@@ -75,7 +75,7 @@ def disk_fault(part: HostPart, folder: Path, error: OSError) -> HostFault:
 
 
 class LeaseLost(TrainerError):
-    """A fenced write found no row: the lease passed to somebody else, or the job is final."""
+    """A fenced write found no row: the lease has passed to another host, or the job is final."""
 
 
 class DatabaseAway(TrainerError):
@@ -83,19 +83,19 @@ class DatabaseAway(TrainerError):
 
 
 class DatabaseUnprepared(DatabaseAway):
-    """A table, a column, a function or a right is missing in a database that had served us: a reset, say, or a REVOKE.
+    """A table, column, function or grant is missing in a database that worked before: after a reset, say, or a REVOKE.
 
-    Before it ever served us the same is HostUnfit: then nobody would mend it by waiting."""
+    In a database that never worked, the same is HostUnfit: there waiting does not help."""
 
 
 class RowsHidden(DatabaseAway):
-    """A row that is there, or may be there, and that row security keeps from the daemon's role. No row was deleted."""
+    """Row security hides a row that exists, or may exist, from the daemon's role. No row was deleted."""
 
 
 class StatementRefused(TrainerError):
-    """Postgres took our statement and refused what it does: a constraint, a trigger, a policy of the app's own.
+    """Postgres received our statement and refused it: because of a constraint, a trigger, a policy of the app.
 
-    `who` names the one that objected, as far as Postgres says. Waiting does not help and another row may pass."""
+    `who` names what refused it, as far as Postgres reports. Waiting does not help, but another row may be accepted."""
 
     def __init__(self, message: str, *, who: str | None = None, sqlstate: str | None = None) -> None:
         super().__init__(f"{message} ({who})" if who else message)
@@ -104,8 +104,8 @@ class StatementRefused(TrainerError):
 
 
 class PointsRefused(TrainerError):
-    """The table of the charts is the app's own, and it refuses: a column that we do not know, a trigger, a grant."""
+    """The app's table of chart points refuses ours: it has an unknown column, a trigger, or lacks a grant."""
 
 
 class HostUnfit(TrainerError):
-    """Settings, database role or hardware make work on this host impossible; says what to change."""
+    """Settings, database role or hardware make work on this host impossible. The message says what to change."""

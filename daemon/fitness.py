@@ -1,7 +1,7 @@
-"""Whether this host can work at all: what was found broken, and the probes that find it mended.
+"""Whether this host can work at all: its broken parts, and the probes that find them repaired.
 
 A host with a fault claims nothing (daemon.worker), says so in its row, and is probed until the broken part works again.
-A probe does what a job does: it writes and syncs a file, starts a trainer, computes on the card.
+A probe does what a job does: it writes and syncs a file, starts a trainer, computes on the GPU.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from training.events import HostPart
 log = structlog.get_logger()
 
 FIRST_PAUSE_SECONDS = 1.0
-# A mended volume is found within a minute; each probe writes a few megabytes or imports the libraries once.
+# A repaired volume is found within a minute; each probe writes a few megabytes or imports the libraries once.
 LONGEST_PAUSE_SECONDS = 60.0
 PROBE_BYTES = 4 * 2**20
-# Less than the smallest checkpoint of a 7 B model at rank 16 with its optimizer: no training ends on less.
+# Less than the smallest checkpoint of a 7 B model at rank 16 with its optimizer: no training can finish with less.
 MIN_FREE_BYTES = 256 * 2**20
 # Importing torch, transformers, peft and trl takes 5 s from a warm page cache and a minute from a cold network volume.
 START_SECONDS = 180.0
@@ -50,13 +50,13 @@ class Fitness:
         return not self._broken
 
     def report(self, part: HostPart, detail: str) -> None:
-        """This part failed a job: nothing is claimed until a probe passes. `detail` is for the operator."""
+        """Marks a part as broken: nothing is claimed until a probe passes. `detail` is for the operator."""
         self._broken[part] = detail
         self._troubles.begin(part, f"{detail}. {ADVICE[part]}; this host claims nothing until a probe of it passes")
         self._changed.set()
 
     async def look(self) -> None:
-        """Before the first claim: can the disks be written at all?"""
+        """Checks before the first claim that the disks can be written."""
         on_disk: list[HostPart] = ["work folder"]
         if self._settings.effective_storage == "folder":
             on_disk.append("storage folder")
@@ -65,7 +65,7 @@ class Fitness:
                 self.report(part, fault)
 
     async def run(self) -> None:
-        """Probe what is broken until it works, for ever."""
+        """Probes what is broken until it works, forever."""
         while True:
             await self._changed.wait()
             self._changed.clear()
@@ -86,7 +86,7 @@ class Fitness:
         self.on_mended()
 
     async def probe(self, part: HostPart) -> str | None:
-        """What is wrong with this part; None when it works."""
+        """Returns what is wrong with this part, or None if it works."""
         match part:
             case "work folder":
                 return await asyncio.to_thread(probe_folder, self._settings.work_dir)
@@ -102,7 +102,7 @@ class Fitness:
                 assert_never(part)
 
     async def _probe_trainer(self) -> str | None:
-        """Start one as the pool does: it says that it is ready once the libraries are imported."""
+        """Starts a trainer as the pool does: it reports that it is ready once the libraries are imported."""
         try:
             child = await TrainerProcess.start(self._command, keep_bytes=0)
         except OSError as error:
@@ -141,7 +141,7 @@ ADVICE: dict[HostPart, str] = {
 
 
 def probe_folder(folder: Path) -> str | None:
-    """What is wrong with a folder that must be written to, or None."""
+    """Returns what is wrong with a folder that must be writable, or None."""
     try:
         free = probe_disk(folder, PROBE_BYTES).free_bytes
     except OSError as error:

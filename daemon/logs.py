@@ -1,4 +1,4 @@
-"""Structured logs: an event name and fields, JSON for machines or pretty on a terminal, secrets blotted out."""
+"""Structured logs: an event name and fields, as JSON or pretty-printed for a terminal, with every secret masked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BLOT = "[secret]"
 
 
 def configure_logs_by(settings: Settings, more_secrets: Iterable[str] = ()) -> None:
-    """As the settings say, with every secret among them blotted out; what was left out of them is logged."""
+    """Configures logging from the settings, masks every secret in them, and logs what was left out of a setting."""
     from daemon.read_settings import notices_of, secrets_of
 
     configure_logs(settings.log_level, settings.log_format, (*secrets_of(settings), *more_secrets))
@@ -30,14 +30,14 @@ def configure_logs(
     style: Literal["auto", "json", "pretty"] = "auto",
     secrets: Iterable[str] = (),
 ) -> None:
-    """Send every log line to stderr; job_id and attempt ride along once bound to the context."""
+    """Sends every log line to stderr. job_id and attempt are part of each line once they are bound to the context."""
     pretty = style == "pretty" or (style == "auto" and sys.stderr.isatty())
     processors: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.StackInfoRenderer(),
-        # Before the blot, and as text: the pretty renderer's own would show each frame's variables after it.
+        # Before masking, and as text: the pretty renderer would format it afterwards, with each frame's variables.
         structlog.processors.format_exc_info,
     ]
     clean = _cleaner(secrets)
@@ -47,7 +47,7 @@ def configure_logs(
         if pretty
         else structlog.processors.JSONRenderer()
     )
-    # Of the libraries: uvicorn's stacks, asyncio's exceptions that nobody fetched.
+    # Log lines of libraries: uvicorn's stacks, asyncio's exceptions that were never retrieved.
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_BlottingFormatter(clean))
     structlog.configure(
@@ -67,7 +67,7 @@ class _BlottingFormatter(logging.Formatter):
 
 
 def _cleaner(secrets: Iterable[str]) -> Callable[[Any], Any]:
-    # Shorter than six characters would blot out ordinary words.
+    # Masking a secret of fewer than six characters would mask ordinary words.
     known = sorted({secret for secret in secrets if len(secret) >= 6}, key=len, reverse=True)
 
     def clean(value: Any) -> Any:

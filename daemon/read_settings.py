@@ -1,4 +1,4 @@
-"""Reads the settings from the environment, and says what is wrong with them without quoting a value."""
+"""Reads the settings from the environment. Its error messages name the variable and never quote its value."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from daemon.settings import Settings
 
 
 def load_settings(**given: Any) -> Settings:
-    """Read the environment; what is given counts before it.
+    """Reads the environment; values in `given` take precedence.
 
     Raises HostUnfit listing every fault, by the variable's name and never by its value."""
     try:
@@ -31,13 +31,13 @@ def load_settings(**given: Any) -> Settings:
 
 
 def dotenv_unreadable(error: OSError | UnicodeDecodeError) -> HostUnfit:
-    """What to say of a .env file that cannot be read; its text is not quoted."""
+    """The error for a .env file that cannot be read; its text is not quoted."""
     why = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"cannot be read ({error.strerror})"
     return HostUnfit(f"the file .env in this folder {why}: correct it, or remove it")
 
 
 def secrets_of(settings: BaseSettings) -> Iterator[str]:
-    """Every value that no output may hold: found by its type, so that a new secret cannot be forgotten."""
+    """Yields every value that no output may contain, found by its type, so that a new secret cannot be forgotten."""
     for name in type(settings).model_fields:
         held = getattr(settings, name)
         for one in held if isinstance(held, tuple) else (held,):
@@ -45,12 +45,12 @@ def secrets_of(settings: BaseSettings) -> Iterator[str]:
                 yield from one.secrets
             elif isinstance(one, SecretStr):
                 yield one.get_secret_value()
-    # What libpq reads beside DATABASE_URL.
+    # libpq reads this beside DATABASE_URL.
     yield os.environ.get("PGPASSWORD", "")
 
 
 def notices_of(settings: BaseSettings) -> tuple[str, ...]:
-    """What was left out of a setting, to be said once."""
+    """What was left out of a setting, to be logged once."""
     url = getattr(settings, "database_url", None)
     return url.notices if isinstance(url, DatabaseUrl) else ()
 

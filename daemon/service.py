@@ -1,4 +1,4 @@
-"""The daemon as a process: its connections, its signals, its way down."""
+"""The daemon as a process: its connections, its signals, its shutdown."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ from daemon.worker import Queue, Worker
 log = structlog.get_logger()
 
 TRAINER_COMMAND = (sys.executable, "-m", "training")
-# Endings that no receiver takes are no reason to keep a GPU: the outbox outlives this process.
+# Callbacks that no receiver accepts are no reason to keep a GPU: the outbox outlives this process.
 LAST_CALLBACKS_SECONDS = 30.0
 # startsecs in supervisord.conf.
 SUPERVISOR_START_SECONDS = 15.0
 
 
 def run_service(trainer_command: tuple[str, ...] = TRAINER_COMMAND) -> None:
-    """Read the settings and serve. Raises HostUnfit where this host cannot work.
+    """Reads the settings and serves. Raises HostUnfit where this host cannot work.
 
-    Under supervisord an end of our own choice comes late enough to be taken for what it is."""
+    Under supervisord, an exit of our own waits until startsecs is over, so that it does not count as a failed start."""
     began = time.monotonic()
     try:
         signalled = asyncio.run(serve(load_settings(), trainer_command))
@@ -61,22 +61,22 @@ def run_service(trainer_command: tuple[str, ...] = TRAINER_COMMAND) -> None:
 
 
 def _outlast_the_start(began: float) -> None:
-    """An exit within startsecs is a failed start to supervisord, and tried again whatever its code says.
+    """Waits until startsecs is over: supervisord takes an earlier exit for a failed start and retries it.
 
-    Only what supervisord itself stops may end sooner; its TERM cuts this pause short."""
+    Only a stop by supervisord itself may end the process sooner; its SIGTERM cuts this wait short."""
     if "SUPERVISOR_ENABLED" in os.environ:
         time.sleep(max(0.0, began + SUPERVISOR_START_SECONDS + 1.0 - time.monotonic()))
 
 
 async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_COMMAND) -> bool:
-    """Serve the queue until told to leave; True when it was a signal that told, False for a drain or the pod's end.
+    """Serves the queue until told to leave. Returns True after a signal, False after a drain or the pod's end.
 
     Raises HostUnfit where this host cannot work."""
     configure_logs_by(settings)
     host = inspect_host(settings)
     dsn = settings.database_url.get_secret_value()
     async with AsyncExitStack() as stack:
-        # Three connections: one that works, one that keeps the leases alive, one that listens.
+        # Three connections: one for the work, one that keeps the leases alive, one that listens.
         database = await stack.enter_async_context(Database(dsn, application_name="brightrun-trainer"))
         heartbeat = await stack.enter_async_context(heartbeat_database(settings))
         storage = open_storage(settings)
@@ -135,10 +135,10 @@ async def _has_callbacks(outbox: SqlOutbox) -> bool:
 
 
 async def _check_database(database: Database) -> None:
-    """Fail at once where waiting cannot help (no migration, no right); wait where it can."""
+    """Fails at once where waiting cannot help (no migration, no grant); goes on if the database is away."""
     try:
         await database.fetch("SELECT FROM training_leases LIMIT 0")
-        # The newest of what a lost lease is told by: not there, the migrations are older than this daemon.
+        # The newest function that a lost lease needs: without it the migrations are older than this daemon.
         await database.fetch("SELECT FROM training_find_job(NULL)")
     except DatabaseAway as error:
         log.warning("database_away_at_start", error=str(error))
@@ -149,14 +149,14 @@ async def _check_database(database: Database) -> None:
 
 @dataclass(frozen=True)
 class _Signals:
-    """What we were told: to shut down, and then to waste no time over it."""
+    """The signals so far: `told` to shut down, `hurried` to do so without waiting."""
 
     told: asyncio.Event
     hurried: asyncio.Event
 
 
 def _obey_signals(worker: Worker) -> _Signals:
-    """TERM and INT shut down, a second one hurries, USR1 drains."""
+    """SIGTERM and SIGINT shut down, a second one skips the waiting, SIGUSR1 drains."""
     signals = _Signals(asyncio.Event(), asyncio.Event())
     loop = asyncio.get_running_loop()
 
@@ -176,7 +176,7 @@ def _obey_signals(worker: Worker) -> _Signals:
 
 
 async def _unless_hurried(step: Coroutine[None, None, object], hurried: asyncio.Event) -> None:
-    """Await a last step, or leave it where it is: the outbox outlives this process."""
+    """Awaits a last step, or abandons it when hurried: the outbox outlives this process."""
     last, told = asyncio.create_task(step), asyncio.create_task(hurried.wait())
     try:
         await asyncio.wait({last, told}, return_when=asyncio.FIRST_COMPLETED)

@@ -1,7 +1,7 @@
 """Every setting of the service, read once from the environment and a .env file.
 
-Names that platforms use stay as they are; ours begin with TRAINER_. All faults are reported
-together, and a broken configuration exits 78 so that no supervisor restarts it in a loop.
+Names that platforms use stay as they are; ours begin with TRAINER_. All errors are reported
+together, and an invalid configuration exits with 78 so that no supervisor restarts it in a loop.
 """
 
 from __future__ import annotations
@@ -328,7 +328,7 @@ class Settings(BaseSettings):
             is_whole = False
         if not is_whole:
             raise ValueError("must be a web address, https://HOST")
-        # It is shown in messages and sent in headers of its own.
+        # The address is shown in messages; credentials travel in headers of their own.
         if "@" in parts.netloc:
             raise ValueError("must hold no user and no password: keys have settings of their own")
         return value.strip()
@@ -353,7 +353,7 @@ class Settings(BaseSettings):
 
     @property
     def asked_compute_type(self) -> ComputeType | None:
-        """None where the trainer finds it from the hardware."""
+        """The compute type that was asked for. None: the trainer chooses by the hardware."""
         return None if self.compute_type == "auto" else self.compute_type
 
     @property
@@ -362,5 +362,5 @@ class Settings(BaseSettings):
 
 
 def quantized_dir(settings: Settings) -> Path:
-    """Where 4-bit copies of base models are kept: beside the models, on the same volume."""
+    """The folder of 4-bit copies of base models: beside the models, on the same volume."""
     return settings.models_dir / ".quantized"

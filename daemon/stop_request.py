@@ -1,4 +1,4 @@
-"""Why an attempt is asked to end before its time. One of the two things that move against the arrow."""
+"""Why an attempt is asked to end early: a stop request, one of the two signals from daemon to trainer."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class StopReason(StrEnum):
 
     @property
     def saves_a_checkpoint(self) -> bool:
-        """The job will go on elsewhere or later: only then is a checkpoint worth waiting for."""
+        """True if the job will go on elsewhere or later: only then is a checkpoint worth waiting for."""
         return self in {StopReason.SHUTDOWN, StopReason.DEADLINE, StopReason.BUDGET}
 
 
 class Stop:
-    """A request to end one attempt. The first reason stands, except that a lost lease overrides every other:
-    whoever lost it may write nothing, whatever else was going on."""
+    """A request to end one attempt. The first reason stands, except that a lost lease overrides every other: without
+    the lease nothing may be written."""
 
     def __init__(self) -> None:
         self._requested = asyncio.Event()
@@ -30,7 +30,7 @@ class Stop:
         self.hurried = False
 
     def hurry(self) -> None:
-        """Whatever grace was granted is over."""
+        """Ends every grace period at once."""
         self.hurried = True
 
     def request(self, reason: StopReason) -> None:
@@ -46,7 +46,7 @@ class Stop:
         return self._reason
 
     async def wait_for_lost_lease(self) -> None:
-        """Until the lease is lost, or counts as lost in a partition, whatever else was asked for before."""
+        """Waits until the lease is lost, or counts as lost in a partition, whatever was requested before."""
         await self._lease_lost.wait()
 
     @property
@@ -55,5 +55,5 @@ class Stop:
 
     @property
     def saves_a_checkpoint(self) -> bool:
-        """It was asked, and for a reason after which the job goes on."""
+        """True if a stop was requested, for a reason after which the job goes on."""
         return self._reason is not None and self._reason.saves_a_checkpoint

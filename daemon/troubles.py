@@ -1,7 +1,7 @@
 """What is wrong with this host at the moment, for its operator: in the log at once, in its row of training_workers
 (`data.troubles`) at the next heartbeat, and from there in doctor, the dashboard and `hosts`.
 
-A trouble is a state, not an event: it has a name, begins, and ends when the same thing has worked again.
+A trouble is a state, not an event: it has a name, begins, and ends when the same thing works again.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import structlog
 
 log = structlog.get_logger()
 
-# A message may hold what a database or a library said; a row read every few seconds is no place for all of it.
+# A message may quote a database or a library at length; a row that is read every few seconds keeps only the beginning.
 MESSAGE_CHARACTERS = 500
 
 
 @dataclass(frozen=True)
 class Trouble:
-    """`name` says what does not work ("reaper", "work folder"), `message` what was seen and what the operator can do.
-    `times`: how often it was seen since it began."""
+    """`name` is what does not work ("reaper", "work folder"), `message` what was seen and what the operator can do.
+    `times` counts how often it was seen since it began."""
 
     name: str
     message: str
@@ -32,15 +32,15 @@ class Trouble:
 
 
 class Troubles:
-    """The troubles of one process. Written by whoever sees them, read by whoever tells the operator."""
+    """The troubles of one process. Any part of it may begin or end one."""
 
     def __init__(self) -> None:
         self._now: dict[str, Trouble] = {}
-        # Set when one begins or ends: the worker's row need not wait for its next heartbeat.
+        # Set when one begins or ends, so that the worker's row need not wait for its next heartbeat.
         self.changed = asyncio.Event()
 
     def begin(self, name: str, message: str) -> None:
-        """`name` does not work; said again, it is the same trouble with newer words."""
+        """`name` does not work. Called again, it updates the message of the same trouble."""
         known = self._now.get(name)
         message = message.strip()[:MESSAGE_CHARACTERS]
         if known is None:
@@ -51,7 +51,7 @@ class Troubles:
             self._now[name] = Trouble(name, message, known.since, known.times + 1)
 
     def end(self, name: str) -> None:
-        """`name` has worked just now."""
+        """`name` works again."""
         known = self._now.pop(name, None)
         if known is not None:
             self.changed.set()
@@ -65,7 +65,7 @@ class Troubles:
         return name in self._now
 
     def as_json(self) -> list[dict[str, Any]]:
-        """As training_workers.data has them."""
+        """As training_workers.data stores them."""
         return [
             {"name": each.name, "message": each.message, "since": each.since.isoformat(), "times": each.times}
             for each in self

@@ -1,6 +1,6 @@
-"""The story of a host: wait for a wake-up, claim, begin an attempt, and again.
+"""The main loop of a host: wait for a wake-up, claim a job, begin an attempt, and again.
 
-What an attempt is stands in daemon.attempt.steps; how it ends, in daemon.attempt.settle.
+The steps of an attempt are in daemon.attempt.steps; how it ends is in daemon.attempt.settle.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ log = structlog.get_logger()
 MAX_LOST_RACES = 8
 RACE_SECONDS = 0.25
 PROMOTE_SECONDS = 1.0
-# So many jobs in a row are set aside; then one is tried now and then: what refuses them all is mended sooner or later.
+# Jobs in a row to set aside. After that the worker tries one now and then, until whatever refuses them all is fixed.
 MAX_REFUSALS = 8
 REFUSED_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
 class Queue:
-    """The table from which `Worker.run` takes its jobs."""
+    """The statements through which `Worker.run` takes its jobs."""
 
     store: SqlJobStore
     visibility: RowVisibility
@@ -69,20 +69,20 @@ class Worker:
         self._near_end: dict[asyncio.Task[FinishedAttempt], tuple[int, ...]] = {}
         self._claiming = asyncio.Lock()
         self._at_rest = False
-        # A claim that `wake` has sent, and the limits it names.
+        # A claim that `wake` has sent, with its limits.
         self._ahead: tuple[Limits, Sent] | None = None
         self._paused = False
-        # The claim may have been made all the same: the job would wait a lease for nobody.
+        # The claim may have succeeded although its answer was lost: the job would wait until its lease expires.
         self._answer_lost = False
         self._promote_at = 0.0
-        # Claims that the database refused, one after the other, and until when none is tried because of them.
+        # How many claims in a row the database has refused, and until when none is tried because of that.
         self._refusals = 0
         self._rest_until = 0.0
         self._idle_since = time.monotonic()
         collaborators.fitness.on_mended = self._mended
 
     async def run(self) -> None:
-        """Claim and run jobs until told to stop; return when the last attempt is settled."""
+        """Claims and runs jobs until told to stop; returns when the last attempt is settled."""
         async with Chores(self._with.troubles) as chores:
             self._begin_chores(chores)
             try:
@@ -96,7 +96,7 @@ class Worker:
     async def _serve(self) -> None:
         await self._with.fitness.look()
         while self._ahead is not None or not self._closing.is_set():
-            # Cleared before claiming: a wake-up that comes during the claim is not lost.
+            # Cleared before claiming, so that a wake-up during the claim is not lost.
             self._wake.clear()
             async with self._claiming:
                 seconds = await self._claim_all()
@@ -113,7 +113,7 @@ class Worker:
         await self._leave_no_claim()
 
     def _begin_chores(self, chores: Chores) -> None:
-        """What goes on beside the claiming, drain included."""
+        """Starts the work beside claiming. It goes on during a drain."""
         settings, host, queue = self._settings, self._host, self._queue
         troubles, load = self._with.troubles, self._load
         chores.start(
@@ -136,7 +136,7 @@ class Worker:
         chores.start("probes of the host", self._with.fitness.run)
 
     async def _claim_all(self) -> float:
-        """Claim until nothing is due or no slot is free. Returns the seconds to sleep unless woken."""
+        """Claims until nothing is due or no slot is free. Returns the seconds to sleep unless woken."""
         if self._ahead is None and (seconds := self._rest_until - time.monotonic()) > 0:
             return seconds
         try:
@@ -147,7 +147,7 @@ class Worker:
             return AWAY_SECONDS
         except HostUnfit:
             raise
-        except Exception as error:  # the outermost loop of the claiming: what runs here runs on
+        except Exception as error:  # the outermost loop of claiming: it must go on
             log.exception("claim_broke")
             self._answer_lost = True
             self._with.troubles.begin("claims", f"no job can be claimed: {type(error).__name__}: {error}")
@@ -169,10 +169,10 @@ class Worker:
                 self.begin(claim.job)
                 continue
             if self._refusals >= MAX_REFUSALS:
-                # Not this job or that one: whatever is claimed is refused. The rest of the queue is left as it is.
+                # Every claim is refused, not one job's: leave the rest of the queue as it is.
                 return self._rest()
             if claim.contested:
-                # Somebody else took the candidates, or holds them still: look again, but not for ever.
+                # Other hosts took the candidates, or still lock them: look again, but not forever.
                 lost_races += 1
                 if lost_races == MAX_LOST_RACES:
                     return RACE_SECONDS
@@ -183,18 +183,18 @@ class Worker:
                 continue
             self._prefetch.drop()
             if due_in == 0:
-                return RACE_SECONDS  # it is due, and somebody holds its row
+                return RACE_SECONDS  # it is due, but its row is locked
             return settings.poll_seconds if due_in is None else min(due_in, settings.poll_seconds)
         if not self._pool.has_room:
-            # A queue that is never empty must not starve the scheduled jobs; a burst need not ask for each job.
+            # A queue that is never empty must not starve scheduled jobs; a burst must not check once per job.
             if time.monotonic() >= self._promote_at:
                 self._promote_at = time.monotonic() + PROMOTE_SECONDS
                 await self._queue.store.promote_due_jobs()
             await self._look_ahead()
-        return settings.poll_seconds  # the slot that becomes free wakes us, and so does the end of a pause
+        return settings.poll_seconds  # a freed slot wakes us, and so does the end of a pause
 
     def _rest(self) -> float:
-        """Claim nothing for a while, whoever wakes us. Returns for how long."""
+        """Claims nothing for a while, even when woken. Returns for how many seconds."""
         self._rest_until = time.monotonic() + REFUSED_SECONDS
         return REFUSED_SECONDS
 
@@ -206,9 +206,9 @@ class Worker:
             return await self._claim_past_a_refusal(limits)
 
     async def _claim_past_a_refusal(self, limits: Limits) -> Claim:
-        """The database refused a claim and said of no job which one: the first in the line is claimed by its id.
+        """The database refused a claim without naming the job: claims the first job in line by its id.
 
-        Refused again, it is set aside, and the next one may be claimed."""
+        If that is refused too, the job is set aside and the next one may be claimed."""
         first = await self._queue.store.peek_next_job(limits)
         if first is None:
             return Claim(None)
@@ -234,7 +234,7 @@ class Worker:
             self._answer_lost = False
 
     async def _leave_no_claim(self) -> None:
-        """What was claimed on the way out, and not heard, goes back too: a reaper would count it as an attempt."""
+        """Returns jobs that were claimed during shutdown and whose answer was lost; a reaper would count an attempt."""
         try:
             await self._return_unanswered()
         except (DatabaseAway, StatementRefused) as error:
@@ -247,7 +247,7 @@ class Worker:
 
     @property
     def fit(self) -> bool:
-        """No part of this host is known to be broken."""
+        """True unless a part of this host is known to be broken."""
         return self._with.fitness.fit
 
     @property
@@ -258,9 +258,9 @@ class Worker:
         return self._limits(self._pool.free_gpus, self._with.trainers.bases())
 
     async def _look_ahead(self) -> None:
-        """With every slot taken and one about to become free: let the data of the likely next job be fetched.
+        """When every slot is taken and one will soon be free, prefetches the data of the likely next job.
 
-        A user whom the very job that ends keeps at his cap is passed over: the guess may be wrong."""
+        The guess may be wrong: it skips a user whose cap is full only because of the job that is about to end."""
         if not self._near_end or not self._prefetch.wants_a_job or self._paused or self._closing.is_set():
             return
         free_gpus = self._pool.free_gpus
@@ -273,7 +273,7 @@ class Worker:
             self._prefetch.guess(dataset)
 
     def _limits(self, free_gpus: int | None, warm_models: Sequence[str]) -> Limits:
-        """What this host serves, the same for a claim and for the look ahead, and what of it is free."""
+        """What this host serves and what of it is free; the same rules for a claim and for a prefetch."""
         settings = self._settings
         return Limits(
             free_gpus=free_gpus,
@@ -287,7 +287,7 @@ class Worker:
         )
 
     def begin(self, job: ClaimedJob) -> asyncio.Task[FinishedAttempt]:
-        """Run an attempt of a job that has been claimed for this host; the task ends when it is settled."""
+        """Runs an attempt at a job that has been claimed for this host. The task ends when the attempt is settled."""
         log.info(
             "job_claimed",
             job_id=str(job.id),
@@ -297,7 +297,7 @@ class Worker:
         )
         slots = self._pool.take(job.need_gpus, self._with.trainers.preferred(self._pool.free, job.base_model))
         stop = Stop()
-        if self._shutting_down:  # told while the claim was under way
+        if self._shutting_down:  # shutdown was requested during the claim
             stop.request(StopReason.SHUTDOWN)
 
         def near_end() -> None:
@@ -336,10 +336,10 @@ class Worker:
     def _running(self) -> set[str]:
         return {str(job.id) for job, _stop in self._attempts.values()}
 
-    # -- what moves left: wake-ups and stops --------------------------------------------------------------------
+    # -- signals: wake-ups and stops ----------------------------------------------------------------------------
 
     def wake(self) -> None:
-        """Something may be claimable. From rest the claim is on its way before this worker's own task is awake."""
+        """Something may be claimable. At rest, the claim is sent at once, before this worker's own task runs."""
         resting = time.monotonic() < self._rest_until
         if self._at_rest and not self._wake.is_set() and self._may_claim and not self._answer_lost and not resting:
             limits = self._limits_now()
@@ -350,7 +350,7 @@ class Worker:
         self._wake.set()
 
     def cancelled(self, job_id: object) -> None:
-        """The job was cancelled in the database; its heartbeat would find out, this is sooner."""
+        """The job was cancelled in the database. This stops it sooner than its next heartbeat would."""
         for job, stop in self._attempts.values():
             if job.id == job_id:
                 stop.request(StopReason.CANCELLED)
@@ -361,7 +361,7 @@ class Worker:
         self._wake.set()
 
     def drain(self) -> None:
-        """Claim nothing more; the jobs at hand run to their end."""
+        """Claims nothing more; running jobs continue to their end."""
         log.info("worker_draining", running=len(self._attempts))
         self._with.trainers.drain()
         self._prefetch.stop()
@@ -369,24 +369,24 @@ class Worker:
         self._wake.set()
 
     def shut_down(self) -> None:
-        """Claim nothing more; the jobs at hand leave a checkpoint and go back to the queue."""
+        """Claims nothing more; running jobs save a checkpoint and go back to the queue."""
         self._shutting_down = True
         self.drain()
         for _job, stop in self._attempts.values():
             stop.request(StopReason.SHUTDOWN)
 
     def hurry(self) -> None:
-        """As shut_down, but do not wait for checkpoints any longer."""
+        """Like shut_down, but no longer waits for checkpoints."""
         for _job, stop in self._attempts.values():
             stop.hurry()
 
     @property
     def idle_seconds(self) -> float | None:
-        """Since the last attempt was settled, or since the start; None while one is open."""
+        """Seconds since the last attempt was settled, or since the start; None while one is running."""
         return None if self._attempts else time.monotonic() - self._idle_since
 
     async def pause(self) -> None:
-        """Claim nothing until `resume`; returns when no claim is under way."""
+        """Claims nothing until `resume`; returns when no claim is under way."""
         self._paused = True
         async with self._claiming:
             if self._ahead is not None:
