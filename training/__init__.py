@@ -1,1 +1,1 @@
-"""The trainer: a child process that turns one spec into one adapter and speaks in events."""
+"""The trainer: a child process that turns one spec into one adapter and reports events."""

@@ -1,4 +1,4 @@
-"""The child process: specs on stdin, events on a pipe, an exit status that tells the ending.
+"""The trainer process: reads specs from stdin, writes events to a pipe, and reports the outcome as its exit status.
 
     python -m training --events-fd 5 < spec.json                        one job, in this process
     python -m training --events-fd 5 --warm --keep-bytes 8000000000     jobs one after another, each in a fork
@@ -21,8 +21,8 @@ from training.process.run_job import begin_job, read_spec, status_of
 from training.quick_imports import quick_imports
 from training.stop_switch import StopSwitch
 
-# Read by the libraries when they are imported. The daemon downloads; the child never goes out, reports nothing, and
-# has no use for forked tokenizer threads.
+# The libraries read these when they are imported. The daemon does all downloading; this process stays offline,
+# sends no telemetry, and never forks tokenizer threads.
 _QUIET_AND_OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
@@ -31,11 +31,11 @@ _QUIET_AND_OFFLINE = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "MPLBACKEND": "Agg",
-    # Fewer holes in a card's memory when batches differ in length.
+    # Less fragmentation of GPU memory when batches differ in length.
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-    # Ask NVML and not the driver whether there is a card: a driver that was opened once cannot be used in a fork.
+    # Ask NVML, not the driver, whether there is a GPU: once the driver was opened, a fork cannot use it.
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
-    # Threads that spin while they wait slow each other down tenfold when two jobs share a CPU.
+    # Threads that spin while they wait make two jobs on one CPU ten times slower.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
 
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def run_alone(events_fd: int) -> int:
-    """One job in this process, which never sees another."""
+    """Runs one job in this process, which then ends."""
     stop = StopSwitch()
     stop.listen()
     line = sys.stdin.readline()
@@ -72,7 +72,7 @@ def run_alone(events_fd: int) -> int:
     read_ahead(spec)
 
     def work() -> None:
-        # Imported after `started` was said: it takes seconds and brings the heavy libraries.
+        # Imported after the `started` event: it takes seconds and loads the heavy libraries.
         if spec.num_gpus > 1:
             from training.launch.launcher import train_on_ranks
 

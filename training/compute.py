@@ -1,6 +1,6 @@
-"""Which type the products of a job are computed in, bfloat16 or float32: decided here, and a fact of the plan.
+"""Decides whether a job computes in bfloat16 or float32. The choice is part of the plan.
 
-Standard library only, so that the plan and the estimate know it before torch is imported.
+Standard library only, so that the plan and the estimate can use it before torch is imported.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Literal
 # (float16, which older notes name, overflows on these models.)
 ComputeType = Literal["bfloat16", "float32"]
 
-# How the kernel names the units of an x86 CPU that multiply bfloat16.
+# CPU flags in the kernel's /proc/cpuinfo that mean bfloat16 matrix units on x86.
 _BF16_UNITS = {"avx512_bf16", "amx_tile"}
 
 
 def compute_type(device: str, asked: ComputeType | None = None) -> ComputeType:
-    """What was asked for; else bfloat16 where the hardware multiplies it, as every card does that we train on.
+    """Returns the requested type; by default bfloat16 where the hardware multiplies it, as all our GPUs do.
 
-    A CPU without units for it takes sixty times as long as in float32.
+    On a CPU without bfloat16 units, bfloat16 takes sixty times as long as float32.
     """
     if asked is not None:
         return asked
@@ -28,7 +28,7 @@ def compute_type(device: str, asked: ComputeType | None = None) -> ComputeType:
 
 @cache
 def cpu_multiplies_bf16() -> bool:
-    """Whether this host's CPU has units for bfloat16 that torch uses."""
+    """True if this CPU has bfloat16 units that torch uses."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

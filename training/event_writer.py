@@ -1,4 +1,4 @@
-"""The trainer's voice: events of one job, written to the pipe that the daemon reads, each whole and at once."""
+"""Writes one job's events to the daemon's pipe, one JSON line per event."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ AnyEvent = (
 
 
 class EventWriter:
-    """Speaks for one job. Lives as long as the job; the descriptor belongs to the caller."""
+    """Writes the events of one job. The caller owns the descriptor and keeps it open for as long as the job runs."""
 
     def __init__(self, descriptor: int, job_id: str) -> None:
         self._descriptor = descriptor
         self.job_id = job_id
 
     def say(self, event: AnyEvent) -> None:
-        """Write one event as one line. Ends the process when nobody listens: a run without a daemon is lost money."""
+        """Writes one event as one line. Exits the process if the daemon is gone: nobody would collect the result."""
         line = event.model_dump_json().encode() + b"\n"
         try:
-            # A pipe takes up to PIPE_BUF bytes atomically; a longer line may go in parts when the pipe is nearly full.
+            # A pipe takes up to PIPE_BUF bytes atomically; a longer line may be split when the pipe is nearly full.
             while line:
                 line = line[os.write(self._descriptor, line) :]
         except BrokenPipeError:
@@ -52,10 +52,10 @@ class EventWriter:
 
 
 class NullWriter(EventWriter):
-    """The voice of every rank but the first: one job, one speaker."""
+    """Discards all events. Used by every rank except the first, so that a job reports only once."""
 
     def __init__(self, job_id: str) -> None:
         super().__init__(-1, job_id)
 
     def say(self, event: AnyEvent) -> None:
-        """Nothing."""
+        """Does nothing."""

@@ -1,6 +1,6 @@
-"""What the trainer says while it works: one JSON object a line, one fact an event.
+"""The events that the trainer reports: one JSON object per line, one fact per event.
 
-The other half of the bridge between trainer and daemon: standard library and pydantic only.
+With the spec, the interface between daemon and trainer: standard library and pydantic only.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 
 class ErrorCode(StrEnum):
-    """The short fixed list that a user's program may branch on; documented in docs/reference/errors.md."""
+    """The short, fixed list of codes that a user's program may branch on; documented in docs/reference/errors.md."""
 
     INVALID_SPEC = "invalid_spec"
     DATASET_UNREACHABLE = "dataset_unreachable"
@@ -34,7 +34,7 @@ class ErrorCode(StrEnum):
 
 
 class Stage(StrEnum):
-    """Where an attempt is; the row's current_stage."""
+    """The stage that an attempt has reached; the row's current_stage."""
 
     SETUP = "setup"
     DOWNLOADING = "downloading"
@@ -45,22 +45,22 @@ class Stage(StrEnum):
     UPLOADING = "uploading"
 
 
-# What of a host may be broken whatever the job.
+# The parts of a host that can be broken, whatever the job.
 HostPart = Literal["work folder", "models folder", "storage folder", "trainer", "GPU"]
 
-# Exit status of a child that was asked to stop and left a checkpoint behind (EX_TEMPFAIL).
+# Exit status of a trainer that was asked to stop and saved a checkpoint (EX_TEMPFAIL).
 EXIT_STOPPED = 75
 
 
 class _Event(BaseModel):
-    # Not-a-number travels as a string constant: the daemon decides what a column can hold.
+    # NaN is sent as a string: the daemon decides what a column can hold.
     model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings", protected_namespaces=())
 
     job_id: str
 
 
 class Started(_Event):
-    """The child read its spec and can speak."""
+    """The trainer has read its spec and can report events."""
 
     kind: Literal["started"] = "started"
     pid: int
@@ -74,7 +74,7 @@ class StageEntered(_Event):
 
 
 class Planned(_Event):
-    """The run's real size, known before the model is loaded; corrects the row's estimates."""
+    """The run's real size, known before the model is loaded. Corrects the row's estimates."""
 
     kind: Literal["planned"] = "planned"
     total_steps: int
@@ -104,7 +104,7 @@ class Progress(_Event):
 
 
 class Evaluated(_Event):
-    """Loss on the held-out conversations, mean over trained tokens."""
+    """Loss on the held-out conversations, averaged over trained tokens."""
 
     kind: Literal["evaluated"] = "evaluated"
     step: int
@@ -120,7 +120,7 @@ class CheckpointSaved(_Event):
 
 
 class Sample(_Event):
-    """What the model answers to a held-out prompt, before training and after."""
+    """The model's answer to a held-out prompt, before and after training."""
 
     kind: Literal["sample"] = "sample"
     when: Literal["before", "after"]
@@ -129,7 +129,7 @@ class Sample(_Event):
 
 
 class Notice(_Event):
-    """Something the user should know that ends nothing: resumed, out-of-memory recovery, rows skipped."""
+    """Something the user should know that does not end the run: resumed, recovered from out of memory, rows skipped."""
 
     kind: Literal["notice"] = "notice"
     code: str
@@ -138,7 +138,7 @@ class Notice(_Event):
 
 
 class AdapterSaved(_Event):
-    """The adapter folder is whole on disk. The last word of a successful run."""
+    """The adapter folder is complete on disk. The last event of a successful run."""
 
     kind: Literal["adapter_saved"] = "adapter_saved"
     path: str
@@ -160,7 +160,7 @@ class Failed(_Event):
 
 
 class Ready(BaseModel):
-    """Not of a job but of the process: a warm trainer waits for a line. What it holds was never any job's own."""
+    """Sent by a warm trainer process, not by a job: it is ready to read a spec. It holds no data of any earlier job."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
@@ -180,7 +180,7 @@ _LINE: TypeAdapter[Event | Ready] = TypeAdapter(Annotated[Event | Ready, Field(d
 
 
 def parse_event(line: bytes | str) -> Event | None:
-    """Read one line. Unknown kinds and a torn last line give None: a newer or dying child must not stop the daemon."""
+    """Reads one line. Returns None for an unknown kind or a torn last line: neither must stop the daemon."""
     try:
         return _EVENT.validate_json(line)
     except ValidationError:
@@ -188,7 +188,7 @@ def parse_event(line: bytes | str) -> Event | None:
 
 
 def parse_line(line: bytes | str) -> Event | Ready | None:
-    """Read one line of a process that may serve several jobs: an event of one of them, or that it is ready."""
+    """Reads one line of a process that may serve several jobs: an event of a job, or `ready`."""
     try:
         return _LINE.validate_json(line)
     except ValidationError:

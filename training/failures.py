@@ -1,6 +1,6 @@
-"""Every way a run can end badly, in words that a product can show: what happened, with values, and what to do.
+"""Turns every way a run can fail into a message for users: what happened, with values, and what to do.
 
-The only place where a library's exception becomes an error code.
+This is the only place where a library's exception becomes an error code.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from training.events import ErrorCode, Failed, HostPart
 from training.spec import JobSpec
 
-# What drivers and libraries say when memory ran out without raising torch.OutOfMemoryError.
+# Messages of drivers and libraries that ran out of memory without raising torch.OutOfMemoryError.
 _OUT_OF_MEMORY_SIGNS = (
     "out of memory",
     "cublas_status_alloc_failed",
@@ -20,7 +20,7 @@ _OUT_OF_MEMORY_SIGNS = (
     "not enough memory",
 )
 _DISK_FULL_SIGNS = ("no space left on device", "disk quota exceeded")
-# What the operating system says of a volume that is gone, read-only or broken. The trainer writes nowhere else.
+# What the operating system reports for a volume that is gone, read-only or broken. The trainer writes nowhere else.
 _VOLUME_ERRORS = {
     errno.EROFS,
     errno.EIO,
@@ -31,7 +31,7 @@ _VOLUME_ERRORS = {
     errno.ENODEV,
     errno.ENXIO,
 }
-# What PyTorch and the driver say when there is no card to compute on any more (c10/cuda and NVIDIA's Xid list).
+# Messages of PyTorch and the driver when the GPU is gone (c10/cuda and NVIDIA's Xid list).
 _GPU_LOST_SIGNS = (
     "no cuda gpus are available",
     "found no nvidia driver",
@@ -46,7 +46,7 @@ _GPU_LOST_SIGNS = (
 
 
 class TrainingFailed(Exception):
-    """The run cannot go on. `message` and `hint` are written for the user's eyes."""
+    """The run cannot go on. `message` and `hint` are written for users."""
 
     def __init__(
         self, code: ErrorCode, message: str, hint: str, *, transient: bool = False, host: HostPart | None = None
@@ -65,7 +65,7 @@ class StopRequested(Exception):
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """One exception, understood."""
+    """An exception translated into an error code, a message and a hint."""
 
     code: ErrorCode
     message: str
@@ -89,7 +89,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def diagnose(error: BaseException, spec: JobSpec | None) -> Diagnosis:
-    """Say what an exception means for the user. An unknown one is ours to answer for: `internal`, with its type."""
+    """Explains an exception to the user. An unknown one is our fault: `internal`, with its type."""
     if isinstance(error, TrainingFailed):
         return Diagnosis(error.code, error.message, error.hint, error.transient, error.host)
     if is_disk_full(error):
@@ -112,7 +112,7 @@ def diagnose(error: BaseException, spec: JobSpec | None) -> Diagnosis:
 
 
 def broken_part(error: BaseException) -> HostPart | None:
-    """What of this host does not work, where the error says so and no job could be to blame."""
+    """Returns the broken part of this host, if the error names it and no job could have caused it."""
     if isinstance(error, ImportError):
         return "trainer"
     if isinstance(error, OSError) and error.errno in _VOLUME_ERRORS:
@@ -124,7 +124,7 @@ def broken_part(error: BaseException) -> HostPart | None:
 
 
 def memory_advice(spec: JobSpec | None, max_length: int | None = None) -> str:
-    """The one advice for memory, with the values that the job has now."""
+    """The advice for running out of memory, with the values that the job has now."""
     if spec is None:
         return "reduce batch_size, lora_rank or max_length"
     chosen = spec.hyperparameters
@@ -136,7 +136,7 @@ def memory_advice(spec: JobSpec | None, max_length: int | None = None) -> str:
 
 
 def failed_event(error: BaseException, spec: JobSpec | None, job_id: str) -> Failed:
-    """The last word of a run that ended badly, its stack for the operator."""
+    """The last event of a failed run, with the stack for the operator."""
     found = diagnose(error, spec)
     return Failed(
         job_id=job_id,

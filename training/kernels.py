@@ -1,8 +1,8 @@
-"""Whether the kernels of linear attention can be used on this card, by the versions that are installed.
+"""Checks whether the installed linear-attention kernels can be used on this GPU.
 
-flash-linear-attention refuses a gated model's backward on Hopper with Triton from 3.4.0 to before 3.7.1, whose results
-would be wrong (fla-core 0.6.0, ops/common/chunk_o.py); and it does so in the first step, when the model is loaded and
-paid for. Standard library and NVML only: asked before the libraries are imported, which choose their kernels then.
+flash-linear-attention refuses a gated model's backward on Hopper with Triton from 3.4.0 to before 3.7.1, because the
+results would be wrong (fla-core 0.6.0, ops/common/chunk_o.py). It refuses only in the first step, after the model has
+been loaded and paid for. Standard library and NVML only: libraries choose their kernels at import, so we check before.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Capability = tuple[int, int]
 
 
 def fault_of_kernels(capability: Capability | None) -> str | None:
-    """Why flash-linear-attention must not be used on a card of this compute capability; None where it may, or is not.
+    """Explains why flash-linear-attention must not be used with this compute capability. None if it may, or is absent.
 
-    With tilelang it multiplies by other kernels than Triton's.
+    With tilelang installed it uses other kernels than Triton's.
     """
     fla, triton = _version("fla-core"), _version("triton")
     if capability is None or capability[0] != _HOPPER or fla is None or triton is None or find_spec("tilelang"):
         return None
-    # 3.5.1+git… is 3.5.1, and 3.7.1rc1 is not yet 3.7.1.
+    # 3.5.1+git… counts as 3.5.1, and 3.7.1rc1 comes before 3.7.1.
     if not _WRONG_FROM <= Version(Version(triton).public) < _WRONG_BEFORE:
         return None
     return (
@@ -39,13 +39,13 @@ def fault_of_kernels(capability: Capability | None) -> str | None:
 
 
 def hide_wrong_kernels() -> None:
-    """Let `import fla` fail where its kernels must not be used: transformers then computes in plain PyTorch."""
+    """Makes `import fla` fail where its kernels must not be used: transformers then computes in plain PyTorch."""
     if fault_of_kernels(capability_by_nvml()) is not None:
         sys.modules["fla"] = None  # type: ignore[assignment]
 
 
 def capability_by_nvml() -> Capability | None:
-    """Compute capability of this process's first card, without a look at the CUDA driver; None where there is none."""
+    """The compute capability of this process's first GPU, without opening the CUDA driver; None without a GPU."""
     import pynvml
 
     try:

@@ -1,4 +1,4 @@
-"""What binds this process to the one that started it, and to those that it started itself."""
+"""Ties this process to its parent, and its own children to it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Ask the kernel to kill us when the parent dies, so that no orphan trains on for nobody.
+    """Asks the kernel to kill us when the parent dies, so that no orphan keeps training.
 
-    `parent` is its pid where it is known; it may have died before the request took hold.
+    `parent` is its pid where known: it may have died before the request took effect.
     """
     parent = os.getppid() if parent is None else parent
     end_with_parent()
@@ -27,13 +27,13 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def adopt_orphans() -> None:
-    """From now on the kernel gives us, and not init, whatever our children leave behind."""
+    """From now on, makes the kernel give our children's orphans to us instead of to init."""
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl")
 
 
 def end_every_child() -> None:
-    """Kill and reap all that is left below us, whatever group or session it made for itself."""
+    """Kills and reaps all our descendants, whatever process group or session they created."""
     while True:
         try:
             pid, _status = os.waitpid(-1, os.WNOHANG)

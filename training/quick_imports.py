@@ -1,6 +1,6 @@
-"""How the heavy libraries are imported: without the work that nobody needs, in about two thirds of the time.
+"""Imports the heavy libraries in about two thirds of the time, by skipping work that no job needs.
 
-Standard library only. Nothing that a job computes depends on it; without it a trainer starts later.
+Standard library only. It changes no result of a job; without it a trainer only starts later.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ _NO_COMPILER = "TORCHDYNAMO_DISABLE"
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Import torch, transformers, peft and trl inside.
+    """Context manager: import torch, transformers, peft and trl inside it.
 
-    No garbage is collected meanwhile: each collection walks through all that was imported so far, a million objects
-    that stay. They are frozen in the end, so that later collections pass them over too.
+    Garbage collection is off meanwhile: each collection would walk through everything imported so far, a million
+    objects that stay. They are frozen at the end, so that later collections skip them too.
 
-    Nor is torch.compile's compiler loaded: bitsandbytes marks five functions for it, and that takes a second, networkx
-    included. With torch's own switch they stay plain functions. They are its fallbacks for devices without kernels and
-    for matrices of odd width; a job calls the library's kernels in C++ or CUDA. The switch is read where a function is
-    marked: what is marked later, a model's own code say, is compiled.
+    torch.compile's compiler is not loaded either: bitsandbytes marks five functions for it, and loading it takes a
+    second, networkx included. With torch's own switch they stay plain functions. They are its fallbacks for devices
+    without kernels and for matrices of odd width; a job calls the library's kernels in C++ or CUDA. The switch is read
+    when a function is marked: functions marked later, such as a model's own code, are compiled.
     """
     collects, switch = gc.isenabled(), os.environ.get(_NO_COMPILER)
     gc.disable()

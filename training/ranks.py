@@ -1,8 +1,8 @@
-"""One job on several cards: which of its processes this one is, and what they tell each other.
+"""One job on several GPUs: which of its processes this one is, and how they exchange data.
 
-Every rank runs the same recipe on the same files and comes to the same decisions, because whatever could differ
-between them (a clock, a signal, a sum over its own conversations) is exchanged here before it is acted upon. Flags
-and numbers travel between CPUs (gloo), tensors of a card between cards (NCCL). A job of one process exchanges nothing.
+Every rank runs the same recipe on the same files and must reach the same decisions. So anything that could differ
+between ranks (a clock, a signal, a sum over its own conversations) is exchanged here before it is used. Flags and
+numbers travel between CPUs (gloo), GPU tensors between GPUs (NCCL). A job of one process exchanges nothing.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from training.stop_switch import StopSwitch
 
 T = TypeVar("T")
 
-# An exchange that takes longer than this is over, and with it the attempt: longer than writing the 4-bit copy of an
-# 80 B model, which the first rank does alone. The daemon's own watchdog may be less patient.
+# An exchange that takes longer fails, and the attempt with it. Longer than writing the 4-bit copy of an 80 B model,
+# which the first rank does alone. The daemon's own watchdog may be stricter.
 EXCHANGE_SECONDS = 1800.0
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process, as one of `count` that do a job together."""
+    """This process, as one of the `count` processes of a job."""
 
     index: int = 0
     count: int = 1
 
     @property
     def is_first(self) -> bool:
-        """The one that speaks, and writes checkpoints and the adapter."""
+        """True for the rank that reports events and writes the checkpoints and the adapter."""
         return self.index == 0
 
     def share(self, things: Sequence[T]) -> Sequence[T]:
-        """This rank's part of what is done once by all of them together."""
+        """This rank's part of work that is split between all ranks."""
         return things[self.index :: self.count]
 
     def exchange(self, numbers: Iterable[float]) -> list[list[float]]:
-        """Every rank's numbers, by rank; the same on all of them."""
+        """Every rank's numbers, in rank order; the same on all ranks."""
         mine = torch.tensor(list(numbers), dtype=torch.float64)
         if self.count == 1:
             return [mine.tolist()]
@@ -56,13 +56,13 @@ class Ranks:
         return [sum(column) for column in zip(*self.exchange(numbers), strict=True)]
 
     def agree_to_stop(self, stop: StopSwitch) -> bool:
-        """Whether any rank was asked to stop; if so, all of them were."""
+        """True on every rank as soon as any rank has been asked to stop."""
         if any(asked for (asked,) in self.exchange([stop.requested])):
             stop.requested = True
         return stop.requested
 
     def as_the_first(self, find: Callable[[], T]) -> T:
-        """What the first rank finds, on all of them. It must be picklable."""
+        """Runs `find` on the first rank and returns its result on all of them. The result must be picklable."""
         if self.count == 1:
             return find()
         found: list[Any] = [find() if self.is_first else None]
@@ -71,7 +71,7 @@ class Ranks:
         return answer
 
     def one_after_the_first(self, work: Callable[[], T]) -> T:
-        """The first rank works alone, then the others at once: for what the first one leaves on disk for them."""
+        """Runs `work` on the first rank, then on all others at once: they read what the first one left on disk."""
         if self.is_first:
             done = work()
             self.exchange([0.0])
@@ -80,7 +80,7 @@ class Ranks:
         return work()
 
     def one_by_one(self, work: Callable[[], T]) -> T:
-        """Each rank works alone, in turn: for what the host has memory for once."""
+        """Runs `work` on one rank after the other: the host has memory for only one at a time."""
         done: T | None = None
         for turn in range(self.count):
             if turn == self.index:
@@ -90,11 +90,11 @@ class Ranks:
         return done
 
     def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Replace each gradient by the mean over all ranks, in one exchange.
+        """Replaces each gradient by the mean over all ranks, in one exchange.
 
-        In place of DistributedDataParallel, which exchanges inside of backward: there a rank that runs out of memory
-        half way, and does its micro-batch again in halves, would leave the others waiting. An adapter's gradients are
-        a few ten megabytes once a step, too few to be worth hiding.
+        Used instead of DistributedDataParallel, which exchanges during backward: a rank that runs out of memory half
+        way, and repeats its micro-batch in halves, would leave the others waiting. An adapter's gradients are some
+        tens of megabytes once a step, too few to be worth overlapping with backward.
         """
         if self.count == 1:
             return
@@ -112,10 +112,10 @@ ALONE = Ranks()
 
 
 def join(device: str) -> Ranks:
-    """Meet the other ranks at the place that the engine wrote into the environment."""
+    """Joins the other ranks at the address that the engine set in the environment."""
     dist.init_process_group(_BACKENDS[device], timeout=timedelta(seconds=EXCHANGE_SECONDS))
     if device == "cuda":
-        # Each rank sees one card only (training.launch.rank_main).
+        # Each rank sees only one GPU (training.launch.rank_main).
         torch.cuda.set_device(0)
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 

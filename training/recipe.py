@@ -1,9 +1,9 @@
-"""The method, from a spec to an adapter; read it aloud.
+"""The whole method, from a spec to an adapter. Start reading here.
 
-A base model is frozen in four bits. Beside its linear layers grow small matrices in float32, the adapter, and only
-they learn. They learn from conversations, rendered the way the model will be spoken to, and only from the assistant's
-words in them. Some conversations are held out; how well the model does on those says whether it learned or memorised,
-and the adapter that did best on them is the one that is kept.
+A base model is frozen in four bits. Small float32 matrices beside its linear layers, the adapter, are the only part
+that learns. They learn from conversations, rendered with the chat template that the model will be used with, and only
+from the assistant's words. Some conversations are held out. The loss on those shows whether the model learned or
+memorised, and the adapter that did best on them is kept.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that is known before a model is needed: what is learnt from, in which words, and in how many steps."""
+    """Everything known before a model is needed: the data, its tokens, and the number of steps."""
 
     folder: ModelFolder
     tokenizer: PreTrainedTokenizerBase
@@ -60,18 +60,18 @@ class Prepared:
 
 
 def train_adapter(spec: JobSpec, voice: EventWriter, stop: StopSwitch, ranks: Ranks = ALONE) -> None:
-    """Do one job. Ends with `adapter_saved`; raises TrainingFailed, or StopRequested once a checkpoint is on disk.
+    """Runs one job. Ends with `adapter_saved`; raises TrainingFailed, or StopRequested once a checkpoint is on disk.
 
-    On several ranks each does all of this on its share of the conversations; what is written, the first one writes.
+    With several ranks, each does all of this on its share of the conversations; only the first writes files.
     """
-    # The data first: they are what is wrong most often, and looking at them takes a second.
+    # The data first: they are wrong most often, and checking them takes a second.
     prepared = prepare(spec, voice)
     voice.stage(Stage.LOADING, spec.base_model)
     train_on(_load_on_ranks(prepared, spec, voice, ranks), prepared, spec, voice, stop, ranks=ranks)
 
 
 def _load_on_ranks(prepared: Prepared, spec: JobSpec, voice: EventWriter, ranks: Ranks) -> PreTrainedModel:
-    """The base model: whole on each card, or in parts on all of them."""
+    """Loads the base model: whole on each GPU, or sharded over all of them."""
     folder = prepared.folder
     if prepared.is_cut:
         voice.notice(
@@ -84,13 +84,13 @@ def _load_on_ranks(prepared: Prepared, spec: JobSpec, voice: EventWriter, ranks:
             )
         )
     if ranks.count > 1 and spec.quantize and spec.quantized_dir is not None:
-        # Where there is no 4-bit copy yet the first rank writes it, and the others read it.
+        # If there is no 4-bit copy yet, the first rank writes it and the others read it.
         return ranks.one_after_the_first(lambda: load_base_model(spec, folder, voice))
     return load_base_model(spec, folder, voice)
 
 
 def prepare(spec: JobSpec, voice: EventWriter, tokenizer: PreTrainedTokenizerBase | None = None) -> Prepared:
-    """Read the data and look ahead, without a model. `tokenizer` is the base model's, where it is loaded already."""
+    """Reads the data, plans and estimates, without a model. `tokenizer` is the base model's if it is loaded already."""
     folder = open_model_folder(spec.model_path, spec.base_model)
     tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
     template = ChatTemplate(tokenizer)
@@ -135,15 +135,15 @@ def train_on(
     *,
     ranks: Ranks = ALONE,
 ) -> None:
-    """From a base model, as loading left it, to the adapter. The model is used up: it carries the adapter after."""
+    """Trains an adapter on a freshly loaded base model. The model carries the adapter afterwards: do not reuse it."""
     corpus, plan, tokenizer, template = prepared.corpus, prepared.plan, prepared.tokenizer, prepared.template
 
-    # The model: frozen, four bits; the adapter: small, float32, the only thing that learns.
+    # The model: frozen, four bits; the adapter: small, float32, the only part that learns.
     warn_of_missing_kernels(spec, base, voice)
     packed = may_pack(spec, base, voice)
     model = attach_adapter(base, spec.hyperparameters)
 
-    # Training, from the beginning or from where an earlier attempt got to.
+    # Training, from the start or from an earlier attempt's checkpoint.
     shelf = CheckpointShelf(spec.checkpoint_dir, fingerprint=_fingerprint(spec, plan, corpus))
     checkpoint = ranks.as_the_first(lambda: _find_checkpoint(shelf, voice))
     journal = RunHistory.load(checkpoint.path) if checkpoint else RunHistory()
@@ -180,7 +180,7 @@ def train_on(
 
     if not ranks.is_first:
         return
-    # The adapter, beside it what it was made with and how the making went.
+    # The adapter, with the settings and the history of the run beside it.
     voice.stage(Stage.SAVING)
     log, chart = spec.work_dir / "training_log.jsonl", spec.work_dir / "metrics_chart.png"
     journal.write_log(log)
@@ -191,7 +191,7 @@ def train_on(
 
 
 def may_pack(spec: JobSpec, base: PreTrainedModel, voice: EventWriter) -> bool:
-    """Whether conversations of a micro-batch are laid end to end instead of padded: where it changes nothing."""
+    """True if a micro-batch's conversations may be laid end to end instead of padded, without changing the result."""
     if spec.hyperparameters.packing is False:
         return False
     reason = why_not_packed(base)
@@ -201,7 +201,7 @@ def may_pack(spec: JobSpec, base: PreTrainedModel, voice: EventWriter) -> bool:
 
 
 def _keep_what_fits(base: PreTrainedModel, prepared: Prepared, spec: JobSpec, voice: EventWriter) -> None:
-    """Unpack frozen weights for the whole run where memory is left over, and say how much it took."""
+    """Keeps frozen weights dequantised for the whole run where memory is left, and reports how much it took."""
     if prepared.is_cut:
         return
     kept = keep_unpacked(base, spare_bytes(spec, prepared.estimate))
@@ -224,7 +224,7 @@ def _find_checkpoint(shelf: CheckpointShelf, voice: EventWriter) -> Checkpoint |
 
 
 def _fingerprint(spec: JobSpec, plan: Plan, corpus: Corpus) -> dict[str, object]:
-    """What must be equal for a checkpoint to be continued: another run's state would be a silent mixture."""
+    """What must be equal for a checkpoint to be continued; otherwise two runs would be mixed without an error."""
     return {
         "base_model": spec.base_model,
         "model_revision": spec.model_revision,
@@ -234,6 +234,6 @@ def _fingerprint(spec: JobSpec, plan: Plan, corpus: Corpus) -> dict[str, object]
         "total_steps": plan.total_steps,
         "torch": version("torch"),
         "transformers": version("transformers"),
-        # Named where it is not what a card computes in, so that the checkpoints of earlier versions are continued.
+        # Left out for bfloat16, which GPUs compute in, so that checkpoints of earlier versions can be continued.
         **({} if plan.compute_type == "bfloat16" else {"compute_type": plan.compute_type}),
     }

@@ -1,7 +1,7 @@
-"""What a job asks for, checked once: the row's JSON becomes a JobSpec, all faults listed together.
+"""What a job asks for, checked once: the row's JSON becomes a JobSpec, with all faults listed together.
 
-One half of the bridge between daemon and trainer (events is the other): standard library and
-pydantic only, so that the daemon may import it without loading torch.
+With the events, the interface between daemon and trainer: standard library and pydantic only, so that the daemon can
+import it without loading torch.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from training.compute import ComputeType
 
-# One segment or two, as the hub names models; a path, `..` or a drive letter never matches.
+# One or two segments, as the hub names models; a path, `..` or a drive letter never matches.
 MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$"
 
 
-# Where a run's curves can go.
+# Where a run's curves can be sent.
 Tracker = Literal["tensorboard", "wandb"]
 
 
@@ -32,7 +32,7 @@ class Fault:
 
 
 class SpecInvalid(ValueError):
-    """The row asks for something that cannot be run. Carries every fault, not the first."""
+    """The row asks for something that cannot be run. Carries every fault, not only the first."""
 
     def __init__(self, faults: list[Fault]) -> None:
         self.faults = faults
@@ -40,9 +40,9 @@ class SpecInvalid(ValueError):
 
 
 class Hyperparameters(BaseModel):
-    """What the user may choose, in either spelling of the app; everything has a working default.
+    """What the user may choose, in either spelling of the app. Every field has a working default.
 
-    Ranges are those the app offers, widened where the method allows more.
+    Ranges are the app's, widened where the method allows more.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True, allow_inf_nan=False)
@@ -129,7 +129,7 @@ class GpuConfig(BaseModel):
 
 @dataclass(frozen=True)
 class ParsedRow:
-    """The user's wishes, typed, and the keys that we do not know (reported, never ignored in silence)."""
+    """The user's choices, typed, and the unknown keys (they are reported, never silently ignored)."""
 
     hyperparameters: Hyperparameters
     gpu_config: GpuConfig
@@ -159,7 +159,7 @@ def parse_row(hyperparameters: object, gpu_config: object) -> ParsedRow:
 
 
 def faults_of(error: ValidationError, prefix: str = "") -> list[Fault]:
-    """One Fault for each error that pydantic found, the offending value in the message."""
+    """One Fault for each error that pydantic found, with the offending value in the message."""
     faults = []
     for item in error.errors(include_url=False):
         path = ".".join(str(part) for part in ((prefix,) if prefix else ()) + item["loc"])
@@ -178,9 +178,9 @@ def _known_keys(model: type[BaseModel]) -> set[str]:
 
 
 class JobSpec(BaseModel):
-    """Everything the trainer child needs to know, and nothing secret: one JSON line on its stdin.
+    """Everything that the trainer needs to know, and nothing secret: one JSON line on its stdin.
 
-    Paths are absolute and local: the daemon has resolved the model and downloaded the data.
+    Paths are absolute and local: the daemon has already resolved the model and downloaded the data.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -208,7 +208,7 @@ class JobSpec(BaseModel):
 
 
 class HoldOrder(BaseModel):
-    """In place of a spec: load this base model and wait for a job that wants it."""
+    """Sent in place of a spec: load this base model and wait for a job that needs it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 

@@ -1,4 +1,4 @@
-"""The wish to stop: SIGTERM ends a run at once before training, and after the step in hand while training."""
+"""Stop requests: SIGTERM ends a run immediately before training starts, and after the current step once it has."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from types import FrameType
 
 from training.events import EXIT_STOPPED
 
-# How the launcher passes a SIGTERM on to its ranks. Their own SIGTERM comes from the engine when another rank has
-# failed, and must end a rank that waits inside of an exchange, where no Python handler would run.
+# How the launcher passes SIGTERM on to its ranks. A rank gets a real SIGTERM from the engine when another rank has
+# failed, and that must end it even inside an exchange, where no Python handler would run.
 STOP_A_RANK = signal.SIGUSR1
 
 
@@ -26,7 +26,7 @@ class StopSwitch:
 
     @contextmanager
     def at_the_next_step(self) -> Iterator[None]:
-        """While this is open somebody else looks at `requested` and leaves a checkpoint behind."""
+        """Inside this context SIGTERM only sets `requested`; the training loop reads it and saves a checkpoint."""
         self._deferred = True
         try:
             yield
@@ -34,7 +34,7 @@ class StopSwitch:
             self._deferred = False
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        # Once: a second one, to the group and to the process, must not break into the way out of the first.
+        # Only once: a second SIGTERM (one to the group, one to the process) must not interrupt the exit of the first.
         already, self.requested = self.requested, True
         if not self._deferred and not already:
             raise SystemExit(EXIT_STOPPED)

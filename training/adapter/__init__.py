@@ -1,1 +1,1 @@
-"""The LoRA adapter: where it goes, how it is saved, how it is sampled and talked to."""
+"""The LoRA adapter: which layers it adapts, how it is saved, sampled and chatted with."""

@@ -1,7 +1,7 @@
-"""Ask a trained adapter one question: `python -m training.adapter.ask QUESTION [--model FOLDER] [--adapter FOLDER]`.
+"""Asks a trained adapter one question: `python -m training.adapter.ask QUESTION [--model FOLDER] [--adapter FOLDER]`.
 
-The adapter is opened the way its user will: plain `PeftModel.from_pretrained` on the unquantised
-base model. Without folders it takes what the last demo made.
+The adapter is opened as its users open it: plain `PeftModel.from_pretrained` on the unquantised base model. Without
+folders it uses those of the last demo.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def answer(model_dir: Path, adapter_dir: Path | None, question: str, max_new_tokens: int = 60) -> str:
-    """The model's answer, greedy: the same question gives the same words. Without an adapter the base model's."""
+    """The model's answer, decoded greedily: always the same. Without an adapter, the base model's answer."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -36,7 +36,7 @@ def answer(model_dir: Path, adapter_dir: Path | None, question: str, max_new_tok
 
 
 def main(arguments: list[str]) -> int:
-    """Print the base model's answer and the adapter's; 1 with one line on stderr when a folder is missing."""
+    """Prints the base model's answer and the adapter's; 1 with one line on stderr if a folder is missing."""
     parser = argparse.ArgumentParser(
         prog="python -m training.adapter.ask", description="Ask a trained adapter one question."
     )

@@ -1,8 +1,8 @@
 """Answers questions with the base model and with its adapter: `python -m training.adapter.chat MODEL ADAPTER`.
 
-A process for a person at a terminal. It reads `{"question": …}` or `{"forget": true}` a line from stdin and writes
-JSON lines: ready, then for each question two answers, the base model's first. One model is in memory: the base model's
-answer is the adapter's with the adapter switched off. Each keeps a conversation of its own, until told to forget.
+A process for a person at a terminal. It reads one `{"question": …}` or `{"forget": true}` per line from stdin and
+writes JSON lines: `ready`, then two answers to each question, the base model's first. Only one model is in memory: the
+base model answers with the adapter switched off. Each keeps its own conversation until it is told to forget.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Pair:
         self._turns: dict[str, tuple[Turn, ...]] = {"base": (), "adapter": ()}
 
     def ask(self, question: str, say: Say) -> None:
-        """Say both answers, each as soon as it is known."""
+        """Reports both answers, each as soon as it is known."""
         for who in ("base", "adapter"):
             turns = (*self._turns[who], Turn("user", question, trained=False))
             if who == "base":
@@ -86,7 +86,7 @@ class Pair:
 
 
 def main(arguments: list[str]) -> int:
-    """Serve until stdin ends. Exit status 1, after one `failed` line, when model or adapter cannot be opened."""
+    """Serves until stdin ends. Exit status 1, after one `failed` line, if the model or the adapter cannot be opened."""
     parser = argparse.ArgumentParser(prog="python -m training.adapter.chat")
     parser.add_argument("model", type=Path)
     parser.add_argument("adapter", type=Path)
@@ -99,7 +99,7 @@ def main(arguments: list[str]) -> int:
         say({"kind": "failed", "message": failed.message, "hint": failed.hint})
         return 1
     except (OSError, ValueError, RuntimeError) as error:
-        # PEFT's words for an adapter of another model, and torch's for a card that is full.
+        # PEFT's message for an adapter of another model, or torch's for a full GPU.
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         say({"kind": "failed", "message": f"the adapter cannot be opened on this model: {first}", "hint": None})
         return 1
@@ -114,7 +114,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _own_stdout() -> Say:
-    """Keep stdout for our lines: what libraries print goes to stderr."""
+    """Keeps stdout for our lines: what libraries print goes to stderr."""
     ours = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -126,7 +126,7 @@ def _own_stdout() -> Say:
 
 
 def _spec(model_dir: Path, device: str) -> JobSpec:
-    """What loading a model reads of a spec; nothing is trained, and nothing is written."""
+    """The part of a spec that loading a model reads. Nothing is trained or written."""
     nowhere = Path(os.devnull)
     return JobSpec(
         job_id="chat",
@@ -138,7 +138,7 @@ def _spec(model_dir: Path, device: str) -> JobSpec:
         output_dir=nowhere,
         hyperparameters=Hyperparameters(),
         device="cuda" if device == "cuda" else "cpu",
-        # 4 bits is what fits the card that trained it; on a CPU unpacking them for every token takes minutes.
+        # 4 bits fit on the GPU that trained it; on a CPU, unpacking them for every token takes minutes.
         quantize=device == "cuda",
     )
 

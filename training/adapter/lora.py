@@ -1,4 +1,4 @@
-"""Where the adapter goes: linear layers found in the module tree, never the router, never fused experts."""
+"""Chooses the linear layers that the adapter adapts, from the module tree: never a router, never fused experts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FUSED_IN_MIXTURES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
 def attach_adapter(model: PreTrainedModel, chosen: Hyperparameters) -> PeftModel:
-    """Wrap the frozen model with float32 LoRA weights, seeded. Raises TrainingFailed(invalid_spec) for bad targets."""
+    """Wraps the frozen model with seeded float32 LoRA weights. Raises TrainingFailed(invalid_spec) for bad targets."""
     targets = choose_targets(model, chosen.target_modules)
     config = LoraConfig(
         r=chosen.lora_rank,
@@ -44,7 +44,7 @@ def attach_adapter(model: PreTrainedModel, chosen: Hyperparameters) -> PeftModel
 
 
 def choose_targets(model: PreTrainedModel, asked: tuple[str, ...] | None) -> tuple[str, ...]:
-    """Names for LoraConfig, each of which means at least one linear layer of this model and no router.
+    """Names for LoraConfig, each matching at least one linear layer of this model and no router.
 
     On a model with fused experts `gate_proj`, `up_proj`, `down_proj` mean the shared expert; the experts stay frozen.
     """
@@ -73,7 +73,7 @@ def trainable_parameters(model: torch.nn.Module) -> int:
 
 
 def _linear_layers(model: PreTrainedModel) -> set[str]:
-    """Paths of linear layers inside the repeated blocks, without the block's number: `self_attn.q_proj`."""
+    """Paths of linear layers inside the repeated blocks, without the block number: `self_attn.q_proj`."""
     found = set()
     for path, module in model.named_modules():
         if not isinstance(module, torch.nn.Linear):
@@ -90,11 +90,11 @@ def _names(paths: set[str]) -> str:
 
 
 def openable_config(model: PeftModel) -> LoraConfig:
-    """The adapter's config in words that plain `PeftModel.from_pretrained` reads as they are meant.
+    """The adapter's config, written so that plain `PeftModel.from_pretrained` adapts the intended layers.
 
-    For mixture models PEFT rewrites gate/up/down_proj in target_modules to the fused experts, and fails. As
-    target_parameters the shared expert's weights are left alone and the stored tensors keep their names; PEFT allows
-    no dropout with those, and an adapter that is opened for use has none.
+    For mixture models PEFT rewrites gate/up/down_proj in target_modules to the fused experts, and fails. Listed as
+    target_parameters, the shared expert's weights are left alone and the stored tensors keep their names. PEFT allows
+    no dropout with those; an adapter opened for inference has none anyway.
     """
     config: LoraConfig = copy.deepcopy(model.peft_config["default"])
     rewritten = copy.deepcopy(config)
@@ -102,7 +102,7 @@ def openable_config(model: PeftModel) -> LoraConfig:
         peft_conversion.convert_peft_config_for_transformers(rewritten, model=model.get_base_model(), conversions=None)
         refused = set(config.target_modules) - set(rewritten.target_modules)
     except ValueError:
-        # It refuses a part of the three fused names; then all of them have to go round it.
+        # PEFT refuses a subset of the three fused names; then all of them go into target_parameters.
         refused = {name for name in config.target_modules if name.rpartition(".")[2] in _FUSED_IN_MIXTURES}
     if refused:
         config.target_modules = set(config.target_modules) - refused
@@ -113,7 +113,7 @@ def openable_config(model: PeftModel) -> LoraConfig:
 
 @contextmanager
 def _targets_taken_literally() -> Iterator[None]:
-    """Keep PEFT from rewriting gate/up/down_proj of a mixture model to its fused experts (peft issue 3711).
+    """Keeps PEFT from rewriting gate/up/down_proj of a mixture model to its fused experts (peft issue 3711).
 
     The rewriting would train 3.4 billion expert parameters instead of the shared expert's few million.
     """

@@ -1,4 +1,4 @@
-"""What the model answers before training and after: short, greedy, all prompts at once."""
+"""Samples the model's answers before and after training: short, greedy, all prompts at once."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from training.spec import JobSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Enough to hear the voice. Generating is the one thing that a quantised model on a CPU does slowly: every token
-# unpacks every weight.
+# Enough to see the style. Generating is the one thing that a quantised model does slowly on a CPU: every token unpacks
+# every weight.
 _PROMPTS = 2
 _NEW_TOKENS = {"cuda": 96, "cpu": 32}
 
 
 def choose_prompts(spec: JobSpec, corpus: Corpus) -> tuple[tuple[Turn, ...], ...]:
-    """The job's own prompts, else the beginnings of the first held-out conversations."""
+    """The job's own prompts, or else the beginnings of the first held-out conversations."""
     asked = spec.hyperparameters.sample_prompts
     if asked is not None:
         return tuple((Turn("user", prompt, trained=False),) for prompt in asked)
@@ -39,7 +39,7 @@ def answer(
     template: ChatTemplate,
     prompts: tuple[tuple[Turn, ...], ...],
 ) -> list[tuple[str, str]]:
-    """(last words of the prompt, answer) for each prompt, in order. Leaves the model in the mode it had."""
+    """(last words of the prompt, answer) for each prompt, in order. Restores the model's mode."""
     if not prompts:
         return []
     texts = [template.prompt(prompt) for prompt in prompts]

@@ -1,4 +1,4 @@
-"""The finished adapter: a folder that opens with plain PEFT, whole or not there at all, nothing pickled in it."""
+"""Saves the finished adapter as a folder that plain PEFT opens: complete or absent, with nothing pickled in it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 
 def save_adapter(spec: JobSpec, model: PeftModel, tokenizer: PreTrainedTokenizerBase, extras: tuple[Path, ...]) -> Path:
-    """Write weights, config, tokenizer, template and the `extras` (files) beside the goal, then rename.
+    """Writes weights, config, tokenizer, template and `extras` (files) to a temporary folder, then renames it.
 
-    Returns the folder, spec.output_dir. What stood there before is replaced.
+    Returns the folder, spec.output_dir. An existing one is replaced.
     """
     with beside(spec.output_dir) as staging:
         staging.mkdir(parents=True)
         model.save_pretrained(staging, safe_serialization=True, save_embedding_layers=False)
         (staging / "README.md").unlink(missing_ok=True)
         config = openable_config(model)
-        # The model's public name where PEFT writes this host's path.
+        # The model's public name, where PEFT writes a path of this host.
         config.base_model_name_or_path, config.revision = spec.base_model, spec.model_revision
         config.inference_mode = True
         config.save_pretrained(staging)

@@ -1,1 +1,1 @@
-"""Loads exactly the base model of the spec, quantised while it loads, on one device or sharded over several."""
+"""Loads exactly the base model that the spec names, quantised while loading, on one device or sharded over several."""

@@ -1,4 +1,4 @@
-"""In which type this device computes, and how much memory it has."""
+"""The type that this device computes in, and its memory."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from training.compute import ComputeType, compute_type
 
 
 def compute_dtype(device: str, asked: ComputeType | None = None) -> torch.dtype:
-    """The type of `training.compute` as torch calls it."""
+    """Converts the type of `training.compute` to torch's."""
     return torch.bfloat16 if compute_type(device, asked) == "bfloat16" else torch.float32
 
 
 def device_memory_bytes(device: str) -> int:
-    """All memory of the card, or of the host."""
+    """Total memory of the GPU, or of the host."""
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[1])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

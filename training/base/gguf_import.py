@@ -1,9 +1,9 @@
-"""Turn one GGUF file into the safetensors folder that the trainer loads.
+"""Turns one GGUF file into the safetensors folder that the trainer loads.
 
     python -m training.base.gguf_import SOURCE.gguf TARGET
 
-A process of its own, because it needs torch and its caller (the demo) must not load it. TARGET
-appears whole or not at all: it is written beside its place, read back, and renamed.
+A separate process, because it needs torch and its caller (the demo) must not load it. TARGET appears complete or not
+at all: it is written to a temporary folder, read back, and renamed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from training.files.durable_files import sha256_of
 
-# Written last, beside the weights: what every file must weigh and hash to. The caller checks it before each use.
+# Written last, beside the weights: the size and hash of every file. The caller checks them before each use.
 MANIFEST = "import.json"
 
 
@@ -27,14 +27,14 @@ class ImportFailed(Exception):
 
 
 def import_gguf(source: Path, target: Path) -> None:
-    """Write the model in `source` (a .gguf file) to the folder `target`, as bfloat16 safetensors with its tokenizer.
+    """Writes the model in `source` (a .gguf file) to the folder `target`, as bfloat16 safetensors with its tokenizer.
 
-    Raises ImportFailed when the source is missing, or when what was written does not read back as it was.
+    Raises ImportFailed if the source is missing, or if reading the result back gives something else.
     """
     if not source.is_file():
         raise ImportFailed(f"there is no GGUF file at {source}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Named after this process, so that a caller who kills it knows what to remove.
+    # Named after this process, so that a caller who kills it knows which folder to remove.
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-{os.getpid()}-", dir=target.parent))
     try:
         _convert(source, partial)
@@ -42,7 +42,7 @@ def import_gguf(source: Path, target: Path) -> None:
         _open_to_readers(partial)
         if target.exists():
             shutil.rmtree(target)
-        # Another process may have finished first; its folder is as good as ours.
+        # Another process may have finished first; its folder is just as good.
         if not _renamed(partial, target) and not (target / MANIFEST).is_file():
             raise ImportFailed(f"{target} is in the way: remove it and try again")
     finally:
@@ -60,7 +60,7 @@ def _convert(source: Path, folder: Path) -> None:
         source.parent,
         gguf_file=source.name,
         dtype=torch.bfloat16,
-        # Without it transformers keeps the GGUF quantisation and save_pretrained fails.
+        # Without this, transformers keeps the GGUF quantisation and save_pretrained fails.
         quantization_config=GgufConfig(dequantize=True),
     )
     model.save_pretrained(folder)
@@ -68,7 +68,7 @@ def _convert(source: Path, folder: Path) -> None:
 
     reloaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, output_loading_info=True)
     _, report = reloaded
-    # A missing tensor would be filled with random numbers without an error.
+    # transformers fills missing tensors with random numbers without raising an error.
     if report["missing_keys"] or report["mismatched_keys"]:
         raise ImportFailed(
             f"{source.name} was converted incompletely: {sorted(report['missing_keys'])[:5]} are missing"
@@ -88,7 +88,7 @@ def _write_manifest(source: Path, folder: Path) -> None:
 
 
 def _open_to_readers(folder: Path) -> None:
-    # mkdtemp and safetensors write for the owner alone; a model is no secret, and another user may train from it.
+    # mkdtemp and safetensors make files private; a model is no secret, and another user may train from it.
     folder.chmod(0o755)
     for path in folder.iterdir():
         path.chmod(0o644)
@@ -103,7 +103,7 @@ def _renamed(partial: Path, target: Path) -> bool:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit 0 when TARGET is whole, 1 with one line on stderr when it is not, 2 for wrong arguments."""
+    """Exit status 0 if TARGET is complete, 1 with one line on stderr if not, 2 for wrong arguments."""
     if len(arguments) != 2:
         print("usage: python -m training.base.gguf_import SOURCE.gguf TARGET_FOLDER", file=sys.stderr)  # noqa: T201
         return 2

@@ -1,4 +1,4 @@
-"""The base model, truly in 4 bits: loaded by transformers, counted afterwards, refused when anything is not whole."""
+"""Loads the base model in 4 bits with transformers, then counts its bytes and refuses it if anything is incomplete."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _LINEAR_ATTENTION_KERNELS = (("flash-linear-attention", "fla"), ("causal-conv1d"
 
 @dataclass(frozen=True)
 class WeightCount:
-    """Bytes of a loaded model, by how they are stored. Embeddings and head are `kept`."""
+    """Bytes of a loaded model, by storage form. Embeddings and head are `kept`."""
 
     quantised_bytes: int
     kept_bytes: int
@@ -42,7 +42,7 @@ class WeightCount:
 
 
 class Wanted(Protocol):
-    """What loading needs to know of a spec."""
+    """The part of a spec that loading needs."""
 
     @property
     def base_model(self) -> str: ...
@@ -63,9 +63,9 @@ class Wanted(Protocol):
 def load_base_model(
     spec: Wanted, folder: ModelFolder, voice: EventWriter | None = None, *, device: torch.device | None = None
 ) -> PreTrainedModel:
-    """Load frozen weights in NF4 with double quantisation (bf16 when spec.quantize is false).
+    """Loads frozen weights in NF4 with double quantisation (bf16 if spec.quantize is false).
 
-    They go to the spec's card; or to `device`, in the form that the card needs.
+    They go to the spec's device by default; or to `device`, in the form that a GPU needs.
     Raises TrainingFailed: model_incomplete for missing tensors or damaged files, model_unsupported for an
     architecture that transformers does not know or that would not become 4-bit.
     """
@@ -84,8 +84,8 @@ def load_base_model(
         refuse_what_is_left(model, spec.base_model, is_in_bytes)
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            # On a CPU with AVX512 the first evaluation would repack the weights, and not without loss: the run would
-            # go on with another model, and a resumed run would differ from an uninterrupted one.
+            # On a CPU with AVX512 the first evaluation would repack the weights, with a loss: the run would go on with
+            # another model, and a resumed run would differ from an uninterrupted one.
             module.support_avx512bf16_for_cpu = False
     model.config.use_cache = False
     model.requires_grad_(False)
@@ -107,7 +107,7 @@ def _load_copy(
 
 
 def _load_kept_copy(spec: Wanted, folder: ModelFolder, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Load what `models quantize --replace` left. There is nothing to make it anew from, so it is never discarded."""
+    """Loads the copy of `models quantize --replace`. It is never discarded: the original weights are gone."""
     again = f"download the model again: `brightrun-trainer models pull {spec.base_model}`"
     if not spec.quantize:
         raise TrainingFailed(
@@ -136,11 +136,11 @@ def _load_original(spec: Wanted, folder: ModelFolder, dtype: torch.dtype, device
             kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
             loaded: Any = kind.from_pretrained(
                 None,
-                # Of a model that also sees, the language model alone.
+                # Of a multimodal model, only the language model.
                 config=config if kind.config_class is type(config) else config.get_text_config(),
                 state_dict=tensors,
                 dtype=dtype,
-                # "auto" would size the model in 16 bits and spill half of it to the CPU.
+                # "auto" would size the model in 16 bits and offload half of it to the CPU.
                 device_map={"": device},
                 output_loading_info=True,
                 **options,
@@ -167,10 +167,10 @@ def _load_original(spec: Wanted, folder: ModelFolder, dtype: torch.dtype, device
 
 @contextmanager
 def _tensors_on_demand(folder: ModelFolder) -> Iterator[dict[str, Any]]:
-    """Every stored tensor by name, read from its file when it is used, into memory of its own.
+    """Maps each stored tensor's name to its data, read from the file when used, into memory of its own.
 
-    Not mapped, as the library would: mapped pages count as ours until the kernel takes them back, up to the size of
-    the whole checkpoint, and weights that stay in 16 bits would hang on the checkpoint's file for the whole run.
+    Not mmapped, as the library would: mapped pages count as ours until the kernel takes them back, up to the size of
+    the whole checkpoint, and weights that stay in 16 bits would depend on the checkpoint's file for the whole run.
     """
     with ExitStack() as files:
         tensors: dict[str, Any] = {}
@@ -185,16 +185,16 @@ def _device(spec: Wanted) -> torch.device:
 
 
 def warn_of_missing_kernels(spec: Wanted, model: PreTrainedModel, voice: EventWriter) -> None:
-    """Linear attention on a GPU without its kernels runs many times slower, and transformers says so in one line.
+    """Warns if linear attention on a GPU lacks its kernels: it is many times slower, and transformers only logs a line.
 
-    Raises TrainingFailed where kernels were found that would fail, or be wrong, in the first backward.
+    Raises TrainingFailed if the kernels found would fail, or be wrong, in the first backward.
     """
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
     if spec.device != "cuda" or "linear_attention" not in kinds:
         return
     fault = fault_of_kernels(_capability())
     if fault is not None and find_spec("fla") is not None:
-        # NVML could not tell the card in time to hide them (training.kernels).
+        # NVML could not identify the GPU in time to hide them (training.kernels).
         raise TrainingFailed(
             ErrorCode.MODEL_UNSUPPORTED, fault, "build the image with another TORCH, then submit again"
         )
@@ -226,7 +226,7 @@ def count_weights(model: torch.nn.Module) -> WeightCount:
 
 
 def _refuse_missing(report: dict[str, Any], name: str) -> None:
-    """A tensor that the files lack is filled with random numbers; a model like that must not be trained."""
+    """Refuses a model with missing tensors: transformers fills them with random numbers."""
     missing = sorted(report.get("missing_keys") or [])
     mismatched = sorted(str(key) for key in report.get("mismatched_keys") or [])
     if missing or mismatched:

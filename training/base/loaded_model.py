@@ -1,4 +1,4 @@
-"""Which frozen base model a job wants, exactly; and one that is in memory, as loading left it."""
+"""Identifies exactly which frozen base model a job needs, and holds one in memory as it was loaded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Base(BaseModel):
-    """Equal only where loading would give the same bits: the same files, untouched, loaded the same way."""
+    """Two are equal only if loading gives the same bits: the same unchanged files, loaded the same way."""
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
@@ -32,7 +32,7 @@ class Base(BaseModel):
 
     @classmethod
     def of(cls, wanted: JobSpec | HoldOrder) -> Base:
-        """Look at the folder as it is now: name, size, time and inode of every file in it."""
+        """Reads the folder's current state: name, size, mtime and inode of every file in it."""
         stats = [(path.name, path.stat()) for path in sorted(wanted.model_path.iterdir()) if path.is_file()]
         return cls(
             base_model=wanted.base_model,
@@ -50,7 +50,7 @@ class Base(BaseModel):
 
 @dataclass(frozen=True)
 class HeldBase:
-    """A base model in memory. `remarks` is what loading had to say; the job that waited for it passes them on."""
+    """A base model in memory. `remarks` are the notices of loading; the job that waited for it reports them."""
 
     base: Base
     model: PreTrainedModel
@@ -59,7 +59,7 @@ class HeldBase:
 
 
 class BufferedWriter(EventWriter):
-    """A voice for when there is no job yet that could speak: it is written down, under no name."""
+    """Stores events while there is no job to report them for, without a job id."""
 
     def __init__(self) -> None:
         super().__init__(-1, "")
@@ -70,7 +70,7 @@ class BufferedWriter(EventWriter):
 
 
 def load_base(base: Base) -> HeldBase:
-    """Load model and tokenizer. Raises what loading raises: TrainingFailed, memory errors."""
+    """Loads model and tokenizer. Raises what loading raises: TrainingFailed, memory errors."""
     from training.base.load import load_base_model
     from training.data.tokenizer import load_tokenizer
 

@@ -1,8 +1,8 @@
-"""Make the 4-bit copy of a base model before any job needs it: hours of a GPU are not the time to do it.
+"""Makes the 4-bit copy of a base model before any job needs it, so that no job spends GPU time on it.
 
     python -m training.base.make_quantized_copy MODEL_DIR NAME QUANTIZED_DIR cpu|cuda [auto|bfloat16|float32]
 
-Prints one JSON line: the copy's folder and bytes, or code, message and hint of what is wrong.
+Prints one JSON line: the copy's folder and bytes, or the code, message and hint of an error.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Request:
 
 
 def quantize(model_dir: Path, request: Request) -> dict[str, object]:
-    """Load the model as a job would, which writes the copy where it is missing or unusable. Raises TrainingFailed."""
+    """Loads the model as a job would, which writes a missing or unusable copy. Raises TrainingFailed."""
     with quick_imports():
         from training.base.dtype import compute_dtype
         from training.base.load import load_base_model

@@ -1,4 +1,4 @@
-"""Whether a model keeps conversations apart that lie end to end in one row: asked of the model itself."""
+"""Tests whether a model keeps conversations apart that lie end to end in one row, by running it."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _MOST_MOVEMENT_OF_EXPERTS = 0.01
 
 
 def packs_without_leaks(model: Any) -> bool:
-    """Whether this model reads two texts laid end to end as it reads them apart."""
+    """True if the model gives two texts laid end to end the same logits as each text alone."""
     return why_not_packed(model) is None
 
 
 def why_not_packed(model: Any) -> str | None:
-    """What this model does to texts that lie end to end, in words; None where it keeps them apart.
+    """Describes how this model mixes texts that lie end to end; None if it keeps them apart.
 
-    Asked of the model itself and not of a list of names: attention honours position_ids, while linear attention and
-    its convolutions carry a state across unless their kernels know the borders. Two questions, for a model that
-    computes in bfloat16 never gives the same numbers for another layout: does another first text move the second one,
-    and are both what they are apart, up to rounding?
+    The model itself is tested, because a list of names cannot tell: attention honours position_ids, while linear
+    attention and its convolutions carry a state across texts unless their kernels know the borders. There are two
+    tests, since a model that computes in bfloat16 never gives the same numbers for another layout: the second text
+    must not change with the first one, and both must be what they are apart, up to rounding.
     """
     device = model.get_input_embeddings().weight.device
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -43,7 +43,7 @@ def why_not_packed(model: Any) -> str | None:
             together = _logits(model, **pack([first, second]))
             beside_other = _logits(model, **pack([other, second]))
     except (ValueError, TypeError, NotImplementedError) as error:
-        # Some architectures say so themselves: without their kernels, or altogether.
+        # Some architectures refuse it themselves: without their kernels, or always.
         return str(error).strip().partition("\n")[0][:300] or type(error).__name__
     finally:
         model.train(was_training)
@@ -59,16 +59,16 @@ def why_not_packed(model: Any) -> str | None:
 
 
 def _most_movement(model: Any) -> float:
-    """How far a text may move when only the one before it changes: not at all, as long as nothing leaks.
+    """How far a text may change when only the one before it changes: not at all, unless something leaks.
 
-    But experts take the rows of all texts together, as many as chose them, and a product of other rows may round
-    otherwise. A leak moves it by as much as the logits themselves.
+    Experts are the exception: they multiply the rows of all texts together, and a product of other rows may round
+    differently. A leak changes the logits by as much as their own size.
     """
     return _MOST_MOVEMENT_OF_EXPERTS if any(has_fused_experts(module) for module in model.modules()) else 0.0
 
 
 def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """As a share of what is wanted. Not a number where either is none, which is close to nothing."""
+    """The difference, as a share of `wanted`. NaN if either contains NaN; NaN never counts as close."""
     return float((found - wanted).norm() / wanted.norm())
 
 

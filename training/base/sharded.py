@@ -1,14 +1,14 @@
-"""A base model that no card can hold: its frozen layers lie in parts on all cards, and come together one at a time.
+"""Shards a base model that does not fit on one GPU across all GPUs (FSDP2), gathering one layer at a time.
 
-FSDP-QLoRA by PyTorch's own `fully_shard` (FSDP2), around the frozen weights alone. Each decoder layer's packed 4-bit
-weights are cut into as many parts as there are ranks; before a layer computes, forward or backward, its parts are
-gathered, and afterwards freed. (bitsandbytes' `quant_storage` is for FSDP1, which lays a layer's weights end to end in
-one type; FSDP2 cuts each parameter by itself, bytes as well as floats.) The adapter is not cut: it is small, it is
-trained as on one card, and so checkpoints, gradients and the adapter's file are the same with and without this.
-Embeddings and head stay whole on each card.
+FSDP-QLoRA with PyTorch's own `fully_shard` (FSDP2), around the frozen weights only. Each decoder layer's packed 4-bit
+weights are cut into one part per rank; before a layer computes, forward or backward, its parts are gathered, and freed
+afterwards. (bitsandbytes' `quant_storage` is for FSDP1, which flattens a layer's weights into one type; FSDP2 cuts each
+parameter by itself, bytes as well as floats.) The adapter is not cut: it is small and trained as on one GPU, so
+checkpoints, gradients and the adapter's file are the same with and without sharding. Embeddings and head stay whole on
+each GPU.
 
-What it costs: each micro-batch moves the model twice between the cards, three times with recomputed activations. A
-micro-batch that does not fit cannot be tried again in halves, since the other ranks would wait for it.
+The cost: each micro-batch moves the model between the GPUs twice, or three times if activations are recomputed. A
+micro-batch that does not fit cannot be repeated in halves, since the other ranks would wait for it.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from training.spec import JobSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# The share of a card that the frozen weights may take; the rest is for adapter, activations and unpacked layers.
+# The share of a GPU's memory that frozen weights may take; the rest is for adapter, activations and unpacked layers.
 _WEIGHTS_SHARE = 0.75
 
 
 def memory_of_a_rank(spec: JobSpec) -> int:
-    """A card's; on a CPU host a share of all there is."""
+    """A GPU's memory; on a CPU host this rank's share of the total."""
     return device_memory_bytes(spec.device) // (spec.num_gpus if spec.device == "cpu" else 1)
 
 
 def must_be_cut(spec: JobSpec, folder: ModelFolder, estimate: Estimate, memory_bytes: int) -> bool:
-    """Whether one card is too small for the whole model, and several together are not.
+    """True if the whole model is too large for one GPU but fits on all of them together.
 
-    Raises TrainingFailed for a mixture of experts that would have to be cut: its packed experts are parameters of our
-    own, and were never proven to survive the cutting.
+    Raises TrainingFailed for a mixture of experts that would have to be cut: its packed experts are our own parameters,
+    and cutting them has never been tested.
     """
     if spec.num_gpus == 1 or estimate.model_bytes <= _WEIGHTS_SHARE * memory_bytes:
         return False
@@ -62,29 +62,29 @@ def must_be_cut(spec: JobSpec, folder: ModelFolder, estimate: Estimate, memory_b
 
 
 def cut(model: PreTrainedModel, ranks: Ranks, device: torch.device) -> PreTrainedModel:
-    """Keep this rank's part of each layer, on `device`, and everything else whole. The model may lie on the CPU.
+    """Keeps this rank's part of each layer on `device`, and everything else whole. The model may be on the CPU.
 
-    To be done before the adapter is attached: what is there by then is cut.
+    Call it before attaching the adapter: everything that is in a layer by then is cut.
     """
     mesh = init_device_mesh(device.type, (ranks.count,))
     for layer in _layers(model):
         quantised = [module for module in layer.modules() if isinstance(module, Linear4bit)]
         facts = [(module, module.weight.compress_statistics, module.weight.quant_type) for module in quantised]
         for module in quantised:
-            # bitsandbytes looks for it here when a parameter has lost it, which is what cutting does.
+            # bitsandbytes looks for it here when the parameter has lost it, which happens when it is cut.
             module.quant_state = module.weight.quant_state
             module.quant_state.to(device)
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
         for module, compressed, kind in facts:
-            # PEFT reads these when it puts LoRA on a layer.
+            # PEFT reads these when it adds LoRA to a layer.
             module.weight.compress_statistics, module.weight.quant_type = compressed, kind
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.device.type != device.type:
-            # In place, so that an embedding that is the head as well stays one.
+            # In place, so that an embedding tied to the head stays tied.
             tensor.data = tensor.data.to(device)
     return model
 
 
 def _layers(model: PreTrainedModel) -> torch.nn.ModuleList:
-    """The decoder's repeated blocks: the first list of modules that one meets."""
+    """The decoder's repeated blocks: the first list of modules found."""
     return next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))

@@ -1,8 +1,8 @@
-"""A conversation becomes tokens and labels: rendered by the model's chat template, loss on the assistant's words.
+"""Turns a conversation into tokens and labels with the model's chat template. Only the assistant's words carry loss.
 
-Which characters are the assistant's is found by rendering prefixes and comparing, not by `{% generation %}` marks,
-which the templates on the hub rarely have. So any template works, and what is trained is what is generated later:
-everything after the generation prompt up to and including the mark that ends the turn.
+The assistant's characters are found by rendering prefixes and comparing them, not by `{% generation %}` marks, which
+templates on the hub rarely have. So any template works, and training matches generation: everything after the
+generation prompt is trained, up to and including the mark that ends the turn.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from training.failures import TrainingFailed
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # PyTorch's cross entropy leaves such labels out.
+IGNORED = -100  # PyTorch's cross entropy ignores such labels.
 
-# For base models that bring none: plain text that reads well, ends each answer with the model's own end mark, and
-# needs no token that the model has never seen.
+# For base models without a template: readable plain text that ends each answer with the model's own end mark and uses
+# no token that the model has never seen.
 DEFAULT_TEMPLATE = (
     "{{ bos_token if bos_token else '' }}"
     "{% for message in messages %}"
@@ -34,17 +34,17 @@ DEFAULT_TEMPLATE = (
     "{% if add_generation_prompt %}### Assistant:\n{% endif %}"
 )
 
-# A private-use character: no template and no dataset gives it a meaning.
+# A private-use character: it has no meaning in any template or dataset.
 _MARK = "\ue0f0"
 
 
 class TemplateRefuses(ValueError):
-    """The template would not render this conversation; the message is the template's own."""
+    """The template refused to render this conversation; the message is the template's own."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of one conversation and, of equal length, labels that are IGNORED where no loss is wanted."""
+    """Token ids of one conversation and equally many labels, IGNORED where no loss is wanted."""
 
     input_ids: list[int]
     labels: list[int]
@@ -52,12 +52,12 @@ class Example:
 
     @property
     def trained_tokens(self) -> int:
-        # The first token has nothing before it to be predicted from.
+        # Nothing comes before the first token, so it cannot be predicted.
         return sum(label != IGNORED for label in self.labels[1:])
 
 
 class ChatTemplate:
-    """The tokenizer's template, made usable: a default where there is none, system turns folded where refused."""
+    """The tokenizer's template, with a default if it has none and system turns folded if it refuses them."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer: Any = tokenizer
@@ -80,14 +80,14 @@ class ChatTemplate:
         self._end_mark = self._find_end_mark()
 
     def encode(self, conversation: Conversation) -> Example:
-        """Tokenise with labels. Raises TemplateRefuses when the template will not have these roles in this order."""
+        """Tokenises with labels. Raises TemplateRefuses if the template does not accept these roles in this order."""
         turns = self.fold(conversation.turns)
         text, spans = self._render_with_spans(turns)
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         input_ids: list[int] = encoded["input_ids"]
         labels = [IGNORED] * len(input_ids)
-        # A token that touches an answer is an answer's token: where one straddles the border ("▁Hello" takes the
-        # template's space with it) it is the first that the model has to produce.
+        # A token that overlaps an answer belongs to it: one that straddles the border ("▁Hello" takes the template's
+        # space with it) is the first token that the model has to produce.
         position = 0
         for start, end in spans:
             while position < len(input_ids) and encoded["offset_mapping"][position][1] <= start:
@@ -102,7 +102,7 @@ class ChatTemplate:
         return self._render(self.fold(turns), add_generation_prompt=True)
 
     def fold(self, turns: Sequence[Turn]) -> tuple[Turn, ...]:
-        """Put the system text in front of the first user turn, where the template has no system role."""
+        """Puts the system text in front of the first user turn if the template has no system role."""
         if not self.folds_system or not turns or turns[0].role != "system":
             return tuple(turns)
         system, *rest = turns
@@ -113,7 +113,7 @@ class ChatTemplate:
         return tuple(rest)
 
     def _takes_system(self) -> bool:
-        """Some templates refuse a system role, others drop it in silence: look for its words in the rendering."""
+        """Some templates refuse a system role, others drop it silently: look for its words in the rendering."""
         probe = (
             Turn("system", f"{_MARK}s", trained=False),
             Turn("user", "q", trained=False),
@@ -135,7 +135,7 @@ class ChatTemplate:
         return rendered
 
     def _render_with_spans(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
-        """The whole conversation as text, and the character span of every trained answer in it, end mark included."""
+        """The whole conversation as text, and the character span of each trained answer, end mark included."""
         text = self._render(turns)
         spans = []
         for index, turn in enumerate(turns):
@@ -147,11 +147,11 @@ class ChatTemplate:
         before = self._render(turns[:index], add_generation_prompt=True)
         through = self._render(turns[: index + 1])
         if text.startswith(through) and through.startswith(before):
-            # What follows the mark (Phi-3 closes the whole text with another) is not the answer's.
+            # Text after the mark is not part of the answer (Phi-3 closes the whole text with another mark).
             marked = through.rfind(self._end_mark, len(before)) if self._end_mark else -1
             return len(before), marked + len(self._end_mark) if marked >= 0 else len(through.rstrip())
-        # The template renders a turn differently once others follow it (Qwen3 drops earlier reasoning). Change the
-        # answer and see which characters move.
+        # The template renders a turn differently once others follow it (Qwen3 drops earlier reasoning). So change the
+        # answer and see which characters change.
         changed = list(turns)
         changed[index] = Turn("assistant", f"{_MARK}{_MARK}", trained=True)
         other = self._render(changed)
@@ -162,14 +162,14 @@ class ChatTemplate:
         return start, end
 
     def _find_end_mark(self) -> str:
-        """What ends an answer: the text that stands after it whether or not another turn follows."""
+        """Finds the text that follows an answer whether or not another turn comes after it."""
         turns = (Turn("user", "q", trained=False), Turn("assistant", f"{_MARK}a", trained=True))
         try:
             last = self._render(turns).rpartition(f"{_MARK}a")[2]
             followed = self._render((*turns, Turn("user", "q", trained=False))).rpartition(f"{_MARK}a")[2]
         except TemplateRefuses:
             return ""
-        # Compared by tokens, for `<|user|>` and `<|end|>` begin with the same characters.
+        # Compare tokens, not characters: `<|user|>` and `<|end|>` begin with the same characters.
         left = self._tokenizer(last, add_special_tokens=False, return_offsets_mapping=True)
         right = self._tokenizer(followed, add_special_tokens=False)
         same = _common_prefix(left["input_ids"], right["input_ids"])

@@ -1,4 +1,4 @@
-"""From files to what is trained on: encoded, cut to length, split, counted. Needs a tokenizer, no model, no torch."""
+"""Prepares the training data from files: encodes, cuts to length, splits and counts. Needs a tokenizer, no torch."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from training.spec import Hyperparameters
 if TYPE_CHECKING:
     from training.event_writer import EventWriter
 
-# Sequences are padded to a multiple of this, so a length between multiples buys nothing.
+# Sequences are padded to a multiple of this, so a length in between saves nothing.
 LENGTH_STEP = 64
-# Where the data does not say otherwise: long enough for nearly every chat, short enough for one card.
+# When the data do not need more or less: long enough for nearly every chat, short enough for one GPU.
 DEFAULT_LENGTH_CAP = 8192
 
 
 @dataclass(frozen=True)
 class Remark:
-    """Something about the data that the user should know; becomes a notice event."""
+    """Something about the data that the user should know; it becomes a notice event."""
 
     code: str
     message: str
@@ -33,7 +33,7 @@ class Remark:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Everything that a run trains on and is judged by."""
+    """All training and validation data of a run."""
 
     train: tuple[Example, ...]
     validation: tuple[Example, ...]
@@ -55,7 +55,7 @@ class Corpus:
         return sum(len(example.input_ids) for example in self.validation)
 
     def digest(self) -> str:
-        """SHA-256 over what is learnt and what is held out, token by token: two equal ones are the same data."""
+        """SHA-256 over the training and validation tokens: equal digests mean equal data."""
         seen = hashlib.sha256()
         for part in (self.train, self.validation):
             for example in part:
@@ -64,7 +64,7 @@ class Corpus:
         return seen.hexdigest()
 
     def statistics(self) -> dict[str, Any]:
-        """Tokens a conversation, as numbers a dashboard can show."""
+        """Tokens per conversation, as numbers that a dashboard can show."""
         lengths = sorted(len(example.input_ids) for example in self.train)
         return {
             "format": self.format,
@@ -87,7 +87,7 @@ def gather(
     template: ChatTemplate,
     context_length: int,
 ) -> Corpus:
-    """Read, encode, cut and split. Raises TrainingFailed(dataset_invalid) with places and reasons."""
+    """Reads, encodes, cuts and splits. Raises TrainingFailed(dataset_invalid) with line numbers and reasons."""
     reading = read_conversations(dataset_path)
     remarks = _remarks_on(reading, template)
     if validation_path is not None:
@@ -133,10 +133,10 @@ def gather(
 def split(
     conversations: Sequence[Conversation], fraction: float, seed: int
 ) -> tuple[list[Conversation], list[Conversation]]:
-    """Hold out a share, the same on every host and in every attempt.
+    """Holds out a share, the same on every host and in every attempt.
 
-    Decided by content, so that equal conversations fall on the same side: a duplicate of a training conversation in
-    the validation set would measure memory.
+    Decided by content, so that equal conversations land on the same side: a duplicate of a training conversation in
+    the validation set would measure memorisation.
     """
     keys = [hashlib.sha256(f"{seed}\n{conversation.key()}".encode()).digest() for conversation in conversations]
     different = sorted(set(keys))
@@ -198,7 +198,7 @@ def _encode(conversations: Sequence[Conversation], template: ChatTemplate) -> li
 
 
 def _choose_length(longest: int, asked: int | None, context_length: int) -> int:
-    """What was asked, else what the data needs; never more than the model reads."""
+    """The requested length, else what the data need; never more than the model reads."""
     needed = -(-longest // LENGTH_STEP) * LENGTH_STEP
     return min(asked if asked is not None else min(needed, DEFAULT_LENGTH_CAP), context_length)
 
@@ -211,7 +211,7 @@ def _fit(
     *,
     cut: bool,
 ) -> tuple[list[Example], int, int]:
-    """Shorten what is too long to the last answer that fits. Returns what is kept, how many cut, how many left out."""
+    """Cuts long conversations after the last answer that fits. Returns what is kept, how many cut, how many dropped."""
     kept: list[Example] = []
     shortened = 0
     for example, conversation in zip(examples, conversations, strict=True):

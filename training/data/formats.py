@@ -1,9 +1,9 @@
-"""A dataset file becomes conversations: the format found by looking, every unusable line named with its reason.
+"""Reads conversations from a dataset file: detects the format, and reports every unusable line with its reason.
 
-Four formats are read (see docs/how-to/datasets.md); none is announced by name, because the name of a file says nothing
-reliable about its content. A malformed line fails the job with the first such lines listed: a line dropped in
-silence is how the system before this one trained on nothing. Lines that are well formed and simply no example (a
-`_meta` header, a pair whose target_response is null) are counted and reported.
+Four formats are read (see docs/how-to/datasets.md). They are detected by content, because a file's name says nothing
+reliable about it. A malformed line fails the job, and the message lists the first such lines: the system before this
+one dropped lines silently and trained on nothing. Lines that are well formed but no example (a `_meta` header, a pair
+whose target_response is null) are counted and reported.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from training.failures import TrainingFailed
 
 Role = Literal["system", "user", "assistant"]
 
-# Longer than any conversation a model can read (a million tokens is about 4 MB), short enough to parse in a second.
+# Longer than any conversation that a model can read (a million tokens is about 4 MB); still parsed within a second.
 MAX_LINE_BYTES = 32 * 1024**2
 _SHOWN_FAULTS = 10
 _ONE_A_LINE = 'give one JSON object a line: {"messages": [...]}'
@@ -28,7 +28,7 @@ _ONE_A_LINE = 'give one JSON object a line: {"messages": [...]}'
 
 @dataclass(frozen=True)
 class Turn:
-    """One message. `trained` marks the words that carry loss; only an assistant's can."""
+    """One message. `trained` marks text that carries loss; only an assistant's can."""
 
     role: Role
     content: str
@@ -37,19 +37,19 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns in order, and where they stand in the file: a line of JSONL, or the number of the item in a document."""
+    """Turns in order, and where they are in the file: a line of JSONL, or the item's number in a document."""
 
     turns: tuple[Turn, ...]
     place: str
 
     def key(self) -> str:
-        """Equal for equal conversations; what duplicates and the split are decided by."""
+        """Equal for equal conversations; used to find duplicates and to split."""
         return json.dumps([[turn.role, turn.content, turn.trained] for turn in self.turns], ensure_ascii=False)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a file held. `skipped` counts lines that are no example, by reason."""
+    """The content of a file. `skipped` counts lines that are no example, by reason."""
 
     format: str
     conversations: tuple[Conversation, ...]
@@ -57,15 +57,15 @@ class Reading:
 
 
 class _BadRow(ValueError):
-    """One row cannot be used; the message says why in the user's terms."""
+    """A row cannot be used; the message says why in the user's terms."""
 
 
 class _NoExample(Exception):
-    """A well-formed row that is no example; the message is the reason that gets counted."""
+    """A well-formed row that is no example; the message is the reason under which it is counted."""
 
 
 def read_conversations(path: Path) -> Reading:
-    """Read a dataset of any of the four formats. Raises TrainingFailed(dataset_invalid) naming lines and reasons."""
+    """Reads a dataset in any of the four formats. Raises TrainingFailed(dataset_invalid) naming lines and reasons."""
     text = _decode(path)
     document = _whole_document(text)
     rows = _rows_of_document(document) if document is not None else _rows_of_lines(text)
@@ -73,12 +73,12 @@ def read_conversations(path: Path) -> Reading:
 
 
 def invalid(message: str, hint: str) -> TrainingFailed:
-    """The error of this module: the dataset, not the service, has to change."""
+    """This module's error: the dataset must change, not the service."""
     return TrainingFailed(ErrorCode.DATASET_INVALID, message, hint)
 
 
 def list_faults(faults: list[tuple[str, str]]) -> str:
-    """Fold (place, reason) pairs into one sentence, the first ten in full."""
+    """Joins (place, reason) pairs into one sentence, with the first ten in full."""
     shown = "; ".join(f"{place}: {reason}" for place, reason in faults[:_SHOWN_FAULTS])
     more = len(faults) - _SHOWN_FAULTS
     return shown + (f"; and {more} more" if more > 0 else "")
@@ -130,12 +130,12 @@ def _decode(path: Path) -> str:
 
 
 def _whole_document(text: str) -> Any | None:
-    """The file as one JSON document (a list, or brightrun-lora-v4), or None where it is JSONL."""
+    """The file as one JSON document (a list, or brightrun-lora-v4), or None if it is JSONL."""
     start = text.lstrip()[:1]
     if start not in ("[", "{"):
         return None
     if start == "{":
-        # JSONL, unless the first line alone is not a whole object (a document over several lines) or is a v4 document.
+        # It is JSONL unless the first line alone is not a complete object (a multi-line document) or is a v4 document.
         first = next(line for line in text.splitlines() if line.strip())
         try:
             head = _parse(first)
@@ -150,7 +150,7 @@ def _whole_document(text: str) -> Any | None:
     except _BadRow as error:
         if start == "[":
             raise invalid(f"the JSON document cannot be read: {error}", "correct the file and submit again") from None
-        # Several lines, the first one broken: report it as JSONL does, line by line.
+        # Several lines and the first is broken: let the JSONL reader report it, line by line.
         return None
 
 
@@ -184,17 +184,17 @@ def _rows_of_document(document: Any) -> Iterator[tuple[str, Any]]:
 
 @dataclass(frozen=True)
 class _Unreadable:
-    """Stands in for a row that could not even be parsed."""
+    """Placeholder for a row that could not be parsed."""
 
     reason: str
 
 
 class _NotJson(_Unreadable):
-    """Stands in for a line that is not JSON."""
+    """Placeholder for a line that is not JSON."""
 
 
 def _rows_of_lines(text: str) -> Iterator[tuple[str, Any]]:
-    # Split at newlines only: str.splitlines would also split at U+2028, which is legal inside a JSON string.
+    # Split at newlines only: str.splitlines also splits at U+2028, which is legal inside a JSON string.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -256,7 +256,7 @@ def _read_rows(rows: Iterator[tuple[str, Any]]) -> Reading:
         count = "1 line" if len(faults) == 1 else f"{len(faults)} lines"
         raise invalid(
             f"{count} of the dataset cannot be used: {list_faults(faults)}",
-            # A table or a text: nobody wants to correct each of its lines.
+            # A table or plain text: correcting each line makes no sense.
             "correct or remove the named lines and submit again" if any_json else f"this is not JSONL: {_ONE_A_LINE}",
         )
     if not conversations:
@@ -296,7 +296,7 @@ def _read_turns(row: Mapping[str, Any]) -> tuple[Turn, ...]:
 
 
 def _read_pair(row: Mapping[str, Any]) -> tuple[Turn, ...]:
-    """System prompt, history, the user's words and the target; only the target carries loss."""
+    """System prompt, history, the user's message and the target; only the target carries loss."""
     if row.get("target_response") is None:
         raise _NoExample("target_response is null")
     turns: list[Turn] = []
@@ -337,7 +337,7 @@ def _read_list(row: Mapping[str, Any], key: str, *, may_be_empty: bool = False) 
 
 
 def _check_turns(turns: list[Turn]) -> tuple[Turn, ...]:
-    """Refuse what no model can learn from; drop what stands after the last answer, for it carries no loss."""
+    """Refuses turns that no model can learn from; drops those after the last answer, which carry no loss."""
     if any(turn.role == "system" for turn in turns[1:]):
         raise _BadRow("a system message stands after the beginning")
     answers = [index for index, turn in enumerate(turns) if turn.trained]

@@ -1,4 +1,4 @@
-"""Micro-batches: as many conversations as fit, end to end where none leaks across, halved when memory runs out."""
+"""Micro-batches: as many conversations as fit, laid end to end if none leaks, halved when memory runs out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def micro_batches(inputs: dict[str, Any], most_tokens: int) -> list[dict[str, Any]]:
-    """The same conversations in parts of at most so many tokens, padding included; a longer one alone."""
+    """Splits the conversations into parts of at most `most_tokens`, padding included; a longer one goes alone."""
     if tokens_in(inputs) <= most_tokens:
         return [inputs]
     if is_packed(inputs):
@@ -18,7 +18,7 @@ def micro_batches(inputs: dict[str, Any], most_tokens: int) -> list[dict[str, An
         lengths = [end - start for start, end in pairwise(ends)]
         groups = in_groups(lengths, most_tokens, padded=False)
         return [_slice_packed(inputs, ends[group.start : group.stop + 1]) for group in groups]
-    # The short ones with the short ones, and no wider than they need.
+    # Group conversations of similar length and trim the padding.
     length_B = inputs["attention_mask"].sum(dim=1)
     order_B = length_B.argsort(stable=True)
     lengths = length_B[order_B].tolist()
@@ -29,7 +29,7 @@ def micro_batches(inputs: dict[str, Any], most_tokens: int) -> list[dict[str, An
 
 
 def in_groups(lengths: Sequence[int], most_tokens: int, *, padded: bool) -> list[slice]:
-    """Which neighbours go together: as many as have at most so many tokens, or one. Padding counts."""
+    """Groups neighbours up to `most_tokens`, at least one per group. With `padded`, padding counts."""
     groups = []
     start = longest = total = 0
     for index, length in enumerate(lengths):
@@ -41,20 +41,19 @@ def in_groups(lengths: Sequence[int], most_tokens: int, *, padded: bool) -> list
 
 
 def packing_pays(lengths: Sequence[int], hidden_size: int, most_tokens: int) -> bool:
-    """Whether texts end to end cost less than side by side, padded to the longest.
+    """True if laying texts end to end costs less than padding them side by side.
 
-    Padding is multiplied for nothing; end to end, attention looks at all texts and masks all but one. A token costs
-    12 × hidden² products a layer, and 2 × hidden for each position that its attention looks at.
+    Padding is wasted computation; end to end, attention computes all texts against each other and masks most of it.
+    A token costs 12 × hidden² products a layer, and 2 × hidden for each position that its attention looks at.
     """
     total, padded, longest = sum(lengths), len(lengths) * max(lengths), max(lengths)
     return total * (6 * hidden_size + min(total, most_tokens)) < padded * (6 * hidden_size + longest)
 
 
 def halve(inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Two micro-batches with the same conversations, or None where there is only one.
+    """Splits a micro-batch into two, or returns None if it has only one conversation.
 
-    The loss is a sum over tokens divided by a number that does not change, so the halves' gradients add up to the
-    whole's.
+    The loss is a sum over tokens divided by a constant, so the two halves' gradients add up to the whole's.
     """
     if is_packed(inputs):
         return _halve_packed(inputs)
@@ -73,12 +72,12 @@ def is_packed(inputs: dict[str, Any]) -> bool:
 
 
 def tokens_in(inputs: dict[str, Any]) -> int:
-    """Padding included: what memory is needed for."""
+    """Tokens including padding: what memory is needed for."""
     return int(inputs["input_ids"].numel())
 
 
 def pack(texts: list[torch.Tensor]) -> dict[str, Any]:
-    """The inputs that a model needs to keep texts apart that lie end to end: what TRL's collator gives it, too."""
+    """The inputs that keep texts apart when they lie end to end, the same as from TRL's collator."""
     lengths = torch.tensor([len(text) for text in texts])
     ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(torch.int32)
     device = texts[0].device

@@ -9,20 +9,20 @@ from training.compute import ComputeType, compute_type
 from training.data.corpus import Corpus
 from training.spec import JobSpec
 
-# Tokens a micro-batch. On a card the frozen experts are dequantised once a micro-batch, so more tokens are nearly
-# free until memory ends (training.loop.memory_probe asks the card); on a CPU small batches stay in its caches.
+# Tokens per micro-batch. On a GPU the frozen experts are dequantised once per micro-batch, so more tokens are nearly
+# free until memory ends (training.loop.memory_probe finds the limit); on a CPU small batches stay in its caches.
 _TOKENS_PER_MICRO_BATCH = {"cuda": 8192, "cpu": 2048}
-# A short warm-up is enough for LoRA, whose B matrices begin at zero. Rounded down: the first step of a warm-up has a
-# learning rate of zero, and a run of few steps has none to give away.
+# A short warm-up is enough for LoRA, whose B matrices begin at zero. Rounded down: the first warm-up step learns at a
+# rate of zero, and a short run cannot afford to waste a step.
 _WARMUP_SHARE = 0.03
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One optimizer step sees `batch_size` conversations, as many as were asked for, whatever does the work.
+    """One optimizer step uses `batch_size` conversations, as requested, however many processes share the work.
 
-    Each of `ranks` processes goes through its share in micro-batches of at most `micro_batch_tokens` tokens, or of one
-    conversation that is longer.
+    Each of `ranks` processes handles its share in micro-batches of at most `micro_batch_tokens` tokens, or of a single
+    longer conversation.
     """
 
     batch_size: int
@@ -39,16 +39,16 @@ class Plan:
 
     @property
     def share(self) -> int:
-        """Conversations of a step that one process sees, at most."""
+        """The most conversations of a step that one process gets."""
         return math.ceil(self.batch_size / self.ranks)
 
     def heaviest_tokens(self, max_length: int) -> int:
-        """Tokens of the largest micro-batch that can be, padding included."""
+        """Tokens of the largest possible micro-batch, padding included."""
         return min(self.share * max_length, max(self.micro_batch_tokens, max_length))
 
     @property
     def idle_ranks(self) -> int:
-        """Processes that have nothing to do, because the batch is smaller than their number."""
+        """Processes without work, because the batch is smaller than their number."""
         return max(0, self.ranks - self.batch_size)
 
 

@@ -1,7 +1,7 @@
-"""Which conversations make up each optimizer step: a function of seed, epoch and position, not of who trains.
+"""Chooses the conversations of each optimizer step from seed, epoch and position, independent of the number of ranks.
 
-An optimizer step takes the next `batch_size` conversations of the epoch's permutation, and each rank every n-th of
-them; so any number of ranks makes the same steps, and a checkpoint may be continued by any other number.
+A step takes the next `batch_size` conversations of the epoch's permutation, and each rank takes every n-th of them. So
+any number of ranks makes the same steps, and a checkpoint can be continued with a different number.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _MASK = (1 << 64) - 1
 
 
 class StepOrder(Sampler[list[int]]):
-    """Row numbers of this rank's share of each step, one epoch an iteration.
+    """Row numbers of this rank's share of each step; one iteration is one epoch.
 
-    Row number `examples`, behind the last, must hold no word to learn from: a rank that has no conversation left in
-    the last step of an epoch takes it, and goes through the step with the others.
+    Row number `examples`, after the last, must carry no loss: a rank without a conversation left in the last step of an
+    epoch takes it, so that it goes through the step with the others.
     """
 
     def __init__(self, examples: int, plan: Plan, ranks: Ranks, seed: int) -> None:
@@ -46,7 +46,7 @@ class StepOrder(Sampler[list[int]]):
 
 
 def mixed_seed(seed: int, *numbers: int) -> int:
-    """A seed of its own for each combination: seeds that differ by one must not give shifted copies of one stream."""
+    """A separate seed for each combination: seeds that differ by one must not give shifted copies of one stream."""
     state = seed & _MASK
     for number in numbers:
         # SplitMix64 (Steele, Lea, Flood 2014).

@@ -1,4 +1,4 @@
-"""The base model's own tokenizer, or a clear word about what is missing of it."""
+"""Loads the base model's own tokenizer, with a clear error if part of it is missing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SMALLEST_VOCABULARY = 16
 
 
 def load_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
-    """Load it, with a padding token. Raises TrainingFailed(model_incomplete) when it is a hull without words."""
+    """Loads it with a padding token. Raises TrainingFailed(model_incomplete) if its vocabulary is empty."""
     from transformers import AutoTokenizer
 
     try:

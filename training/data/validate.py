@@ -1,9 +1,9 @@
-"""Read a dataset through once, at the lowest priority, before anybody waits for it.
+"""Validates a dataset in the background at low priority, before its job is claimed.
 
     python -m training.data.validate dataset.jsonl
 
-Prints one JSON line: `conversations`, or the `code` and `message` that its job is going to fail with. No verdict
-comes of it, for the job reads its data itself; the operator's log is warned.
+Prints one JSON line: `conversations`, or the `code` and `message` that its job would fail with. Nothing is decided by
+it, since the job reads its data itself; it only puts a warning into the operator's log.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def _step_back() -> None:
-    """The training at hand goes first: for the processor, and when memory runs out."""
+    """Running training goes first, for the processor and when memory runs out."""
     os.nice(19)
     Path("/proc/self/oom_score_adj").write_text("1000")
 

@@ -1,2 +1,2 @@
-"""Facts about what lies on disk and what memory is free, without torch: safe to import anywhere in the
-trainer, and in the daemon: the third part of the bridge between them, beside spec and events."""
+"""Facts about files on disk and free memory, without torch. Safe to import anywhere in the trainer and in the daemon:
+part of the interface between them, with spec and events."""

@@ -1,4 +1,4 @@
-"""How large an adapter becomes, from the shapes in the model's files: known before a weight is loaded."""
+"""Computes an adapter's size from the shapes in the model's files, before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ADAPTER_BYTES = 4
 
 
 def adapter_parameters(tensors: Iterable[tuple[str, tuple[int, ...]]], chosen: Hyperparameters) -> int:
-    """LoRA's numbers: rank × (in + out) for each linear layer of a block that is adapted. Experts stay frozen."""
+    """The number of LoRA weights: rank × (in + out) for each adapted linear layer of a block. Experts stay frozen."""
     targets = {target.rpartition(".")[2] for target in chosen.target_modules or DEFAULT_TARGETS}
     width = 0
     for name, shape in tensors:

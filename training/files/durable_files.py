@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and still there after the power went: hashed, written beside, renamed."""
+"""Writes files that are complete or absent, even after a power cut: written to a temporary name, synced, renamed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-# How much of a file is held at once where it is copied or read piece by piece.
+# How much of a file is in memory at once while it is copied or read.
 READ_BYTES = 1024 * 1024
 
-# What a volume answers that cannot sync a folder, as some network volumes; PostgreSQL passes over the same two.
+# Errors of volumes that cannot sync a folder, such as some network volumes; PostgreSQL ignores the same two.
 _FOLDER_CANNOT_BE_SYNCED = (errno.EBADF, errno.EINVAL)
 
 
@@ -24,7 +24,7 @@ def sha256_of(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Return when the file's content, or the folder's entries, are on the disk. Raises OSError."""
+    """Returns once the file's content, or the folder's entries, are on disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -37,7 +37,7 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def beside(final: Path) -> Iterator[Path]:
-    """A hidden path in the folder of `final` to write to, until `put_in_place`. What is left there is removed."""
+    """A hidden path in the folder of `final` to write to before `put_in_place`. Anything left there is removed."""
     hidden = final.with_name(f".{final.name}.{os.getpid()}.part")
     _remove(hidden)
     try:
@@ -47,10 +47,10 @@ def beside(final: Path) -> Iterator[Path]:
 
 
 def put_in_place(written: Path, final: Path) -> None:
-    """Give a file or folder its final name. A reader sees what was there before or all of the new, after a power cut
-    as well: contents are on the disk before the rename, and the rename is before we return. Raises OSError.
+    """Gives a file or folder its final name. A reader sees either the old or all of the new, even after a power cut:
+    contents are on disk before the rename, and the rename is on disk before this returns. Raises OSError.
 
-    What stands there gives way; a folder does so just before the rename, which cannot replace one."""
+    An existing file is replaced. An existing folder is removed just before the rename, which cannot replace one."""
     for path in written.rglob("*") if written.is_dir() else ():
         sync(path)
     sync(written)
@@ -61,7 +61,7 @@ def put_in_place(written: Path, final: Path) -> None:
 
 
 def write_whole(file: Path, text: str, *, mode: int = 0o666) -> None:
-    """Write a small file so that it is whole at every moment. Raises OSError."""
+    """Writes a small file so that it is complete at every moment. Raises OSError."""
     with beside(file) as hidden:
         hidden.touch(mode)
         hidden.write_text(text, encoding="utf-8")

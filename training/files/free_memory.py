@@ -1,4 +1,4 @@
-"""What this host, or the container that was given a part of it, could still spare."""
+"""Free memory of this host, or of the container's cgroup."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes() -> int:
-    """Memory that could be taken now without swapping or being ended for it; what only caches files counts as free."""
+    """Memory available without swapping or being killed; the page cache counts as free."""
     free = 1024 * _number("/proc/meminfo", "MemAvailable:")
-    # No limit, or another version of cgroups: the host's memory counts.
+    # No limit, or another version of cgroups: use the host's memory.
     with contextlib.suppress(OSError, ValueError):
         limit = int((_CGROUP / "memory.max").read_text(encoding="ascii"))
         used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))

@@ -1,7 +1,7 @@
-"""Whether a folder holds a whole model: config, tokenizer, every shard that the index names, each to its last byte.
+"""Checks that a folder holds a whole model: config, tokenizer, and every shard that the index names, at full length.
 
-The daemon asks before an attempt, the trainer before it loads, and both get this answer. Sizes come from the
-safetensors headers, so a download that was cut is found without reading the weights.
+The daemon checks before an attempt and the trainer before it loads, with this same code. Sizes come from the
+safetensors headers, so a truncated download is found without reading the weights.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from training.failures import TrainingFailed
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
-# Where `models quantize --replace` leaves the 4-bit copy, alone, in the model's own folder.
+# The subfolder where `models quantize --replace` leaves the 4-bit copy, alone, in the model's own folder.
 KEPT_COPY = "nf4"
 COPY_MANIFEST = "manifest.json"
 
-# Any one of these sets carries a vocabulary that transformers reads without remote code. A vocab.json needs its
-# merges: alone it loads as a tokenizer that cannot join letters. The *.tiktoken of the first Qwen needs remote code.
+# Each of these sets is a vocabulary that transformers reads without remote code. A vocab.json needs its merges: alone
+# it loads as a tokenizer that cannot join letters. The *.tiktoken of the first Qwen needs remote code.
 _VOCABULARIES = (
     ("tokenizer.json",),
     ("tokenizer.model",),
@@ -36,15 +36,15 @@ _VOCABULARIES = (
 )
 # The limit of the safetensors library itself. The largest real header (a hundred thousand tensors) is about 15 MB.
 _MAX_HEADER_BYTES = 100_000_000
-# What reading a damaged file of ours may raise, whatever stands in it.
+# What reading one of our files may raise if it is damaged, whatever its content.
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError)
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A folder that has a readable config, every shard of its weights, and a tokenizer.
+    """A folder with a readable config, every shard of its weights, and a tokenizer.
 
-    Where the 4-bit copy is all that is kept of the weights, `kept_copy` is its folder and there are no shards.
+    If only the 4-bit copy of the weights is kept, `kept_copy` is its folder and there are no shards.
     """
 
     path: Path
@@ -54,7 +54,7 @@ class ModelFolder:
 
     @classmethod
     def of(cls, path: Path) -> ModelFolder:
-        """Read a folder in which `faults_of_model` found nothing."""
+        """Reads a folder in which `faults_of_model` found nothing."""
         if keeps_copy_only(path):
             return cls(path, read_config(path), (), path / KEPT_COPY)
         return cls(path, read_config(path), tuple(path / name for name in sorted(_tensors_by_shard(path))))
@@ -70,7 +70,7 @@ class ModelFolder:
         return nested if isinstance(nested, dict) else self.config
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Name and shape of every tensor of the checkpoint, from the files' headers or what the copy remembers."""
+        """Name and shape of every tensor of the checkpoint, from the files' headers or the copy's manifest."""
         if self.kept_copy is not None:
             yield from read_copy_manifest(self.kept_copy)["tensors"].items()
         for shard in self.shards:
@@ -79,13 +79,13 @@ class ModelFolder:
 
     @property
     def context_length(self) -> int:
-        """How many tokens the model reads; 1 Mi where its config does not say."""
+        """How many tokens the model reads; 1 Mi if its config does not say."""
         source = self.text_config
         return int(source.get("max_position_embeddings") or source.get("n_positions") or 1_048_576)
 
 
 def open_model_folder(path: Path, name: str) -> ModelFolder:
-    """Check a folder. Raises TrainingFailed: model_not_found, or model_incomplete naming what is missing."""
+    """Checks a folder. Raises TrainingFailed: model_not_found, or model_incomplete naming what is missing."""
     if not path.is_dir():
         raise TrainingFailed(
             ErrorCode.MODEL_NOT_FOUND,
@@ -103,7 +103,7 @@ def open_model_folder(path: Path, name: str) -> ModelFolder:
 
 
 def faults_of_model(path: Path) -> list[str]:
-    """Everything that keeps the folder from being a whole model, in words, shard by name; [] when it is whole."""
+    """Everything that makes the folder incomplete, in words, shard by name; [] if it is a whole model."""
     faults = []
     if not (path / CONFIG).is_file():
         faults.append(f"{CONFIG} is missing")
@@ -115,7 +115,7 @@ def faults_of_model(path: Path) -> list[str]:
 
 
 def faults_of_copy(copy: Path) -> list[str]:
-    """What keeps a 4-bit copy from being used: a file missing or cut, or other libraries than those that made it."""
+    """Why a 4-bit copy cannot be used: a file missing or cut, or other library versions than those that made it."""
     try:
         manifest = read_copy_manifest(copy)
     except _UNREADABLE as error:
@@ -134,7 +134,7 @@ def in_one_line(faults: list[str]) -> str:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json, {} when it cannot be read (`faults_of_model` says so)."""
+    """config.json, or {} if it cannot be read (`faults_of_model` reports that)."""
     try:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -143,13 +143,13 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def keeps_copy_only(path: Path) -> bool:
-    """True when a 4-bit copy stands in place of the weights; 16-bit weights beside it count before it."""
+    """True if a 4-bit copy stands in place of the weights. 16-bit weights beside it take precedence."""
     has_weights = (path / INDEX).exists() or (path / WEIGHTS).exists()
     return not has_weights and (path / KEPT_COPY / COPY_MANIFEST).is_file()
 
 
 def read_copy_manifest(copy: Path) -> dict[str, Any]:
-    """What the trainer wrote beside a 4-bit copy. Raises OSError, ValueError, KeyError, TypeError or AttributeError."""
+    """The manifest of a 4-bit copy. Raises OSError, ValueError, KeyError, TypeError or AttributeError."""
     manifest = dict(json.loads((copy / COPY_MANIFEST).read_text(encoding="utf-8")))
     return {
         "files": {str(name): str(digest) for name, digest in manifest["files"].items()},
@@ -159,7 +159,7 @@ def read_copy_manifest(copy: Path) -> dict[str, Any]:
 
 
 def read_header(shard: Path) -> dict[str, Any]:
-    """The JSON that a safetensors file begins with. Raises OSError, or ValueError where it begins otherwise."""
+    """The JSON header of a safetensors file. Raises OSError, or ValueError if there is none."""
     with shard.open("rb") as file:
         length = _header_bytes(file.read(8))
         header = json.loads(file.read(length))
@@ -170,7 +170,7 @@ def read_header(shard: Path) -> dict[str, Any]:
 
 def _header_bytes(first_eight: bytes) -> int:
     length = int.from_bytes(first_eight, "little")
-    # A damaged length must not make us read a whole file of weights.
+    # A damaged length must not make us read a whole weight file.
     if len(first_eight) < 8 or length > _MAX_HEADER_BYTES:
         raise ValueError("no length of a safetensors header")
     return length
@@ -185,7 +185,7 @@ def _faults_of_weights(path: Path) -> list[str]:
         return faults_of_copy(path / KEPT_COPY)
     if (path / INDEX).exists() or (path / WEIGHTS).exists():
         return _faults_of_shards(path)
-    # A link of a Hugging Face cache whose blob is gone exists as a link only.
+    # In a Hugging Face cache a link may point to a missing blob: the link exists, the file does not.
     if (path / INDEX).is_symlink() or (path / WEIGHTS).is_symlink():
         return ["the weights are a link to a file that is gone"]
     if any(path.glob("*.bin")) or any(path.glob("*.pt")):
@@ -208,7 +208,7 @@ def _faults_of_shards(path: Path) -> list[str]:
 
 
 def _tensors_by_shard(path: Path) -> dict[str, set[str]]:
-    """The weight files by name, and which tensors the index promises in each; a single file promises none."""
+    """The weight files by name, and the tensors that the index promises in each; a single file promises none."""
     if not (path / INDEX).exists():
         return {WEIGHTS: set()}
     by_shard: dict[str, set[str]] = {}

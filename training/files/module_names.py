@@ -1,9 +1,9 @@
-"""Names of a model's modules: where an adapter goes, what is never trained, what is not quantised."""
+"""Names of a model's modules: which get an adapter, which are never trained, which are not quantised."""
 
 from __future__ import annotations
 
-# Linear layers of a decoder block by the names that transformers gives them: attention and feed-forward of dense
-# models, Gated DeltaNet's in_proj and out_proj, and the fused forms of some families.
+# Linear layers of a decoder block as transformers names them: attention and feed-forward of dense models, Gated
+# DeltaNet's in_proj and out_proj, and the fused forms of some families.
 DEFAULT_TARGETS = (
     "q_proj",
     "k_proj",
@@ -28,15 +28,15 @@ DEFAULT_TARGETS = (
     "fc1",
     "fc2",
 )
-# A router decides which experts see a token; trained with a few hundred conversations it only forgets.
+# A router decides which experts process a token. Trained on a few hundred conversations it only gets worse.
 ROUTERS = ("gate", "router", "shared_expert_gate")
 # Kept in 16 bits. The head: quantising it costs quality and saves little. The other two are too small for the 4-bit
-# kernels' blocks. (This list replaces the library's own, hence lm_head in it.)
+# kernels' blocks. (This list replaces the library's own, which is why it names lm_head.)
 UNQUANTISED_MODULES = ("lm_head", "in_proj_ba", "shared_expert_gate")
-# What transformers calls the list of a model's repeated blocks.
+# transformers' names for the list of a model's repeated blocks.
 _BLOCK_LISTS = ("layers", "h", "blocks")
 
 
 def is_in_block(tensor: str) -> bool:
-    """Whether a tensor belongs to one of the model's repeated blocks, by its full name."""
+    """True if a tensor belongs to one of the model's repeated blocks, by its full name."""
     return any(part in _BLOCK_LISTS for part in tensor.split("."))

@@ -1,8 +1,8 @@
-"""The base model's weights are read once from the volume while libraries are imported and data prepared.
+"""Reads the base model's weights once from the volume while libraries are imported and data prepared.
 
-Whoever loads them then finds them in the kernel's page cache. Nothing is kept here, nothing waits for it, and where the
-data turn out bad the process ends without it. Not the loading itself beside the data: in a thread both want the same
-interpreter and, on a CPU, the same cores (tried: later than one after the other), and a load in C cannot be abandoned.
+Loading then finds them in the kernel's page cache. Nothing is kept here and nothing waits for it; if the data turn out
+bad, the process ends without it. The weights are not loaded in this thread: loading and preparing data need the same
+interpreter and, on a CPU, the same cores (tried: slower than one after the other), and a load in C cannot be stopped.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from training.files.model_folder import KEPT_COPY
 from training.spec import JobSpec
 
 _PIECE_BYTES = 8 * 2**20
-# Of the memory that the host could spare: what is read must still be there when it is asked for.
+# The share of free memory to use: pages that were read must still be there when they are needed.
 _MEMORY_SHARE = 0.5
 
 
 def read_ahead(spec: JobSpec) -> threading.Thread:
-    """Begin, and return at once."""
+    """Starts reading in a thread and returns at once."""
     room_bytes = int(_MEMORY_SHARE * free_bytes())
     thread = threading.Thread(target=_read, args=(weights_of(spec), room_bytes), name="read-ahead", daemon=True)
     thread.start()
@@ -39,7 +39,7 @@ def weights_of(spec: JobSpec) -> list[Path]:
 
 def _read(files: list[Path], room_bytes: int) -> None:
     piece = bytearray(_PIECE_BYTES)
-    # What cannot be read is reported by the loading.
+    # Loading reports what cannot be read.
     with contextlib.suppress(OSError):
         for path in files:
             with path.open("rb", buffering=0) as file:

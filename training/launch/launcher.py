@@ -1,10 +1,10 @@
-"""A job on several cards, seen from its main process: start one rank a card, pass a stop on, say how it ended.
+"""Runs a job on several GPUs from its main process: starts one rank per GPU, passes a stop on, reports the outcome.
 
-The ranks are started and watched by torchrun's own engine, torch.distributed's elastic agent: when one ends badly it
-ends the others. It is given no restarts: whether a job is tried again is for the daemon to decide.
+The ranks are started and watched by torchrun's own engine, torch.distributed's elastic agent: when one fails it ends
+the others. It gets no restarts: the daemon decides whether a job is tried again.
 
-It is asked for nothing that torch 2.9 does not know. Which signals it handles, and that each rank sees one card, can be
-chosen only in later versions; so it runs in a thread, where it handles none, and a rank finds its card itself.
+Only options that torch 2.9 knows are used. Choosing which signals the engine handles, or that each rank sees one GPU,
+needs a later version; so the engine runs in a thread, where it handles no signal, and a rank finds its GPU itself.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class RankStack(Exception):
 
 
 def train_on_ranks(spec: JobSpec, events_fd: int, stop: StopSwitch) -> None:
-    """Do one job in `spec.num_gpus` processes; raises what `train_adapter` would: TrainingFailed, StopRequested.
+    """Runs one job in `spec.num_gpus` processes. Raises what `train_adapter` does: TrainingFailed, StopRequested.
 
-    None of them is alive afterwards; should this process be killed, the kernel kills them.
+    No rank is alive afterwards; if this process is killed, the kernel kills them.
     """
     adopt_orphans()
     desk = RankFolder.lay(spec.work_dir / "ranks", spec)
@@ -49,7 +49,7 @@ def train_on_ranks(spec: JobSpec, events_fd: int, stop: StopSwitch) -> None:
     if lost is None or stop.requested:
         raise StopRequested
     cause = desk.cause()
-    # Those that are left fail of the silence of one that was killed; that is not the cause.
+    # When one rank is killed, the others fail because it stops answering; that is not the cause.
     if cause is None or (cause.code is ErrorCode.INTERNAL and _was_killed(lost)):
         raise _loss_of_a_rank(spec, lost)
     raise TrainingFailed(cause.code, cause.message, cause.hint or "", transient=cause.transient) from RankStack(
@@ -58,7 +58,7 @@ def train_on_ranks(spec: JobSpec, events_fd: int, stop: StopSwitch) -> None:
 
 
 def _run(spec: JobSpec, desk: RankFolder, events_fd: int) -> ProcessFailure | None:
-    """Run the ranks to their end. Returns the one that ended badly: one that was killed, else the first."""
+    """Runs the ranks to their end. Returns the one that failed: one that was killed, else the first."""
     with quick_imports():
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.launcher.api import elastic_launch
@@ -74,11 +74,11 @@ def _run(spec: JobSpec, desk: RankFolder, events_fd: int) -> ProcessFailure | No
         "--desk",
         desk.folder,
         "--events",
-        # The engine starts processes with no descriptors of ours; the kernel lets them open this one by name.
+        # The engine starts processes without our descriptors; the kernel lets them open this one by name.
         f"/proc/{os.getpid()}/fd/{events_fd}",
     )
     try:
-        # In the main thread it would take SIGTERM from us and end the ranks without a checkpoint.
+        # In the main thread the engine would take over SIGTERM and end the ranks without a checkpoint.
         with ThreadPoolExecutor(1, "engine") as thread:
             thread.submit(engine, *arguments).result()
     except ChildFailedError as error:
@@ -88,12 +88,12 @@ def _run(spec: JobSpec, desk: RankFolder, events_fd: int) -> ProcessFailure | No
 
 
 def _was_killed(failure: ProcessFailure) -> bool:
-    """By a signal, and not by the engine's own, which ends the others."""
+    """True if killed by a signal other than the one with which the engine ends the others."""
     return failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
 
 
 def launch_config(spec: JobSpec) -> LaunchConfig:
-    """What `torchrun --standalone` would use, on the loopback interface; in words that torch 2.9 knows."""
+    """What `torchrun --standalone` would use, on the loopback interface, with options that torch 2.9 knows."""
     from torch.distributed.launcher.api import LaunchConfig
 
     return LaunchConfig(

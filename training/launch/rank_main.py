@@ -1,8 +1,8 @@
-"""One rank of a job on several cards, started by the engine in training/launch/launcher.py.
+"""One rank of a job on several GPUs, started by the engine in training/launch/launcher.py.
 
     python -m training.launch.rank_main --launcher 4711 --desk <folder> --events /proc/4711/fd/5
 
-Exit 0 when the job is done or was stopped by agreement, 1 after its failure was left on the desk.
+Exit status 0 when the job is done or all ranks agreed to stop, 1 after its failure was written to the shared folder.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> int:
     stop = StopSwitch()
     stop.listen(STOP_A_RANK)
     desk = RankFolder(chosen.desk)
-    # The wish came before we could hear the signal.
+    # The stop request came before we could handle the signal.
     if desk.stop_is_wished:
         return 0
     index = int(os.environ["RANK"])
@@ -51,7 +51,7 @@ def main() -> int:
     except Exception as error:  # noqa: BLE001 - the outermost loop of a rank: the launcher says what happened
         desk.leave_failure(index, failed_event(error, spec, spec.job_id), time.monotonic())
         sys.stderr.flush()
-        # Not through the interpreter's end: closing a card's communicators waits for ranks that wait for us.
+        # Skip the interpreter's clean-up: closing a GPU's communicators waits for ranks that wait for us.
         os._exit(1)
     if index == 0:
         desk.note_finished()
@@ -59,9 +59,9 @@ def main() -> int:
 
 
 def see_one_card() -> None:
-    """Of the cards of this job leave this rank its own, which it calls 0. To be done before torch is imported.
+    """Leaves this rank only its own GPU, which it sees as number 0. Call it before torch is imported.
 
-    (The engine of later versions of torch can do it, by `virtual_local_rank`; that of 2.9 cannot.)
+    (In later versions of torch the engine's `virtual_local_rank` does this; 2.9 has no such option.)
     """
     index = int(os.environ["LOCAL_RANK"])
     cards = [card.strip() for card in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if card.strip()]

@@ -1,4 +1,4 @@
-"""The folder that the launcher and its ranks share: the spec, the wish to stop, what each rank failed of."""
+"""A directory shared by the launcher and its ranks: the spec, the stop request, and each rank's failure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from training.spec import JobSpec
 
 
 class RankFailure(BaseModel):
-    """What a rank had to say at its end. `at` is the kernel's monotonic clock, which all processes of a host share."""
+    """How a rank failed. `at` is the kernel's monotonic clock, which all processes of a host share."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -28,7 +28,7 @@ class RankFolder:
 
     @classmethod
     def lay(cls, folder: Path, spec: JobSpec) -> RankFolder:
-        """An empty desk with the spec on it."""
+        """Creates an empty shared folder with the spec in it."""
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         (folder / "spec.json").write_text(spec.model_dump_json(), encoding="utf-8")
@@ -46,7 +46,7 @@ class RankFolder:
 
     @property
     def is_finished(self) -> bool:
-        """The first rank has said `adapter_saved`."""
+        """True once the first rank has reported `adapter_saved`."""
         return (self.folder / "finished").exists()
 
     def note_finished(self) -> None:
@@ -57,16 +57,16 @@ class RankFolder:
         (self.folder / f"failed-{rank}.json").write_text(report.model_dump_json(), encoding="utf-8")
 
     def cause(self) -> Failed | None:
-        """The failure that came first, if any was written down.
+        """The failure that came first, if any was written.
 
-        One with a name counts before an `internal` one: a rank whose neighbour has gone fails of that, and may be
-        quicker to say so.
+        A specific error code comes before `internal`: a rank whose neighbour has gone fails with `internal`, and may be
+        quicker.
         """
         reports = []
         for path in self.folder.glob("failed-*.json"):
             try:
                 reports.append(RankFailure.model_validate_json(path.read_text(encoding="utf-8")))
             except (OSError, ValidationError):
-                continue  # it was killed while it wrote
+                continue  # it was killed while writing
         first = min(reports, key=lambda report: (report.failed.code is ErrorCode.INTERNAL, report.at), default=None)
         return None if first is None else first.failed
