@@ -1,2 +1,2 @@
-"""The tables as the migrations make them: applied, verified against the catalogue, repaired after a restore. It refuses
-an app's schema that it could not serve before the first change. Called by `migrate`, doctor and the demo."""
+"""Applies the migrations, verifies the tables against the catalogue and repairs them after a restore. It refuses an
+app's schema that we could not serve before it changes anything. Called by `migrate`, doctor and the demo."""

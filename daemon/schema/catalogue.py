@@ -1,7 +1,7 @@
-"""What the migrations make, and what a database has: two catalogues that can be compared.
+"""Reads two catalogues that can be compared: what the migrations create, and what a database has.
 
-What is expected is not written down anywhere. The migrations themselves are applied, in a schema that no other session
-sees and that is rolled back, by the very server that is asked.
+The expected catalogue is not written down anywhere. Instead the same server applies the migrations in a schema that no
+other session sees, and rolls them back.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import psycopg
 _ELSEWHERE = "trainer_reference"
 _PUBLIC = re.compile(r"\bpublic\b")
 _READ = (resources.files("sql.catalogue") / "read_catalogue.sql").read_bytes()
-# The types that another app may have in place of ours (daemon.schema.fit says which for which).
+# Column types that an app may replace by others (daemon.schema.fit says by which).
 _SERVED = re.compile(r"(?:text|character varying|numeric|integer|bigint)(?:\([\d,]+\))?")
 _API_ROLES = "anon, authenticated, service_role"
 
@@ -27,8 +27,8 @@ Catalogue = Mapping[tuple[str, str], str]
 
 @dataclass(frozen=True)
 class Expected:
-    """`ours` must be there as it is. `app` is what the app's tables are like where we make them. `admitted`: all rights
-    that may be there, those among them that somebody else gave and that we leave as they are."""
+    """`ours` must be there unchanged. `app` describes the app's tables as we create them. `admitted` are all rights
+    that may be there, including those that others granted, which we leave."""
 
     ours: Catalogue
     app: Catalogue
@@ -36,9 +36,9 @@ class Expected:
 
 
 def read_expected(db: psycopg.Connection[Any], files: Sequence[Sequence[str]]) -> Expected:
-    """What these migrations make on this server, each a list of statements. The first makes what is the app's own.
+    """Reads what these migrations, each a list of statements, create on this server. The first makes the app's tables.
 
-    Touches no table of the app's."""
+    Does not touch the real ones."""
     with _elsewhere(db) as schema:
         _apply(db, files[:1])
         app = read_catalogue(db, schema)
@@ -46,7 +46,7 @@ def read_expected(db: psycopg.Connection[Any], files: Sequence[Sequence[str]]) -
         before = read_catalogue(db, schema)
         _apply(db, files[1:])
         made = read_catalogue(db, schema)
-    # Once more as in an older project, where everything new is everybody's: what is left of that is allowed.
+    # Again as in an older project, where every role has rights on new objects: the rights that remain are allowed.
     with _elsewhere(db) as schema:
         for what in ("TABLES", "SEQUENCES", "FUNCTIONS"):
             db.execute(f"ALTER DEFAULT PRIVILEGES IN SCHEMA {schema} GRANT ALL ON {what} TO {_API_ROLES}".encode())
@@ -64,9 +64,9 @@ def read_expected(db: psycopg.Connection[Any], files: Sequence[Sequence[str]]) -
 
 
 def read_catalogue(db: psycopg.Connection[Any], schema: str = "public") -> dict[tuple[str, str], str]:
-    """What a schema holds now: kind and name, with all that is compared."""
+    """Reads what a schema holds now: kind and name, with everything that is compared."""
     with db.transaction():
-        # The definition of a view waits for whoever holds its tables.
+        # Reading a view's definition waits for locks on its tables.
         db.execute("SET LOCAL lock_timeout = '1s'")
         db.execute("SET LOCAL search_path = ''")
         rows = db.execute(_READ, {"schema": schema}).fetchall()
@@ -74,7 +74,7 @@ def read_catalogue(db: psycopg.Connection[Any], schema: str = "public") -> dict[
 
 
 def _take_over_types(db: psycopg.Connection[Any], app: Catalogue) -> None:
-    """What is written about a column depends on its type: a view of a text has no cast where one of a varchar has."""
+    """Uses the app's column types, because definitions depend on them: a view has a cast for varchar, none for text."""
     for relation, column, found in db.execute(
         "SELECT class.relname, attribute.attname, format_type(attribute.atttypid, attribute.atttypmod) "
         "FROM pg_class AS class JOIN pg_attribute AS attribute ON attribute.attrelid = class.oid "
@@ -91,7 +91,7 @@ def _elsewhere(db: psycopg.Connection[Any]) -> Iterator[str]:
     with db.transaction(force_rollback=True):
         db.execute("SET LOCAL client_min_messages = error")
         db.execute(f"CREATE SCHEMA {_ELSEWHERE}".encode())
-        # The users as well: a reference to the real ones would hold up whoever signs up.
+        # A users table, too: a reference to the real one would block people who sign up.
         db.execute(f"CREATE TABLE {_ELSEWHERE}.users (id uuid PRIMARY KEY)".encode())
         yield _ELSEWHERE
 

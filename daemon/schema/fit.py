@@ -1,6 +1,6 @@
-"""Whether we can serve the app's tables as they are: asked before the first change, and answered column by column.
+"""Checks, column by column and before the first change, whether we can serve the app's tables as they are.
 
-What we could not serve would be found by the app's own inserts, or by a job that can neither end nor go on.
+Otherwise the app's own inserts would fail later, or a job could neither end nor continue.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _TEXT = re.compile(r"(text)|character varying(?:\((\d+)\))?")
 _NUMERIC = re.compile(r"numeric(?:\((\d+),(\d+)\))?")
 _STATES = tuple(state.value for state in State)
 
-# The app's columns that our statements, triggers and policies name; of a text, how many characters we write at most
-# (0: the app's own words, of any length). Columns of these tables that are not here may be missing, or be anything.
+# The app's columns that our statements, triggers and policies name. For text: the most characters that we write
+# (0: the app writes it, any length). Columns that are not listed may be missing, or have any type.
 _NAMED: Mapping[str, Mapping[str, int]] = {
     "training_jobs": {
         "id": 0, "user_id": 0, "dataset_id": 0, "preset_id": len("custom"), "hyperparameters": 0, "gpu_config": 0,
@@ -58,13 +58,13 @@ _NAMED: Mapping[str, Mapping[str, int]] = {
         "priority": len("medium"), "read": 0, "action_url": 60, "metadata": 0,
     },
 }  # fmt: skip
-# What a job's row is without, at its insert or between two attempts.
+# Columns that are null at a job's insert or between two attempts.
 _EMPTIED = frozenset({
     "current_metrics", "started_at", "completed_at", "estimated_completion_at", "final_cost", "error_message",
     "error_stack", "external_job_id", "artifact_id",
 })  # fmt: skip
 _UNIQUE = {"training_jobs": "id", "datasets": "id", "metrics_points": "id", "model_artifacts": "job_id"}
-# What a CHECK of the app's must let through. Statuses and stages in full; of numbers where they begin and end.
+# Values that the app's CHECKs must accept: every status and stage; the smallest and largest of the numbers.
 _WRITTEN: Mapping[tuple[str, str], Sequence[object]] = {
     ("training_jobs", "status"): _STATES,
     ("training_jobs", "current_stage"): ("queued", "completed", *(stage.value for stage in Stage)),
@@ -102,9 +102,9 @@ class _Column:
 
 
 def misfits(db: psycopg.Connection[Any], expected: Expected, *, fresh: bool) -> list[str]:
-    """What we cannot serve, one line a column: what it is, and what to do. Empty where everything fits.
+    """Lists what we cannot serve, one line per column with what to do. Empty if everything fits.
 
-    `fresh`: nothing of ours was applied yet, so whatever has one of our names is the app's own."""
+    `fresh`: none of our migrations was applied yet, so anything that has one of our names belongs to the app."""
     wanted = {name: text for (kind, name), text in (*expected.ours.items(), *expected.app.items()) if kind == "column"}
     relations = {name.partition(".")[0] for name in wanted}
     with db.cursor(row_factory=class_row(_Column)) as cursor:
@@ -119,7 +119,7 @@ def misfits(db: psycopg.Connection[Any], expected: Expected, *, fresh: bool) -> 
 
 
 def _taken_names(found: Catalogue, wanted: Mapping[str, str]) -> Iterator[str]:
-    """What we would make is there already, and is something else."""
+    """Names that we would create but that already exist as something else."""
     for relation in sorted({name.partition(".")[0] for name in wanted} - _NAMED.keys()):
         needed = {name: text for name, text in wanted.items() if name.startswith(f"{relation}.")}
         there = {name: text for (kind, name), text in found.items() if kind == "column" and name in needed}
@@ -169,11 +169,11 @@ def _wrong_of_the_app(column: _Column, wanted: str) -> Iterator[str]:
 
 
 def _serves(found: str, wanted: str, least: int) -> bool:
-    """Whether a column of one type can hold all that we write to the other."""
+    """Whether a column of type `found` can hold everything that we write to one of type `wanted`."""
     if text := _TEXT.fullmatch(found):
         return _TEXT.fullmatch(wanted) is not None and (text[2] is None or int(text[2]) >= least)
     if (number := _NUMERIC.fullmatch(found)) and (needed := _NUMERIC.fullmatch(wanted)):
-        # Fewer digits after the point are rounded; fewer before it are a refusal.
+        # Postgres rounds to fewer digits after the point, but refuses more digits before it than fit.
         return number[1] is None or int(number[1]) - int(number[2]) >= int(needed[1]) - int(needed[2])
     return found == wanted or (wanted, found) == ("integer", "bigint")
 
@@ -204,5 +204,5 @@ def _refuses(db: psycopg.Connection[Any], check: Mapping[str, Any], value: objec
         with db.transaction(force_rollback=True):
             answer = db.execute(question).fetchone()
     except psycopg.DatabaseError:
-        return False  # of a type that does not hold the value: said of the column itself
+        return False  # the type cannot hold the value: reported for the column itself
     return answer is not None and bool(answer[0])

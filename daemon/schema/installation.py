@@ -1,8 +1,8 @@
-"""Whether a database is still what `migrate` made of it, and making it so again.
+"""Checks whether a database is still as `migrate` left it, and repairs it.
 
-A dump that is restored into another project leaves behind what is not in it: the role, and with it grants, policies and
-the owners of functions. A restore with triggers off leaves rows that no claim sees. The record of what was applied came
-along and says that all is well, so it is the catalogue that is compared, and the rows that are counted.
+A dump restored into another project lacks the role, and with it grants, policies and owners of functions. A restore
+with triggers off leaves rows that no claim sees. The record of applied migrations is restored as well and says that
+everything is applied, so this compares the catalogue and counts the rows.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from daemon.schema.catalogue import Catalogue, Expected, read_catalogue
 
 ROLE = "training_daemon"
 _RECORD = "supabase_migrations.brightrun_trainer"
-# What the rows came from: the server, its history, the database, the table. A copy differs in one of them.
+# Where the rows are: the server, its timeline, the database, the table. A copy differs in one of them.
 _PLACE = """
     SELECT concat_ws('/',
         (SELECT system_identifier FROM pg_control_system()), (SELECT timeline_id FROM pg_control_checkpoint()),
         (SELECT oid FROM pg_database WHERE datname = current_database()), 'public.training_leases'::regclass::oid)
 """
-# In this order: a lease that belongs to no run is none that a run could have lost.
+# The order matters: end stray leases first, so that they are not taken for leases that a run lost.
 _ROWS = {
     "end_stray_leases": "leases of no run",
     "return_restored_leases": "leases that ran out before the rows came here",
@@ -42,7 +42,7 @@ _MANY = 4
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing of ours that is not as the migrations make it."""
+    """One object of ours that differs from what the migrations create."""
 
     kind: str
     name: str
@@ -53,7 +53,7 @@ class Difference:
 
 
 def differences(expected: Expected, found: Catalogue) -> list[Difference]:
-    """All that is missing, changed, or open to somebody to whom it should be closed."""
+    """Finds everything that is missing, changed, or accessible to a role that should have no access."""
     return [*_wrong_things(expected, found), *_open_doors(expected, found)]
 
 
@@ -65,7 +65,7 @@ def _wrong_things(expected: Expected, found: Catalogue) -> Iterator[Difference]:
         if is_now is None:
             yield Difference(kind, name, "is missing")
         elif (kind, name) in expected.app and kind == "column":
-            # The app's own column; ours is only that it has a default, whichever.
+            # The column is the app's. We only require that it has some default.
             if " default " not in f" {is_now}":
                 yield Difference(kind, name, "has no default")
         elif is_now.endswith(" (switched off)"):
@@ -95,7 +95,7 @@ def _thing(right: str) -> str:
 
 
 def in_words(found: Sequence[Difference]) -> list[str]:
-    """One line each, or one for all of a kind where they are many."""
+    """One line for each difference, or one for all of a kind if there are many."""
     lines = []
     for kind in dict.fromkeys(difference.kind for difference in found):
         alike = [difference for difference in found if difference.kind == kind]
@@ -108,15 +108,15 @@ def in_words(found: Sequence[Difference]) -> list[str]:
 
 
 def repair_catalogue(db: psycopg.Connection[Any], wrong: Sequence[Difference], files: Sequence[Sequence[str]]) -> None:
-    """Make everything anew, in a transaction of the caller's. The app's own triggers and policies stay as they are."""
+    """Recreates our objects, in the caller's transaction. The app's own triggers and policies stay as they are."""
     for difference in wrong:
         if difference.what == "is another one" and difference.kind in ("index", "view"):
-            # CREATE INDEX IF NOT EXISTS is content with any of that name, and no view loses a column by REPLACE.
+            # CREATE INDEX IF NOT EXISTS accepts any index of that name, and REPLACE cannot drop a view's column.
             db.execute(f'DROP {difference.kind} public."{difference.name}"'.encode())
         if difference.what == "does not check its foreign keys":
             _check_references(db, difference.name)
         if (difference.kind, difference.name) == ("trigger", "training_jobs.training_jobs_guard_update"):
-            # Where there is no guard, its migration takes whatever waits for older than itself, and holds it.
+            # If the guard is missing, its migration takes all waiting jobs for older ones and holds them: put a dummy.
             db.execute(
                 b"CREATE OR REPLACE TRIGGER training_jobs_guard_update BEFORE UPDATE ON public.training_jobs "
                 b"FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()"
@@ -126,7 +126,7 @@ def repair_catalogue(db: psycopg.Connection[Any], wrong: Sequence[Difference], f
 
 
 def _check_references(db: psycopg.Connection[Any], relation: str) -> None:
-    """Switch on what a restore has left switched off, one by one: the app's own triggers may be off on purpose."""
+    """Enables foreign-key triggers that a restore left off, one by one: the app's own may be off on purpose."""
     for (trigger,) in db.execute(
         "SELECT tgname FROM pg_trigger WHERE tgrelid = %s::regclass AND tgisinternal AND tgenabled <> 'O'",
         (f"public.{relation}",),
@@ -135,7 +135,7 @@ def _check_references(db: psycopg.Connection[Any], relation: str) -> None:
 
 
 def add_constraints(db: psycopg.Connection[Any], wrong: Sequence[Difference], expected: Expected) -> None:
-    """What CREATE TABLE IF NOT EXISTS does not do to a table that is there."""
+    """Adds the constraints that CREATE TABLE IF NOT EXISTS does not add to an existing table."""
     for difference in wrong:
         if difference.kind == "constraint":
             relation, _, name = difference.name.partition(".")
@@ -147,7 +147,7 @@ def add_constraints(db: psycopg.Connection[Any], wrong: Sequence[Difference], ex
 
 
 def repair_rows(db: psycopg.Connection[Any]) -> list[str]:
-    """Set right what a restore left, as the daemon's role, so that the guard looks on. Returns what was found."""
+    """Repairs rows after a restore, as the daemon's role, so that the guard checks it. Returns what was found."""
     lines: list[str] = []
     since = _here_since(db)
     with db.transaction():
@@ -173,7 +173,7 @@ def _advance(db: psycopg.Connection[Any], relation: str, column: str) -> Iterato
 
 
 def record(db: psycopg.Connection[Any], expected: Expected) -> None:
-    """Remember what is expected, for whoever may not find it out himself, and where the rows are."""
+    """Stores what is expected, for roles that cannot compute it themselves, and where the rows are."""
     things = {
         name: [[*key, definition] for key, definition in catalogue.items()]
         for name, catalogue in (("ours", expected.ours), ("app", expected.app))
@@ -195,7 +195,7 @@ def record(db: psycopg.Connection[Any], expected: Expected) -> None:
 
 
 def inspect(db: psycopg.Connection[Any]) -> list[str] | None:
-    """What `migrate` would repair, found with the daemon's own rights. None: it has never verified this database."""
+    """What `migrate` would repair, read with the daemon's own rights. None: it has never verified this database."""
     db.execute(f"SET ROLE {ROLE}".encode())
     found = db.execute(b"SELECT FROM pg_tables WHERE schemaname || '.' || tablename = %s", (_RECORD,)).fetchone()
     row = None if found is None else db.execute(f"SELECT server, expected FROM {_RECORD}".encode()).fetchone()
@@ -213,7 +213,7 @@ def inspect(db: psycopg.Connection[Any]) -> list[str] | None:
 
 
 def _here_since(db: psycopg.Connection[Any]) -> str:
-    """When the rows came to where they are; a lease that is older was claimed elsewhere. `infinity`: just now."""
+    """When the rows arrived in this database; an older lease was claimed elsewhere. `infinity`: just now."""
     if db.execute(b"SELECT FROM pg_tables WHERE schemaname || '.' || tablename = %s", (_RECORD,)).fetchone() is None:
         return "infinity"
     row = db.execute(f"SELECT here_since::text FROM {_RECORD} WHERE place = ({_PLACE})".encode()).fetchone()

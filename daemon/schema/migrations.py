@@ -1,6 +1,6 @@
-"""Apply sql/migrations, and keep the record where `supabase db push` keeps it, so that either tool can be used.
+"""Applies sql/migrations and records them where `supabase db push` does, so that either tool can be used.
 
-One transaction a file, a lock against two at once, and retries where the app's traffic holds a table.
+Each file is one transaction. A lock keeps out a second run, and it retries when the app's traffic locks a table.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from daemon.schema.sql_script import split_statements
 
 T = TypeVar("T")
 
-# Any number will do, as long as every migrating process takes the same one ("brightrun" in base 36, shortened).
+# Any number works, as long as every migrating process uses the same one ("brightrun" in base 36, shortened).
 _LOCK = 7_120_451_993
-# One open reader stalls every writer behind an ALTER for its whole lock_timeout: give up soon, try again often.
+# While an ALTER waits for one reader, all writers wait behind it: give up soon (lock_timeout), try again often.
 _LOCK_TRIES = 30
 _LOCK_PAUSE_SECONDS = 0.5
 
 
 class MayNotRead(HostUnfit):
-    """This login may not read which migrations were applied."""
+    """This login has no right to read which migrations were applied."""
 
 
 @dataclass(frozen=True)
 class Migration:
-    """One file: `20261122000005_guard.sql` has the version before the underscore and the name after it."""
+    """One file. In `20261122000005_guard.sql` the version is before the underscore and the name after it."""
 
     version: str
     name: str
@@ -61,22 +61,22 @@ def migrations() -> list[Migration]:
 
 @dataclass(frozen=True)
 class Migrated:
-    """The names applied, `version_name` each, and in words what was found broken and set right."""
+    """The names applied (`version_name`), and descriptions of what was repaired."""
 
     applied: list[str]
     repaired: list[str]
 
 
 def migrate(dsn: str, *, local: bool) -> list[str]:
-    """As `bring_up_to_date`; returns only the names applied."""
+    """Like `bring_up_to_date`, but returns only the names applied."""
     return bring_up_to_date(dsn, local=local).applied
 
 
 def bring_up_to_date(dsn: str, *, local: bool) -> Migrated:
-    """Apply what is missing, then verify all that was ever applied, and repair what is not as it should be.
+    """Applies missing migrations, then verifies everything applied so far and repairs what differs.
 
-    `local` first gives a plain Postgres what Supabase has (roles, auth.users, auth.uid()).
-    Raises DatabaseAway when Postgres does not answer or a table stays locked, HostUnfit when it is no place for us."""
+    `local` first adds to a plain Postgres what Supabase has (roles, auth.users, auth.uid()).
+    Raises DatabaseAway when Postgres does not answer or a table stays locked, HostUnfit when we cannot use it."""
     try:
         with connect(dsn, application_name="brightrun migrate") as db:
             if local:
@@ -113,7 +113,7 @@ def pending(dsn: str) -> list[str]:
 
 
 def _apply_local(db: psycopg.Connection[Any]) -> None:
-    # Roles are the cluster's: a dump from another one brings the schema and not them.
+    # Roles belong to the cluster: a dump from another one has the schema but not the roles.
     answer = db.execute(
         "SELECT to_regnamespace('auth') IS NOT NULL AND count(*) = 3 FROM pg_roles "
         "WHERE rolname IN ('anon', 'authenticated', 'service_role')"
@@ -140,7 +140,7 @@ def _require_supabase(db: psycopg.Connection[Any]) -> None:
 
 
 def _require_fit(db: psycopg.Connection[Any]) -> Expected:
-    """Nothing is changed in a database that we could not serve afterwards."""
+    """Refuses a database that we could not serve, before anything is changed."""
     with db.transaction():
         db.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
         try:
@@ -159,7 +159,7 @@ def _files() -> list[list[str]]:
 
 
 def _prepare_role(db: psycopg.Connection[Any]) -> None:
-    """The role is the cluster's, not the database's: what was applied in another cluster has not made it here."""
+    """Creates the role, which belongs to the cluster: migrations applied in another one did not create it here."""
     with db.transaction():
         for statement in (statement for statements in _files() for statement in statements):
             if "CREATE ROLE training_daemon" in statement:
@@ -180,7 +180,7 @@ def _repair(db: psycopg.Connection[Any], expected: Expected) -> list[str]:
             listed = "; ".join(in_words(wrong))
             raise HostUnfit(f"what was found broken cannot be repaired ({error}): {listed}") from error
         left = differences(expected, read_catalogue(db))
-    # What is published is the publication's owner's business, and no fault of the tables.
+    # The publication's owner decides what is published; that is no fault of the tables.
     if left := [difference for difference in left if difference.kind != "publication"]:
         listed = "\n".join(f"  {line}" for line in in_words(left))
         raise HostUnfit(f"this is not as our migrations make it, and has to be mended by hand:\n{listed}")
@@ -188,7 +188,7 @@ def _repair(db: psycopg.Connection[Any], expected: Expected) -> list[str]:
 
 
 def faults(dsn: str) -> list[str] | None:
-    """What `migrate` would repair here, found with the daemon's own rights. None: it has never verified this database.
+    """What `migrate` would repair here, read with the daemon's own rights. None: it has never verified this database.
 
     Raises DatabaseAway, MayNotRead, HostUnfit."""
     try:
@@ -203,7 +203,7 @@ def faults(dsn: str) -> list[str] | None:
 
 
 def _recorded(db: psycopg.Connection[Any]) -> set[str]:
-    """The versions that were applied, whoever applied them."""
+    """The versions that were applied, by either tool."""
     found = db.execute(
         "SELECT FROM pg_tables WHERE schemaname = 'supabase_migrations' AND tablename = 'schema_migrations'"
     ).fetchone()
@@ -213,10 +213,10 @@ def _recorded(db: psycopg.Connection[Any]) -> set[str]:
 
 
 def _prepare_record(db: psycopg.Connection[Any]) -> None:
-    """The CLI's own table, made with the CLI's own statements."""
+    """Creates the Supabase CLI's table with the CLI's own statements."""
     with db.transaction():
         db.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
-        # Looked for first: after the wait for the lock, CREATE still believes what was not there before it.
+        # Look first: after waiting for the lock, CREATE still sees the catalogue as it was before the wait.
         if db.execute("SELECT FROM pg_namespace WHERE nspname = 'supabase_migrations'").fetchone() is None:
             db.execute("CREATE SCHEMA supabase_migrations")
         db.execute(

@@ -1,8 +1,8 @@
-"""Cuts a script of SQL into its statements, where the server's own lexer would.
+"""Splits an SQL script into statements, as the server's lexer would.
 
-A migration is applied, recorded and repaired by the statement, and no client library cuts scripts: psql has its own
-lexer, and the server sends back answers but not the texts. Not understood are semicolons inside of a statement that
-only a parser knows to be there (CREATE RULE … DO (…; …), BEGIN ATOMIC): a test compares our files with the server.
+Migrations are applied, recorded and repaired statement by statement. No client library splits scripts: psql has its own
+lexer, and the server returns results but not the texts. Semicolons that only a parser recognises as part of a statement
+(CREATE RULE … DO (…; …), BEGIN ATOMIC) are not supported; a test compares our files with the server.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _COMMENT_EDGE = re.compile(r"/\*|\*/")
 
 
 def split_statements(sql: str) -> list[str]:
-    """Cut a script at its top-level semicolons; strings, dollar quotes and comments are left whole.
+    """Splits a script at its top-level semicolons; strings, dollar quotes and comments stay whole.
 
-    What holds no more than comments is no statement; a comment belongs to the statement that follows it."""
+    Comments alone are not a statement; a comment belongs to the statement that follows it."""
     statements: list[str] = []
     start = position = 0
     says_something = False
@@ -60,7 +60,7 @@ def split_statements(sql: str) -> list[str]:
 
 
 def _end_of_comment(sql: str, position: int) -> int:
-    """Comments of this kind are nested, unlike those of C."""
+    """Finds the end of a block comment. Unlike in C, these comments can be nested."""
     depth = 1
     while depth > 0:
         edge = _COMMENT_EDGE.search(sql, position)
