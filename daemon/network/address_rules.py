@@ -1,10 +1,10 @@
-"""Which addresses a user's URL may lead to, and a client that connects to the checked address and no other.
+"""Decides which addresses a user's URL may lead to.
 
-A dataset or callback URL is written by a tenant and fetched by a host inside our network, so it is held
-to rules: https to public addresses; the name is resolved once, every address it has is judged, and the
-connection goes to the judged one (with the name for TLS and Host), so that a second DNS answer cannot
-change the target; nobody follows a redirect without asking again. Exceptions are the operator's:
-TRAINER_ALLOWED_HOSTS and the project's own SUPABASE_URL.
+A tenant writes a dataset or callback URL and a host inside our network fetches it, so there are rules.
+Only https to public addresses. The name is resolved once, each of its addresses is checked, and the
+connection goes to a checked address (with the name for TLS and Host), so that a second DNS answer cannot
+change the target. Every redirect is checked again. The operator's exceptions are TRAINER_ALLOWED_HOSTS
+and the project's own SUPABASE_URL.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _HOST_NAME = re.compile(r"^(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]{0,62})(\.[a-z0-9_](
 
 
 class AddressRefused(TrainerError):
-    """The rules forbid this URL. The message names host and reason, never path or query."""
+    """The rules forbid this URL. The message names the host and the reason, never the path or the query."""
 
 
 class AddressUnknown(TrainerError):
@@ -54,7 +54,7 @@ class AddressRules:
         self._resolve = resolve or resolve_name
 
     async def check(self, url: str) -> Target:
-        """Judge one URL. Raises AddressRefused or AddressUnknown."""
+        """Checks one URL. Raises AddressRefused or AddressUnknown."""
         parsed, host, port = _parse(url)
         excepted = host in self._allowed or f"{host}:{port}" in self._allowed
         if parsed.scheme == "http" and not excepted:
@@ -63,7 +63,7 @@ class AddressRules:
         if literal is None and not excepted and (_LOCAL_NAMES.search(host) or "." not in host):
             raise AddressRefused(f"{host}: the name belongs to a private network")
         addresses = [literal] if literal else await self._addresses(host, port)
-        # All of them, not only the one we would take: a name with one private address is an attack or a mistake.
+        # All of them, not only the one we would use: a name with one private address is an attack or a mistake.
         for address in addresses:
             if not excepted and not is_public(address):
                 raise AddressRefused(f"{host}: resolves to {address}, which is no public address")
@@ -81,7 +81,7 @@ class AddressRules:
 
 
 def rules_from(settings: Settings, resolve: Resolver | None = None) -> AddressRules:
-    """The operator's rules: TRAINER_ALLOWED_HOSTS, and SUPABASE_URL with exactly its port."""
+    """The rules with the operator's exceptions: TRAINER_ALLOWED_HOSTS, and SUPABASE_URL with exactly its port."""
     return AddressRules([*settings.allowed_hosts, *own_hosts(settings)], resolve)
 
 
@@ -97,7 +97,7 @@ def own_hosts(settings: Settings) -> tuple[str, ...]:
 
 
 def redact(url: str) -> str:
-    """Scheme, host and path of a URL: what may be shown of it. Query, fragment and user info hold secrets."""
+    """The parts of a URL that may be shown: scheme, host and path. Query, fragment and user info can hold secrets."""
     try:
         parts = urlsplit(url)
         port = f":{parts.port}" if parts.port else ""
@@ -107,7 +107,7 @@ def redact(url: str) -> str:
 
 
 async def resolve_name(host: str, port: int) -> list[str]:
-    """Ask the system's resolver, off the event loop."""
+    """Asks the system's resolver, outside the event loop."""
     loop = asyncio.get_running_loop()
     found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [str(entry[4][0]) for entry in found]
@@ -135,7 +135,7 @@ def _parse(url: str) -> tuple[httpx.URL, str, int]:
 
 
 def _literal(host: str) -> Address | None:
-    """The address that a host spells out, None for a name. Raises AddressRefused on all but the plain spellings."""
+    """The address if the host is one, None for a name. Raises AddressRefused for unusual spellings."""
     if ":" in host:
         if "%" in host:
             raise AddressRefused(f"{host}: an address with a zone is local")
@@ -156,7 +156,7 @@ def _literal(host: str) -> Address | None:
 
 
 def _preferred(addresses: Sequence[Address]) -> Address:
-    # IPv4 first: pods often have an IPv6 address in DNS only.
+    # IPv4 first: pods often resolve IPv6 addresses that they cannot reach.
     return min(addresses, key=lambda address: address.version)
 
 

@@ -14,7 +14,7 @@ from daemon.network.public_addresses import Address
 
 @dataclass(frozen=True)
 class Target:
-    """A URL that passed, with the one address that a connection may use."""
+    """A URL that passed the check, with the one address that a connection may use."""
 
     url: httpx.URL
     host: str
@@ -40,11 +40,11 @@ class Target:
 
 
 def guarded_client(timeout: httpx.Timeout, tls: ssl.SSLContext | None = None) -> httpx.AsyncClient:
-    """A client for pinned requests. The caller closes it.
+    """Creates a client for pinned requests. The caller closes it.
 
-    No proxy from the environment (it would connect elsewhere than we checked), no redirect of its own, no
-    cookie, and no kept connection: two names on one address must not share a connection that was
-    authenticated for one of them.
+    It uses no proxy from the environment (which would connect to an address that we did not check), follows
+    no redirect, keeps no cookie, and reuses no connection: two names on one address must not share a
+    connection that was authenticated for one of them.
     """
     return httpx.AsyncClient(
         timeout=timeout,

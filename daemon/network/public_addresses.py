@@ -1,4 +1,4 @@
-"""Which IP addresses are public, in all the forms that hide a private one."""
+"""Decides which IP addresses are public, also in the IPv6 forms that hide a private IPv4 address."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 Address = IPv4Address | IPv6Address
 
 
-# Azure's wire server and its kin answer on an address that counts as public.
+# Azure's metadata server has an address that counts as public.
 _CLOUD_METADATA = frozenset({ip_address("168.63.129.16")})
 
 
-# The registry of special addresses, as far as Python's own answer differs between versions; Oracle's cloud
-# keeps metadata in the first, Alibaba's in the second.
+# Special addresses on which Python versions disagree. Oracle's cloud has its metadata server in the first
+# network, Alibaba's in the second.
 _SPECIAL_IPV4 = tuple(
     IPv4Network(net)
     for net in (
@@ -32,7 +32,7 @@ _NAT64 = IPv6Network("64:ff9b::/96")
 _SIX_TO_FOUR = IPv6Network("2002::/16")
 
 
-# Forms that hide an IPv4 address or a tunnel and have no business in a URL: compatible, translated,
+# Forms that hide an IPv4 address or a tunnel and that no URL needs: compatible, translated,
 # local NAT64, Teredo, deprecated site-local.
 _HIDDEN_FORMS = tuple(
     IPv6Network(net) for net in ("::/96", "::ffff:0:0:0/96", "64:ff9b:1::/48", "2001::/32", "fec0::/10")
@@ -40,7 +40,7 @@ _HIDDEN_FORMS = tuple(
 
 
 def is_public(address: Address) -> bool:
-    """True for unicast addresses of the open internet, looking through IPv6 forms that carry an IPv4 one."""
+    """True for unicast addresses of the public internet. For an IPv6 form of an IPv4 address, checks that address."""
     if address in _CLOUD_METADATA:
         return False
     if isinstance(address, IPv6Address):

@@ -1,4 +1,4 @@
-"""What a bad answer of a server means for every HTTP client of ours: whether to ask again, when, and what it said."""
+"""Interprets error responses for all our HTTP clients: whether to retry, when, and what may be shown of the text."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from email.utils import parsedate_to_datetime
 import httpx
 
 LONGEST_SECONDS = 86_400.0
-# Timed out, locked, too early, too many: of all that a server says of a request, what passes by itself.
+# Timed out, locked, too early, too many: the 4xx statuses that pass by themselves.
 _PASSING = frozenset({408, 423, 425, 429})
-# Not implemented, another version of HTTP: said again each time.
+# Not implemented, HTTP version not supported: the 5xx statuses that do not pass.
 _LASTING = frozenset({501, 505})
 
 
 def is_transient(status: int) -> bool:
-    """Whether the same request may be answered otherwise a moment later.
+    """Whether the same request may succeed a moment later.
 
-    A trouble of the server's is: 500 to 504, Storage's 544, Cloudflare's 520 to 527 and 530 for an origin behind it."""
+    So are server faults: 500 to 504, Storage's 544, Cloudflare's 520 to 527 and 530 for an origin behind it."""
     return status in _PASSING or (status >= 500 and status not in _LASTING)
 
 
 def is_page(response: httpx.Response) -> bool:
-    """An answer written for a browser, a proxy's as a rule. Its text never goes into a message or a row."""
+    """Whether the response is an HTML page, usually a proxy's. Its text never goes into a message or a row."""
     kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
     return kind in ("text/html", "application/xhtml+xml") or response.content.lstrip()[:9].lower().startswith(
         (b"<!doctype", b"<html")
@@ -31,13 +31,13 @@ def is_page(response: httpx.Response) -> bool:
 
 
 def said_by_page(status: int) -> str:
-    """What a message says instead of a page's text."""
+    """The text to show in place of an HTML page."""
     whose = ", Cloudflare's for a server that it does not reach" if 520 <= status <= 530 else ""
     return f"HTTP {status}, an HTML error page{whose}"
 
 
 def retry_after_seconds(response: httpx.Response) -> float:
-    """Seconds until the server wants to hear from us again; 0 when it does not say, at most a day."""
+    """Seconds to wait according to Retry-After; 0 without the header, at most a day."""
     value = response.headers.get("retry-after", "").strip()
     if not value:
         return 0.0
