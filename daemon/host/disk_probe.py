@@ -1,4 +1,4 @@
-"""Whether a folder takes files, how fast, and how much more of them: found by writing one."""
+"""Tests a folder by writing a file: whether it works, how fast, and how much space is left."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from uuid import uuid4
 
 @dataclass(frozen=True)
 class DiskProbe:
-    """What a folder did: bytes written and synced in so many seconds, and bytes free after that."""
+    """The result: bytes written and synced, the seconds that took, and the bytes free afterwards."""
 
     written_bytes: int
     seconds: float
@@ -21,8 +21,8 @@ class DiskProbe:
 
 
 def probe_disk(folder: Path, probe_bytes: int) -> DiskProbe:
-    """Write a file of whole MiB, sync it, read it back and delete it. Raises OSError where one of these fails."""
-    # Random, for a volume that compresses would be measured too fast.
+    """Writes a file of whole MiB, syncs it, reads it back and deletes it. Raises OSError if one of these fails."""
+    # Random data: a volume that compresses would seem too fast.
     block = os.urandom(2**20)
     probe = folder / f".probe-{uuid4().hex}"
     folder.mkdir(parents=True, exist_ok=True)

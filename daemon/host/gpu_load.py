@@ -1,4 +1,4 @@
-"""What a GPU does at the moment, read from NVML."""
+"""The current load of a GPU, read from NVML."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class GpuLoad:
-    """One reading of one card. Any value may be None: not every card answers every question."""
+    """One reading of one GPU. Any value may be None: not every GPU reports all of them."""
 
     utilization_percent: float | None = None
     memory_used_gib: float | None = None
@@ -16,7 +16,7 @@ class GpuLoad:
 
 
 def read_load(index: int) -> GpuLoad:
-    """Utilisation, memory, temperature and power of one card, as far as it tells."""
+    """Reads utilisation, memory, temperature and power of one GPU, as far as it reports them."""
     import pynvml
 
     def ask(question: object, *arguments: object) -> float | None:

@@ -1,4 +1,4 @@
-"""What this host is: a fresh identity each boot, its cards, its versions, its load."""
+"""Describes this host: a new identity each boot, its GPUs, its versions, its load."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from daemon.settings import Settings
 
 log = structlog.get_logger()
 
-# A card that is sold as 80 GB reports 79.6.
+# A GPU that is sold as 80 GB reports 79.6.
 MEMORY_TOLERANCE = 0.95
 REPORTED_PACKAGES = ("brightrun-trainer", "torch", "transformers", "peft", "trl", "bitsandbytes")
 
@@ -30,7 +30,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Host:
-    """Who claims. A UUID a boot, because pods reuse host names and a reused name hides orphans."""
+    """This host, as it claims jobs. A new UUID each boot: pods reuse host names, and a reused name hides orphans."""
 
     device: Literal["cuda", "cpu"]
     gpus: tuple[Gpu, ...] = ()
@@ -40,7 +40,7 @@ class Host:
 
     @property
     def gpu_memory_gb(self) -> float | None:
-        """The smallest card's memory, since any card may be the one that is free. None without cards."""
+        """Memory of the smallest GPU, because any GPU may be the free one. None without GPUs."""
         return min((gpu.memory_gb for gpu in self.gpus), default=None)
 
     @property
@@ -49,7 +49,7 @@ class Host:
 
 
 def inspect_host(settings: Settings) -> Host:
-    """Look at this machine. Raises HostUnfit where the settings ask for a card that is not there."""
+    """Inspects this machine. Raises HostUnfit if the settings name a GPU that is not there."""
     gpus = find_gpus()
     if settings.device == "cpu":
         return Host(device="cpu", pod_id=os.environ.get("RUNPOD_POD_ID"))
@@ -62,7 +62,7 @@ def inspect_host(settings: Settings) -> Host:
 
 
 def find_gpus() -> tuple[Gpu, ...]:
-    """The cards that NVML lists; none where there is no driver."""
+    """The GPUs that NVML lists; none without a driver."""
     import pynvml
 
     try:
@@ -74,13 +74,13 @@ def find_gpus() -> tuple[Gpu, ...]:
     for index in range(pynvml.nvmlDeviceGetCount()):
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-        # GB as the vendor counts them and as gpu_config.gpu_memory_gb means them: an "80 GB" card says 79.6 GiB.
+        # GB as the vendor and gpu_config.gpu_memory_gb count them: an "80 GB" GPU reports 79.6 GiB.
         gpus.append(Gpu(index, str(pynvml.nvmlDeviceGetName(handle)), round(memory.total / 1024**3, 1)))
     return tuple(gpus)
 
 
 def driver_version() -> str | None:
-    """The NVIDIA driver's, where there is one."""
+    """The NVIDIA driver's version, if there is a driver."""
     import pynvml
 
     try:
@@ -91,7 +91,7 @@ def driver_version() -> str | None:
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions by metadata, without importing anything heavy."""
+    """Versions of installed packages from their metadata, without importing them."""
     found = {"python": platform.python_version()}
     for package in REPORTED_PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""The slots of this host: one for each GPU, or as many as the settings say."""
+"""The slots of this host: one per GPU, or as many as the settings say."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from daemon.host.inspect import Host
 
 
 class GpuSlots:
-    """Which of this host's slots are free: cards on a GPU host, numbered slots on a CPU host."""
+    """Tracks which slots of this host are free: GPUs on a GPU host, numbered slots on a CPU host."""
 
     def __init__(self, host: Host, most_jobs: int | None) -> None:
         self._on_cpu = host.device == "cpu"
@@ -16,7 +16,7 @@ class GpuSlots:
 
     @property
     def free_gpus(self) -> int | None:
-        """For the claim: how many cards a job may ask for; None (no limit) on a CPU host, which has none."""
+        """How many GPUs a claimed job may ask for. None (no limit) on a CPU host, which has no GPUs."""
         return None if self._on_cpu else len(self._free)
 
     @property
@@ -28,7 +28,7 @@ class GpuSlots:
         return tuple(self._free)
 
     def take(self, count: int, preferred: int | None = None) -> tuple[int, ...]:
-        """Places for one job; a CPU host, which any job may be claimed on, gives as many as it has."""
+        """Takes slots for one job. A CPU host, which may claim any job, gives as many as it has."""
         count = min(count, len(self._free)) if self._on_cpu else count
         taken = (preferred,) if count == 1 and preferred in self._free else tuple(self._free[:count])
         self._free = [slot for slot in self._free if slot not in taken]

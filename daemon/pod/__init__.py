@@ -1,2 +1,2 @@
-"""The RunPod pod around this host: its price, its lifetime, its end, and the API that ends it. No pod is left idle and
-billed. The worker asks whether its time is up; the fleet and doctor use the API client."""
+"""The RunPod pod that this host runs on: its price, its lifetime, its shutdown, and the API client. No pod stays idle
+and billed. The worker asks whether to leave; the fleet and doctor use the API client."""

@@ -1,7 +1,7 @@
-"""When the pod that we run in has had its day: idle for long enough, or as old as it may get.
+"""Decides when to shut down the RunPod pod this daemon runs on: after an idle timeout or a maximum age.
 
-Never while a job or an upload is open; a job that is inserted while we are leaving is taken. A pod that cannot be
-ended is worth more at work than idle: then serving goes on, and the end is tried again.
+Never while a job or an upload is open; a job that is inserted during the shutdown is still taken. If the pod cannot be
+ended, the daemon goes on serving, which is better than an idle pod, and tries again later.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from daemon.settings import Settings
 log = structlog.get_logger()
 
 CHECK_SECONDS = 5.0
-# Endings that no receiver takes for so long are left to the next daemon, the gateway or the fleet loop.
+# Final callbacks that are not delivered within this time are left to the next daemon, the gateway or the fleet loop.
 ENDINGS_SECONDS = 300.0
-# Between two tries to end a pod that would not end: often enough to save money, rarely enough to read the log.
+# Between two tries to end the pod: often enough to save money, rarely enough for a readable log.
 RETRY_SECONDS = 60.0
 
 
 class Working(Protocol):
-    """What pod life needs of the worker."""
+    """What PodLife needs from the worker."""
 
     @property
     def idle_seconds(self) -> float | None:
-        """Since the last attempt was settled, or since the start; None while one is open."""
+        """Seconds since the last attempt was settled, or since the start; None while one is open."""
 
     async def pause(self) -> None:
-        """Claim nothing more; returns when no claim is under way."""
+        """Stops claiming; returns when no claim is in progress."""
 
     def resume(self) -> None: ...
 
@@ -43,7 +43,7 @@ class Working(Protocol):
 
 
 class PodLife:
-    """Enter `run` as a task; it returns once the pod's end was accepted and the worker told to leave."""
+    """Run `run` as a task; it returns once RunPod has accepted the pod's end and the worker was asked to leave."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class PodLife:
             await asyncio.sleep(self._seconds_to_look if ended is None else self._retry_seconds)
 
     async def end_drained(self) -> None:
-        """End the pod of a daemon that was drained and has left, unless that was our own doing."""
+        """Ends the pod after the daemon was drained and has left, unless we caused that ourselves."""
         if not self._ended:
             log.info("pod_ends", reason="drained")
             self._ended = await self._end_pod()
@@ -102,7 +102,7 @@ class PodLife:
         return min(CHECK_SECONDS, max(shortest / 10, 0.02))
 
     async def _end_of_idling(self) -> bool | None:
-        """None when there is something to do again."""
+        """Ends the idle pod. None if there is work again."""
         await self._await_endings()
         await self._worker.pause()
         if not self._too_idle:
@@ -115,7 +115,7 @@ class PodLife:
         return False
 
     async def _end_of_age(self) -> bool | None:
-        """Paused for good: the operator wants this pod gone. None while its last jobs run to their end."""
+        """Ends a pod that is too old; it stays paused, as the operator wants it gone. None while its last jobs run."""
         if not self._leaving:
             self._leaving = True
             log.info("pod_drains", reason="lifetime", hours=round((time.monotonic() - self._born_at) / 3600, 2))
@@ -127,7 +127,7 @@ class PodLife:
         return await self._end_pod()
 
     async def _await_endings(self) -> None:
-        """Give callbacks that wait their time, counted from the last job's ending."""
+        """Waits for callbacks to be delivered, for a limited time from the end of the last job."""
         while (idle := self._worker.idle_seconds) is not None and idle < ENDINGS_SECONDS:
             if not await self._waiting():
                 return
@@ -142,7 +142,7 @@ class PodLife:
 
 
 def pod_environment(settings: Settings) -> dict[str, str]:
-    """What daemon.pod.shutdown reads, with what a .env file says added."""
+    """The environment that daemon.pod.shutdown reads, including values from a .env file."""
     given = {
         "RUNPOD_API_KEY": settings.pod_api_key and settings.pod_api_key.get_secret_value(),
         "TRAINER_RUNPOD_API_KEY": settings.runpod_api_key and settings.runpod_api_key.get_secret_value(),

@@ -1,7 +1,7 @@
-"""Our client of RunPod's API v2: list, read, create, stop and terminate pods.
+"""A client for RunPod's API v2: lists, reads, creates, stops and terminates pods.
 
-Bodies and answers as in docs.runpod.io/api-reference-v2; errors are RFC 9457 problem documents. Nothing here
-retries: the caller alone knows whether a pod that may have been created is to be looked for or asked for again.
+Requests and responses follow docs.runpod.io/api-reference-v2; errors are RFC 9457 problem documents. Nothing here
+retries: only the caller knows whether to look for a pod that may have been created, or to ask again.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ log = structlog.get_logger()
 
 API = "https://api.runpod.io/v2"
 CALL_SECONDS = 20.0
-# Thousands of pods. A listing that never ends must not be taken for a short one.
+# Thousands of pods. A list that is longer is an error, not a short list.
 MAX_PAGES = 100
 
 PodAction = Literal["stop", "terminate"]
-# What the API calls a pod that is not paid for (stopped: its disk still is), or will not be in a moment.
+# Statuses of pods that cost nothing now or in a moment (only the disk of a stopped one is billed).
 STOPPED = frozenset({"EXITED", "STOPPED", "STOPPING"})
 TERMINATED = frozenset({"TERMINATED", "TERMINATING"})
 
@@ -36,18 +36,18 @@ _NO_CAPACITY = ("no longer any instances", "not have the resources", "no instanc
 
 
 class Fault(StrEnum):
-    """Why a call failed, by what to do next."""
+    """Why a call failed, grouped by what to do next."""
 
     REFUSED = "refused"  # 401, 402, 403: the key, its rights or the balance; a person must act
-    NO_CAPACITY = "no_capacity"  # such a card is not to be had now; another kind may be
+    NO_CAPACITY = "no_capacity"  # this GPU type is not available now; another may be
     ABSENT = "absent"  # 404: no such pod
-    CONFLICT = "conflict"  # 409: not in this state
+    CONFLICT = "conflict"  # 409: not possible in the pod's state
     INVALID = "invalid"  # any other 4xx: the request is wrong; a person must act
-    AWAY = "away"  # 429, 5xx, no answer: later
+    AWAY = "away"  # 429, 5xx, no answer: try later
 
 
 class RunPodError(TrainerError):
-    """A call failed. `certain` False: nobody knows whether it was carried out."""
+    """A call failed. `certain` False: it may have been carried out."""
 
     def __init__(self, fault: Fault, detail: str, *, status: int | None = None, wait_seconds: float = 0.0) -> None:
         super().__init__(f"{detail} (HTTP {status})" if status else detail)
@@ -62,7 +62,7 @@ class RunPodError(TrainerError):
 
 @dataclass(frozen=True)
 class Key:
-    """An API key and where it came from; the name may be logged, the value never is."""
+    """An API key and where it came from. The name may be logged, the value never."""
 
     name: str
     value: str
@@ -70,7 +70,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Pod:
-    """A pod as the API sees it. `cost_per_hour` is of the whole pod, in US dollars; None when it is not said."""
+    """A pod as the API reports it. `cost_per_hour` is for the whole pod, in US dollars; None if not reported."""
 
     id: str
     name: str
@@ -85,7 +85,7 @@ class Pod:
 
 
 class RunPod:
-    """The pods of one account. Enter it; keys are tried in order until one has the right."""
+    """The pods of one account, as a context manager. Tries the keys in order until one has the right."""
 
     def __init__(self, keys: Sequence[Key], *, api: str = API, call_seconds: float = CALL_SECONDS) -> None:
         self._keys = list(keys)
@@ -101,7 +101,7 @@ class RunPod:
         await self._client.aclose()
 
     async def list_pods(self) -> list[Pod]:
-        """Every pod of the account. Raises rather than answer with a part of them."""
+        """Lists every pod of the account. Raises rather than return an incomplete list."""
         pods: list[Pod] = []
         cursor: str | None = None
         for _ in range(MAX_PAGES):
@@ -122,11 +122,11 @@ class RunPod:
         return _pod(await self._call("GET", f"/pods/{quote(pod_id, safe='')}"))
 
     async def create_pod(self, body: Mapping[str, Any]) -> Pod:
-        """Ask for a pod. An error that is not `certain` may have created it: look for its name before asking again."""
+        """Creates a pod. After an error that is not `certain` it may exist: look for its name before asking again."""
         return _pod(await self._call("POST", "/pods", body=body))
 
     async def end_pod(self, pod_id: str, action: PodAction) -> None:
-        """Stop or terminate. A pod that is so already, or is gone, is no error."""
+        """Stops or terminates a pod. It is no error if the pod already is, or does not exist."""
         try:
             await self._call("POST", f"/pods/{quote(pod_id, safe='')}/action", body={"action": action})
         except RunPodError as error:
@@ -159,7 +159,7 @@ class RunPod:
                 log.debug("runpod_key_refused", key=key.name, status=answer.status_code, path=path)
                 refused = _error(answer)
                 continue
-            # The key that has the right comes first from now on.
+            # From now on, try the key that worked first.
             self._keys.sort(key=lambda one: one is not key)
             return _content(answer)
         assert refused is not None
@@ -186,7 +186,7 @@ def _error(answer: httpx.Response) -> RunPodError:
 
 
 def _fault(status: int, detail: str) -> Fault:
-    # Scarcity has no status of its own: 400, 409 or 500, told apart by its words alone.
+    # Missing capacity has no status of its own (400, 409 or 500): only the text tells.
     if status in (400, 409, 500, 503) and any(words in detail.lower() for words in _NO_CAPACITY):
         return Fault.NO_CAPACITY
     match status:
@@ -203,7 +203,7 @@ def _fault(status: int, detail: str) -> Fault:
 
 
 def _detail(answer: httpx.Response) -> str:
-    """The problem document's own words, or the status."""
+    """The text of the problem document, else the status."""
     if is_page(answer):
         return said_by_page(answer.status_code)
     try:

@@ -1,7 +1,7 @@
-"""Ending the pod that we run in, by the first way that works; where none does, the log says so loudly.
+"""Ends the pod that we run in, by the first way that works. If none works, it logs a critical event.
 
-The API v2 with the pod's own key, which may lack the right, then with ours; the runpod package, which speaks the
-older API; the runpodctl that RunPod puts into its images. An idle GPU that cannot be ended burns money.
+First the API v2 with the pod's own key, which may lack the right, and then with ours; then the runpod package, which
+uses the older API; then the runpodctl in RunPod's images. An idle GPU that keeps running costs money.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ log = structlog.get_logger()
 API_TRIES = 3
 API_PAUSE_SECONDS = 2.0
 _COMMAND_SECONDS = 20.0
-# runpodctl's words, older and newer: the image may hold either.
+# Commands of the older and the newer runpodctl: the image may have either.
 _COMMANDS: Mapping[PodAction, tuple[tuple[str, ...], ...]] = {
     "stop": (("stop", "pod"), ("pod", "stop")),
     "terminate": (("remove", "pod"), ("pod", "delete")),
@@ -29,13 +29,13 @@ _COMMANDS: Mapping[PodAction, tuple[tuple[str, ...], ...]] = {
 
 
 def keys_of(environment: Mapping[str, str]) -> list[Key]:
-    """The pod's own key first: RunPod puts it into every pod."""
+    """The API keys to try. RunPod gives every pod a key of its own, which comes first."""
     names = ("RUNPOD_API_KEY", "TRAINER_RUNPOD_API_KEY")
     return [Key(name, environment[name]) for name in names if environment.get(name)]
 
 
 def chosen_end(environment: Mapping[str, str]) -> PodAction:
-    """TRAINER_POD_END; else terminate where all that matters lies on a network volume, stop where it would be lost."""
+    """TRAINER_POD_END; else terminate if everything important is on a network volume, stop if it would be lost."""
     match environment.get("TRAINER_POD_END", "").strip().lower():
         case "terminate":
             return "terminate"
@@ -46,7 +46,7 @@ def chosen_end(environment: Mapping[str, str]) -> PodAction:
 
 
 async def end_own_pod(pod_id: str, action: PodAction, environment: Mapping[str, str]) -> bool:
-    """End this pod. False when no way worked; each failure is logged with its way."""
+    """Ends this pod. False if no way worked; each failed way is logged."""
     keys = keys_of(environment)
     api = environment.get("TRAINER_RUNPOD_API") or API
     ended_by = (
@@ -83,14 +83,14 @@ async def _by_api(pod_id: str, action: PodAction, keys: Sequence[Key], api: str)
 def _by_package(pod_id: str, action: PodAction, keys: Sequence[Key]) -> str | None:
     if not keys:
         return None
-    # Seconds and tens of megabytes: imported here and nowhere else.
+    # The import takes seconds and tens of megabytes, so it is here and nowhere else.
     import runpod
 
     for key in keys:
         runpod.api_key = key.value
         try:
             (runpod.stop_pod if action == "stop" else runpod.terminate_pod)(pod_id)
-        # What the package raises by itself, what its HTTP client does, and what answers of another shape make of it.
+        # Errors of the package, of its HTTP client, and of responses that have an unexpected shape.
         except (runpod.error.RunPodError, OSError, LookupError, TypeError, ValueError) as error:
             log.error("pod_end_failed", way="package", key=key.name, error=f"{type(error).__name__}: {error}"[:300])
         else:
