@@ -1,4 +1,4 @@
-"""Runs statements by name, and fences the writes of a lease's holder: a lost lease writes nothing."""
+"""Runs statements by name. A write that names a lease fails with LeaseLost once the lease is lost."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from daemon.queue.job import Lease
 from daemon.queue.rows import FoundJob
 from daemon.queue.states import HELD
 
-# Writes that also find no row once the job is final; all others find theirs as long as the lease is there.
+# These writes also find no row once the job is final; all others find theirs as long as the lease exists.
 _OF_A_RUNNING_JOB = {"start_job", "record_plan", "record_progress"}
 _HIDDEN = "rows are hidden from the daemon by row security"
 
 
 class FencedStatements:
-    """The statements over one Database. Raises what Database raises."""
+    """The job statements over one Database. Raises what Database raises."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -28,14 +28,14 @@ class FencedStatements:
         return await self._database.fetch(statement(name), parameters)
 
     async def fenced(self, name: str, lease: Lease, values: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The rows of one write to a claimed job. Raises LeaseLost, or RowsHidden, when it finds none."""
+        """Runs one write to a claimed job and returns its rows. Raises LeaseLost or RowsHidden if it finds none."""
         rows = await self.run(name, {**lease.parameters(), **values})
         if not rows:
             raise await self.why_no_row(name, lease)
         return rows
 
     async def why_no_row(self, name: str, lease: Lease) -> LeaseLost | RowsHidden:
-        """A fenced write found no row: the lease is lost, unless it is only not seen."""
+        """Why a fenced write found no row: the lease is lost, or row security hides it."""
         found = await self.find_job(lease.job_id)
         if not found.can_tell:
             return RowsHidden(f"whether the lease of job {lease.job_id} is still there cannot be told: {_HIDDEN}")
@@ -44,5 +44,5 @@ class FencedStatements:
         return LeaseLost(f"the lease {lease.epoch} of job {lease.job_id} is not ours any more, or the job is final")
 
     async def find_job(self, job_id: UUID) -> FoundJob:
-        """What there is of a job, whatever we see of it."""
+        """What exists of a job, even if row security hides it from us."""
         return FoundJob(**(await self.run("find_job", {"job_id": job_id}))[0])

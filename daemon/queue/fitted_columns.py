@@ -1,4 +1,4 @@
-"""Values as the columns of a job can hold them, whichever store keeps it."""
+"""Fits values to the columns of a job, for either job store."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def error_columns(failed: Failed) -> dict[str, Any]:
 
 
 def point_row(point: MetricPoint, misfits: dict[str, str]) -> dict[str, Any] | None:
-    """The point as its columns can hold it; None when it has no loss to show. Notes what did not fit."""
+    """Fits a point to its columns; None when it has no loss to show. Adds what did not fit to `misfits`."""
     must = {"training_loss": (point.training_loss, 10, 6), "learning_rate": (point.learning_rate, 12, 10)}
     may = {
         "validation_loss": (point.validation_loss, 10, 6),

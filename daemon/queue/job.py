@@ -15,10 +15,10 @@ from training.events import ErrorCode, HostPart
 
 @dataclass(frozen=True)
 class Lease:
-    """A daemon's dated claim on a job: every write names all three.
+    """A daemon's dated claim on a job: every write names all three fields.
 
-    The epoch rises with each claim. The token is drawn at random for it: rows that a backup has taken back in time give
-    an epoch a second time, and never a token."""
+    The epoch rises with each claim. The token is random: after a restore from a backup the same epoch can be given out
+    again, but never the same token."""
 
     job_id: UUID
     epoch: int
@@ -30,7 +30,7 @@ class Lease:
 
 @dataclass(frozen=True)
 class JobDataset:
-    """All that a job's row and its dataset's row say of the data. Equal ones name the same, for the same owner."""
+    """Everything that a job's row and its dataset's row say of the data. Equal ones name the same data and owner."""
 
     job_id: UUID
     user_id: UUID
@@ -43,7 +43,7 @@ class JobDataset:
 
 @dataclass(frozen=True)
 class ClaimedJob:
-    """A row as the claim returned it, with the lease that makes it ours. Not parsed yet."""
+    """A row as the claim returned it, with the lease that this host holds on it. Not parsed yet."""
 
     id: UUID
     lease_epoch: int
@@ -67,7 +67,7 @@ class ClaimedJob:
     max_cost: float | None = None
     deadline_at: datetime | None = None
     base_model: str | None = None
-    # Tells the table that the job was claimed in from one that was made anew since; None without a database.
+    # Identifies the table that the job was claimed in, if it is recreated later; None without a database.
     tables: str | None = None
 
     @property
@@ -91,7 +91,7 @@ class ClaimedJob:
         return (self.claimed_at - self.queued_at).total_seconds()
 
     def seconds_to_deadline(self, attempt_seconds: float) -> float | None:
-        """By the database's clock at the claim and the time since; None without a deadline."""
+        """By the database's clock at the claim plus the time since; None without a deadline."""
         if self.deadline_at is None:
             return None
         return (self.deadline_at - self.claimed_at).total_seconds() - attempt_seconds
@@ -99,9 +99,9 @@ class ClaimedJob:
 
 @dataclass(frozen=True)
 class Returned:
-    """The host cannot work, whatever the job: it goes back, uncounted as long as hosts are to blame within reason.
+    """The host cannot work, whatever the job. The job is requeued; the attempt counts only after many returns.
 
-    `code`, `message` and `hint` are written only where no attempt is left."""
+    `code`, `message` and `hint` are written only when no attempt is left."""
 
     part: HostPart
     code: ErrorCode

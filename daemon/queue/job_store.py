@@ -1,4 +1,4 @@
-"""What an attempt needs of the store that keeps its job."""
+"""The interface of the store that keeps a job, as its attempt uses it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class JobStore(Protocol):
     any number of hosts, and MemoryJobStore, for one serverless process without a database. In memory
 
     - no lease expires, since there is no other host to take the job;
-    - metrics, events and the plan are not kept, since nobody could read them;
+    - metrics, events and the plan are not kept, since there is no reader;
     - the cost is kept when the attempt ends;
     - a claim does not look at the limits: `submit` has refused what this host cannot serve;
     - a returned job fails. In Postgres it goes back to the queue, where another host takes it;
@@ -29,31 +29,31 @@ class JobStore(Protocol):
     async def claim_job_by_id(
         self, worker_id: UUID, job_id: UUID, limits: Limits, *, lease_seconds: float
     ) -> ClaimedJob | None:
-        """Take this one job if it waits, nobody holds it and this host can serve it; None otherwise.
+        """Claims this one job if it waits, has no lease and this host can serve it; None otherwise.
 
-        A retry waits for its time. The lease has a higher epoch than any before, and a new token."""
+        A retry cannot be claimed before it is due. The lease has a higher epoch than any before, and a new token."""
 
     async def find_job(self, job_id: UUID) -> FoundJob:
-        """What there is of a job, whatever we see of it."""
+        """What exists of a job, even if row security hides it from us."""
 
     async def read_limits(self, job_id: UUID) -> tuple[float | None, float | None] | None:
-        """What the job may cost and the seconds it may still take; None when the job was deleted."""
+        """The job's cost limit and the seconds it may still take; None when the job was deleted."""
 
     async def read_dataset(self, dataset: JobDataset) -> JobDataset | None:
-        """The same with what is known of it now. None where it is hidden."""
+        """The dataset as its row describes it now. None where that row is hidden."""
 
-    # Writes under a lease. Each raises LeaseLost, and writes nothing, when the lease is not the job's any more.
+    # Writes under a lease. Each raises LeaseLost, and writes nothing, when the job no longer has this lease.
 
     async def renew_lease(self, lease: Lease, lease_seconds: float) -> State:
-        """The lease lasts from now. Returns the job's state: a cancelled job keeps its lease until that is ended."""
+        """Extends the lease from now. Returns the job's state: a cancelled job keeps its lease until it is ended."""
 
     async def start_job(self, lease: Lease) -> None:
-        """The first optimizer step is done; a second call changes nothing. A cancelled job raises LeaseLost."""
+        """The first optimizer step is done. A second call changes nothing. A cancelled job raises LeaseLost."""
 
     async def record_plan(
         self, lease: Lease, *, total_steps: int, total_epochs: int, estimated_total_cost: float | None
     ) -> None:
-        """The run's real size. A cancelled job raises LeaseLost."""
+        """Records the run's real size. A cancelled job raises LeaseLost."""
 
     async def record_progress(
         self,
@@ -67,36 +67,36 @@ class JobStore(Protocol):
         current_cost: float | None,
         seconds_left: float | None,
     ) -> int | None:
-        """Where the attempt is. Progress (percent) never falls within an attempt. A cancelled job raises LeaseLost.
+        """Records where the attempt is. Progress (percent) never falls within one. A cancelled job raises LeaseLost.
 
-        Returns the number of the progress callback that follows; None when nobody is called."""
+        Returns the number of the progress callback that follows; None when the job has no callback."""
 
     async def record_metrics(self, lease: Lease, points: Sequence[MetricPoint]) -> None:
-        """Points for the charts; also after a cancel, until the lease ends."""
+        """Adds points to the charts; also after a cancel, until the lease ends."""
 
     async def forget_metrics(self, lease: Lease, after_step: int) -> None:
-        """Delete the points after a resumed checkpoint's step; also after a cancel, until the lease ends."""
+        """Deletes the points after a resumed checkpoint's step; also after a cancel, until the lease ends."""
 
     async def record_event(self, lease: Lease, kind: str, message: str, data: Mapping[str, Any]) -> None:
-        """One line of the job's story; also after a cancel, until the lease ends."""
+        """Adds an event to the job's history; also after a cancel, until the lease ends."""
 
-    # Endings. Each ends the lease. Asked again after a lost answer, each says what it had done. Of a job that was
-    # cancelled meanwhile each records the cost and says so: `moved` False, `state` cancelled.
+    # Endings. Each ends the lease. Called again after a lost answer, each returns what it did the first time. If the
+    # job was cancelled meanwhile, each records the cost and returns `moved` False, `state` cancelled.
 
     async def complete_job(self, lease: Lease, outcome: Completed, *, cost: float | None) -> Ending:
-        """The stored adapter was verified."""
+        """Completes the job: the stored adapter was verified."""
 
     async def fail_job(self, lease: Lease, failed: Failed, *, cost: float | None) -> Ending:
-        """For good."""
+        """Fails the job permanently."""
 
     async def retry_job(self, lease: Lease, failed: Failed, *, delay_seconds: float, cost: float | None) -> Ending:
-        """Again later; `state` is failed when that was the last attempt."""
+        """Requeues the job for later; `state` is failed when that was the last attempt."""
 
     async def release_job(self, lease: Lease, reason: str, *, cost: float | None) -> Ending:
-        """Back to the queue at once, without counting the attempt."""
+        """Requeues the job at once, without counting the attempt."""
 
     async def return_job(self, lease: Lease, returned: Returned, *, cost: float | None) -> Ending:
-        """This host cannot work. `state` says whether the job waits for another host or has failed."""
+        """Returns a job that this host cannot work on. `state` says whether it waits for another host or has failed."""
 
     async def end_cancelled_job(self, lease: Lease, *, cost: float | None, data: Mapping[str, Any]) -> Ending:
-        """The cancelled job's child is gone. `state` queued: nobody had cancelled it, and it goes back unharmed."""
+        """Ends a cancelled job whose child is gone. `state` queued: it was not cancelled after all, and is requeued."""

@@ -1,7 +1,7 @@
-"""Keeping a claim alive: a heartbeat on a connection of its own, until the child is gone.
+"""Keeps a claim alive: a heartbeat on its own connection, until the child is gone.
 
 The heartbeat is independent of training, reporting and uploading, so that none of them can make
-a living host look dead, and it goes on through the drain.
+a living host look dead, and it goes on during a drain.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from daemon.troubles import Troubles
 
 log = structlog.get_logger()
 
-# Three renewals fit into a lease: one may be lost and one late before anybody thinks us dead.
+# Three renewals fit into a lease: one may be lost and one late before the lease expires.
 RENEWALS_A_LEASE = 3
 
 
 def heartbeat_database(settings: Settings) -> Database:
     """The connection that renews leases, and does nothing else.
 
-    A renewal without an answer is given up after a third of the lease: found half open, its connection is made anew
-    before anybody else may think us dead."""
+    A renewal without an answer is abandoned after a third of the lease: a half-open connection is replaced before the
+    lease expires."""
     patience = settings.lease_seconds / 6
     return Database(
         settings.database_url.get_secret_value(),
@@ -48,7 +48,7 @@ class Renewing(Protocol):
 
 
 class HeldLease:
-    """A lease while its attempt lasts. `doubt` has it renewed at once, to learn what became of it."""
+    """A lease during its attempt. `doubt` renews it at once, to find out whether it is still held."""
 
     def __init__(self) -> None:
         self._doubted = asyncio.Event()
@@ -58,7 +58,7 @@ class HeldLease:
         self._doubted.set()
 
     async def wait(self, seconds: float) -> None:
-        """Until the next renewal is due, or somebody doubts."""
+        """Waits until the next renewal is due, or `doubt` is called."""
         if await wait_at_most(self._doubted, seconds):
             self._doubted.clear()
 
@@ -81,7 +81,7 @@ class LeaseKeeper:
 
     @asynccontextmanager
     async def hold(self, lease: Lease, stop: Stop) -> AsyncIterator[HeldLease]:
-        """Keep this lease until the block ends. Lost or cancelled, it asks the attempt to stop."""
+        """Keeps this lease until the block ends. When it is lost or the job is cancelled, asks the attempt to stop."""
         held = HeldLease()
         async with Chores(self._troubles) as chores:
             chores.start(_chore_of(lease), lambda: self._renew_for_ever(lease, held, stop))
@@ -90,7 +90,7 @@ class LeaseKeeper:
     async def _renew_for_ever(self, lease: Lease, held: HeldLease, stop: Stop) -> None:
         clock = asyncio.get_running_loop().time
         period = self._lease_seconds / RENEWALS_A_LEASE
-        # Begun again after a failure: the last renewal is as old as it is.
+        # Restarted after a failure: count from the last renewal.
         wait_seconds = max(min(period, held.renewed_at + period - clock()), 0.0)
         while True:
             await held.wait(wait_seconds)
@@ -100,12 +100,12 @@ class LeaseKeeper:
                 log.warning("lease_lost", lease_epoch=lease.epoch)
                 stop.request(StopReason.LEASE_LOST)
                 return
-            # A right that is missing for a while is no death either: whoever ceased to renew would train on unheard.
+            # A missing grant does not end the loop either: without a heartbeat, training would go on past a lost lease.
             except (DatabaseAway, HostUnfit, StatementRefused) as error:
                 silent_seconds = clock() - held.renewed_at
                 log.warning("lease_not_renewed", silent_seconds=round(silent_seconds, 1), error=str(error))
-                # Nobody reaps while the database is away, and a reaper waits one lease after its own
-                # reconnect: going on is safe. Who prefers to save the GPU in a partition says so.
+                # No lease is reaped while the database is away, and a reaper waits one lease after its own
+                # reconnect: going on is safe. TRAINER_ON_PARTITION=stop saves the GPU instead.
                 if self._on_partition == "stop" and silent_seconds > self._lease_seconds:
                     stop.request(StopReason.LEASE_LOST)
                     return

@@ -22,8 +22,8 @@ class Completed:
 
 @dataclass(frozen=True)
 class Failed:
-    """The attempt ended badly; `transient` decides between retry and fail. `host`: the part of this host that is to
-    blame for it, if one is."""
+    """The attempt ended badly; `transient` decides between retry and fail. `host` is the part of this host that caused
+    it, if one did."""
 
     code: ErrorCode
     message: str
@@ -35,19 +35,19 @@ class Failed:
 
 @dataclass(frozen=True)
 class Released:
-    """The host gives the job back unharmed: shutdown, preemption."""
+    """The host gives the job back: shutdown or preemption."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Cancelled:
-    """The row was cancelled while we worked; our child is gone now."""
+    """The row was cancelled during the attempt; the child is gone now."""
 
 
 @dataclass(frozen=True)
 class Superseded:
-    """The lease is no longer ours: whatever we know about this job is history."""
+    """The lease is no longer ours: nothing about this job may be written."""
 
 
 Outcome = Completed | Failed | Released | Returned | Cancelled | Superseded

@@ -1,4 +1,4 @@
-"""Taking back jobs whose host went silent, here or anywhere.
+"""Takes back jobs whose host went silent, here or anywhere.
 
 Any process with a store may do this at any time: the database checks each lease as it ends it.
 """
@@ -19,27 +19,27 @@ from daemon.queue.store import SqlJobStore
 
 log = structlog.get_logger()
 
-# Half of a heartbeat's period, and no less than a busy machine needs: an answer that took longer was kept waiting
-# somewhere, and so were the heartbeats of others.
+# Half of a heartbeat's period, and at least what a busy machine needs: a slower answer was held up somewhere, and
+# so were the heartbeats of others.
 PROMPT_PART = 1 / 6
 PROMPT_SECONDS = 1.0
 
 
 async def reap_forever(store: SqlJobStore, visibility: RowVisibility, lease_seconds: float) -> None:
-    """Reap twice a lease until cancelled.
+    """Reaps twice per lease period until cancelled.
 
-    Whenever the database was away every holder first gets one lease's time to renew: an outage must not look like the
-    death of all hosts. It was away where a statement failed with its connection, and also where an answer came late:
-    a pooler holds its clients' connections and statements while its server is gone, and nobody sees an error.
-    (A restart of the server is known to the database itself, which reaps nobody for the time of it.)"""
+    After every outage of the database, each holder first gets one lease's time to renew: an outage must not look like
+    the death of all hosts. An outage is a statement that fails with its connection, and also an answer that comes late:
+    a pooler holds its clients' connections and statements while its server is down, and the clients see no error.
+    (The database itself notices a restart of the server, and reaps nothing for the time it took.)"""
     prompt = max(lease_seconds * PROMPT_PART, PROMPT_SECONDS)
-    # Begun, or begun again after whatever ended it: of the time before nothing is known.
+    # Started or restarted: nothing is known of the time before.
     late_at = time.monotonic()
     while True:
         await asyncio.sleep(lease_seconds / 2)
         asked_at = time.monotonic()
         try:
-            # Asked before each reaping, not with it: what waits at a pooler is done the moment that its server is back.
+            # Asked before each reaping, not with it: a statement held by a pooler runs the moment its server is back.
             await store.next_due_in()
             answered_at = time.monotonic()
             if answered_at - asked_at > prompt:
@@ -59,7 +59,7 @@ async def reap_forever(store: SqlJobStore, visibility: RowVisibility, lease_seco
             worked()
         except DatabaseAway as error:
             log.debug("reap_delayed", error=str(error))
-            # A table or a right that was missing here was missing to the holders as well.
+            # A table or grant that was missing here was missing for the holders as well.
             late_at = time.monotonic()
 
 

@@ -1,4 +1,4 @@
-"""Rows that the database refuses to let us write: left alone for a while, so that they hold up no other."""
+"""Skips for a while the rows that the database refuses to let us write, so that they hold up no others."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from daemon.troubles import Troubles
 
 log = structlog.get_logger()
 
-# Who mends the app's trigger sees the row move within this time.
+# Once the app's trigger is fixed, the row moves within this time.
 LEFT_ALONE_SECONDS = 600.0
 
 
 class RefusedRows:
-    """Of one kind ("claim", "callback"): its name is the trouble's."""
+    """Refused rows of one kind ("claim", "callback"), which is also the trouble's name."""
 
     def __init__(self, kind: str, troubles: Troubles) -> None:
         self._kind = kind
@@ -25,7 +25,7 @@ class RefusedRows:
         self._until: dict[UUID, float] = {}
 
     def note(self, row_id: UUID, error: StatementRefused) -> None:
-        """The database refuses this one: it is not asked for again until a while from now."""
+        """The database refused this row: skips it for LEFT_ALONE_SECONDS."""
         log.error("row_refused", kind=self._kind, id=str(row_id), error=str(error))
         self._until[row_id] = time.monotonic() + LEFT_ALONE_SECONDS
         self._troubles.begin(
@@ -36,7 +36,7 @@ class RefusedRows:
 
     @property
     def skip(self) -> list[UUID]:
-        """Those that are left alone now."""
+        """The rows that are skipped now."""
         if self._until:
             now = time.monotonic()
             self._until = {row_id: until for row_id, until in self._until.items() if until > now}

@@ -1,7 +1,7 @@
-"""Whether the daemon sees the rows that there are.
+"""Whether the daemon can see the rows that exist.
 
-Row security hides rows without a word: a queue whose jobs are hidden looks like an empty one. So an idle host as well
-compares, now and then, what it sees with what there is, and says whose fault it is and what to do.
+Row security hides rows without an error: a queue whose jobs are hidden looks like an empty one. So even an idle host
+compares, now and then, what it sees with what exists, and reports which policy hides rows and how to change it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from daemon.troubles import Troubles
 
 log = structlog.get_logger()
 
-# A few rows by primary key: cheap, and soon enough for who has just made a policy.
+# A few rows by primary key: cheap, and soon enough for an operator who has just created a policy.
 SIGHT_SECONDS = 10.0
 HIDDEN = "hidden rows"
 UNPREPARED = "database"
@@ -30,7 +30,7 @@ UNPREPARED = "database"
 
 @dataclass(frozen=True)
 class VisibilityReport:
-    """How many of a few rows of each table are there and hidden from us. `can_tell` False: nobody could say."""
+    """How many rows of a small sample of each table exist but are hidden from us. `can_tell` False: it is unknown."""
 
     can_tell: bool
     tables: str
@@ -39,7 +39,7 @@ class VisibilityReport:
 
 @dataclass(frozen=True)
 class HidingPolicy:
-    """A policy that can keep rows of a table from the daemon; None: no policy lets it see the table."""
+    """A policy that can hide rows of a table from the daemon; `policy` None: no policy lets it see the table."""
 
     relation: str
     policy: str | None
@@ -54,15 +54,15 @@ class RowVisibility:
         self._statements = FencedStatements(database)
 
     async def read_row_visibility(self) -> VisibilityReport:
-        """Whether rows are hidden from us."""
+        """Checks whether rows are hidden from us."""
         return VisibilityReport(**(await self._statements.run("read_row_visibility", {}))[0])
 
     async def read_hiding_policies(self) -> list[HidingPolicy]:
-        """Whose fault that may be."""
+        """Lists the policies that may hide them."""
         return [HidingPolicy(**row) for row in await self._statements.run("read_hiding_policies", {})]
 
     async def may_come_back(self, job_id: UUID) -> bool:
-        """Whether somebody may still want what lies on a volume of this job. True where that cannot be told now."""
+        """Whether a volume's files of this job may still be needed. True if that is unknown now."""
         try:
             found = await self._statements.find_job(job_id)
         except (DatabaseAway, HostUnfit, StatementRefused):
@@ -71,7 +71,7 @@ class RowVisibility:
 
 
 async def watch_row_visibility(visibility: RowVisibility, troubles: Troubles) -> None:
-    """Keep the troubles of hidden rows, and of tables and rights that are missing, true until cancelled."""
+    """Keeps the troubles of hidden rows, and of missing tables and grants, up to date until cancelled."""
     while True:
         try:
             hidden = await what_is_hidden(visibility)
@@ -90,13 +90,13 @@ async def watch_row_visibility(visibility: RowVisibility, troubles: Troubles) ->
 
 
 async def is_blind(visibility: RowVisibility) -> bool:
-    """Whether rows are hidden from us now, or may be and nobody could tell."""
+    """Whether rows are hidden from us now, or may be hidden and it is unknown."""
     sight = await visibility.read_row_visibility()
     return bool(sight.hidden) or (not sight.can_tell and bool(await visibility.read_hiding_policies()))
 
 
 async def what_is_hidden(visibility: RowVisibility) -> str | None:
-    """In words what is hidden from us, by which policy, and what to do; None when we see everything."""
+    """Describes what is hidden from us, by which policy, and what to do; None when we see everything."""
     sight = await visibility.read_row_visibility()
     if sight.can_tell and not sight.hidden:
         return None
@@ -104,7 +104,7 @@ async def what_is_hidden(visibility: RowVisibility) -> str | None:
 
 
 def in_words(sight: VisibilityReport, policies: list[HidingPolicy]) -> str | None:
-    """None where nothing is hidden: we see each row that was looked up, or no policy could hide one."""
+    """None if nothing is hidden: we see each sampled row, or no policy could hide one."""
     if sight.can_tell:
         if not sight.hidden:
             return None
@@ -121,7 +121,7 @@ def in_words(sight: VisibilityReport, policies: list[HidingPolicy]) -> str | Non
 
 
 def cure(policy: HidingPolicy) -> str:
-    """What the operator does about one policy."""
+    """What the operator should do about one policy."""
     if policy.policy is None:
         return f"no policy lets training_daemon see all of {policy.relation}: see the operator's guide on row security"
     name = f'"{policy.policy}"'

@@ -1,4 +1,4 @@
-"""What the job statements take and give: typed rows, without a database."""
+"""Parameters and results of the job statements as typed rows, without a database."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from daemon.queue.states import State
 class Limits:
     """What a host can serve now; None means no limit. Memory is of one GPU, in GB.
 
-    `warm_models` (an empty name stands for jobs that name none) go before older jobs of the same priority that have
-    waited less than `warm_first_seconds`."""
+    Jobs for `warm_models` (an empty name stands for jobs that name none) are claimed before older jobs of the same
+    priority that have waited less than `warm_first_seconds`."""
 
     free_gpus: int | None = None
     gpu_memory_gb: float | None = None
@@ -26,7 +26,7 @@ class Limits:
     user_cap: int | None = None
     warm_models: Sequence[str] = ()
     warm_first_seconds: float = 0.0
-    # Jobs that a claim passes over: the database would not let this daemon have them.
+    # Jobs that a claim skips because the database refused to let this daemon have them.
     skip: Sequence[UUID] = ()
 
     def parameters(self, window: int) -> dict[str, Any]:
@@ -45,7 +45,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Claim:
-    """What a claim found. `contested`: there is work, but others were quicker or hold it still; ask again soon."""
+    """What a claim found. `contested`: there is work, but other hosts took or locked it first; ask again soon."""
 
     job: ClaimedJob | None
     contested: bool = False
@@ -53,10 +53,10 @@ class Claim:
 
 @dataclass(frozen=True)
 class Ending:
-    """How an ending ended: `moved` False means that the job was cancelled (or submitted again) meanwhile.
+    """The result of ending a job. `moved` False: the job was cancelled, or submitted again, in the meantime.
 
-    `state` is where the job is now: a retry without an attempt left says `failed` here. `noted` False: nothing of
-    the job lies in Storage."""
+    `state` is the job's state now: failed, for instance, after a retry without attempts left. `noted` False: the
+    job has no objects in storage."""
 
     moved: bool
     state: State | None
@@ -80,7 +80,7 @@ class MetricPoint:
 
 @dataclass(frozen=True)
 class Reaped:
-    """An expired lease that was ended, and where its job is now. Still held: the database would not move it."""
+    """An expired lease that was ended, and its job's state now. A held state: the database refused to move the job."""
 
     job_id: UUID
     state: State
@@ -88,9 +88,9 @@ class Reaped:
 
 @dataclass(frozen=True)
 class FoundJob:
-    """What there is of a job, as a statement says that row security cannot filter. `holder`: its lease.
+    """What exists of a job, from a function that row security cannot filter. `holder` is its lease.
 
-    `can_tell` False: nothing else in it means anything. `tables`: see ClaimedJob."""
+    `can_tell` False: the other fields mean nothing. `tables`: see ClaimedJob."""
 
     can_tell: bool
     job_exists: bool

@@ -28,7 +28,7 @@ FINAL = frozenset({State.COMPLETED, State.FAILED, State.CANCELLED})
 
 @dataclass(frozen=True)
 class Move:
-    """One legal change of state: its name, where it may start, where it leads, and why it exists."""
+    """One legal change of state: its name, the states it may start from, the state it leads to, and its reason."""
 
     name: str
     origins: frozenset[State]

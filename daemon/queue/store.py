@@ -1,4 +1,4 @@
-"""Jobs in Postgres: one method for each of their statements, typed values in, typed answers out.
+"""Jobs in Postgres: one method per statement, with typed parameters and results.
 
 Every write to a claimed job names its lease; a write that finds no row raises LeaseLost.
 """
@@ -29,9 +29,9 @@ from daemon.troubles import Troubles
 
 log = structlog.get_logger()
 
-# How many of the first due jobs one claim looks at; more only when others were quicker with all of these.
+# How many of the first due jobs a claim looks at; more only when other hosts took all of these first.
 _WINDOWS = (8, 64, 512)
-# A job that ten hosts could not take, or one host ten times, is perhaps to blame itself: it fills the disk, say.
+# A job that was returned ten times, by one host or by several, may itself be the cause: it fills the disk, say.
 MAX_RETURNS = 10
 
 
@@ -42,10 +42,10 @@ class SqlJobStore:
         self._database = database
         self._statements = FencedStatements(database)
         self.troubles = troubles or Troubles()
-        # What the database refuses of one row must not hold up the others.
+        # A row that the database refuses must not hold up the others.
         self.refused_claims = RefusedRows("claim", self.troubles)
         self._refused_promotions = RefusedRows("promotion", self.troubles)
-        # One notice a column and attempt: a run whose norm overflows does so at every step.
+        # Warn once per column and attempt: an overflowing gradient norm overflows at every step.
         self._noticed: set[tuple[UUID, int, str]] = set()
 
     @property
@@ -55,21 +55,21 @@ class SqlJobStore:
     # Taking work.
 
     def send_claim(self, worker_id: UUID, limits: Limits, *, lease_seconds: float) -> Sent | None:
-        """Send a claim at once; `claim_job` takes its answer. None where it would have to wait for its turn."""
+        """Sends a claim at once; `claim_job` reads its answer. None if the connection is busy."""
         lease = {"worker_id": worker_id, "lease_seconds": lease_seconds}
         return self._database.send(statement("claim_job"), limits.parameters(_WINDOWS[0]) | lease)
 
     async def claim_job(
         self, worker_id: UUID, limits: Limits, *, lease_seconds: float, sent: Sent | None = None
     ) -> Claim:
-        """Take the first due job that this host can serve. `sent` is what `send_claim` made of the same limits."""
+        """Claims the first due job that this host can serve. `sent` comes from `send_claim` with the same limits."""
         lease = {"worker_id": worker_id, "lease_seconds": lease_seconds}
         for window in _WINDOWS:
             if sent is not None:
                 rows, sent = await self._database.answer(sent), None
             else:
                 rows = await self._statements.run("claim_job", limits.parameters(window) | lease)
-            # The longest of our statements, over most of our tables and the guard's triggers: it has served us.
+            # The claim uses most tables and the guard's triggers: once it has run, the database is known to work.
             self._database.proven = True
             if rows:
                 return Claim(ClaimedJob(**rows[0]))
@@ -78,7 +78,7 @@ class SqlJobStore:
         return Claim(None, contested=True)
 
     async def peek_next_job(self, limits: Limits) -> JobDataset | None:
-        """Where the data of the job lies that `claim_job` would take with the same limits; nothing is taken."""
+        """Returns the dataset of the job that `claim_job` would take with the same limits, without claiming it."""
         return await self._peek(limits, _WINDOWS[0])
 
     async def _peek(self, limits: Limits, window: int) -> JobDataset | None:
@@ -88,7 +88,7 @@ class SqlJobStore:
     async def claim_job_by_id(
         self, worker_id: UUID, job_id: UUID, limits: Limits, *, lease_seconds: float
     ) -> ClaimedJob | None:
-        """Take this one job if it waits, nobody holds it and this host can serve it; None otherwise."""
+        """Claims this one job if it waits, has no lease and this host can serve it; None otherwise."""
         named = {"worker_id": worker_id, "job_id": job_id, "lease_seconds": lease_seconds}
         rows = await self._statements.run("claim_job_by_id", limits.parameters(1) | named)
         if not rows or rows[0]["id"] is None:
@@ -96,17 +96,17 @@ class SqlJobStore:
         return ClaimedJob(**{name: value for name, value in rows[0].items() if name != "lacking"})
 
     async def set_aside_job(self, job_id: UUID, error: StatementRefused) -> None:
-        """The database refuses the claim of this job: held until the operator releases it, with the reason."""
+        """Holds a job whose claim the database refuses, with the reason, until the operator releases it."""
         reason = clean_text(f"the database refuses the claim: {error}", MESSAGE_CHARACTERS)
         try:
             await self._statements.run("set_aside_job", {"job_id": job_id, "reason": reason})
         except StatementRefused as again:
-            # Whoever objects to the claim objects to the holding as well: this daemon remembers it, and says so.
+            # What refuses the claim refuses the hold as well: this daemon remembers the job, and reports it.
             self.refused_claims.note(job_id, again)
             await self._statements.run("tell_refused_claim", {"job_id": job_id, "reason": reason})
 
     async def return_unanswered_claims(self, worker_id: UUID, known: Sequence[UUID]) -> int:
-        """After a claim's answer was lost: what this worker holds beside `known` goes back; returns how many jobs."""
+        """After a claim's answer was lost, returns the jobs that this worker holds beside `known`. Returns how many."""
         try:
             return len(
                 await self._statements.run("return_unanswered_claims", {"worker_id": worker_id, "known": list(known)})
@@ -121,12 +121,12 @@ class SqlJobStore:
                     await self._statements.run("return_unanswered_claims", {"worker_id": worker_id, "known": others})
                 )
             except StatementRefused as error:
-                # Its lease runs out, and a reaper tries the same.
+                # Its lease expires, and a reaper tries the same.
                 log.error("claim_not_returned", job_id=str(job_id), error=str(error))
         return returned
 
     async def promote_due_jobs(self) -> int:
-        """Scheduled jobs whose time has come can be claimed now; returns how many (at most 100 a call)."""
+        """Makes scheduled jobs claimable once they are due. Returns how many (at most 100 per call)."""
         refused = self._refused_promotions
         try:
             return len(await self._statements.run("promote_due_jobs", {"skip": refused.skip, "only": None}))
@@ -145,12 +145,12 @@ class SqlJobStore:
         rows = await self._statements.run("next_due_job", {"skip": self._refused_promotions.skip})
         return max(0.0, rows[0]["seconds"]) if rows else None
 
-    # While we hold a job.
+    # While this host holds a job.
 
     async def read_limits(self, job_id: UUID) -> tuple[float | None, float | None] | None:
-        """What the job may cost and the seconds it may still take, as its row says now; None when it was deleted.
+        """The job's cost limit and the seconds it may still take, as its row says now; None when the row was deleted.
 
-        Raises RowsHidden where its row is only not seen."""
+        Raises RowsHidden if row security only hides the row."""
         rows = await self._statements.run("read_limits", {"job_id": job_id})
         if rows:
             return rows[0]["max_cost"], rows[0]["seconds_left"]
@@ -159,7 +159,7 @@ class SqlJobStore:
         return None
 
     async def read_dataset(self, dataset: JobDataset) -> JobDataset | None:
-        """The same with what its dataset's row says now. None where that row is hidden from us."""
+        """The dataset as its row describes it now. None if that row is hidden from us."""
         rows = await self._statements.run("read_dataset", {"dataset_id": dataset.dataset_id})
         if rows:
             return replace(dataset, **rows[0])
@@ -167,7 +167,7 @@ class SqlJobStore:
         return dataset if found.can_tell and not found.dataset_exists else None
 
     async def find_job(self, job_id: UUID) -> FoundJob:
-        """What there is of a job, whatever we see of it."""
+        """What exists of a job, even if row security hides it from us."""
         return await self._statements.find_job(job_id)
 
     async def start_job(self, lease: Lease) -> None:
@@ -177,7 +177,7 @@ class SqlJobStore:
     async def record_plan(
         self, lease: Lease, *, total_steps: int, total_epochs: int, estimated_total_cost: float | None
     ) -> None:
-        """The run's real size, in place of the row's estimates."""
+        """Records the run's real size, in place of the row's estimates."""
         values = {
             "total_steps": fit_integer(total_steps),
             "total_epochs": fit_integer(total_epochs),
@@ -197,10 +197,10 @@ class SqlJobStore:
         current_cost: float | None,
         seconds_left: float | None,
     ) -> int | None:
-        """Where the attempt is. Progress (percent) never falls within an attempt, whatever is passed.
+        """Records where the attempt is. Progress (percent) never falls within an attempt, whatever is passed.
 
-        Returns the number of the progress callback that follows; None when nobody is called."""
-        # A century of seconds: further off is no forecast.
+        Returns the number of the progress callback that follows; None when the job has no callback."""
+        # Cap at about 100 years; anything larger is not a useful estimate.
         left = fit_numeric(seconds_left, 11, 1)
         values = {
             "stage": clean_text(stage, 50),
@@ -215,10 +215,10 @@ class SqlJobStore:
         return sequence
 
     async def record_metrics(self, lease: Lease, points: Sequence[MetricPoint]) -> None:
-        """Points for the charts, fitted to their columns; what did not fit is told once in the story.
+        """Adds points to the charts, fitted to their columns. What did not fit is reported once as an event of the job.
 
-        Raises PointsRefused where the table takes none of them."""
-        # The last of a step wins: one statement cannot write one point twice.
+        Raises PointsRefused if the table accepts none of them."""
+        # The last point of a step wins: one statement cannot write the same point twice.
         rows: dict[int, dict[str, Any]] = {}
         misfits: dict[str, str] = {}
         for point in points:
@@ -237,11 +237,11 @@ class SqlJobStore:
             )
 
     async def forget_metrics(self, lease: Lease, after_step: int) -> None:
-        """Delete the points after a resumed checkpoint's step. Raises PointsRefused."""
+        """Deletes the points after a resumed checkpoint's step. Raises PointsRefused."""
         await self._chart("forget_metrics", lease, {"after_step": after_step})
 
     async def record_event(self, lease: Lease, kind: str, message: str, data: Mapping[str, Any]) -> None:
-        """One line of the job's story; also after a cancel, until the lease ends."""
+        """Adds an event to the job's history; also after a cancel, until the lease ends."""
         values = {
             "kind": clean_text(kind, 100),
             "message": clean_text(message, MESSAGE_CHARACTERS),
@@ -250,49 +250,49 @@ class SqlJobStore:
         await self._statements.fenced("record_event", lease, values)
 
     async def renew_lease(self, lease: Lease, lease_seconds: float) -> State:
-        """We are alive. Returns the job's state: anything but initializing and running means stop the child."""
+        """Extends the lease. Returns the job's state: stop the child unless it is initializing or running."""
         rows = await self._statements.fenced("renew_lease", lease, {"lease_seconds": lease_seconds})
-        # The lease is there and its job is not seen; where nobody can tell how it stands, nobody has told us to stop.
+        # The lease exists but its job's row is hidden. If the state is unknown, there is no order to stop.
         state = rows[0]["state"] or (await self._statements.find_job(lease.job_id)).state
         return State(state or State.RUNNING)
 
-    # Endings. Each ends the lease; asked again after a lost answer, each says what it had done.
+    # Endings. Each ends the lease; called again after a lost answer, each returns what it did the first time.
 
     async def complete_job(self, lease: Lease, outcome: Completed, *, cost: float | None) -> Ending:
-        """The stored adapter was verified."""
+        """Completes the job: the stored adapter was verified."""
         values = adapter_columns(outcome) | {
             "result": Jsonb(clean_json({"artifacts": outcome.artifacts, "summary": outcome.summary})),
         }
         return await self._end("complete_job", lease, values, cost, {State.COMPLETED})
 
     async def fail_job(self, lease: Lease, failed: Failed, *, cost: float | None) -> Ending:
-        """For good."""
+        """Fails the job permanently."""
         return await self._end("fail_job", lease, error_columns(failed), cost, {State.FAILED})
 
     async def retry_job(self, lease: Lease, failed: Failed, *, delay_seconds: float, cost: float | None) -> Ending:
-        """Again later; `state` is failed when that was the last attempt."""
+        """Requeues the job for later; `state` is failed when that was the last attempt."""
         values = error_columns(failed) | {"delay_seconds": max(delay_seconds, 0.0)}
         return await self._end("retry_job", lease, values, cost, {State.QUEUED, State.FAILED})
 
     async def release_job(self, lease: Lease, reason: str, *, cost: float | None) -> Ending:
-        """Back to the queue at once, without counting the attempt."""
+        """Requeues the job at once, without counting the attempt."""
         values = {"reason": clean_text(reason, MESSAGE_CHARACTERS)}
         return await self._end("release_job", lease, values, cost, {State.QUEUED})
 
     async def return_job(self, lease: Lease, returned: Returned, *, cost: float | None) -> Ending:
-        """Back to the queue because this host cannot work. The attempt counts only once hosts have given the job back
-        `MAX_RETURNS` times: `state` is failed when it was the last one."""
+        """Requeues the job because this host cannot work. The attempt counts only after hosts have returned the job
+        `MAX_RETURNS` times: then `state` is failed if it was the last attempt."""
         failed = Failed(returned.code, returned.message, returned.hint, returned.stack)
         values = error_columns(failed) | {"part": returned.part, "most": MAX_RETURNS}
         return await self._end("return_job", lease, values, cost, {State.QUEUED, State.FAILED})
 
     async def end_cancelled_job(self, lease: Lease, *, cost: float | None, data: Mapping[str, Any]) -> Ending:
-        """The cancelled job's child is gone. `moved` False: it was submitted again meanwhile, and is free now."""
+        """Ends a cancelled job whose child is gone. `moved` False: it was submitted again, and can be claimed."""
         values = {"data": Jsonb(clean_json(data))}
         return await self._end("end_cancelled_job", lease, values, cost, {State.CANCELLED})
 
     async def reap_expired_leases(self) -> list[Reaped]:
-        """End the leases of hosts that fell silent."""
+        """Ends the leases of hosts that went silent."""
         rows = await self._statements.run("reap_expired_leases", {})
         return [Reaped(row["job_id"], State(row["state"])) for row in rows]
 
@@ -300,7 +300,7 @@ class SqlJobStore:
         try:
             answer = await self._statements.run(name, {**lease.parameters(), **values})
         except DatabaseUnprepared as error:
-            # That table alone, or everything for a while? Then the points wait.
+            # If only that table is missing, the points are refused; if everything is, this raises and the points wait.
             await self._database.fetch("SELECT FROM training_leases LIMIT 0")
             raise _points_refused(error) from error
         except (StatementRefused, HostUnfit) as error:
@@ -324,15 +324,15 @@ class SqlJobStore:
         state = State(found[0]["state"]) if found else await self._hidden_state(lease)
         if row["ended"]:
             return Ending(False, state, noted)
-        # No lease, yet our epoch and the state that we asked for: the answer was lost, not the ending.
+        # No lease, but our epoch and the state that we asked for: the move succeeded and its answer was lost.
         if state in wanted:
             return Ending(True, state, noted)
         raise await self._statements.why_no_row(name, lease)
 
     async def _hidden_state(self, lease: Lease) -> State | None:
-        """The state of a job whose row is not seen; None where it is not under our epoch any more, or not known."""
+        """The state of a job whose row is hidden; None if it is not under our epoch any more, or unknown."""
         if await self._statements.run("read_last_claim", {"job_id": lease.job_id}):
-            return None  # seen, and another's: by its epoch, or by its token
+            return None  # visible, but another host's: its epoch or token differs
         found = await self._statements.find_job(lease.job_id)
         return State(found.state) if found.can_tell and found.epoch == lease.epoch and found.state else None
 

@@ -1,4 +1,4 @@
-"""This host's row in training_workers, kept current so that a waiting job can say what it waits for."""
+"""Keeps this host's row in training_workers current, so that a waiting job can say what it waits for."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Wish = Literal["serve", "drain"]
 
 @dataclass(frozen=True)
 class WorkerRow:
-    """One boot of a daemon and what its host can do. `models` None: whatever is asked for. Memory is of one GPU."""
+    """One start of a daemon and what its host can do. `models` None: every model. Memory is of one GPU."""
 
     id: UUID
     host: str
@@ -56,7 +56,7 @@ class WorkerRegistry:
         self._database = database
 
     async def register_worker(self, worker: WorkerRow) -> None:
-        """A daemon has booted, or is back after an outage."""
+        """Adds the row of a daemon that has started, or is back after an outage."""
         values = {
             "id": worker.id,
             "host": clean_text(worker.host, 300),
@@ -76,7 +76,7 @@ class WorkerRegistry:
     async def touch_worker(
         self, worker_id: UUID, *, state: WorkerState, busy: int, data: Mapping[str, Any]
     ) -> Wish | None:
-        """The daemon lives; the answer is what the operator wants of it. None: its row is gone, register again."""
+        """Updates the row; the answer is what the operator asked for. None: the row is gone, register again."""
         values = {"id": worker_id, "state": state, "busy": busy, "data": Jsonb(clean_json(data))}
         rows = await self._database.fetch(statement("touch_worker"), values)
         if not rows:
@@ -84,13 +84,13 @@ class WorkerRegistry:
         return "drain" if rows[0]["drain"] else "serve"
 
     async def end_worker(self, worker_id: UUID) -> None:
-        """The daemon has left in good order."""
+        """The daemon has shut down cleanly."""
         await self._database.fetch(statement("end_worker"), {"id": worker_id})
 
 
 @dataclass(frozen=True)
 class Load:
-    """What the host is doing at this moment."""
+    """What the host is doing now."""
 
     state: WorkerState
     busy: int
@@ -105,7 +105,7 @@ async def keep_registered(
     load: Callable[[], Load],
     on_drain: Callable[[], None],
 ) -> None:
-    """Register, then touch the row until cancelled. `on_drain` is called when an operator asked for it there."""
+    """Registers the host, then updates its row until cancelled. Calls `on_drain` if an operator asked for it there."""
     row = _worker_row(host, settings)
     registered = False
     while True:
@@ -116,7 +116,7 @@ async def keep_registered(
             if registered:
                 wish = await registry.touch_worker(host.worker_id, state=now.state, busy=now.busy, data=data)
             if wish is None:
-                # The first time, or the table was made anew: jobs that wait say at once again that there is a host.
+                # The first time, or the table was recreated: waiting jobs see at once that a host is there.
                 await registry.register_worker(row)
                 wish = await registry.touch_worker(host.worker_id, state=now.state, busy=now.busy, data=data)
             registered = wish is not None
@@ -130,7 +130,7 @@ async def keep_registered(
 
 
 async def unregister(registry: WorkerRegistry, host: Host) -> None:
-    """The host left in good order; if the database is away, its row grows old by itself."""
+    """The host has shut down cleanly. If the database is away, its row simply becomes stale."""
     try:
         await registry.end_worker(host.worker_id)
     except (DatabaseAway, StatementRefused) as error:
