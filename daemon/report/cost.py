@@ -1,4 +1,4 @@
-"""What an attempt costs: hours times cards times the price of a card."""
+"""What an attempt costs: hours times GPUs times the price of a GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SECONDS_AN_HOUR = 3600.0
 
 @dataclass(frozen=True)
 class CostMeter:
-    """US dollars of one job, over all its attempts. `price` is per card and hour; None means nobody knows."""
+    """US dollars of one job, over all its attempts. `price` is per GPU and hour; None if it is unknown."""
 
     price: float | None
     num_gpus: int
@@ -22,5 +22,5 @@ class CostMeter:
 
 
 def price_per_gpu_hour(platform: float | None, operator: float | None, asked: float | None) -> float | None:
-    """What the platform charges, else what the operator set, else the price in gpu_config, which a tenant wrote."""
+    """The platform's price, else the operator's setting, else the price in gpu_config, which a tenant wrote."""
     return next((price for price in (platform, operator, asked) if price is not None), None)

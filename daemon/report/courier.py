@@ -1,8 +1,8 @@
-"""Tells receivers what happened: endings from the outbox, surely; progress from memory, newest wins.
+"""Delivers callbacks: final states from the outbox, at least once; progress from memory, latest only.
 
-The outbox rows were written in the transaction of the state they tell of, so nothing is lost when this
-process dies: any daemon delivers them later, at least once, under the same id. A receiver that is down,
-slow or talking nonsense costs its own messages time and nobody else's.
+An outbox row is written in the transaction of the state it reports, so nothing is lost when this
+process dies: any daemon delivers it later, under the same id. A receiver that is down, slow
+or misbehaving delays only its own messages.
 """
 
 from __future__ import annotations
@@ -33,31 +33,31 @@ from daemon.tasks import wait_at_most
 
 log = structlog.get_logger()
 
-# Standard Webhooks: at once, then after 5 s, 5 min, 30 min, 2 h, 5 h, 10 h, 14 h, 20 h, 24 h.
+# The schedule of Standard Webhooks: at once, then after 5 s, 5 min, 30 min, 2 h, 5 h, 10 h, 14 h, 20 h, 24 h.
 RETRY_SECONDS = (5.0, 300.0, 1800.0, 7200.0, 18_000.0, 36_000.0, 50_400.0, 72_000.0, 86_400.0)
 JITTER = 0.1
 
 TIMEOUT = httpx.Timeout(15.0, connect=5.0)
 TOTAL_SECONDS = 20.0
 MAX_IN_FLIGHT = 32
-# Longer than one message may take. A daemon that dies holds a host's messages up for so long.
+# Longer than one message may take. If a daemon dies, the messages of a host are delayed for so long.
 LOCK_SECONDS = 60.0
 POLL_SECONDS = 15.0
 MAX_PROGRESS_IN_FLIGHT = 8
-# After a failed progress post the receiver is left alone for a while; the newest is sent then.
+# After a failed progress post the receiver gets nothing for a while; then the newest is sent.
 PROGRESS_PAUSE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class Delivered:
-    """The receiver took it."""
+    """The receiver accepted it."""
 
     status: int
 
 
 @dataclass(frozen=True)
 class Postponed:
-    """Not now: no answer, or one that may change."""
+    """Try again later: no answer, or one that may change."""
 
     status: int | None
     error: str
@@ -66,7 +66,7 @@ class Postponed:
 
 @dataclass(frozen=True)
 class Buried:
-    """Never: the receiver wants no more (410), or the rules forbid its address."""
+    """Never try again: the receiver refuses more (410), or the rules forbid its address."""
 
     status: int | None
     error: str
@@ -76,7 +76,7 @@ Verdict = Delivered | Postponed | Buried
 
 
 class CallbackCourier:
-    """Delivers callbacks for as long as `run` runs. Raises HostUnfit when a signing secret is unusable."""
+    """Delivers callbacks while `run` runs. Raises HostUnfit when a signing secret is unusable."""
 
     def __init__(
         self,
@@ -105,12 +105,12 @@ class CallbackCourier:
         self._muted: set[UUID] = set()
 
     def wake(self) -> None:
-        """Something was put into the outbox."""
+        """A callback was added to the outbox."""
         self._idle.clear()
         self._wake.set()
 
     async def run(self, outbox: Outbox) -> None:
-        """Deliver what is due, until cancelled. One bad receiver raises nothing here."""
+        """Delivers what is due, until cancelled. A bad receiver raises nothing here."""
         self._running = True
         if not self._keys:
             log.warning("callbacks_unsigned", hint="set TRAINER_CALLBACK_SECRETS so that receivers can trust them")
@@ -123,21 +123,21 @@ class CallbackCourier:
                     self._start(outbox, callback)
                 if claimed:
                     continue
-                # Woken while we asked: what is due now may not have been in the answer.
+                # If woken during the claim, a callback may be due that the answer did not contain.
                 if claimed == [] and not self._in_flight and not self._wake.is_set():
                     self._idle.set()
                 await self._wait()
         except asyncio.CancelledError:
-            # For good. After anything else it is begun again: what is on its way goes on meanwhile.
+            # Cancelled: this is the end. After any other exception the loop is restarted, and messages in flight go on.
             await self._end_all()
             raise
         finally:
             self._running = False
 
     async def flush(self, deadline_seconds: float) -> bool:
-        """Wait until nothing is due and nothing on its way, at most so long. True when that was reached.
+        """Waits until nothing is due or in flight, at most `deadline_seconds`. Returns True if that was reached.
 
-        What a receiver put off stays in the outbox: the next daemon delivers it.
+        What a receiver has postponed stays in the outbox: the next daemon delivers it.
         """
         if not self._running:
             return False
@@ -151,9 +151,9 @@ class CallbackCourier:
         return True
 
     def send_progress(self, job: ClaimedJob, status: Mapping[str, Any]) -> None:
-        """Post the status as job.progress if the job has a callback_url. Never waits; a newer one replaces it.
+        """Posts the status as job.progress if the job has a callback_url. Never waits; a newer status replaces it.
 
-        Progress that fails is not sent again: the next one says more.
+        Failed progress is not sent again: the next one supersedes it.
         """
         if job.callback_url is None or job.id in self._muted:
             return
@@ -172,14 +172,14 @@ class CallbackCourier:
             task.add_done_callback(_log_a_crash)
 
     def forget(self, job_id: UUID) -> None:
-        """The attempt is over: no more progress of this job, its ending comes from the outbox."""
+        """The attempt is over: sends no more progress of this job. Its final state comes from the outbox."""
         self._newest_progress.pop(job_id, None)
         self._muted.discard(job_id)
 
     # -- the outbox -----------------------------------------------------------------------------------------------
 
     async def _claim(self, outbox: Outbox) -> list[Callback] | None:
-        """What is due, one row a host; None when that cannot be known now."""
+        """Claims due callbacks, one per receiving host; None when the outbox cannot be read now."""
         room = MAX_IN_FLIGHT - len(self._in_flight)
         if room <= 0:
             return None
@@ -195,7 +195,7 @@ class CallbackCourier:
 
         def ended(done: asyncio.Task[None]) -> None:
             self._in_flight.discard(done)
-            # Its host may have another one.
+            # There may be another callback for the same receiver.
             self._wake.set()
             if not done.cancelled() and (error := done.exception()) is not None:
                 log.error("callback_crashed", callback_id=str(callback.id), exc_info=error)
@@ -203,14 +203,14 @@ class CallbackCourier:
         task.add_done_callback(ended)
 
     async def _serve(self, outbox: Outbox, callback: Callback) -> None:
-        """One row: post it and settle it. The outbox hands out one row a host at a time."""
+        """Posts one row and settles it. The outbox hands out one row per receiving host at a time."""
         payload = {**callback.payload, "event": callback.event, "sequence": callback.sequence}
         verdict = await self._post(str(callback.id), callback.url, message_body(payload))
         delay = self._delay_after(callback.attempts, verdict)
         try:
             await self._settle(outbox, callback, verdict, delay)
         except (DatabaseAway, StatementRefused) as error:
-            # The row's lock runs out and it is sent again, under the same id.
+            # The row's lock expires and it is sent again, under the same id.
             log.warning("callback_unsettled", callback_id=str(callback.id), error=str(error))
 
     async def _settle(self, outbox: Outbox, callback: Callback, verdict: Verdict, delay: float | None) -> None:
@@ -231,11 +231,11 @@ class CallbackCourier:
                 assert_never(verdict)
 
     def _delay_after(self, attempts: int, verdict: Verdict) -> float | None:
-        """Seconds until the next try, None when there is none. `attempts` counts the one just made."""
+        """Seconds until the next try, None if there is none. `attempts` includes the one just made."""
         if not isinstance(verdict, Postponed) or attempts > len(self._retry_seconds):
             return None
         planned = self._retry_seconds[max(attempts, 1) - 1]
-        # Spread, so that a receiver that comes back is not met by everybody at once.
+        # Jitter, so that a receiver that comes back does not get every message at once.
         spread = planned * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 - no secret depends on it
         return max(spread, verdict.after_seconds)
 
@@ -266,7 +266,7 @@ class CallbackCourier:
     # -- one message ----------------------------------------------------------------------------------------------
 
     async def _post(self, message_id: str, url: str, body: bytes) -> Verdict:
-        """Send one message once and judge the answer by its status alone; its body is not read."""
+        """Sends one message once and judges the answer by its status alone; its body is not read."""
         try:
             async with asyncio.timeout(TOTAL_SECONDS):
                 target = await self._rules.check(url)
@@ -294,8 +294,8 @@ class CallbackCourier:
         return Postponed(status, f"HTTP {status}", retry_after_seconds(response))
 
     def _is_own_function(self, target: Target) -> bool:
-        """The header is a credential: it goes to the project's edge functions, not to its other APIs,
-        where a tenant's URL could make us act in our name."""
+        """Whether this host may get the authorization header. It is a credential: it goes to the project's edge
+        functions, not to its other APIs, where a tenant's URL could make us act in our name."""
         if f"{target.host}:{target.port}" not in self._own_hosts or target.url.scheme != self._own_scheme:
             return False
         path = target.url.raw_path.decode("ascii", "replace").partition("?")[0].lower()

@@ -1,4 +1,4 @@
-"""Callbacks that wait to be delivered, written in the transaction of the state they tell of."""
+"""Callbacks waiting to be delivered. Each was written in the transaction of the state it reports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from daemon.troubles import Troubles
 
 @dataclass(frozen=True)
 class Callback:
-    """One outbox row, ours until its lock runs out. `id` stays the same at each try, `token` does not."""
+    """One outbox row, ours until its lock expires. `id` stays the same for every try, `token` does not."""
 
     id: UUID
     token: UUID
@@ -32,8 +32,8 @@ class Callback:
 
 
 class Outbox(Protocol):
-    """What the courier needs. A token that is no longer valid settles nothing and gives False: the lock ran out, and
-    another daemon has the callback now."""
+    """What the courier needs. A token that is no longer valid settles nothing and returns False: the lock has expired,
+    and another daemon has the callback now."""
 
     async def claim_callbacks(self, limit: int, lock_seconds: float, /) -> list[Callback]: ...
 
@@ -53,11 +53,11 @@ class SqlOutbox:
 
     def __init__(self, database: Database, troubles: Troubles | None = None) -> None:
         self._database = database
-        # What the database refuses of one row must not hold up the others.
+        # A row that the database refuses must not hold up the others.
         self._refused = RefusedRows("callback", troubles or Troubles())
 
     async def claim_callbacks(self, limit: int, lock_seconds: float) -> list[Callback]:
-        """Take due callbacks, at most one of each host."""
+        """Claims due callbacks, at most one per receiving host."""
         refused = self._refused
         values = {"limit": limit, "lock_seconds": lock_seconds, "skip": refused.skip, "only": None}
         try:
@@ -77,22 +77,22 @@ class SqlOutbox:
         return taken
 
     async def deliver_callback(self, callback_id: UUID, token: UUID, status: int | None) -> bool:
-        """The receiver took it."""
+        """The receiver accepted it."""
         return bool(await self._run("deliver_callback", {"id": callback_id, "token": token, "status": status}))
 
     async def postpone_callback(
         self, callback_id: UUID, token: UUID, delay_seconds: float, status: int | None, error: str | None
     ) -> bool:
-        """Try again later."""
+        """Schedules another try."""
         values = _attempt(callback_id, token, status, error) | {"delay_seconds": delay_seconds}
         return bool(await self._run("postpone_callback", values))
 
     async def mark_callback_dead(self, callback_id: UUID, token: UUID, status: int | None, error: str | None) -> bool:
-        """Give it up; resend_callback() brings it back."""
+        """Gives up on it; resend_callback() brings it back."""
         return bool(await self._run("mark_callback_dead", _attempt(callback_id, token, status, error)))
 
     async def oldest_callback_age(self) -> float | None:
-        """Seconds that the oldest unsent callback has waited; None when none waits."""
+        """Seconds that the oldest unsent callback has waited; None when there is none."""
         seconds: float | None = (await self._run("oldest_callback", {}))[0]["seconds"]
         return seconds
 

@@ -1,7 +1,7 @@
-"""From events to rows: one ordered fan-out that never blocks a training step and never drops an ending.
+"""Writes a trainer's events to rows, in order. Never blocks a training step, never drops the final state.
 
 `report` only remembers; `run` writes about once a second. While the database is away everything
-is kept, within a bound, and written when it is back: the trainer trains on.
+is kept, up to a limit, and written when it is back: training goes on.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from training.events import Event, Stage
 
 log = structlog.get_logger()
 
-# One write a second a job is what Realtime's single thread bears (Supabase's Postgres Changes guide).
+# Supabase's Realtime is single-threaded and handles one write a second per job (its Postgres Changes guide).
 WRITE_SECONDS = 1.0
-# What could not be written is written together with what comes meanwhile: no hurry.
+# After an outage the backlog is written in one go, so there is no hurry.
 AWAY_SECONDS = 2.0
 POINTS_A_WRITE = 500
 MAX_STORY = 2_000
@@ -46,8 +46,8 @@ class Reporter:
     """Writes one attempt's progress under its lease.
 
     `on_refused` is called when a fenced write found no row: the job was cancelled or the lease is
-    lost, and the heartbeat finds out which. `on_moved`: the job's state has changed, and the outbox tells of it.
-    `on_written` gets the status as the row now says it, unless the outbox tells of the same moment.
+    lost, and the heartbeat finds out which. `on_moved`: the job's state has changed, and an outbox row reports it.
+    `on_written` gets the status as the row now has it, unless an outbox row reports the same moment.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Reporter:
         self._read_load = read_load
         self._on_moved = on_moved
         self._on_written = on_written
-        # The claim was told by the outbox. Progress that overtook it would make receivers drop it as late.
+        # The outbox reports the claim. Progress sent before it would make receivers drop it as late.
         self._told_by_outbox = True
         self._clock = asyncio.get_running_loop().time
         self._begun_at = self._clock()
@@ -85,10 +85,10 @@ class Reporter:
         self._story: deque[_StoryLine] = deque(maxlen=MAX_STORY)
         self._points_refused = False
 
-    # -- what is said ------------------------------------------------------------------------------------------
+    # -- what is reported --------------------------------------------------------------------------------------
 
     def report(self, event: Event) -> None:
-        """Remember one event. Called in the order of the child's words; never waits."""
+        """Remembers one event. Called in the order of the child's events; never waits."""
         match event:
             case events.Started():
                 self.tell("trainer_started", "The trainer started.", {"versions": event.versions})
@@ -122,24 +122,24 @@ class Reporter:
             case events.AdapterSaved():
                 self.tell("adapter_saved", "The adapter is saved on the host.", event.summary)
             case events.Failed():
-                # The ending itself writes code and message into the row and the story.
+                # The move to failed itself writes code and message into the row and the event history.
                 log.info("trainer_failed", code=event.code, message=event.message)
             case _:
                 assert_never(event)
         self._dirty.set()
 
     def tell(self, kind: str, message: str, data: dict[str, Any] | None = None) -> None:
-        """Add a line to the job's story."""
+        """Adds an event to the job's history."""
         self._story.append(_StoryLine(kind, message, data or {}))
         self._dirty.set()
 
     def enter(self, stage: Stage, detail: str | None = None) -> None:
-        """The attempt entered a stage, of the trainer's or of the daemon's own."""
+        """The attempt entered a stage, of the trainer or of the daemon."""
         self._status.enter(stage)
         self.tell("stage", f"Stage {stage}: {detail}." if detail else f"Stage {stage}.", {"stage": stage.value})
 
     def note_download(self, done_bytes: int, total_bytes: int) -> None:
-        """How far the base model's download is."""
+        """Progress of the base model's download."""
         self._status.take_download(done_bytes, total_bytes)
         self._dirty.set()
 
@@ -147,7 +147,7 @@ class Reporter:
         self._must_start = self._must_start or not self._started
         self._status.take_step(event)
         if self._status.seconds_left is not None and not self._estimated:
-            # The speed is known now: the row's estimate of the cost is corrected, once.
+            # The speed is known now: correct the row's cost estimate, once.
             self._estimated, self._plan_to_write = True, self._plan
 
     def _take_evaluation(self, event: events.Evaluated) -> None:
@@ -170,12 +170,12 @@ class Reporter:
 
     @property
     def saved(self) -> dict[str, int | None]:
-        """What an attempt that ends now leaves: the step it came to, and its newest checkpoint's."""
+        """The step this attempt has reached, and its newest checkpoint's step."""
         return {"step": self._status.step, "checkpoint_step": self._checkpoint_step}
 
     @property
     def seconds_left(self) -> float | None:
-        """Of the training, by the pace so far; None before there is one."""
+        """Seconds of training left, at the pace so far; None before there is one."""
         return self._status.seconds_left
 
     @property
@@ -185,7 +185,7 @@ class Reporter:
         return self._meter.cost(self.attempt_seconds + self._status.seconds_left)
 
     async def run(self) -> None:
-        """Write until cancelled, at most once a second; catch up after the database was away."""
+        """Writes until cancelled, at most once a second; catches up after the database was away."""
         while True:
             await self._dirty.wait()
             try:
@@ -198,21 +198,21 @@ class Reporter:
             except LeaseLost:
                 self._on_refused()
             except REFUSALS as error:
-                # Training goes on, and so do the attempts to tell of it.
+                # Training goes on, and so does reporting.
                 log.error("report_refused", error=str(error))
                 self._dirty.set()
                 await asyncio.sleep(AWAY_SECONDS)
             await asyncio.sleep(WRITE_SECONDS)
 
     async def flush(self) -> None:
-        """Write all that was said, in order: plan, story, points, then the row. Raises DatabaseAway, LeaseLost.
+        """Writes all that was reported, in order: plan, events, points, then the row. Raises DatabaseAway, LeaseLost.
 
         What was not written when it raises is kept and written next time.
         """
         self._dirty.clear()
         try:
             refused = None
-            # The second story: what the points' table had to say.
+            # Events are written twice: writing the points may have added one.
             for write in (
                 *(self._write_plan, self._write_story, self._write_points),
                 *(self._write_story, self._write_status),
@@ -220,7 +220,7 @@ class Reporter:
                 try:
                     await write()
                 except StatementRefused as error:
-                    # One row that the database refuses keeps no other.
+                    # A row that the database refuses must not hold up the others.
                     refused = error
             if refused is not None:
                 raise refused
@@ -241,7 +241,7 @@ class Reporter:
             if self._plan_to_write is plan:
                 self._plan_to_write = None
         if (step := self._resumed_at) is not None:
-            # Steps after the checkpoint are trained again: their old points would show twice.
+            # Steps after the checkpoint are trained again: their old points would appear twice.
             try:
                 await self._store.forget_metrics(self._lease, step)
             except PointsRefused as error:
@@ -254,9 +254,9 @@ class Reporter:
             try:
                 await self._store.record_event(self._lease, line.kind, line.message, line.data)
             except StatementRefused as error:
-                # The lines after it are told all the same.
+                # The events after it are still written.
                 log.error("story_line_refused", kind=line.kind, error=str(error))
-            if self._story and self._story[0] is line:  # a full story may have dropped it meanwhile
+            if self._story and self._story[0] is line:  # a full queue may have dropped it meanwhile
                 self._story.popleft()
 
     async def _write_points(self) -> None:
@@ -265,7 +265,7 @@ class Reporter:
             try:
                 await self._store.record_metrics(self._lease, list(batch.values()))
             except PointsRefused as error:
-                # The next ones are tried all the same: who mends the table sees the curve go on.
+                # The next points are still tried: once the table is fixed, the curve goes on.
                 self._tell_of_refused_points(error)
             for step, point in batch.items():
                 if self._status.points.get(step) is point:

@@ -1,4 +1,4 @@
-"""What the job's row and its curve should say now: computed from the trainer's events, without a database."""
+"""Computes what the job's row and its curve should show, from the trainer's events, without a database."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from daemon.queue.rows import MetricPoint
 from training import events
 from training.events import Stage
 
-# A day of one step a second fits; beyond it every other waiting point is dropped, the ends of the curve never.
+# One day of one step a second. Beyond that every other waiting point is dropped, but never the first and last.
 MAX_WAITING_POINTS = 100_000
 
 # Before training 0-5, by optimizer step 5-95, saving and uploading 95-100.
@@ -27,7 +27,7 @@ STAGE_PROGRESS = {
 class JobStatus:
     """The stage, the progress and the metrics of one attempt. `clock`: seconds, monotonic.
 
-    `changed`: since the row was last written; `points`: those of the curve that nobody has taken yet, by step."""
+    `changed`: since the row was last written; `points`: those of the curve that are not written yet, by step."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -80,7 +80,7 @@ class JobStatus:
         )
 
     def take_evaluation(self, event: events.Evaluated) -> None:
-        """The validation loss joins the point of the step before it."""
+        """Adds the validation loss to the point of the step before it."""
         self.metrics["validation_loss"] = event.validation_loss
         self.changed = True
         if self._last_point is not None:
@@ -91,7 +91,7 @@ class JobStatus:
             )
 
     def columns(self) -> dict[str, Any]:
-        """As the row has them."""
+        """The values as the row stores them."""
         return {
             "stage": self.stage.value,
             "progress": round(self.progress, 2),
@@ -112,7 +112,7 @@ class JobStatus:
         self.changed = True
 
     def _seconds_left(self, event: events.Progress) -> float | None:
-        """Of the training, by the pace so far; None before there is one."""
+        """Seconds of training left, at the pace so far; None before there is one."""
         assert self._first_step is not None
         first_step, first_at = self._first_step
         done = event.step - first_step

@@ -1,7 +1,7 @@
-"""One signed message: Standard Webhooks (https://www.standardwebhooks.com), body and headers.
+"""Signs one message as Standard Webhooks prescribes (https://www.standardwebhooks.com): body and headers.
 
 Written here because the library on PyPI mis-signs times that are not UTC, and because it is thirty lines. The tests
-verify with that library what is signed here.
+verify our signatures with that library.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from daemon.errors import HostUnfit
 
 # Receivers may refuse more than 20 kB.
 MAX_BODY_BYTES = 20_000
-# Given up in this order, until the message fits; what a receiver decides by is never given up.
+# Dropped in this order until the message fits; fields that a receiver decides by are never dropped.
 _OPTIONAL = ("error_stack", "metrics", "error_hint")
 _LONGEST_TEXT = 2_000
 _SMALLEST_KEY_BYTES = 16
 
 
 def signing_keys(secrets: Sequence[SecretStr]) -> tuple[bytes, ...]:
-    """The keys behind `whsec_<base64>`; the first signs first. Raises HostUnfit naming the entry, never its value."""
+    """Decodes `whsec_<base64>` secrets; the first key signs first. Raises HostUnfit naming the entry, not its value."""
     keys = []
     for number, secret in enumerate(secrets, start=1):
         text = secret.get_secret_value().removeprefix("whsec_")
@@ -45,7 +45,7 @@ def signing_keys(secrets: Sequence[SecretStr]) -> tuple[bytes, ...]:
 
 
 def signed_headers(keys: Sequence[bytes], message_id: str, timestamp: int, body: bytes) -> dict[str, str]:
-    """Headers of one try. The id stays over all tries, the timestamp (seconds, UTC) is each try's own."""
+    """Headers of one try. The id is the same for all tries, the timestamp (seconds, UTC) is new for each."""
     headers = {
         "Content-Type": "application/json",
         "User-Agent": "brightrun-trainer",
@@ -53,13 +53,13 @@ def signed_headers(keys: Sequence[bytes], message_id: str, timestamp: int, body:
         "webhook-timestamp": str(timestamp),
     }
     if keys:
-        # One signature for each secret: receivers change over while both are valid.
+        # One signature per secret, so that receivers can change over while both are valid.
         headers["webhook-signature"] = " ".join(_signature(key, message_id, timestamp, body) for key in keys)
     return headers
 
 
 def message_body(payload: Mapping[str, Any]) -> bytes:
-    """The payload as JSON under MAX_BODY_BYTES; what had to be left out is named in `truncated`."""
+    """The payload as JSON under MAX_BODY_BYTES. Fields that were dropped are listed in `truncated`."""
     kept = dict(payload)
     body = _json(kept)
     left_out: list[str] = []
