@@ -1,2 +1,2 @@
 """Where datasets are read and adapters are kept: a folder, or Supabase Storage by resumable uploads. Every object is
-recorded before its first byte is sent, so that none is left behind unaccounted for. Called by the attempt."""
+recorded before its upload starts, so that orphaned objects can be found and deleted. Called by the attempt."""

@@ -1,8 +1,8 @@
-"""From the adapter folder to objects in storage: the archive, the files beside it, the manifest last.
+"""Packs an adapter folder into an archive with a manifest, and unpacks it again.
 
-Packing is reproducible: the same folder gives the same bytes, so that a daemon killed in the middle does
-it again, finds its own objects by size and hash, and goes on after the last one that is whole. Names carry
-the lease's epoch, so that a host that lost the job can overwrite nothing of its successor's.
+Packing is reproducible: the same folder gives the same bytes. A daemon that was killed in the middle packs
+again, finds its own objects by size and hash, and continues after the last one that is whole. Names carry
+the lease's epoch, so that a host that lost the job cannot overwrite its successor's objects.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ MANIFEST_FORMAT = 1
 REQUIRED = ("adapter_config.json", "adapter_model.safetensors")
 
 
-# Formats that run code when they are opened.
+# Formats that can run code when they are loaded.
 PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 
-# A file, or one in a folder: a tokenizer with several chat templates keeps them in one.
+# A file, or a file in a folder: a tokenizer with several chat templates keeps them in a folder.
 _SAFE_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}(/[A-Za-z0-9][A-Za-z0-9._-]{0,99})?$")
-# LoRA weights hardly shrink; a higher level costs minutes and wins one percent.
+# LoRA weights hardly compress; a higher level costs minutes and saves one percent.
 _GZIP_LEVEL = 1
 MAX_MEMBERS = 1000
 MAX_UNPACKED_BYTES = 64 * 1024**3
 
 
 class ArchiveInvalid(TrainerError):
-    """The archive is not an adapter of ours, is damaged, or holds something that must not be unpacked."""
+    """The archive is not an adapter of ours, is damaged, or contains something that must not be unpacked."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class PackedFile:
 
 @dataclass(frozen=True)
 class Packed:
-    """An archive on disk and what is in it. `manifest` is the JSON document that goes beside the archive."""
+    """An archive on disk and its contents. `manifest` is the JSON document that is stored beside the archive."""
 
     archive: PackedFile
     path: Path
@@ -67,9 +67,9 @@ class Packed:
 
 
 def pack_adapter(adapter_dir: Path, archive: Path, manifest_facts: Mapping[str, Any]) -> Packed:
-    """Write the folder as tar.gz, sorted, without times, owners or links; the manifest is its last member.
+    """Writes the folder as tar.gz, sorted, without times, owners or links; the manifest is its last member.
 
-    Raises JobFailed(internal) when the folder lacks the weights or holds what must not be packed.
+    Raises JobFailed(internal) when the folder lacks the weights or contains what must not be packed.
     """
     names = _names_to_pack(adapter_dir)
     files: list[PackedFile] = []
@@ -93,10 +93,10 @@ def pack_adapter(adapter_dir: Path, archive: Path, manifest_facts: Mapping[str, 
 
 
 def unpack_adapter(archive: Path, to: Path) -> dict[str, Any]:
-    """Unpack an archive of ours into a new folder, whole or not at all, and return its manifest.
+    """Unpacks an archive of ours into a new folder, whole or not at all, and returns its manifest.
 
-    Every member is judged before it is written and hashed while it is: plain files with plain names, each
-    listed in the manifest and as the manifest says. Raises ArchiveInvalid, or FileExistsError for a full `to`.
+    Every member is checked before it is written and hashed while it is written: it must be a plain file with a plain
+    name, listed in the manifest with its size and hash. Raises ArchiveInvalid, or FileExistsError if `to` is not empty.
     """
     if to.exists() and any(to.iterdir()):
         raise FileExistsError(f"{to} is not empty")
@@ -138,12 +138,12 @@ def _unpack_members(archive: Path, folder: Path) -> dict[str, PackedFile]:
 
 
 def _stays_inside(member: tarfile.TarInfo, folder: Path) -> bool:
-    """The standard library's own judgement of a member, a second fence behind ours."""
-    # Python 3.11 has it from 3.11.4 on; Debian 12 brings 3.11.2.
+    """The standard library's own check of a member, in addition to ours."""
+    # Python 3.11 has it since 3.11.4; Debian 12 ships 3.11.2.
     if not hasattr(tarfile, "data_filter"):
         return True
     try:
-        # It mends an absolute name where it refuses others; nobody who means well writes one.
+        # The filter makes an absolute name relative instead of refusing it; no honest archive has one.
         return tarfile.data_filter(member, str(folder)).name == member.name
     except tarfile.FilterError:
         return False
@@ -177,7 +177,7 @@ def _read_manifest(file: Path, unpacked: Mapping[str, PackedFile]) -> dict[str, 
 
 
 def _names_to_pack(adapter_dir: Path) -> list[str]:
-    """The folder's files in the archive's order. The manifest is ours: one that lies there is left out."""
+    """The folder's files in the archive's order, without a manifest of its own: we write that."""
     if not adapter_dir.is_dir():
         raise _not_an_adapter(f"there is no adapter folder at {adapter_dir.name}")
     names = []
@@ -215,7 +215,7 @@ def _member(name: str, size: int) -> tarfile.TarInfo:
 
 
 class _Hashing(io.RawIOBase):
-    """A file that hashes what is read of it."""
+    """A file that hashes what is read from it."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
@@ -239,7 +239,7 @@ def _manifest(facts: Mapping[str, Any], files: list[PackedFile], archive: Packed
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
+    """Replaces NaN and infinity by null: JSON has neither."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

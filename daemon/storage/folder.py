@@ -1,4 +1,4 @@
-"""A folder as storage: the same promises as Supabase Storage, on a disk of the operator's."""
+"""A local folder as storage, with the same guarantees as Supabase Storage."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ class FolderStorage:
         file = self._locate(bucket, path)
         if not file.is_file():
             raise dataset_absent(bucket, path)
-        # A link inside the folder must not lead out of it.
+        # A symbolic link inside the folder must not lead out of it.
         if not file.resolve().is_relative_to((self._root / bucket).resolve()):
             raise dataset_absent(bucket, path)
         return LocalFile(file)
 
     async def upload(self, local: Path, object_path: str, *, sha256: str, resume_dir: Path) -> StoredObject:
-        del resume_dir  # A copy inside one machine is quicker than remembering where it stopped.
+        del resume_dir  # copying again on one machine is faster than resuming
         size = (await asyncio.to_thread(local.stat)).st_size
         if not await self.verify(object_path, size, sha256):
             await _copy(local, self._locate(self._bucket, object_path))
@@ -81,7 +81,7 @@ class FolderStorage:
             file.unlink(missing_ok=True)
         except OSError as error:
             raise disk_fault("storage folder", file.parent, error) from error
-        # Buckets have no folders: the last object of one takes it along.
+        # Buckets have no folders: deleting the last object of a folder removes the folder.
         with contextlib.suppress(OSError):
             file.parent.rmdir()
 
@@ -101,27 +101,27 @@ class FolderStorage:
             )
 
     async def close(self) -> None:
-        """Nothing is held."""
+        """There is nothing to close."""
 
     def _locate(self, bucket: str, path: str) -> Path:
         return self._root / safe_object_path(bucket) / safe_object_path(path)
 
 
 async def _copy(source: Path, target: Path, *, into: HostPart = "storage folder") -> int:
-    """Copy, return the size. Cancelled, it leaves nothing, and nothing appears later behind whoever cleans up."""
+    """Copies a file and returns its size. If cancelled, it leaves nothing behind, now or later."""
     given_up = threading.Event()
     copying = asyncio.ensure_future(asyncio.to_thread(_copy_atomically, source, target, into, given_up))
     try:
         return await asyncio.shield(copying)
     except asyncio.CancelledError:
-        # No cancellation ends a thread.
+        # Cancelling does not end a thread.
         given_up.set()
         await asyncio.gather(copying, return_exceptions=True)
         raise
 
 
 def _copy_atomically(source: Path, target: Path, into: HostPart, given_up: threading.Event) -> int:
-    """A reader sees the old file, none, or the whole new one."""
+    """Copies atomically: a reader sees the old file, none, or the whole new one."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with beside(target) as hidden:
@@ -130,7 +130,7 @@ def _copy_atomically(source: Path, target: Path, into: HostPart, given_up: threa
                     writing.write(piece)
                 size = writing.tell()
             if not given_up.is_set():
-                # By itself, for it may take a while in which somebody gives up.
+                # A step of its own: it may take a while, and the copy may be cancelled meanwhile.
                 sync(hidden)
             if not given_up.is_set():
                 put_in_place(hidden, target)
@@ -140,13 +140,13 @@ def _copy_atomically(source: Path, target: Path, into: HostPart, given_up: threa
 
 
 def _identity_of(root: Path) -> str:
-    """The folder's own name, kept in it: hosts that mount it agree on it, whatever they and the path are called."""
+    """The folder's identity, stored in it: all hosts that mount it agree on it, whatever their names and paths."""
     file = root / IDENTITY_FILE
     try:
         if not file.exists():
             root.mkdir(parents=True, exist_ok=True)
             write_whole(file, f"{uuid4()}\n")
-        # Read back: somebody else may have named it in the same moment.
+        # Read back: another host may have written it at the same moment.
         return file.read_text().strip()
     except OSError as error:
         raise disk_fault("storage folder", root, error) from error

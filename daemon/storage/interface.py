@@ -1,7 +1,7 @@
-"""The port to object storage: where datasets are read and adapters kept. The folder below is its plainest form.
+"""The interface to object storage: where datasets are read and adapters kept. The simplest one is a folder.
 
-Everything that an implementation promises is promised to the worker: an upload that returned is whole and
-its hash was read back; one that was interrupted goes on where it stopped; nobody else's object is replaced.
+Every implementation guarantees that an upload that returned is whole and its hash was read back, that
+an interrupted one continues where it stopped, and that no other attempt's object is replaced.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Protocol
 from daemon.errors import JobDelayed, JobFailed
 from training.events import ErrorCode
 
-# What Supabase Storage accepts as a key: ASCII without '#', '%' and backslash.
+# The keys that Supabase Storage accepts: ASCII without '#', '%' and backslash.
 _OBJECT_PATH = re.compile(r"^[A-Za-z0-9!_.*'()&$@=;:+,?\- /]{1,900}$")
 
 
 @dataclass(frozen=True)
 class Location:
-    """Which bucket, and of which storage: two projects, or two hosts' folders, may each have one of the same name."""
+    """A bucket and the storage it is in: two projects, or two hosts' folders, may have buckets of the same name."""
 
     storage: str
     bucket: str
@@ -40,7 +40,7 @@ class StoredObject:
 
 @dataclass(frozen=True)
 class SignedUrl:
-    """A dataset behind a URL that is a secret and expires; ask for another when it has."""
+    """A dataset behind a URL that is secret and expires; ask for another one then."""
 
     url: str
 
@@ -56,46 +56,46 @@ DatasetSource = SignedUrl | LocalFile
 
 
 class Storage(Protocol):
-    """What the daemon needs of a storage. Paths are inside the bucket, posix, relative.
+    """What the daemon needs from a storage. Paths are inside the bucket, POSIX, relative.
 
     Methods raise JobDelayed when another attempt may succeed and JobFailed when it would not.
     """
 
     @property
     def bucket(self) -> str:
-        """The bucket that adapters go to."""
+        """The bucket for adapters."""
 
     @property
     def location(self) -> Location:
-        """Where that bucket is, in the same words on every host that sees it. May raise JobDelayed."""
+        """Identifies that bucket in the same words on every host that sees it. May raise JobDelayed."""
 
     async def open_dataset(self, bucket: str, path: str) -> DatasetSource:
-        """Where a dataset can be read now. Raises JobFailed(dataset_unreachable) when there is none."""
+        """Returns where a dataset can be read now. Raises JobFailed(dataset_unreachable) when it does not exist."""
 
     async def upload(self, local: Path, object_path: str, *, sha256: str, resume_dir: Path) -> StoredObject:
-        """Store a file and read it back. Interrupted, by a kill too, it goes on from what `resume_dir` remembers."""
+        """Stores a file and reads it back. After an interruption, even a kill, it resumes from `resume_dir`."""
 
     async def verify(self, object_path: str, size: int, sha256: str) -> bool:
-        """True when the stored object has this size and, read back, this hash; False when absent or different."""
+        """True if the stored object has this size and, read back, this hash; False if it is absent or different."""
 
     async def exists(self, object_path: str) -> bool:
-        """True when the object is there."""
+        """True if the object exists."""
 
     async def download(self, object_path: str, to: Path) -> StoredObject:
-        """Stream an object into a file, whole or not at all. Raises JobFailed when it is absent."""
+        """Streams an object into a file, whole or not at all. Raises JobFailed when it is absent."""
 
     async def delete(self, object_path: str) -> None:
-        """Remove the object; absent is fine."""
+        """Deletes the object; an absent one is no error."""
 
     async def check(self, expected_bytes: int) -> None:
-        """Before hours of training: the bucket exists (or is created) and takes a file of this size."""
+        """Checks before hours of training that the bucket exists (or creates it) and accepts a file of this size."""
 
     async def close(self) -> None:
-        """Let go of connections."""
+        """Closes connections."""
 
 
 def safe_object_path(path: str) -> str:
-    """The path itself. Raises JobFailed(invalid_spec) unless it is relative, plain ASCII and free of dot segments."""
+    """Returns the path. Raises JobFailed(invalid_spec) unless it is relative, plain ASCII and free of dot segments."""
     parts = PurePosixPath(path).parts
     plain = _OBJECT_PATH.fullmatch(path) and "/".join(parts) == path and not {"..", "."} & set(parts)
     if not plain or path.startswith("/"):

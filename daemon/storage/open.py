@@ -8,7 +8,7 @@ from daemon.storage.interface import Storage
 
 
 def open_storage(settings: Settings) -> Storage:
-    """The storage that the settings name. The vendor's client is imported only where it is used."""
+    """Opens the storage that the settings name. The vendor's client is imported only if it is used."""
     if settings.effective_storage == "folder":
         return FolderStorage(settings.storage_dir, settings.models_bucket)
     from daemon.storage.supabase import SupabaseStorage

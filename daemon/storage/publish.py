@@ -1,4 +1,4 @@
-"""Stores a finished adapter: archive, manifest last, read back before it counts."""
+"""Stores a finished adapter: the archive first, the manifest last, each read back before it counts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from daemon.storage.interface import Storage
 log = structlog.get_logger()
 
 
-# Artifact names that the app shows, and the file of the adapter folder that each stands for.
+# Artifact names that the app shows, each with its file in the adapter folder.
 BESIDE = {
     "adapter_model": "adapter_model.safetensors",
     "adapter_config": "adapter_config.json",
@@ -32,7 +32,7 @@ BESIDE = {
 
 @dataclass(frozen=True)
 class ObjectNames:
-    """Where one attempt's objects lie in the bucket."""
+    """The names of one attempt's objects in the bucket."""
 
     archive: str
     folder: str
@@ -46,7 +46,7 @@ class ObjectNames:
 
 
 def object_names(job_id: UUID | str, lease_epoch: int) -> ObjectNames:
-    """`adapters/<job_id>.tar.gz` for the first lease; a later one carries its epoch."""
+    """`adapters/<job_id>.tar.gz` for the first lease; the names of later leases contain their epoch."""
     stem = f"adapters/{job_id}" if lease_epoch <= 1 else f"adapters/{job_id}-e{lease_epoch}"
     return ObjectNames(f"{stem}.tar.gz", stem)
 
@@ -59,9 +59,9 @@ async def publish_adapter(  # noqa: PLR0917 - what, whose, and where, in the ord
     manifest_facts: Mapping[str, Any],
     work_dir: Path,
 ) -> Completed:
-    """Pack, upload, verify, the manifest last. Killed anywhere and called again, it ends with the same objects.
+    """Packs, uploads and verifies, the manifest last. Killed at any point and called again, it stores the same objects.
 
-    `manifest_facts` joins the manifest as it is: base model and revision, spec, versions; JSON, no secret.
+    `manifest_facts` become part of the manifest: base model and revision, spec, versions; JSON, no secret.
     Raises JobFailed when the folder is no adapter, else what the storage raises.
     """
     names = object_names(job_id, lease_epoch)
@@ -86,6 +86,6 @@ async def publish_adapter(  # noqa: PLR0917 - what, whose, and where, in the ord
 
 
 async def withdraw_adapter(storage: Storage, job_id: UUID | str, lease_epoch: int) -> None:
-    """Delete what one attempt may have stored. Only for an attempt that is known not to be the row's winner."""
+    """Deletes what one attempt may have stored. Only for an attempt whose objects the row is known not to name."""
     for name in object_names(job_id, lease_epoch).all():
         await storage.delete(name)

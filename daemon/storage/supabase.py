@@ -1,7 +1,7 @@
-"""Supabase Storage behind the port of daemon.storage.interface.
+"""Supabase Storage, as an implementation of daemon.storage.interface.
 
-The vendor's client does what it does well (sign, ask, list buckets, small uploads, delete); large files go
-through daemon.storage.tus, and every byte that we store is read back and hashed before anybody calls it stored.
+The vendor's client is used for what it does well (signing, queries, buckets, small uploads, deleting). Large files
+go through daemon.storage.tus, and every object is read back and hashed before it counts as stored.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ from training.files.durable_files import READ_BYTES, beside, put_in_place, sync
 
 log = structlog.get_logger()
 
-# Above this Supabase advises resumable uploads.
+# Above this size Supabase recommends resumable uploads.
 STANDARD_UPLOAD_BYTES = 6 * 1024 * 1024
-# Long enough for the largest dataset, short enough to be worthless in an old log.
+# Long enough for the largest dataset, short enough that a URL in an old log is worthless.
 SIGNED_SECONDS = 3600
 TRIES = 6
 FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 20.0
-# A TUS upload that the server has forgotten is begun again, but not for ever.
+# A TUS upload that the server has forgotten is started again, up to this many times.
 BEGINNINGS = 3
 
-# What an attempt stores: archive, weights and log, configuration and manifest, chart.
+# What an attempt stores: archive; weights and log; configuration and manifest; chart.
 STORED_TYPES = ("application/gzip", "application/octet-stream", "application/json", "image/png")
 
 Result = TypeVar("Result")
 
 
 class SupabaseStorage:
-    """One project's Storage, by its URL and service key."""
+    """The Storage of one project, by its URL and service key."""
 
     def __init__(
         self,
@@ -74,9 +74,9 @@ class SupabaseStorage:
         self._first_wait_seconds = first_wait_seconds
         self._headers = {"apikey": service_key}
         if not service_key.startswith("sb_"):
-            # The newer keys are no JWTs: the gateway exchanges them, and refuses them as bearer tokens.
+            # The newer keys are not JWTs: the gateway exchanges them, and refuses them as bearer tokens.
             self._headers["Authorization"] = f"Bearer {service_key}"
-        # The vendor's default of 20 seconds for everything cuts long answers; its HTTP/2 hides which request hangs.
+        # The vendor's timeout of 20 seconds cuts long answers off; its HTTP/2 hides which request hangs.
         self._client = client or httpx.AsyncClient(timeout=httpx.Timeout(60.0, connect=10.0), follow_redirects=False)
         self._api = AsyncStorageClient(f"{self._base}/", self._headers, http_client=self._client)
 
@@ -137,7 +137,7 @@ class SupabaseStorage:
             to.parent.mkdir(parents=True, exist_ok=True)
             with beside(to) as hidden:
                 fetched = await self._retried(lambda: fetch(hidden), f"downloading {self._bucket}/{object_path}")
-                # By itself, for it takes a while, and a thread that renames could do so after we were cancelled.
+                # Not in the same thread as the rename: a thread would go on and rename after we were cancelled.
                 await asyncio.to_thread(sync, hidden)
                 put_in_place(hidden, to)
         except _Absent as error:
@@ -158,8 +158,8 @@ class SupabaseStorage:
     async def upload(self, local: Path, object_path: str, *, sha256: str, resume_dir: Path) -> StoredObject:
         safe_object_path(object_path)
         size = (await asyncio.to_thread(local.stat)).st_size
-        # Storage answers a duplicate before it has read the body, so we ask first whether our object is there.
-        # A name carries its attempt's epoch, so whatever else lies under it is a leftover of our own.
+        # Storage answers a duplicate before it has read the body, so first check whether our object is there.
+        # A name contains its attempt's epoch, so any other object under it is a leftover of our own.
         for _ in range(2):
             if await self.verify(object_path, size, sha256):
                 return StoredObject(object_path, size, sha256)
@@ -183,7 +183,7 @@ class SupabaseStorage:
             try:
                 await self._api.create_bucket(self._bucket, options={"public": False})
             except StorageApiError as error:
-                # Another daemon was quicker.
+                # Another daemon created it first.
                 if _status_of(error) != 409:
                     raise
 
@@ -216,8 +216,8 @@ class SupabaseStorage:
         async def send() -> None:
             nonlocal tries
             tries += 1
-            # The try before may have stored it and lost its answer. Sent again it would be a duplicate, answered
-            # before the body is read, which a client sees as a broken connection and never as "Duplicate".
+            # The last try may have stored it although its answer was lost. Storage answers a duplicate before reading
+            # the body, which a client sees as a broken connection and never as "Duplicate".
             if tries > 1 and await self.exists(object_path):
                 return
             try:
@@ -225,7 +225,7 @@ class SupabaseStorage:
                     object_path, content, {"content-type": _type_of(object_path)}
                 )
             except StorageApiError as error:
-                # Stored by an earlier try after all: the caller reads it back and decides.
+                # An earlier try stored it after all: the caller reads it back and decides.
                 if _status_of(error) != 409:
                     raise
 
@@ -254,10 +254,10 @@ class SupabaseStorage:
             try:
                 await upload.run()
             except UploadInterrupted as error:
-                # The address stays on disk: whoever comes next goes on from here.
+                # The upload's address stays on disk: the next attempt resumes from it.
                 raise _job_error(503, "", str(error), name) from error
             except UploadGone:
-                # Finished with its answer lost, or expired: the caller's reading back tells which.
+                # Finished although the answer was lost, or expired: the caller reads it back and finds out.
                 upload.forget()
                 if await self.exists(object_path):
                     return
@@ -272,7 +272,7 @@ class SupabaseStorage:
         raise _job_error(404, "", f"the storage forgot the upload {BEGINNINGS} times", name)
 
     async def _stored_size(self, object_path: str) -> int | None:
-        """Bytes in storage, None when absent, _UNKNOWN_SIZE when the server does not say."""
+        """Bytes in storage, None if absent, _UNKNOWN_SIZE if the server does not report a size."""
 
         async def ask() -> int:
             info = await self._api.from_(self._bucket).info(safe_object_path(object_path))
@@ -287,7 +287,7 @@ class SupabaseStorage:
     @asynccontextmanager
     async def _reading(self, object_path: str) -> AsyncIterator[AsyncIterator[bytes]]:
         url = f"{self._base}/object/authenticated/{quote(self._bucket)}/{quote(safe_object_path(object_path))}"
-        # An answer from a cache would prove nothing about what is stored.
+        # An answer from a cache proves nothing about what is stored.
         headers = {**self._headers, "Accept-Encoding": "identity", "Cache-Control": "no-cache"}
         async with self._client.stream("GET", url, headers=headers, timeout=tus.TIMEOUT) as response:
             if response.status_code != 200:
@@ -299,7 +299,7 @@ class SupabaseStorage:
     async def _retried(
         self, action: Callable[[], Awaitable[Result]], name: str, code: ErrorCode = ErrorCode.UPLOAD_FAILED
     ) -> Result:
-        """Try again what may pass, and turn what remains into the error that a row can show."""
+        """Retries transient errors, and turns the remaining ones into an error that a row can show."""
         try:
             async for attempt in tenacity.AsyncRetrying(
                 retry=tenacity.retry_if_exception(_may_pass),
@@ -319,12 +319,12 @@ class SupabaseStorage:
         raise AssertionError("tenacity either returned or raised")
 
 
-# What `info` gives when the server is silent about the size.
+# What `_stored_size` returns when the server does not report a size.
 _UNKNOWN_SIZE = -1
 
 
 class _Absent(JobDelayed):
-    """Object or bucket not found; inside this module most callers expect it."""
+    """Object or bucket not found; most callers in this module expect it."""
 
 
 def _may_pass(error: BaseException) -> bool:
@@ -340,7 +340,7 @@ def _status_of(error: StorageApiError) -> int:
 
 
 def _message_of(error: StorageApiError) -> str:
-    """Storage's own words. The vendor's client passes on the whole text of an answer that is not Storage's."""
+    """Storage's own message. For other servers' answers the vendor's client passes on their whole text."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, httpx.HTTPStatusError):
         cause = cause.__cause__ or cause.__context__
@@ -361,13 +361,13 @@ def _job_error(
     if status == 404:
         return _Absent(error_code, said, "check that the bucket exists")
     if status in (401, 403) or code in ("InvalidJWT", "Unauthorized"):
-        # Not the user's fault and not for ever: keys are rotated, another host may hold the right one.
+        # Not the user's fault, and not permanent: keys are rotated, and another host may have the right one.
         return JobDelayed(error_code, said, "the operator must check SUPABASE_SERVICE_ROLE_KEY")
     return JobDelayed(error_code, said, "the next attempt goes on from here; if it repeats, check the storage's status")
 
 
 def _direct_host(url: str) -> str:
-    """Large files go past the API gateway of a hosted project: <ref>.storage.supabase.co."""
+    """The host for large files, which bypasses the API gateway of a hosted project: <ref>.storage.supabase.co."""
     parsed = httpx.URL(url)
     project, _, domain = parsed.host.partition(".")
     return f"https://{project}.storage.{domain}" if domain in ("supabase.co", "supabase.in") else url

@@ -1,4 +1,4 @@
-"""Deletes the stored objects that no row names: after each attempt those of its job, and hourly those of all jobs."""
+"""Deletes stored objects that no row names: those of a job after each attempt, and those of all jobs every hour."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from daemon.storage.upload_log import RecordedUpload, UploadLog
 log = structlog.get_logger()
 
 SWEEP_SECONDS = 3600.0
-# A host that has lost its lease may still be uploading; it learns of it within a few heartbeats.
+# A host that has lost its lease may still be uploading; it stops within a few heartbeats.
 IDLE_SECONDS = 3600.0
 NOTES_A_SWEEP = 100
 
 
 async def sweep_job(uploads: UploadLog, storage: Storage, job_id: UUID, keep_days: float) -> None:
-    """Delete what a settled job does not need. What cannot be deleted now stays noted for the next sweep."""
+    """Deletes what a settled job does not need. What cannot be deleted now stays recorded for the next sweep."""
     await _sweep(uploads, storage, job_id=job_id, idle_seconds=0.0, keep_days=keep_days, orphans=True)
 
 
 async def sweep_forever(uploads: UploadLog, visibility: RowVisibility, storage: Storage, keep_days: float) -> None:
-    """Delete what dead hosts left and what has been kept long enough, until cancelled.
+    """Deletes what dead hosts left and what has been kept long enough, until cancelled.
 
-    A job without a row counts as deleted only in a table that was the same at the sweep before: into one that was made
-    anew the rows may still be on their way, from a backup say."""
+    A job without a row counts as deleted only if the table is the same as at the previous sweep: if it was recreated,
+    its rows may not be restored yet, from a backup say."""
     tables: str | None = None
     while True:
         before, tables = tables, await _tables(visibility)
@@ -71,14 +71,14 @@ async def _sweep(
             log.warning("leftovers_kept", error=str(error))
             return
         except (JobError, StatementRefused) as error:
-            # One that cannot be deleted keeps no other.
+            # An object that cannot be deleted must not hold up the others.
             log.warning("leftovers_kept", job_id=str(upload.job_id), error=str(error))
 
 
 async def withdraw(uploads: UploadLog, storage: Storage, upload: RecordedUpload) -> None:
-    """Delete the objects, unless the job's row names them, then the note. Raises DatabaseAway and JobError."""
+    """Deletes the objects, unless the job's row names them, then their record. Raises DatabaseAway and JobError."""
     if not upload.named:
-        # The manifest is the last of a checkpoint's: without it nobody takes what is left for whole.
+        # A checkpoint's manifest is last in the list and deleted first: without it, the rest never counts as whole.
         for name in reversed(upload.objects):
             await storage.delete(name)
         log.info("stored_objects_deleted", job_id=str(upload.job_id), kind=upload.kind, lease_epoch=upload.epoch)

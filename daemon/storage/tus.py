@@ -1,9 +1,9 @@
-"""A small resumable upload client: TUS 1.0.0 as Supabase Storage speaks it.
+"""A small resumable upload client: TUS 1.0.0 as Supabase Storage implements it.
 
 Existing clients either have no timeouts, retry what cannot succeed, or mistake the same file under another
-name for done. This one keeps three rules: after any failure the server is asked (HEAD) how much it has;
-the upload's address is on disk before the first byte is sent, so that it outlives this process; and a
-file is read a piece at a time.
+name for done. This one keeps three rules: after any failure it asks the server (HEAD) how much it has;
+the upload's address is on disk before the first byte is sent, so that it outlives this process; and
+a file is read one piece at a time.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from training.files.durable_files import write_whole
 
 log = structlog.get_logger()
 
-# Supabase wants chunks of exactly 6 MiB, all but the last.
+# Supabase requires chunks of exactly 6 MiB, except the last.
 CHUNK_BYTES = 6 * 1024 * 1024
 PIECE_BYTES = 256 * 1024
 
-# The last chunk makes the server assemble the object before it answers.
+# After the last chunk the server assembles the object before it answers.
 TIMEOUT = httpx.Timeout(60.0, connect=10.0, read=180.0)
 
-# Tries in a row without a byte more at the server; each one that moved starts the count again.
+# Tries in a row after which the server has no more bytes than before; a try that makes progress resets the count.
 FRUITLESS_TRIES = 8
 FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 30.0
 
 
 class UploadRefused(TrainerError):
-    """The server said no and will say it again. `status` and `code` are Storage's own, unfolded."""
+    """The server refuses and would refuse again. `status` and `code` are Storage's own, from the body."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(f"{code}: {message}" if message else code)
@@ -51,11 +51,11 @@ class UploadRefused(TrainerError):
 
 
 class UploadGone(TrainerError):
-    """The server knows nothing of this upload any more: finished long ago, expired, or never begun."""
+    """The server no longer knows this upload: it finished long ago, expired, or never began."""
 
 
 class UploadInterrupted(TrainerError):
-    """The transfer stopped and may go on. `after_seconds` is what the server asked for."""
+    """The transfer stopped and can be resumed. `after_seconds` is the wait that the server asked for."""
 
     def __init__(self, message: str, after_seconds: float = 0.0) -> None:
         super().__init__(message)
@@ -64,7 +64,7 @@ class UploadInterrupted(TrainerError):
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Which upload was begun for which content: what a later process needs in order to go on."""
+    """Which upload was started for which content: what a later process needs to resume it."""
 
     endpoint: str
     object_name: str
@@ -73,12 +73,12 @@ class ResumePoint:
     url: str
 
     def save(self, file: Path) -> None:
-        """Write atomically, readable by us only: the address is as good as a permission to write."""
+        """Writes atomically, readable by us only: the address is as good as a permission to write."""
         write_whole(file, json.dumps(asdict(self)), mode=0o600)
 
 
 def load_resume_point(file: Path) -> ResumePoint | None:
-    """What an earlier process left, None when there is nothing or it cannot be read: then we begin again."""
+    """Reads what an earlier process left; None if it is missing or unreadable: then the upload starts again."""
     try:
         return ResumePoint(**json.loads(file.read_text()))
     except (OSError, ValueError, TypeError):
@@ -86,7 +86,7 @@ def load_resume_point(file: Path) -> ResumePoint | None:
 
 
 class TusUpload:
-    """One file on its way to one object. Call `run` until it returns; each call goes on from the server's offset."""
+    """One upload of a file to an object. Call `run` until it returns; each call resumes at the server's offset."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class TusUpload:
         self._moved = False
 
     async def run(self) -> None:
-        """Send what the server lacks. Raises UploadRefused, UploadGone or, out of patience, UploadInterrupted."""
+        """Sends what the server lacks. Raises UploadRefused, UploadGone or, after too many tries, UploadInterrupted."""
         async for attempt in tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(UploadInterrupted),
             stop=self._out_of_patience,
@@ -129,7 +129,7 @@ class TusUpload:
                     raise UploadInterrupted(f"the connection failed ({type(error).__name__})") from error
 
     def forget(self) -> None:
-        """Drop the remembered upload: it is done, or no longer there."""
+        """Drops the saved upload: it is done, or no longer exists."""
         self._url = None
         self._resume_file.unlink(missing_ok=True)
 
@@ -152,7 +152,7 @@ class TusUpload:
         if response.status_code != 201 or "location" not in response.headers:
             raise refusal(response)
         url = str(httpx.URL(self._endpoint).join(response.headers["location"]))
-        # A server that names another host must not be given our key.
+        # Our key must not be sent to another host, even if the server names one.
         if httpx.URL(url).host != httpx.URL(self._endpoint).host:
             raise UploadRefused(502, "ForeignLocation", "the upload's address is on another host than the storage")
         self._resume_point(url).save(self._resume_file)
@@ -211,10 +211,10 @@ class TusUpload:
 
 
 def refusal(response: httpx.Response) -> UploadRefused | UploadGone | UploadInterrupted:
-    """What a bad answer means. Storage hides the real status in a string of the body of HTTP 400."""
+    """Classifies an error response. Storage puts the real status into the body of an HTTP 400, as a string."""
     status, code, message = unfold_error(response)
-    # 423: an earlier request of ours still holds the upload. 409: a duplicate is final; our idea of the offset was
-    # wrong is not, and only PATCH and HEAD can meet that.
+    # 423: an earlier request of ours still locks the upload. 409: a duplicate is permanent; a wrong offset is not, and
+    # only PATCH and HEAD can get that one.
     if is_transient(status) or (status == 409 and response.request.method != "POST"):
         return UploadInterrupted(f"the storage answered {status} {code}", retry_after_seconds(response))
     if status in (404, 410) and response.request.method != "POST":

@@ -1,7 +1,7 @@
-"""Records every upload before it starts, so that objects which no row names can be found and deleted.
+"""Records every upload before it starts, so that orphaned objects can be found and deleted.
 
-A host may die between any two steps of finishing. The note in the database outlives it, so that whoever comes next
-knows which objects may lie there: those that the job's row names stay, the others are deleted (daemon.storage.sweep).
+A host may die between any two steps of finishing a job. The record in the database survives it, and shows which objects
+may exist: those that the job's row names are kept, the others are deleted (daemon.storage.sweep).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ UploadKind = Literal["adapter", "checkpoint"]
 
 @dataclass(frozen=True)
 class RecordedUpload:
-    """Objects that one attempt may have stored, the archive first or the manifest last.
+    """Objects that one attempt may have stored: the archive comes first, or a checkpoint's manifest last.
 
-    `manifest_sha256` stands when a checkpoint is whole; `named` when the job's own row names the objects."""
+    `manifest_sha256` is set once a checkpoint is whole; `named` is True if the job's own row names the objects."""
 
     job_id: UUID
     epoch: int
@@ -38,7 +38,7 @@ class RecordedUpload:
 
 
 class UploadLog(Protocol):
-    """What the attempt and the sweeps need of it; SqlUploadLog and MemoryJobStore have it."""
+    """What the attempt and the sweeps need from it. SqlUploadLog and MemoryJobStore implement it."""
 
     async def record_upload(
         self, lease: Lease, kind: UploadKind, location: Location, objects: Sequence[str], *, step: int = 0
@@ -73,7 +73,7 @@ class SqlUploadLog:
     async def record_upload(
         self, lease: Lease, kind: UploadKind, location: Location, objects: Sequence[str], *, step: int = 0
     ) -> None:
-        """These objects may be there from now on: before the first byte is sent. `step` is a checkpoint's."""
+        """Records objects before their first byte is sent: from now on they may exist. `step` is a checkpoint's."""
         values = {"kind": kind, "step": step, "objects": [*objects]} | location.parameters()
         await self._statements.fenced("record_upload", lease, values)
 
@@ -83,18 +83,18 @@ class SqlUploadLog:
         await self._statements.fenced("finish_checkpoint_upload", lease, values)
 
     async def names_are_ours(self, lease: Lease) -> bool:
-        """Whether objects named after this lease's epoch are this lease's alone.
+        """Whether the names with this lease's epoch belong to this lease alone.
 
-        Where a backup has taken the rows back in time, another host has that epoch, or will have it."""
+        After a restore from a backup another host may have the same epoch, or get it."""
         rows = await self._statements.run("read_last_claim", {"job_id": lease.job_id})
         if not rows:
             return (await self._statements.find_job(lease.job_id)).is_deleted
         return bool(rows[0]["lease_epoch"] > lease.epoch or rows[0]["lease_token"] == lease.token)
 
     async def stored_checkpoints(self, job_id: UUID, location: Location) -> list[RecordedUpload]:
-        """The latest attempt's newest first; those without a `manifest_sha256` are not whole.
+        """Lists checkpoints, the latest attempt's newest first; those without a `manifest_sha256` are not whole.
 
-        Raises RowsHidden where there are some that we do not see: hours of training would begin anew."""
+        Raises RowsHidden if some are hidden from us: otherwise hours of training would be repeated."""
         rows = await self._statements.run("read_stored_checkpoints", {"job_id": job_id} | location.parameters())
         if not rows and (found := await self._statements.find_job(job_id)).can_tell and found.checkpoints:
             seen = await self._statements.run("count_seen_checkpoints", {"job_id": job_id})
@@ -112,9 +112,9 @@ class SqlUploadLog:
         orphans: bool,
         limit: int,
     ) -> list[RecordedUpload]:
-        """What nobody needs any more, of one job or of all. `keep_seconds`: how long a checkpoint outlives its job.
+        """Lists what is no longer needed, of one job or of all. `keep_seconds`: how long a checkpoint outlives its job.
 
-        `orphans`: of jobs that are not there any more as well."""
+        `orphans` includes the objects of jobs that no longer exist."""
         values = {
             "job_id": job_id,
             "idle_seconds": idle_seconds,
@@ -125,13 +125,13 @@ class SqlUploadLog:
         return [RecordedUpload(**row) for row in await self._statements.run("read_leftovers", values)]
 
     async def forget_upload(self, upload: RecordedUpload) -> None:
-        """Its objects are gone, or the job's row names them."""
+        """Deletes the record: its objects are gone, or the job's row names them."""
         values = {"job_id": upload.job_id, "noted_epoch": upload.epoch, "kind": upload.kind, "step": upload.step}
         await self._statements.run("forget_upload", values)
 
 
 async def note_adapter(uploads: UploadLog, job: ClaimedJob, location: Location) -> None:
-    """Note the objects of this attempt's adapter, however long the database is away. Raises LeaseLost."""
+    """Records the objects of this attempt's adapter, however long the database is away. Raises LeaseLost."""
     objects = object_names(job.id, job.lease_epoch).all()
     await retry_until_database_is_back(
         lambda: uploads.record_upload(job.lease, "adapter", location, objects), "upload_delayed"
