@@ -1,6 +1,6 @@
-"""What a settled attempt leaves on this disk and in Storage, removed once its place is free and nobody waits for it.
+"""Cleans up after a finished attempt, on disk and in storage, once its slot has been released.
 
-What is not reached here is found again: objects by their notes in the database (any daemon's hourly sweep), folders
+What is left over here is found later: objects by their records in the database (any daemon's hourly sweep), folders
 by their age.
 """
 
@@ -26,14 +26,14 @@ from daemon.storage.upload_log import UploadLog
 
 log = structlog.get_logger()
 
-# A platform gives a stopping container about half a minute; what is left then is found again.
+# A platform gives a stopping container about half a minute; what is left after that is found later.
 FINISH_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class FinishedAttempt:
-    """A settled attempt. `ending` None: its job is somebody else's now. `stored`: it had begun to store its adapter.
-    `filled`: the disk became full under it."""
+    """A settled attempt. `ending` None: another host has its job now. `stored`: it had begun to store its adapter.
+    `filled`: it failed on a full disk."""
 
     job: ClaimedJob
     ending: Ending | None
@@ -42,7 +42,7 @@ class FinishedAttempt:
 
 
 class Cleanup:
-    """Tidies up after attempts, each in the background."""
+    """Cleans up after attempts, each in the background."""
 
     def __init__(self, store: JobStore, uploads: UploadLog, storage: Storage, settings: Settings) -> None:
         self._store = store
@@ -52,7 +52,7 @@ class Cleanup:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def begin(self, remains: FinishedAttempt) -> None:
-        """Tidy up after this attempt; never waits."""
+        """Cleans up after this attempt; never waits."""
         task = asyncio.create_task(self._tidy(remains), name=f"tidying {remains.job.id}")
         self._tasks.add(task)
 
@@ -64,7 +64,7 @@ class Cleanup:
         task.add_done_callback(ended)
 
     async def finish(self) -> None:
-        """Wait for what is under way, but not for long."""
+        """Waits for running clean-ups, at most FINISH_SECONDS."""
         tasks = set(self._tasks)
         if tasks:
             await asyncio.wait(tasks, timeout=FINISH_SECONDS)
@@ -76,34 +76,34 @@ class Cleanup:
         job, ending = remains.job, remains.ending
         workspace = WorkFolder(self._settings.work_dir, job.lease)
         deleted = ending is None and await self._is_deleted(job)
-        # A job that ended for good because it fills the disk would keep every other job from it.
+        # The job failed permanently and fills the disk: its folder would leave no space for other jobs.
         hopeless = ending is not None and ending.state is State.FAILED and remains.filled
         if deleted or hopeless or (ending is not None and ending.state is State.COMPLETED):
             await asyncio.to_thread(workspace.remove)
         else:
-            # Whoever retries goes on from the checkpoints; what nobody retries is removed by its age.
+            # Keep the checkpoints for the next attempt; old ones are deleted by age.
             await asyncio.to_thread(workspace.forget_attempt)
         if deleted or (ending is not None and ending.noted):
-            # The row says now which objects count; without a row none does.
+            # The row shows now which objects count; without a row none does.
             await sweep_job(self._uploads, self._storage, job.id, self._settings.keep_days)
         if ending is None and remains.stored and await self._names_are_ours(job):
-            # Our successor may have swept already, before our last bytes came.
+            # The next owner's sweep may have run before our last upload finished.
             try:
                 await withdraw_adapter(self._storage, job.id, job.lease_epoch)
             except JobError as error:
                 log.warning("leftovers_kept", error=str(error))
 
     async def _names_are_ours(self, job: ClaimedJob) -> bool:
-        """Nobody else's objects can lie under this attempt's names. False where that cannot be asked now."""
+        """Whether only this attempt uses its object names. False if that is unknown now."""
         try:
             return await self._uploads.names_are_ours(job.lease)
         except (DatabaseAway, *REFUSALS):
             return False
 
     async def _is_deleted(self, job: ClaimedJob) -> bool:
-        """Its row was deleted: nobody comes back for anything of it. False where that is not certain.
+        """Whether the job's row was deleted, so that none of its files are needed. False if that is not certain.
 
-        Not seen is not deleted; nor is what is missing from a table that was made anew: its rows may be yet to come."""
+        A hidden row is not deleted; nor is one that is missing from a recreated table: it may not be restored yet."""
         try:
             found = await self._store.find_job(job.id)
         except (DatabaseAway, *REFUSALS):

@@ -1,4 +1,4 @@
-"""What the worker and its attempts work with."""
+"""The objects that the worker and its attempts work with."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from daemon.troubles import Troubles
 
 @dataclass(frozen=True)
 class Collaborators:
-    """Put together once for a program (`of`), by daemon.service or by daemon.serverless."""
+    """Built once per program (`of`), by daemon.service or by daemon.serverless."""
 
     settings: Settings
     host: Host
@@ -48,7 +48,7 @@ class Collaborators:
         courier: CallbackCourier,
         platform_price: Callable[[], float | None] = lambda: None,
     ) -> Collaborators:
-        """With rows or without: `store` and `uploads` say where they are kept, `heartbeat` renews the leases there."""
+        """With or without a database: `store` and `uploads` keep the jobs, `heartbeat` renews their leases."""
         return cls(
             settings=settings,
             host=host,

@@ -1,7 +1,7 @@
-"""What a job may cost and how long it may take, kept in view while it runs.
+"""Enforces a running job's cost limit and deadline.
 
-Both are the owner's and may be changed at any time, as the job itself may be deleted: the claim's answer is where they
-begin, the row is the truth.
+The owner sets both, and may change them or delete the job at any time: start with the values of the claim, then
+follow the row.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from daemon.stop_request import Stop, StopReason
 log = structlog.get_logger()
 
 LOOK_SECONDS = 1.0
-# One look by primary key; the progress of the same job is written five times as often.
+# One read by primary key; the progress of the same job is written five times as often.
 READ_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class Allowance:
-    """`ends_at` is by the event loop's clock, reckoned from the time left by the database's: no other clock counts."""
+    """`ends_at` is by the event loop's clock, computed from the database's time left: no other clock is used."""
 
     max_cost: float | None
     ends_at: float | None
@@ -46,9 +46,9 @@ class Allowance:
 
 
 async def enforce_limits(job: ClaimedJob, reporter: Reporter, store: JobStore, stop: Stop) -> None:
-    """Ask for an end when the job passes what its owner set, money or time, or when its row is gone.
+    """Requests a stop when the job exceeds its cost limit or deadline, or when its row is gone.
 
-    Read anew every few seconds, and always before the end: what was raised a moment ago counts."""
+    Reads the limits every few seconds, and always before stopping: one that was just raised counts."""
     allowance = Allowance.of(job.max_cost, job.seconds_to_deadline(reporter.attempt_seconds))
     read_at = _now()
     while True:
@@ -58,10 +58,10 @@ async def enforce_limits(job: ClaimedJob, reporter: Reporter, store: JobStore, s
             try:
                 limits = await store.read_limits(job.id)
             except (DatabaseAway, *REFUSALS) as error:
-                log.warning("limits_not_read", error=str(error))  # what was known holds
+                log.warning("limits_not_read", error=str(error))  # the last known limits hold
             else:
                 if limits is None:
-                    # Its lease was deleted with it; the heartbeat of a silent trainer would say so much later.
+                    # Its lease was deleted with it; the heartbeat would notice only later.
                     stop.request(StopReason.LEASE_LOST)
                     return
                 allowance = Allowance.of(*limits)

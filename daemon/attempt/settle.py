@@ -1,4 +1,4 @@
-"""The ending of an attempt: one outcome, one move, written however long the database is away."""
+"""Writes an attempt's outcome to the database, retrying for as long as the database is unavailable."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ log = structlog.get_logger()
 
 MAX_BACKOFF_SECONDS = 3600.0
 LAST_WORDS_TRIES = 3
-# The heartbeat of an attempt whose ending has just been written finds no lease: time for the answer to be read.
+# Once the outcome is written, the heartbeat finds no lease: allow time for the answer to be read.
 ANSWER_SECONDS = 2.0
 
 
 async def settle(
     job: ClaimedJob, outcome: Outcome, reporter: Reporter, *, stop: Stop, store: JobStore, settings: Settings
 ) -> Ending | None:
-    """Write the ending. None when the job is not ours any more: whoever lost the lease writes nothing.
+    """Writes the outcome. Returns None when the job is not ours any more: after a lost lease nothing is written.
 
-    A host that is to stop in a partition stops waiting as well once it has counted its lease out: by then another
-    one may be at work, in the same folder if they share a volume, and what ended here may have ended by that."""
+    With TRAINER_ON_PARTITION=stop it also stops waiting once the lease has run out: by then another host may work in
+    the same folder, if they share a volume, and this attempt may have failed because of that."""
     if isinstance(outcome, Superseded):
         log.warning("attempt_superseded")
         return None
     writing = asyncio.create_task(_write(job, outcome, reporter, stop=stop, store=store, settings=settings))
     if isinstance(outcome, Completed):
-        return await writing  # verified and stored: if nobody took the job meanwhile, it counts
+        return await writing  # verified and stored: it counts if no other host took the job
     lost = asyncio.create_task(stop.wait_for_lost_lease())
     try:
         await asyncio.wait({writing, lost}, return_when=asyncio.FIRST_COMPLETED)
@@ -64,7 +64,7 @@ async def _write(
     store: JobStore,
     settings: Settings,
 ) -> Ending | None:
-    """Until it is written or refused, however long the database is away."""
+    """Retries until the outcome is written or refused, however long the database is away."""
     give_up_at = asyncio.get_running_loop().time() + settings.drain_seconds
     unheard = 0
     while True:
@@ -73,7 +73,7 @@ async def _write(
                 await _last_words(reporter)
             except DatabaseAway:
                 unheard += 1
-                # A database that is away takes neither. One that only has the charts' table locked takes the ending.
+                # If the database is away, neither can be written. If only the charts' table is locked, the outcome can.
                 if unheard < LAST_WORDS_TRIES:
                     raise
             ending = await _move(job, outcome, reporter, store, settings)
@@ -82,7 +82,7 @@ async def _write(
             return None
         except DatabaseAway as error:
             log.warning("ending_delayed", error=str(error))
-            # An ending is worth any wait; a release only says sooner what the reaper finds by itself.
+            # An outcome is worth any wait; a release only does sooner what the reaper does anyway.
             if isinstance(outcome, Released) and (stop.hurried or asyncio.get_running_loop().time() > give_up_at):
                 log.warning("release_left_to_reaper")
                 return None
@@ -90,7 +90,7 @@ async def _write(
         except REFUSALS as error:
             if isinstance(outcome, Failed):
                 raise
-            # A trigger of the app's own, say, that may not write where it wants to: the row says so, not that we died.
+            # A trigger of the app may fail, for instance: the row shows that instead of a lost host.
             log.error("ending_impossible", outcome=type(outcome).__name__.lower(), error=str(error))
             outcome = _refused(error)
         else:
@@ -102,7 +102,7 @@ async def _last_words(reporter: Reporter) -> None:
     try:
         await reporter.flush()
     except LeaseLost:
-        # Cancelled meanwhile, or lost: the move itself finds out which, by the lease and not by the row.
+        # Cancelled meanwhile, or lost: the move itself finds out which, by the lease.
         return
     except REFUSALS as error:
         log.error("report_refused", error=str(error))
@@ -145,6 +145,6 @@ async def _move(
 
 
 def retry_delay_seconds(attempt: int, first_seconds: float) -> float:
-    """Doubles with each attempt, up to an hour; jitter, so that jobs which failed together do not return together."""
+    """Doubles with each attempt, up to an hour; jitter keeps jobs that failed together from returning together."""
     spread = random.uniform(0.75, 1.25)  # noqa: S311 - no secret depends on it
     return min(first_seconds * 2.0 ** (attempt - 1), MAX_BACKOFF_SECONDS) * spread

@@ -1,8 +1,8 @@
-"""One attempt at a job, from the claimed row to its ending; read `_work` aloud.
+"""Runs one attempt at a claimed job. Start reading at `_work`.
 
     parse -> fetch the data, find the model -> run the trainer -> publish the adapter
 
-Each step either yields what the next one needs or raises a JobError; a stop request cuts any of
+Each step either returns what the next one needs or raises a JobError; a stop request cuts any of
 them short. The outcome is decided here and written by daemon.attempt.settle.
 """
 
@@ -51,9 +51,9 @@ from training.spec import JobSpec, ParsedRow, SpecInvalid, parse_row
 log = structlog.get_logger()
 T = TypeVar("T")
 
-# How soon a second TERM, or a lost lease, cuts a grace short.
+# How often a grace period checks for a second SIGTERM or a lost lease.
 LOOK_SECONDS = 0.25
-# How soon a dataset's row that was hidden is looked for again.
+# How often a hidden dataset row is looked for again.
 HIDDEN_SECONDS = 5.0
 
 
@@ -66,10 +66,10 @@ class Interrupted(Exception):
 
 
 class Attempt:
-    """A claimed job, the slots (cards, or slots of a CPU host) it may use, and a way to stop it.
+    """A claimed job, the slots (GPUs, or slots of a CPU host) it may use, and a way to stop it.
 
-    `early` is its dataset, if that was fetched before the claim. `on_near_end` is called, again and again, when the
-    training is about to end."""
+    `early` is its dataset, if that was fetched before the claim. `on_near_end` is called repeatedly when training is
+    about to end."""
 
     def __init__(
         self,
@@ -88,14 +88,14 @@ class Attempt:
         self._early = early
         self._on_near_end = on_near_end
         self._stored = False
-        # Where nobody is called the outbox has no news of this job: the courier need not look.
+        # A job without a callback adds nothing to the outbox: the courier need not look.
         self._tell = collaborators.courier.wake if job.callback_url is not None else lambda: None
 
     async def run(self) -> FinishedAttempt:
-        """Hold the lease, do the work, write the ending. Nothing of it runs any more on return."""
+        """Holds the lease, does the work, writes the outcome. Nothing of it still runs on return."""
         job = self._job
         structlog.contextvars.bind_contextvars(job_id=str(job.id), attempt=job.attempt)
-        self._tell()  # the claim is news
+        self._tell()  # the claim is reported
         async with self._with.leases.hold(job.lease, self._stop) as held:
             reporter = self._reporter(held)
             try:
@@ -137,7 +137,7 @@ class Attempt:
         )
 
     async def _outcome(self, reporter: Reporter) -> Outcome:
-        """Do the work and say how it ended. Decides everything, writes nothing."""
+        """Does the work and returns how it ended. Decides everything, writes nothing."""
         try:
             return await self._work(reporter)
         except Interrupted as interruption:
@@ -150,7 +150,7 @@ class Attempt:
         except JobError as error:
             transient = isinstance(error, JobDelayed)
             return Failed(error.code, error.message, error.hint, error.stack, transient)
-        except Exception as error:  # the outermost loop of an attempt: the daemon lives on
+        except Exception as error:  # the outermost loop of an attempt: the daemon must go on
             log.exception("attempt_broke")
             return Failed(
                 ErrorCode.INTERNAL,
@@ -168,7 +168,7 @@ class Attempt:
         tracking = choose_trackers(row.hyperparameters, settings)
         workspace = WorkFolder.open(settings.work_dir, job.lease)
 
-        # The data first: they are what is wrong most often, and cost seconds where a model may cost hours.
+        # The data first: it is wrong most often, and fetching it takes seconds where a model may take hours.
         reporter.enter(Stage.DOWNLOADING)
         dataset = await _until_stopped(self._fetch_dataset(workspace.dataset_path), stop)
         model = await _until_stopped(self._find_model(row.hyperparameters.base_model, reporter), stop)
@@ -223,7 +223,7 @@ class Attempt:
                 known.path.unlink(missing_ok=True)
 
     async def _seen_dataset(self) -> JobDataset:
-        """The job's dataset. Its row may be hidden from us: that is no fault of the job's, and passes."""
+        """The job's dataset. Waits while its row is hidden from us, which is not the job's fault."""
         dataset = self._job.dataset
         while dataset.dataset_url is None and dataset.dataset_user_id is None:
             seen = await retry_until_database_is_back(
@@ -280,7 +280,7 @@ class Attempt:
                 await keeper.finish(settings.drain_seconds if self._stop.saves_a_checkpoint else 0.0, self._stop)
 
     async def _job_or_host(self, failed: Failed) -> Outcome:
-        """Whose fault it was. What only looks like this host's is probed: a model may want a package of its own."""
+        """Decides whether the host is at fault. A probe checks it first: the model may only need a missing package."""
         part = failed.host
         if part is None:
             return failed
@@ -293,7 +293,7 @@ class Attempt:
         return Returned(part, failed.code, failed.message, failed.hint, failed.stack)
 
     async def _publish(self, adapter_dir: Path, manifest_facts: dict[str, Any], work_dir: Path) -> Completed:
-        """Note what will be stored, then store it: whatever happens in between, somebody knows what may lie there."""
+        """Records what will be stored, then stores it, so that the objects can be found whatever happens in between."""
         job, storage = self._job, self._with.storage
         await note_adapter(self._with.uploads, job, storage.location)
         self._stored = True
@@ -327,9 +327,9 @@ def _outcome_of_stop(reason: StopReason, reporter: Reporter) -> Outcome:
 async def _until_stopped(
     step: Awaitable[T], stop: Stop, grace: Callable[[StopReason], float] = lambda _reason: 0.0
 ) -> T:
-    """Await one step; on a stop request give it its grace, then cut it short and raise Interrupted.
+    """Awaits one step; after a stop request and its grace period, cancels the step and raises Interrupted.
 
-    A lost lease that is learned of meanwhile, or a second TERM, ends the grace."""
+    A lost lease or a second SIGTERM ends the grace period early."""
     task = asyncio.ensure_future(step)
     asked = asyncio.create_task(stop.wait())
     clock = asyncio.get_running_loop().time
@@ -372,7 +372,7 @@ def _asked_price(job: ClaimedJob) -> tuple[float | None, int]:
 
 
 def _manifest_facts(spec: JobSpec, summary: dict[str, Any]) -> dict[str, Any]:
-    """What lies beside the adapter for whoever serves it: what it was made from, and how it went."""
+    """Facts for whoever serves the adapter, stored beside it: what it was made from, and how training went."""
     return {
         "job_id": spec.job_id,
         "base_model": spec.base_model,

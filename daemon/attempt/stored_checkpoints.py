@@ -1,9 +1,9 @@
-"""Checkpoints kept in Storage beside the adapters, so that a host in another datacenter resumes.
+"""Keeps checkpoints in storage beside the adapters, so that a host in another datacenter can resume.
 
-The newest is uploaded in the background, one at a time, and delays no step; a failure is a line of the story and
-fails no training. A stored checkpoint counts when the database holds the hash of its manifest, which is uploaded
-last; before it is used here every file is compared with that manifest. Whether it belongs to this run (data,
-settings, versions) the trainer decides when it reads it, as with one of its own.
+The newest is uploaded in the background, one at a time, and delays no step; a failure is reported as an event and does
+not fail the training. A stored checkpoint counts once the database has the hash of its manifest, which is uploaded
+last; before it is used here, every file is compared with that manifest. Whether it belongs to this run (data,
+settings, versions) is decided by the trainer when it reads it, as for a local one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from training.files.durable_files import put_in_place, sha256_of
 log = structlog.get_logger()
 
 MANIFEST = "manifest.json"
-# How often a wait for the last upload looks whether somebody is in a hurry.
+# How often the wait for the last upload checks whether it must hurry.
 LOOK_SECONDS = 0.25
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -44,19 +44,19 @@ Tell = Callable[[str, str, dict[str, Any]], None]
 
 
 class CheckpointUnusable(TrainerError):
-    """A checkpoint that must not be stored or resumed from; the text says why."""
+    """A checkpoint that must not be stored or resumed from; the message says why."""
 
 
 @dataclass(frozen=True)
 class CheckpointManifest:
-    """The trainer's own list of what a checkpoint holds: step, and the sha256 of each file."""
+    """The trainer's own list of a checkpoint's contents: step, and the sha256 of each file."""
 
     step: int
     files: dict[str, str]
 
 
 def read_manifest(text: bytes) -> CheckpointManifest:
-    """Raises CheckpointUnusable unless every name is plain and every hash a sha256."""
+    """Parses a manifest. Raises CheckpointUnusable unless every name is plain and every hash a sha256."""
     try:
         document = json.loads(text)
         manifest = CheckpointManifest(int(document["step"]), dict(document["files"]))
@@ -69,7 +69,7 @@ def read_manifest(text: bytes) -> CheckpointManifest:
 
 
 def newest_whole_step(folder: Path) -> int:
-    """The step of the newest checkpoint in the folder whose files are as its manifest says; -1 without one."""
+    """The step of the newest checkpoint in the folder whose files match its manifest; -1 without one."""
     steps = {int(match[1]): path for path in folder.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))}
     for step in sorted(steps, reverse=True):
         try:
@@ -82,7 +82,7 @@ def newest_whole_step(folder: Path) -> int:
 
 
 class CheckpointStore:
-    """One attempt's checkpoints in Storage. `tell` adds a line to the job's story."""
+    """One attempt's checkpoints in storage. `tell` adds an event to the job's history."""
 
     def __init__(
         self, uploads: UploadLog, storage: Storage, job: ClaimedJob, workspace: WorkFolder, tell: Tell
@@ -100,9 +100,9 @@ class CheckpointStore:
     # -- from Storage ---------------------------------------------------------------------------------------------
 
     async def fetch(self) -> None:
-        """Bring the newest stored checkpoint here, unless this host has one as new.
+        """Downloads the newest stored checkpoint, unless this host has one as new.
 
-        A damaged or foreign one is passed over. Raises JobDelayed when Storage cannot be asked now: hours of
+        A damaged or foreign one is skipped. Raises JobDelayed when the storage cannot be reached now: hours of
         training are worth another attempt.
         """
         stored = await retry_until_database_is_back(
@@ -132,7 +132,7 @@ class CheckpointStore:
             return
 
     async def _download(self, upload: RecordedUpload) -> int:
-        """Fetch one checkpoint beside its place, compare every file, and rename it there. Returns its bytes."""
+        """Downloads one checkpoint to a hidden folder, compares every file, and renames it. Returns its bytes."""
         part = self._workspace.checkpoint_dir / f".fetching-{upload.step}"
         await asyncio.to_thread(shutil.rmtree, part, True)
         try:
@@ -161,7 +161,7 @@ class CheckpointStore:
             self._task = asyncio.create_task(self._keep_newest(), name=f"checkpoints {self._job.id}")
 
     async def finish(self, grace_seconds: float, stop: Stop) -> None:
-        """Let the upload at hand and the newest checkpoint arrive, at most so long, then end. Nothing runs after it."""
+        """Waits for the current upload and the newest checkpoint, at most `grace_seconds`. Nothing runs on return."""
         task = self._task
         if task is None:
             return
@@ -181,12 +181,12 @@ class CheckpointStore:
                 self._given_up = True
             except (JobError, DatabaseAway, StatementRefused, CheckpointUnusable, OSError) as error:
                 self._note_failure(step, error)
-            except Exception as error:  # nothing waits for this task: it must not end unheard
+            except Exception as error:  # nothing awaits this task: log it here
                 log.exception("checkpoint_not_kept", step=step)
                 self._note_failure(step, error)
 
     def _note_failure(self, step: int, error: Exception) -> None:
-        # What would fail again (too large for the bucket, say) is not tried again; what may pass is told once.
+        # A permanent error (too large for the bucket, say) ends the uploads; a transient one is reported once.
         self._given_up = isinstance(error, JobFailed)
         if not self._failing:
             self.tell(
@@ -197,12 +197,12 @@ class CheckpointStore:
         self._failing = True
 
     async def _keep(self, step: int) -> None:
-        """Upload one checkpoint, its manifest last, then delete every other of the job's."""
+        """Uploads one checkpoint, its manifest last, then deletes the job's other ones."""
         source = self._workspace.checkpoint_dir / f"checkpoint-{step}"
         frozen = self._workspace.attempt_dir / "checkpoint"
         manifest_sha256 = await asyncio.to_thread(_freeze, source, frozen)
         if manifest_sha256 is None:
-            return  # two newer ones have pushed it out: they come next
+            return  # two newer ones have replaced it: they come next
         manifest = read_manifest(await asyncio.to_thread((frozen / MANIFEST).read_bytes))
         folder = f"checkpoints/{self._job.id}/e{self._job.lease_epoch}-step{step}"
         hashes = {**manifest.files, MANIFEST: manifest_sha256}
@@ -222,7 +222,7 @@ class CheckpointStore:
 
 
 def _freeze(source: Path, frozen: Path) -> str | None:
-    """Hard links to the checkpoint's files, which the trainer may delete meanwhile but never rewrites.
+    """Makes hard links to the checkpoint's files, which the trainer may delete meanwhile but never rewrites.
 
     Returns the manifest's sha256, None when the checkpoint is gone."""
     shutil.rmtree(frozen, ignore_errors=True)

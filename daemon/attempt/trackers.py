@@ -1,4 +1,4 @@
-"""Which experiment trackers a job gets, and the one secret that its trainer may hold for them."""
+"""Chooses a job's experiment trackers, and the one secret that its trainer may hold for them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from training.spec import Hyperparameters, Tracker
 
 @dataclass(frozen=True)
 class Tracking:
-    """The trackers of one job; `environment` is for its trainer's process alone, empty where nothing is secret."""
+    """The trackers of one job. `environment` is for its trainer's process alone, and empty if they need no secret."""
 
     trackers: tuple[Tracker, ...]
     environment: dict[str, str] = field(default_factory=dict, repr=False)
 
 
 def choose_trackers(wanted: Hyperparameters, settings: Settings) -> Tracking:
-    """What the job asks for, else what the host does for all.
+    """Returns what the job asks for, else the host's default.
 
     Raises JobFailed(invalid_spec) before anything is loaded when this host cannot do it."""
     trackers = settings.trackers if wanted.trackers is None else wanted.trackers

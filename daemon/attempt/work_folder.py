@@ -1,8 +1,8 @@
-"""One job's folder on the volume: what each attempt writes, what the next one finds.
+"""One job's folder on the volume: what each attempt writes and the next one finds.
 
-<work_dir>/<job_id>/checkpoints/e<epoch>-<token>/   resumed from by any host that sees the volume
+<work_dir>/<job_id>/checkpoints/e<epoch>-<token>/   any host that sees the volume can resume from these
                     attempts/e<epoch>-<token>/      dataset, logs, adapter, upload state
-<work_dir>/.early/                                  datasets of jobs that are expected here, for minutes
+<work_dir>/.early/                                  datasets prefetched for jobs expected here, for minutes
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from daemon.queue.job import Lease
 log = structlog.get_logger()
 
 
-# Without a token: of a version that drew none.
+# Folders of older versions have no token.
 _LEASE_FOLDER = re.compile(r"e(\d+)(-[0-9a-f]{8})?")
 _JOB_FOLDER = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
 class WorkFolder:
-    """Paths of one attempt. Each carries the lease's epoch and token, so that a stale host overwrites nothing."""
+    """Paths of one attempt. Each contains the lease's epoch and token, so that a stale host overwrites nothing."""
 
     work_dir: Path
     lease: Lease
 
     @classmethod
     def open(cls, work_dir: Path, lease: Lease) -> WorkFolder:
-        """Make this attempt's folders and take over the newest checkpoints of an earlier one."""
+        """Creates this attempt's folders and takes over the newest checkpoints of an earlier one."""
         workspace = cls(work_dir, lease)
         try:
             for folder in (workspace.attempt_dir, workspace.checkpoint_dir.parent):
                 folder.mkdir(parents=True, exist_ok=True)
-            # Other tenants' processes on this host have no business in it.
+            # Other tenants' processes on this host must not read it.
             workspace.job_dir.chmod(0o700)
             workspace._adopt_checkpoints()
             workspace.checkpoint_dir.mkdir(exist_ok=True)
@@ -84,17 +84,17 @@ class WorkFolder:
         return self.attempt_dir / "trainer.log"
 
     def _adopt_checkpoints(self) -> None:
-        # A rename moves them out of a stale host's reach: what it still writes goes to the old name.
+        # After the rename a stale host cannot reach them: what it still writes goes to the old name.
         if self.checkpoint_dir.exists():
             return
-        # Of our own epoch as well: a backup may have taken the rows back in time. A later one is our heir's.
+        # Includes our own epoch: after a restore from a backup it may be used twice. A later epoch is our successor's.
         earlier = [
             (int(match[1]), folder)
             for folder in self.checkpoint_dir.parent.iterdir()
             if (match := _LEASE_FOLDER.fullmatch(folder.name)) and int(match[1]) <= self.lease.epoch
         ]
         for epoch, folder in sorted(earlier, reverse=True):
-            # Its host may still be at work in it, or tidying up: what is gone meanwhile is no fault of this attempt.
+            # Its host may still be writing or deleting there: if the folder disappears, go on without it.
             with contextlib.suppress(FileNotFoundError):
                 if any(folder.iterdir()):
                     folder.rename(self.checkpoint_dir)
@@ -102,11 +102,11 @@ class WorkFolder:
                     return
 
     def forget_attempt(self) -> None:
-        """Remove what only this attempt needed and keep the checkpoints for the next one."""
+        """Deletes what only this attempt needed and keeps the checkpoints for the next one."""
         shutil.rmtree(self.attempt_dir, ignore_errors=True)
 
     def remove(self) -> None:
-        """Remove the whole job: it is final."""
+        """Deletes the whole job folder: the job is final."""
         shutil.rmtree(self.job_dir, ignore_errors=True)
 
 
@@ -123,10 +123,10 @@ async def clean_up_forever(
     running: Callable[[], set[str]],
     may_come_back: Callable[[UUID], Awaitable[bool]],
 ) -> None:
-    """Remove what was left on the volume that nobody comes back for, until cancelled."""
+    """Deletes old job folders on the volume that are no longer needed, until cancelled."""
     while True:
         for folder in await asyncio.to_thread(old_jobs, work_dir, keep_days, running()):
-            # One that waits longer than that, for its time or for a database that is away, keeps its checkpoints.
+            # A job that waits longer than keep_days, for its time or for the database, keeps its checkpoints.
             if not await may_come_back(UUID(folder.name)):
                 await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
                 log.info("job_folder_removed", job_id=folder.name)
@@ -136,9 +136,9 @@ async def clean_up_forever(
 
 
 def old_jobs(work_dir: Path, keep_days: float, running: set[str]) -> list[Path]:
-    """The folders of jobs that nothing has written to for `keep_days` and that do not run here.
+    """Lists the folders of jobs that were not written to for `keep_days` and do not run here.
 
-    Another host on the same volume touches its job's folder at least at every checkpoint.
+    Another host on the same volume writes to its job's folder at least at every checkpoint.
     """
     oldest = time.time() - keep_days * 86400.0
     found = []
@@ -148,7 +148,7 @@ def old_jobs(work_dir: Path, keep_days: float, running: set[str]) -> list[Path]:
         try:
             touched_at = max(path.stat().st_mtime for path in (folder, *folder.glob("*/*")))
         except OSError:
-            continue  # another host is removing it
+            continue  # another host is deleting it
         if touched_at < oldest:
             found.append(folder)
     return found
