@@ -1,2 +1,2 @@
-"""The training loop: steps, loss, checkpoints, memory. A run that was interrupted ends with the adapter of one that was
-not. The recipe calls it."""
+"""The training loop: steps, loss, checkpoints, memory. An interrupted run ends with the same adapter as an
+uninterrupted one. Used by the recipe."""

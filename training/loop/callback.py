@@ -1,4 +1,4 @@
-"""From the trainer's callbacks to events: progress each step, evaluation at epochs, checkpoints on the clock."""
+"""A Trainer callback that reports progress each step, evaluates after each epoch and saves checkpoints on a timer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class ProgressCallback(TrainerCallback):
-    """Watches one run: tells each step, refuses numbers that are none, sets the loop's switches."""
+    """Reports each step of a run, refuses NaN and infinity, and tells the loop when to evaluate, save and stop."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class ProgressCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
         self._checkpoint_at = self._counted_at = time.monotonic()
-        # An attempt may have ended between the last step of an epoch and its evaluation.
+        # The earlier attempt may have ended between the last step of an epoch and its evaluation.
         if state.global_step > 0 and self._is_epoch_end(state.global_step):
             self._trainer.evaluate()
 
@@ -57,10 +57,10 @@ class ProgressCallback(TrainerCallback):
         self._enter(Stage.TRAINING)
         self._step_began = time.monotonic()
         self._trainer.tokens_in_step = 0
-        # Dropout's masks: others at each step and rank, and the same whenever the step is made again.
+        # Dropout masks: different for each step and rank, and the same when a step is repeated.
         seed = mixed_seed(self._spec.hyperparameters.seed, state.global_step, self._trainer.ranks.index)
         torch.default_generator.manual_seed(seed)
-        # Not torch.manual_seed: without a card it notes its caller's stack for three kinds of card, at every step anew.
+        # Not torch.manual_seed: without a GPU it records its caller's stack for three kinds of device, at every step.
         if torch.cuda.is_initialized():
             torch.cuda.manual_seed(seed)
 
@@ -76,7 +76,7 @@ class ProgressCallback(TrainerCallback):
         self._trainer.tokens_in_step = int(sum(tokens for _, _, tokens, _ in told))
         self._keep_to_the_smallest(int(min(tokens for *_, tokens in told)), state.global_step)
         self._stop.requested = any(stop for stop, *_ in told)
-        # The first rank's clock counts.
+        # Only the first rank's clock decides.
         control.should_save = self._stop.requested or bool(told[0][1])
         control.should_training_stop = control.should_training_stop or self._stop.requested
 
@@ -88,7 +88,7 @@ class ProgressCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Tell the step that was just made."""
+        """Reports the step that was just made."""
         if logs is None or "loss" not in logs:
             return
         loss = float(logs["loss"])
@@ -127,7 +127,7 @@ class ProgressCallback(TrainerCallback):
             )
 
     def _keep_to_the_smallest(self, tokens: int, step: int) -> None:
-        """What is too much for one card is too much for its likes."""
+        """Uses the smallest micro-batch of any rank on all of them: the GPUs are alike."""
         if tokens < self._trainer.micro_batch_tokens:
             self._trainer.micro_batch_tokens = tokens
             self._voice.notice(

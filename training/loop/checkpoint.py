@@ -1,4 +1,4 @@
-"""Checkpoints that survive anything: written aside, hashed, renamed into place, two kept, checked before use."""
+"""Saves and finds checkpoints: written to a temporary folder, hashed, renamed; two are kept, verified before use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _KEPT = 2
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on disk, its hashes verified."""
+    """A complete checkpoint on disk with verified hashes."""
 
     path: Path
     step: int
@@ -32,26 +32,26 @@ class Damaged:
 
 
 class CheckpointShelf:
-    """The folder that outlives attempts. Holds `checkpoint-<step>` folders, each whole or absent."""
+    """The folder that outlives attempts. Holds `checkpoint-<step>` folders, each complete or absent."""
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any]) -> None:
-        """`fingerprint` names what a checkpoint belongs to: data, settings, base model. JSON, compared exactly."""
+        """`fingerprint` identifies a checkpoint's run: data, settings, base model. JSON, compared exactly."""
         self._folder = folder
         self._fingerprint = json.loads(json.dumps(fingerprint, sort_keys=True, default=str))
 
     @property
     def staging(self) -> Path:
-        """Where the next checkpoint is written before it counts."""
+        """Where the next checkpoint is written before it is published."""
         return self._folder / ".staging"
 
     def prepare(self) -> Path:
-        """Empty the staging folder, whatever a killed attempt left in it."""
+        """Empties the staging folder: a killed attempt may have left files in it."""
         shutil.rmtree(self.staging, ignore_errors=True)
         self.staging.mkdir(parents=True)
         return self.staging
 
     def publish(self, written: Path, step: int) -> Checkpoint:
-        """Hash what was written, make it durable, give it its name, and drop all but the newest two."""
+        """Hashes what was written, syncs it to disk, gives it its final name, and deletes all but the newest two."""
         files = {}
         total = 0
         for path in sorted(written.rglob("*")):
@@ -67,7 +67,7 @@ class CheckpointShelf:
         return Checkpoint(final, step, total)
 
     def newest(self) -> tuple[Checkpoint | None, list[Damaged]]:
-        """The newest checkpoint that is whole and belongs to this run, and those that had to be passed over."""
+        """The newest complete checkpoint of this run, and the damaged ones that were skipped."""
         passed_over: list[Damaged] = []
         for path in self._stored():
             found = self._check(path)
@@ -77,7 +77,7 @@ class CheckpointShelf:
         return None, passed_over
 
     def clear(self) -> None:
-        """Remove everything: the run is over and its adapter is written."""
+        """Removes everything, once the run is over and its adapter is written."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _stored(self) -> list[Path]:

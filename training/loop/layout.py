@@ -1,4 +1,4 @@
-"""How the conversations of a step are laid out: end to end or side by side, whichever costs less, in our own order."""
+"""Lays out the conversations of a step: end to end or side by side, whichever costs less, in our own order."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from training.data.chat_template import IGNORED, Example
 from training.data.micro_batches import packing_pays
 from training.data.sampler import StepOrder
 
-# Teaches nothing: for a rank that has no conversation left where the others have one.
+# A padding example with no loss, for ranks that run out of conversations before the others.
 BLANK = Example([0, 0], [IGNORED, IGNORED], place="")
 
 
 @dataclass(frozen=True)
 class CheaperLayout:
-    """Lays the conversations of a step out the way that costs less; their losses are the same."""
+    """Lays out a step's conversations the cheaper way; the losses are the same either way."""
 
     end_to_end: Any
     side_by_side: Any
@@ -30,7 +30,7 @@ class CheaperLayout:
 
 
 class EpochLoader(DataLoader[Any]):
-    """Hands the epoch's number, which the library tells a loader, on to the order."""
+    """Passes the epoch number, which the library sets on a loader, on to the sampler."""
 
     def set_epoch(self, epoch: int) -> None:
         order = self.batch_sampler
@@ -44,6 +44,6 @@ def as_row(example: Example) -> dict[str, list[int]]:
 
 def token_count(inputs: Any) -> int:
     if bool((inputs["labels"] == IGNORED).all()):
-        return 0  # the blank row
+        return 0  # the padding example
     mask = inputs.get("attention_mask")
     return int(mask.sum().item()) if mask is not None else int(inputs["input_ids"].numel())

@@ -1,8 +1,8 @@
-"""Cross entropy of the answers' tokens alone, in slices, so that the logits of a whole batch never exist.
+"""Cross entropy of only the answers' tokens, in slices, so that the logits of a whole batch never exist.
 
-The head is frozen, so the gradient that flows back to the hidden states is known as soon as a slice's logits are:
-it is computed on the way forward, the logits are dropped, and backward only scales it. One multiplication with the
-vocabulary forward and one backward a trained token; none for the tokens of prompts and padding.
+The head is frozen, so the gradient for the hidden states is known as soon as a slice's logits are: it is computed
+in the forward pass, the logits are freed, and backward only scales it. Each trained token costs one multiplication
+with the vocabulary forward and one backward; prompt and padding tokens cost none.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from training.data.chat_template import IGNORED
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# 1024 tokens by 152k words in float32 are 0.6 GiB, twice while the gradient is computed.
+# 1024 tokens by 152k words in float32 are 0.6 GiB, twice that while the gradient is computed.
 SLICE_TOKENS = 1024
 
 
 class AnswerLoss:
-    """Summed loss of a batch, and the number of tokens it was summed over. Holds no state but the model."""
+    """Summed loss of a batch, and the number of tokens in the sum. Holds no state but the model."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model: Any = model
@@ -32,7 +32,7 @@ class AnswerLoss:
         self._head_is_plain = self._agrees_with_the_model()
 
     def __call__(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, int]:
-        """inputs: the collator's, labels included. Returns (sum of losses, trained tokens)."""
+        """inputs: the collator's, with labels. Returns (sum of losses, trained tokens)."""
         labels_BT = inputs["labels"]
         rest = {key: value for key, value in inputs.items() if key != "labels"}
         targets_BT = functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
@@ -55,7 +55,7 @@ class AnswerLoss:
         return logits_NV
 
     def _agrees_with_the_model(self) -> bool:
-        """Compare with the model's own logits once: an architecture may do something to them that we do not know."""
+        """Compares with the model's own logits once: an architecture may change them in a way that we do not know."""
         if self._model.get_output_embeddings() is None:
             return False
         device = self._model.get_input_embeddings().weight.device
@@ -93,7 +93,7 @@ class _SlicedCrossEntropy(torch.autograd.Function):
 
 
 def _logit_scale(config: Any) -> float:
-    """The factors that some architectures multiply logits by (Cohere, Falcon-H1) or divide them by (Granite)."""
+    """The factors by which some architectures multiply logits (Cohere, Falcon-H1) or divide them (Granite)."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         value = getattr(config, name, None)
         if value is not None:

@@ -1,8 +1,8 @@
-"""How many tokens a micro-batch may have on this card: asked of the card itself, by one pass before the first step.
+"""Finds the largest micro-batch that fits in GPU memory by running one forward and backward pass before training.
 
-What a pass takes beyond the weights is taken to grow with its tokens. That errs to the safe side where there is room
-for more, since unpacked experts and the loss's slices do not grow; where there is too little, recovery from
-out-of-memory remains. Answers are the plan's number doubled or halved, so that cards of one kind agree.
+The memory of a pass beyond the weights is assumed to grow with its tokens. Where there is room for more, that errs on
+the safe side, since unpacked experts and the loss's slices do not grow; where there is too little, recovery from
+out-of-memory remains. The answer is the plan's number doubled or halved, so that GPUs of one kind agree.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ from typing import Protocol
 
 import torch
 
-# Beyond 32k tokens dequantising is a few hundredths of a micro-batch, and more would buy nothing.
+# Beyond 32k tokens dequantising takes a few hundredths of a micro-batch's time, and more tokens would gain nothing.
 _DOUBLINGS = 2
 _HALVINGS = 3
-# Fragmentation, and batches whose conversations differ in length from those of the pass.
+# Leaves room for fragmentation, and for batches with other lengths than the probe's.
 _USABLE = 0.9
 
 
 class MemoryGauge(Protocol):
-    """Where memory is read. Bytes."""
+    """Reads memory, in bytes."""
 
     def begin(self) -> int:
-        """What is in use now; the peak is counted from here."""
+        """Memory in use now; starts measuring the peak."""
 
     def peak(self) -> int:
-        """The most that was in use at once since."""
+        """The most memory in use at once since `begin`."""
 
     def capacity(self) -> int:
-        """The most that this process could use."""
+        """The most memory that this process could use."""
 
 
 class CardGauge:
-    """The card that this process computes on, as torch's allocator sees it."""
+    """The GPU that this process computes on, as torch's allocator sees it."""
 
     def begin(self) -> int:
         torch.cuda.empty_cache()
@@ -47,12 +47,12 @@ class CardGauge:
 
 
 def gauge_of(device: str) -> MemoryGauge | None:
-    """None on a CPU: its micro-batches are small for the caches' sake, and the estimate has looked at its memory."""
+    """None on a CPU: micro-batches are small there to fit its caches, and the estimate has checked its memory."""
     return CardGauge() if device == "cuda" else None
 
 
 def tokens_that_fit(planned: int, tried: int, *, in_use: int, peak: int, capacity: int) -> int:
-    """`planned` tokens a micro-batch, doubled or halved to what the card can take, after a pass of `tried` tokens."""
+    """`planned` tokens per micro-batch, doubled or halved to fit into the GPU, after a pass of `tried` tokens."""
     bytes_per_token = max(1, peak - in_use) / tried
     room = max(0, int(_USABLE * capacity) - in_use)
     for doublings in range(_DOUBLINGS, -_HALVINGS, -1):

@@ -1,4 +1,4 @@
-"""The tensors that are trained, copied out of a model and back into it: what checkpoints hold."""
+"""Copies the trained tensors out of a model and back into it, for checkpoints."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def trained_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of everything that is trained, by parameter name, on the CPU."""
+    """Copies of all trained tensors, by parameter name, on the CPU."""
     return {
         name: parameter.detach().to("cpu", copy=True).contiguous()
         for name, parameter in model.named_parameters()
@@ -15,7 +15,7 @@ def trained_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def restore_tensors(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Copy tensors back into the parameters of the same names. Raises KeyError when the sets differ."""
+    """Copies tensors back into the parameters of the same names. Raises KeyError if the sets of names differ."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if parameters.keys() != tensors.keys():
         raise KeyError(f"checkpoint and model differ in {sorted(parameters.keys() ^ tensors.keys())[:5]}")

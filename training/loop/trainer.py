@@ -1,4 +1,4 @@
-"""The optimisation loop: TRL's SFTTrainer with an exact validation loss and checkpoints that survive anything."""
+"""The training loop: TRL's SFTTrainer with an exact validation loss and checkpoints that can be resumed exactly."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _BEST = "best.safetensors"
 
 
 class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
-    """Trains the adapter of one job; speaks through its voice, remembers in its journal, stops when asked."""
+    """Trains one job's adapter, reports events, records the run's history, and stops on request."""
 
     data_collator: Any
 
@@ -70,7 +70,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
     ) -> None:
         assert plan.ranks == ranks.count, "the plan is made for another number of processes"
         self.ranks = ranks
-        # Ranks that hold parts of one model go through each micro-batch together: none may make one more or less.
+        # Ranks that share one sharded model go through each micro-batch together: all need the same number of them.
         self._is_cut = is_cut
         self.spec = spec
         self.plan = plan
@@ -83,12 +83,12 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         self.tokens_in_step = 0
         self._saved_step = 0
         self._packed = packed
-        # Where an earlier attempt has asked the card, or halved, that holds.
+        # No probe if an earlier attempt has already probed or halved: that number is kept.
         self._gauge = gauge if journal.micro_batch_tokens is None else None
         super().__init__(
             model=model,
             args=training_arguments(spec, plan, packed=packed),
-            # The blank one stands behind the last (`StepOrder`).
+            # The padding example comes after the last (`StepOrder`).
             train_dataset=Dataset.from_list([as_row(example) for example in (*corpus.train, BLANK)]),
             processing_class=tokenizer,
             callbacks=[
@@ -96,12 +96,12 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
                 *(tracking_callbacks(spec, journal, voice) if ranks.is_first else ()),
             ],
         )
-        # TRL casts the adapter of a quantised model to bf16. A resumed run would read it back as float32 and part from
-        # the uninterrupted one; and bf16 loses small updates.
+        # TRL casts the adapter of a quantised model to bf16. A resumed run would read it back as float32 and diverge
+        # from the uninterrupted one; and bf16 loses small updates.
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-        # Found once: thousands of frozen modules stand between them, and each step asks several times.
+        # Found once: thousands of frozen modules would be searched several times a step.
         self._trained = tuple(parameter for parameter in self.model.parameters() if parameter.requires_grad)
         self._operations_a_token = 6 * int(self.model.num_parameters(exclude_embeddings=True))
         if self.args.gradient_checkpointing:
@@ -117,7 +117,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         self._answer_loss = AnswerLoss(self.model.get_base_model())
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Whole steps in our own order: the library's would depend on the number of ranks."""
+        """Whole steps in our own order: the library's order would depend on the number of ranks."""
         order = StepOrder(len(self._corpus.train), self.plan, self.ranks, self.spec.hyperparameters.seed)
         rows = self.train_dataset
         return EpochLoader(
@@ -126,14 +126,14 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        # Mixed precision, but no DistributedDataParallel around the model: `Ranks.average_gradients` says why.
+        # Mixed precision, but no DistributedDataParallel around the model: see `Ranks.average_gradients`.
         self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """This rank's share of a step, forward and backward, in as few micro-batches as memory allows.
 
-        When memory runs out it goes on in halves, for good. The step is not lost and the effective batch stays what was
-        asked. Raises TrainingFailed(out_of_memory) when a single conversation is too much.
+        If memory runs out, the rest of the run uses half the tokens. The step is repeated, not lost, and the effective
+        batch stays as requested. Raises TrainingFailed(out_of_memory) if a single conversation does not fit.
         """
         self._fit_micro_batches_to_the_card(model)
         self.tokens_in_step += token_count(inputs)
@@ -148,8 +148,8 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or self._is_cut:
                     raise
-            # Out of the except block, so that the failed pass's tensors are free before the next try. Backward may
-            # have got half way: put the gradients back to where they were.
+            # Outside the except block, so that the failed pass's tensors are freed before the next try. Backward may
+            # have stopped half way: restore the gradients.
             for parameter in self._trained:
                 parameter.grad = before.get(parameter)
             parts = [*self._halve(pending.pop(0)), *pending]
@@ -159,7 +159,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
 
     @property
     def micro_batch_tokens(self) -> int:
-        """Tokens at a time: as planned, or what the card was found to take, or fewer since memory ran out."""
+        """Tokens per micro-batch: as planned, as found by the probe, or fewer since memory ran out."""
         return self.journal.micro_batch_tokens or self.plan.micro_batch_tokens
 
     @micro_batch_tokens.setter
@@ -167,7 +167,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         self.journal.micro_batch_tokens = tokens
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """The library's number, for trackers; it would count the parameters anew at each step."""
+        """The library's number, for trackers; the library would count the parameters again at each step."""
         return tokens_in(inputs) * self._operations_a_token
 
     def _clip_grad_norm(self, _model: Any) -> torch.Tensor:
@@ -179,7 +179,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         return [*parts, *[self._collate([BLANK])] * self._missing(len(parts))]
 
     def _missing(self, parts: int) -> int:
-        """How many more some other rank goes through, where all must go through as many."""
+        """How many more micro-batches another rank has, where all must go through the same number."""
         if not self._is_cut:
             return 0
         return int(max(count for (count,) in self.ranks.exchange([parts]))) - parts
@@ -189,7 +189,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         return inputs
 
     def _fit_micro_batches_to_the_card(self, model: Any) -> None:
-        """Once, before the first step: ask the card how many tokens it takes. Ranks agree on the smallest answer."""
+        """Probes once, before the first step, how many tokens fit into the GPU. Ranks agree on the smallest result."""
         gauge, self._gauge = self._gauge, None
         if gauge is None:
             return
@@ -197,7 +197,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         by_length = sorted(self._corpus.train, key=lambda example: len(example.input_ids), reverse=True)
         parts = micro_batches(self._collate(by_length[: self.plan.share]), planned)
         if len(parts) == 1:
-            # The longest step fits into one as planned: there is nothing to find.
+            # The longest step fits into one micro-batch as planned: there is nothing to find.
             return
         mine = self._tokens_that_fit(model, max(parts, key=tokens_in), gauge)
         fitting = int(min(tokens for (tokens,) in self.ranks.exchange([mine])))
@@ -210,9 +210,9 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
             )
 
     def _tokens_that_fit(self, model: Any, heaviest: dict[str, Any], gauge: MemoryGauge) -> int:
-        """Go through one micro-batch and look at the memory. No gradient stays, no random number is used up."""
+        """Runs one micro-batch and measures its memory. Leaves no gradient and uses up no random number."""
         if self.journal.micro_batch_tokens is not None:
-            # Memory ran out in the first evaluation already.
+            # Memory already ran out in the first evaluation.
             return self.journal.micro_batch_tokens
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
@@ -259,15 +259,15 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         """Loss of one micro-batch, as its share of the mean over all trained tokens of the optimizer step."""
         assert not return_outputs, "nothing here asks for logits"
         summed, count = self._answer_loss(inputs)
-        # The tokens are those of all ranks; their gradients, and the losses that are logged, are averaged.
+        # The token count covers all ranks, while gradients and logged losses are averaged over ranks.
         share: float = count if num_items_in_batch is None else num_items_in_batch / self.ranks.count
         return summed / share
 
     def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:
-        """Mean loss over every trained token of the held-out conversations, whatever the batches.
+        """Mean loss over every trained token of the held-out conversations, however they are batched.
 
-        (The library's own loop averages the means of batches, which weighs a short answer like a long one, and draws
-        from the random generator that dropout uses.) Interrupted by a wish to stop it records nothing.
+        (The library's own loop averages the means of batches, which gives a short answer the weight of a long one, and
+        draws from dropout's random generator.) If interrupted by a stop request it records nothing.
         """
         if not self._corpus.validation or self.journal.evaluated(self.state.global_step):
             return {}
@@ -301,7 +301,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         self._voice.say(
             Evaluated(job_id=self._voice.job_id, step=step, epoch=record.epoch, validation_loss=record.validation_loss)
         )
-        # The library tells its callbacks so in the loop that this one replaces.
+        # The library notifies its callbacks in the loop that this one replaces.
         self.callback_handler.on_log(self.args, self.state, self.control, {"eval_loss": loss})
         if self.journal.best is record:
             self.best_weights = trained_tensors(self.model)
@@ -315,7 +315,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         return {"eval_loss": loss}
 
     def _held_out_batches(self) -> list[list[Example]]:
-        """This rank's share of the held-out conversations, the shortest first."""
+        """This rank's share of the held-out conversations, shortest first."""
         in_order = sorted(self._corpus.validation, key=lambda example: len(example.input_ids))
         batches = self._together(self.ranks.share(in_order))
         return [*batches, *[[BLANK]] * self._missing(len(batches))]
@@ -332,7 +332,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         return sum(record.step > best.step for record in self.journal.evaluations) >= patience
 
     def _summed_loss(self, batch: list[Example]) -> tuple[float, int]:
-        """Summed loss of some conversations and the number of tokens it was summed over."""
+        """Summed loss of some conversations and the number of tokens in the sum."""
         inputs = self._collate(batch)
         with torch.no_grad(), self.compute_loss_context_manager():
             summed, count = self._answer_loss(inputs)
@@ -355,23 +355,23 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Nothing: each step's random numbers come from seed, rank and step (ProgressCallback)."""
+        """Does nothing: each step's random numbers come from seed, rank and step (ProgressCallback)."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
-        """Put back exactly the tensors that were written; PEFT's loading would convert names on the way."""
+        """Restores exactly the tensors that were written; PEFT's loading would convert names on the way."""
         folder = Path(resume_from_checkpoint)
         restore_tensors(self.model, load_file(folder / _WEIGHTS))
         self.best_weights = load_file(folder / _BEST) if (folder / _BEST).exists() else {}
 
     def leave_checkpoint(self) -> None:
-        """Before going: save what the last checkpoint does not hold yet."""
+        """Saves a last checkpoint before the process ends, unless the newest one is up to date."""
         if self.state.global_step > self._saved_step:
             self._save_checkpoint(self.model, None)
 
     def keep_best(self) -> None:
-        """End with the weights of the evaluation that was best."""
+        """Restores the weights of the best evaluation."""
         if self.best_weights:
             restore_tensors(self.model, self.best_weights)
 
     def create_model_card(self, *_args: Any, **_kwargs: Any) -> None:
-        """Not wanted: a card written by a library says nothing about this run."""
+        """Disabled: the library's generic model card says nothing about this run."""

@@ -1,2 +1,2 @@
-"""What can be known before a model is loaded: does it fit, how long will it take, what will it cost. A job that cannot
+"""What can be known before a model is loaded: whether it fits, how long it takes, what it costs. A job that cannot
 succeed fails here, in seconds."""

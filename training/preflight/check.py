@@ -1,7 +1,7 @@
-"""Can this job succeed? Answered in seconds, before a model is loaded, on any machine.
+"""Checks in seconds, on any machine and without loading a model, whether a job can succeed.
 
-    python -m training.preflight.check spec.json          the verdict on a whole job
-    python -m training.preflight.check dataset.jsonl      the verdict on a dataset alone
+    python -m training.preflight.check spec.json          checks a whole job
+    python -m training.preflight.check dataset.jsonl      checks only a dataset
 
 Prints one JSON object: ok, errors (code, message, hint), remarks, data, estimate. Exit 0 when ok, 1 when not.
 """
@@ -31,7 +31,7 @@ from training.spec import JobSpec, faults_of
 
 @dataclass(frozen=True)
 class Verdict:
-    """What can be said about a job before it runs."""
+    """The result of checking a job before it runs."""
 
     ok: bool
     errors: tuple[dict[str, Any], ...] = ()
@@ -52,7 +52,7 @@ class Verdict:
 
 
 def check_resources(spec: JobSpec, estimate: Estimate, memory_bytes: int | None) -> None:
-    """Refuse what is certain to fail: a model that does not fit, a disk without room. Raises TrainingFailed."""
+    """Refuses a job that is sure to fail: a model that does not fit, a disk without room. Raises TrainingFailed."""
     if memory_bytes is not None and estimate.model_bytes > memory_bytes:
         raise TrainingFailed(
             ErrorCode.OUT_OF_MEMORY,
@@ -72,7 +72,7 @@ def check_resources(spec: JobSpec, estimate: Estimate, memory_bytes: int | None)
 
 
 def memory_remark(spec: JobSpec, estimate: Estimate, memory_bytes: int | None) -> str | None:
-    """A word of warning where the whole run may not fit; out-of-memory recovery will try smaller micro-batches."""
+    """A warning if the whole run may not fit; out-of-memory recovery will try smaller micro-batches."""
     if memory_bytes is None or estimate.memory_bytes <= memory_bytes:
         return None
     return (
@@ -82,7 +82,7 @@ def memory_remark(spec: JobSpec, estimate: Estimate, memory_bytes: int | None) -
 
 
 def check_dataset(path: Path) -> Verdict:
-    """A dataset without a model: format, lines, counts. Token counts need a tokenizer and are left out."""
+    """Checks a dataset without a model: format, lines, counts. No token counts, since they need a tokenizer."""
     try:
         reading = read_conversations(path)
     except TrainingFailed as error:
@@ -102,7 +102,7 @@ def check_dataset(path: Path) -> Verdict:
 
 
 def check_spec(spec: JobSpec, memory_bytes: int | None = None) -> Verdict:
-    """A whole job: model folder, tokenizer, template, data, plan, memory, disk."""
+    """Checks a whole job: model folder, tokenizer, template, data, plan, memory, disk."""
     from training.data.chat_template import ChatTemplate
     from training.data.tokenizer import load_tokenizer
 
@@ -144,7 +144,7 @@ def _refused(error: TrainingFailed) -> Verdict:
 
 
 def _read_spec(text: str) -> JobSpec | None:
-    """A JobSpec, or None where the file is something else, a dataset then. Raises TrainingFailed for a broken spec."""
+    """A JobSpec, or None if the file is something else (then a dataset). Raises TrainingFailed for a broken spec."""
     try:
         raw = json.loads(text)
     except ValueError:

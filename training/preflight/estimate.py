@@ -1,14 +1,14 @@
-"""What a run will need, computed from file headers and token counts: memory, disk, adapter size, time, cost.
+"""Estimates a run from file headers and token counts: memory, disk, adapter size, time, cost.
 
-The formulas are rough on purpose and err to the safe side. Where each number comes from:
+The formulas are rough on purpose and err on the safe side. Where each number comes from:
 - exact, and compared with loaded models by tests/training/preflight/test_estimate.py: parameters, the weights' bytes,
   the adapter's parameters and bytes;
 - activations: 34 bytes a token and hidden unit of a block in 16 bits (Korthikanti et al. 2022, "Reducing Activation
   Recomputation in Large Transformer Models", equation 2, without the attention matrix, which sdpa never stores), taken
-  twice here: for gated feed-forwards and routed copies on a card, for float32 on a CPU. Not measured on a card yet;
-- speed: 20 % of the bf16 peak of an A100 (312 TFLOP/s), the slowest card that is offered with 80 GB, and 50 GFLOP/s for
-  two CPU cores, about what a matrix product in float32 reaches there alone. A queue with a history replaces these by
-  what earlier jobs took.
+  twice here: for gated feed-forwards and routed copies on a GPU, for float32 on a CPU. Not measured on a GPU yet;
+- speed: 20 % of the bf16 peak of an A100 (312 TFLOP/s), the slowest GPU offered with 80 GB, and 50 GFLOP/s for two
+  CPU cores, about what a float32 matrix product alone reaches there. A queue with a history replaces these by what
+  earlier jobs took.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 _TRAINED_BYTES = 16
 # One transformer block's own activations while it is recomputed, in units of tokens × hidden size × 2 bytes (above).
 _BLOCK_ACTIVATIONS = 34
-# training.loop.loss slices by so many tokens; it cannot be imported here, where no torch is. A test compares.
+# training.loop.loss uses slices of this size; it needs torch and cannot be imported here. A test compares the two.
 SLICE_TOKENS = 1024
-# Libraries, kernels' workspaces, fragmentation: what a CUDA context with its kernels takes (0.5 to 1 GiB), twice.
+# Libraries, kernel workspaces, fragmentation: twice what a CUDA context with its kernels takes (0.5 to 1 GiB).
 _OVERHEAD_BYTES = {"cuda": 2 * 2**30, "cpu": 2**29}
-# Sustained multiplications and additions a second (above).
+# Sustained floating-point operations per second (above).
 _FLOPS = {"cuda": 62e12, "cpu": 50e9}
-# What stays unquantised has the type that is computed in.
+# Unquantised weights have the type that is computed in.
 _KEPT_BYTES: dict[ComputeType, int] = {"bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes, seconds and dollars. `memory_bytes` is the card's (the host's on a CPU)."""
+    """Bytes, seconds and dollars. `memory_bytes` is the GPU's (the host's on a CPU)."""
 
     parameters: int
     model_bytes: int
@@ -60,7 +60,7 @@ class Estimate:
 
 
 def model_bytes(folder: ModelFolder, *, quantize: bool, compute_type: ComputeType) -> int:
-    """What a base model's weights take once they are loaded."""
+    """The memory that a base model's weights take once loaded."""
     return int(sum(_bytes_of(name, shape, quantize, compute_type) for name, shape in folder.tensors()))
 
 
@@ -72,7 +72,7 @@ def _bytes_of(name: str, shape: tuple[int, ...], quantize: bool, compute_type: C
 
 
 def estimate_run(spec: JobSpec, folder: ModelFolder, corpus: Corpus, plan: Plan) -> Estimate:
-    """Look ahead. Reads the headers of the weight files, not the weights."""
+    """Estimates a run. Reads the headers of the weight files, not the weights."""
     tensors = tuple(folder.tensors())
     adapter = adapter_parameters(tensors, spec.hyperparameters)
     parameters = expert_parameters = largest = 0
@@ -89,7 +89,7 @@ def estimate_run(spec: JobSpec, folder: ModelFolder, corpus: Corpus, plan: Plan)
     hidden = int(config.get("hidden_size") or config.get("n_embd") or 1)
     vocabulary = int(config.get("vocab_size") or 1)
     tokens = plan.heaviest_tokens(corpus.max_length)
-    # A layer's experts are unpacked together.
+    # All experts of a layer are unpacked together.
     unpacked = 2 * max(largest, expert_parameters // layers)
     kept = layers * tokens * hidden * 2 * (1 if spec.device == "cuda" else _BLOCK_ACTIVATIONS)
     activations = kept + _BLOCK_ACTIVATIONS * tokens * hidden * 2 + unpacked + 3 * 4 * SLICE_TOKENS * vocabulary
@@ -97,10 +97,10 @@ def estimate_run(spec: JobSpec, folder: ModelFolder, corpus: Corpus, plan: Plan)
     experts = int(config.get("num_experts") or config.get("num_local_experts") or 1)
     chosen = int(config.get("num_experts_per_tok") or 1)
     active = parameters - expert_parameters + expert_parameters * min(1.0, chosen / experts)
-    # Forward and back to the inputs: 2 + 2 a weight; once more forward where activations are recomputed.
+    # Forward and the gradient of the inputs: 2 + 2 per weight; 2 more if activations are recomputed.
     per_token = active * (6 if spec.device == "cuda" else 4)
     passes = corpus.train_tokens + corpus.validation_tokens / 2
-    # The cores of a CPU host are shared by the ranks; cards add up.
+    # Ranks share the cores of a CPU host; GPUs add up.
     cards = plan.ranks if spec.device == "cuda" else 1
     seconds = plan.epochs * passes * per_token / (_FLOPS[spec.device] * cards)
     cost = spec.cost_per_hour * seconds / 3600 if spec.cost_per_hour is not None else None
@@ -111,7 +111,7 @@ def estimate_run(spec: JobSpec, folder: ModelFolder, corpus: Corpus, plan: Plan)
         adapter_bytes=adapter * ADAPTER_BYTES,
         activation_bytes=activations,
         memory_bytes=memory,
-        # Two checkpoints and one in the making, each weights, best weights and two moments; and the adapter.
+        # Three checkpoints (two kept, one being written), each with weights, best weights and two moments; the adapter.
         disk_bytes=3 * adapter * 16 + adapter * ADAPTER_BYTES + 64 * 2**20,
         seconds=seconds,
         cost=cost,

@@ -1,8 +1,8 @@
-"""Can this machine train? Answers in one JSON line; `brightrun-trainer doctor` shows it.
+"""Checks whether this machine can train, and prints one JSON line; `brightrun-trainer doctor` shows it.
 
     python -m training.preflight.selfcheck cuda
 
-Run in a process of its own, so that the daemon never loads torch.
+Runs as a separate process, so that the daemon never loads torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from training.quick_imports import quick_imports
 
 
 def examine(device: str) -> dict[str, Any]:
-    """Versions, the card's abilities, and one real pass through a 4-bit layer on `device` ("cpu" or "cuda")."""
+    """Versions, the GPU's capabilities, and one real pass through a 4-bit layer on `device` ("cpu" or "cuda")."""
     with quick_imports():
         import bitsandbytes
         import torch
@@ -31,7 +31,7 @@ def examine(device: str) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         "capability": ".".join(map(str, torch.cuda.get_device_capability())) if torch.cuda.is_available() else None,
-        # Without these two, Gated DeltaNet (Qwen3-Next) runs in plain PyTorch: right, and many times slower.
+        # Without these two, Gated DeltaNet (Qwen3-Next) runs in plain PyTorch: correct, but many times slower.
         "flash_linear_attention": find_spec("fla") is not None,
         "causal_conv1d": find_spec("causal_conv1d") is not None,
     }
@@ -41,7 +41,7 @@ def examine(device: str) -> dict[str, Any]:
 
 
 def _four_bit_error(device: str) -> str | None:
-    """None when a 4-bit layer computes what its bf16 original does, within NF4's own error; else what is wrong."""
+    """None if a 4-bit layer matches its bf16 original within NF4's own error; else what is wrong."""
     import torch
     from bitsandbytes.nn import Linear4bit
 

@@ -1,2 +1,2 @@
-"""How the trainer runs as a process: from the spec on stdin to the exit code, and the fork server that waits between
+"""Runs the trainer as a process: from the spec on stdin to the exit code; and the fork server, which waits between
 jobs with its libraries imported."""

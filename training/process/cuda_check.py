@@ -1,4 +1,4 @@
-"""Whether CUDA is untouched in the fork server, and whether it opens in a fork."""
+"""Keeps CUDA unopened in the fork server, and checks whether it opens in a fork."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from training.spec import JobSpec
 
 @contextmanager
 def _card_unopened() -> Iterator[None]:
-    """bitsandbytes asks each card for its compute capability when it is imported, and torch opens the driver for it;
-    NVML knows the answer as well. Where it does not, torch is asked after all, and forks start afresh."""
+    """When imported, bitsandbytes asks for each GPU's compute capability, and torch would open the driver to answer.
+    Inside this context NVML answers instead. If it cannot, torch is asked after all, and forks start a new process."""
     import torch
 
     cuda: Any = torch.cuda
@@ -26,7 +26,7 @@ def _card_unopened() -> Iterator[None]:
 
 
 def _card_opens(spec: JobSpec) -> bool:
-    """False where a library has opened the driver before the fork, after all."""
+    """False if a library has opened the driver before the fork after all."""
     if spec.device != "cuda":
         return True
     import torch

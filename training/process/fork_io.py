@@ -21,10 +21,10 @@ _STDIN = 0
 
 
 class Word(BaseModel):
-    """The one thing that a fork may say to the warm process before it ends.
+    """The one message that a fork may send to the fork server before it ends.
 
-    `hold`: put this base model in the place of the one that is held. `go_on`: do that, and let the next fork go on with
-    the job; without a base, only let go of what is held.
+    `hold`: load this base model in place of the one that is held. `go_on`: do that, and let the next fork continue the
+    job. Without a base, only release the one that is held.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -35,21 +35,21 @@ class Word(BaseModel):
 
 @dataclass(frozen=True)
 class Ending:
-    """How a fork ended (a wait status), and what it said."""
+    """How a fork ended (a wait status), and the message it sent."""
 
     status: int
     word: Word | None
 
 
 def _wait_for_input() -> None:
-    """Return when stdin has a line, or an end; read nothing of it."""
+    """Returns when stdin has a line or has ended; reads none of it."""
     poll = select.poll()
     poll.register(_STDIN, select.POLLIN)
     poll.poll()
 
 
 def _read_line() -> str:
-    """One line, byte by byte: what stands behind it belongs to the next job's process."""
+    """Reads one line byte by byte: what follows belongs to the next job's process."""
     line = bytearray()
     while (byte := os.read(_STDIN, 1)) and byte != b"\n":
         line += byte
@@ -72,7 +72,7 @@ def _parse_word(told: bytes) -> Word | None:
 
 @contextmanager
 def _memory_file() -> Iterator[int]:
-    """A file without a name, for what a fork leaves behind; unlike a pipe it takes all of it before anybody reads."""
+    """An anonymous file for what a fork leaves behind. Unlike a pipe, it takes everything before anyone reads."""
     descriptor = os.memfd_create("left-behind")
     try:
         yield descriptor
@@ -81,7 +81,7 @@ def _memory_file() -> Iterator[int]:
 
 
 def _reopened(descriptor: int) -> BinaryIO:
-    """A memory file from its beginning."""
+    """Opens a memory file at its beginning."""
     file = os.fdopen(os.dup(descriptor), "rb")
     file.seek(0)
     return file

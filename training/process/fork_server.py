@@ -1,19 +1,18 @@
-"""The warm process: it holds the libraries and one base model, and lets a fork of itself do each job.
+"""The fork server: holds the libraries and one base model, and forks itself for each job.
 
-What a job reads, computes and writes exists in its fork alone: the spec is read from stdin by the fork, byte by byte,
-the dataset, the adapter, gradients, seeds, patched modules, environment, traceback are the fork's, and the kernel takes
-all of it back when the fork ends. So the next job finds what loading left, by construction and not by cleaning; an
-adapter is the same, bit for bit, as from a process of its own, and jobs of different owners may follow each other.
-All that a fork tells this process is which base model should be in memory (`training.base.loaded_model.Base`), and
-how it ended.
+Everything that a job reads, computes and writes exists only in its fork. The fork reads the spec from stdin, byte by
+byte; dataset, adapter, gradients, seeds, patched modules, environment and traceback are the fork's; and the kernel
+frees all of it when the fork ends. So the next job finds what loading left, by construction and not by cleaning up; an
+adapter is the same, bit for bit, as from a separate process, and jobs of different owners may follow each other. A fork
+tells this process only which base model should be in memory (`training.base.loaded_model.Base`) and how it ended.
 
-A fork shares the model's memory until it writes to it, and nothing writes to frozen weights. Two things must hold for
-a fork to be able to work: no thread pool of OpenMP and no CUDA context exists here. So this process computes on one
-thread, and a fork that cannot open the card starts afresh by `exec` and does its job cold.
+A fork shares the model's memory until it writes to it, and nothing writes to frozen weights. A fork works only if this
+process has no OpenMP thread pool and no CUDA context. So this process computes on one thread, and a fork that cannot
+open the GPU replaces itself by `exec` and runs its job cold.
 
     ready -> a line comes -> fork: read, check the data -> (change the base model here -> fork:) train -> reap -> ready
 
-Whatever else than success comes of a fork ends this process in the same way, by the same status or signal.
+Any result of a fork other than success ends this process in the same way, with the same status or signal.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ if TYPE_CHECKING:
 
 
 class ForkServer:
-    """Serves lines of stdin until it ends, a job ends badly, or a SIGTERM comes."""
+    """Serves lines of stdin until it ends, a job fails, or SIGTERM comes."""
 
     def __init__(self, events_fd: int, keep_bytes: int) -> None:
         self._events_fd = events_fd
@@ -71,7 +70,7 @@ class ForkServer:
         self._stopping = False
 
     def serve(self) -> int:
-        """Exit status. Does not return where a fork was ended by a signal: this process ends by the same."""
+        """Returns the exit status. Does not return if a signal ended a fork: this process ends by the same signal."""
         signal.signal(signal.SIGTERM, self._on_sigterm)
         adopt_orphans()
         self._threads = _import_libraries()
@@ -93,7 +92,7 @@ class ForkServer:
             if ending.status != 0 or word is None or word.kind == "nothing_more":
                 return ending
             if self._stopping:
-                # Asked when the fork was past hearing it: the next one would know nothing of it.
+                # The stop came too late for this fork to handle, and the next one would not know of it.
                 return Ending(EXIT_STOPPED << 8, None)
             failure = self._hold(word.base)
             if word.kind == "hold":
@@ -103,7 +102,7 @@ class ForkServer:
     # -- here ----------------------------------------------------------------------------------------------------------
 
     def _hold(self, base: Base | None) -> Exception | None:
-        """Put this base model, or none, in the place of the one that is held. Returns why it cannot be loaded."""
+        """Replaces the base model that is held by this one, or by none. Returns the error if it cannot be loaded."""
         self._held = None
         _return_memory()
         if base is None:
@@ -112,7 +111,7 @@ class ForkServer:
             self._held = load_base(base)
         except Exception as error:  # noqa: BLE001 - a fork turns it into the job's `failed` event
             return error
-        # The collector would write to the head of every object that the forks share.
+        # The garbage collector would write to the head of every object that the forks share.
         _return_memory()
         gc.freeze()
         return None
@@ -129,12 +128,12 @@ class ForkServer:
             sys.exit(1)
 
     def _in_a_fork(self, work: Callable[[Callable[[Word], None]], int]) -> Ending:
-        """Let a child process do `work`; return when neither it nor anything that it started is alive."""
+        """Runs `work` in a child process; returns when it and everything that it started have ended."""
         parent = os.getpid()
         sys.stdout.flush()
         sys.stderr.flush()
         with _memory_file() as note:
-            # Closed to SIGTERM until both know who they are.
+            # Block SIGTERM until both processes know which one they are.
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
             self._fork = os.fork()
             if self._fork == 0:
@@ -166,7 +165,7 @@ class ForkServer:
         return work(lambda word: _write_all(note, word.model_dump_json().encode()))
 
     def _begin(self, say: Callable[[Word], None], desk: int) -> int:
-        """The first fork: read the line; with the right base model at hand do the job, else have it changed."""
+        """The first fork: reads the line; runs the job if the right base model is held, else has it loaded."""
         line = _read_line()
         if not line.strip():
             say(Word(kind="nothing_more"))
@@ -176,7 +175,7 @@ class ForkServer:
         spec = read_spec(line, self._events_fd)
         if spec is None:
             return 1
-        # Ranks are started by an engine with threads and a store of its own: nothing to do in a fork.
+        # Ranks are started by an engine with its own threads and store, which do not work in a fork.
         if spec.num_gpus > 1 or not _card_opens(spec):
             _start_afresh(line, self._events_fd)
         voice = EventWriter(self._events_fd, spec.job_id)
@@ -203,7 +202,7 @@ class ForkServer:
         return status_of(work, spec, voice)
 
     def _consider(self, order: HoldOrder, say: Callable[[Word], None]) -> int:
-        """Have a base model loaded that no job has asked for yet, where it may stay."""
+        """Has a base model loaded before any job has asked for it, if it may stay in memory."""
         base = Base.of(order)
         needed = model_bytes(base.open(), quantize=order.quantize, compute_type=base.compute_type)
         if needed <= self._keep_bytes:
@@ -211,16 +210,16 @@ class ForkServer:
         return 0
 
     def _go_on(self, desk: int, failure: Exception | None) -> int:
-        """The second fork: what the first has prepared, on the base model that was loaded meanwhile."""
+        """The second fork: continues what the first has prepared, on the base model that was loaded in between."""
         from training.base.load import load_base_model
         from training.recipe import train_on
 
         spec: JobSpec
         prepared: Prepared
         with _reopened(desk) as file:
-            # Written by our own first fork, into memory that has no name.
+            # Written by our own first fork into anonymous memory.
             spec, prepared = pickle.load(file)  # noqa: S301
-        # It would lie there as long as the job trains.
+        # Otherwise it would stay in memory for the whole training.
         os.ftruncate(desk, 0)
         voice = EventWriter(self._events_fd, spec.job_id)
 
@@ -237,14 +236,14 @@ class ForkServer:
         return status_of(work, spec, voice)
 
     def _may_keep(self, spec: JobSpec, prepared: Prepared) -> bool:
-        """On the CPU only: what is held for a card lies in a CUDA context, which no fork inherits."""
+        """On the CPU only: a model held for a GPU lives in a CUDA context, which no fork inherits."""
         return spec.device == "cpu" and spec.num_gpus == 1 and prepared.estimate.model_bytes <= self._keep_bytes
 
 
 def _import_libraries() -> int:
-    """Import all that a job needs and stay on one thread. Returns how many threads a job would have had."""
+    """Imports everything that a job needs and stays on one thread. Returns how many threads a job would have had."""
     with quick_imports(), _card_unopened():
-        # What the chart imports at a job's end, then all the rest.
+        # What the chart imports at a job's end, then everything else.
         import matplotlib.backends.backend_agg
         import matplotlib.figure  # noqa: F401
         import torch
@@ -252,25 +251,25 @@ def _import_libraries() -> int:
         import training.recipe  # noqa: F401
 
     threads = torch.get_num_threads()
-    # A fork of a process whose OpenMP has a pool of threads waits for ever for threads that it does not have.
+    # A fork of a process with an OpenMP thread pool waits for ever for threads that it does not have.
     torch.set_num_threads(1)
     return int(threads)
 
 
 def _start_afresh(line: str, events_fd: int) -> None:
-    """Become a new process, with the same pid and pipes, that does this one job cold. Does not return."""
+    """Becomes a new process, with the same pid and pipes, that runs this one job cold. Does not return."""
     stdin = os.memfd_create("spec", 0)
     _write_all(stdin, line.encode())
     os.lseek(stdin, 0, os.SEEK_SET)
     os.dup2(stdin, _STDIN)
     os.set_inheritable(events_fd, True)
-    # A mask outlives exec.
+    # A signal mask outlives exec.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     os.execv(sys.executable, [sys.executable, "-m", "training", "--events-fd", str(events_fd)])  # noqa: S606
 
 
 def _end_as(work: Callable[[], int]) -> None:
-    """End this process with the status that `work` returns, come what may: its frames are the warm process's."""
+    """Ends this process with the status of `work`, whatever happens: its stack frames belong to the fork server."""
     status = 1
     try:
         try:
@@ -289,7 +288,7 @@ def _end_as(work: Callable[[], int]) -> None:
 
 
 def _end_like(status: int) -> int:
-    """The exit status of a wait status; where a signal ended the fork, end by the same."""
+    """The exit status for a wait status; if a signal ended the fork, ends this process by the same signal."""
     if not os.WIFSIGNALED(status):
         return os.waitstatus_to_exitcode(status)
     number = os.WTERMSIG(status)

@@ -1,4 +1,4 @@
-"""One line of stdin becomes one adapter, or one `failed` event; the exit status tells which."""
+"""Turns one line of stdin into one adapter or one `failed` event; the exit status tells which."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerat
 
 
 def read_spec(line: str, events_fd: int) -> JobSpec | None:
-    """The spec, or None once the daemon was told what is wrong with it."""
+    """The spec, or None after reporting to the daemon what is wrong with it."""
     try:
         return JobSpec.model_validate_json(line)
     except ValidationError as error:
@@ -36,7 +36,7 @@ def read_spec(line: str, events_fd: int) -> JobSpec | None:
 
 
 def begin_job(spec: JobSpec, voice: EventWriter) -> None:
-    """Say that the job is in hand; from here on its scratch files lie in its own folder and go with it."""
+    """Reports that the job has started. From here on its scratch files are in its own folder and go with it."""
     voice.say(Started(job_id=spec.job_id, pid=os.getpid(), versions=_versions()))
     voice.stage(Stage.SETUP)
     scratch = spec.work_dir / "tmp"
@@ -45,7 +45,7 @@ def begin_job(spec: JobSpec, voice: EventWriter) -> None:
 
 
 def status_of(work: Callable[[], None], spec: JobSpec, voice: EventWriter) -> int:
-    """Do it, and turn whatever comes of it into an exit status: 0, 1 after `failed` was said, 75 when stopped."""
+    """Runs `work` and returns an exit status: 0, 1 after reporting `failed`, 75 when stopped."""
     try:
         work()
     except StopRequested:

@@ -1,1 +1,1 @@
-"""4 bits means 4 bits: NF4 weights, the experts of a mixture included, and their copy on disk. Used by `base`."""
+"""4 bits means 4 bits: NF4 weights, including a mixture's experts, and their copy on disk. Used by `base`."""

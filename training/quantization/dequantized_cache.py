@@ -1,9 +1,9 @@
-"""Frozen weights that stay unpacked for a run, in memory that it leaves free: these are dequantised once and not again.
+"""Keeps frozen weights dequantised in spare memory, so that they are dequantised once instead of at every step.
 
-A short step spends more time on unpacking weights than on multiplying with them, for each is unpacked forward and
-backward whatever the number of tokens. The packed bytes stay where they are (they are what is saved and fingerprinted),
-the values are those that unpacking gives each time, and so is the adapter, to the last bit: how much is kept changes
-the time and nothing else.
+A short step spends more time on unpacking weights than on multiplying with them, since each is unpacked forward and
+backward whatever the number of tokens. The packed bytes stay where they are (they are saved and fingerprinted). The
+values are those that unpacking gives each time, so the adapter is the same to the last bit: how much is kept changes
+only the time.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from training.preflight.estimate import Estimate
 from training.quantization.experts import expert_states, has_fused_experts, unpacked_experts
 from training.spec import JobSpec
 
-# The other half is for whoever else lives on this host, and for what the estimate did not see.
+# The other half is for other processes on this host, and for what the estimate missed.
 _SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Of the frozen 4-bit weights, how many were kept unpacked, and what that takes."""
+    """How many of the frozen 4-bit weights were kept unpacked, and the memory they take."""
 
     bytes: int
     weights: int
@@ -37,16 +37,16 @@ class Kept:
 
 @dataclass(frozen=True)
 class _Weight:
-    """One packed weight: how large it would be, and how it is put where its module finds it."""
+    """One packed weight: its unpacked size, and how to keep it where its module finds it."""
 
     unpacked_bytes: int
     keep: Callable[[], None]
 
 
 def spare_bytes(spec: JobSpec, estimate: Estimate) -> int:
-    """What may be spent here, by one process of the run, once its model is loaded.
+    """Memory that one process of the run may use for this, once its model is loaded.
 
-    Half of what is free beyond the run's own need. Nothing on a card: its memory buys more as tokens a micro-batch
+    Half of what is free beyond the run's own need. None on a GPU: its memory gains more as tokens per micro-batch
     (training.loop.memory_probe), which share one unpacking.
     """
     if spec.device == "cuda":
@@ -56,7 +56,7 @@ def spare_bytes(spec: JobSpec, estimate: Estimate) -> int:
 
 
 def keep_unpacked(model: torch.nn.Module, most_bytes: int) -> Kept:
-    """Unpack as many frozen weights as fit into `most_bytes`, in the order of the model's layers."""
+    """Unpacks as many frozen weights as fit into `most_bytes`, in the order of the model's layers."""
     kept_bytes = kept = count = 0
     for weight in _packed_weights(model):
         count += 1
@@ -87,7 +87,7 @@ def _keep_experts(module: torch.nn.Module, name: str) -> None:
 
 
 def _keep_linear(module: Linear4bit) -> None:
-    """Its product, with the conversions of its own `forward`."""
+    """The module's product, with the conversions of its own `forward`."""
     state = module.weight.quant_state
     weight = bnb.dequantize_4bit(module.weight.data, state)
     bias = None if module.bias is None else module.bias.to(weight.dtype)

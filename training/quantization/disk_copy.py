@@ -1,7 +1,7 @@
-"""A 4-bit copy of a base model on the volume: written once after the first load, a quarter of the bytes ever after.
+"""A 4-bit copy of a base model on the volume: written once after the first load, a quarter of the bytes to read later.
 
-Named by a fingerprint of everything that could make it another model: the source's files, the settings, the library
-versions. Its files are hashed before each use. Where anything differs it is not used but written anew.
+It is named by a fingerprint of everything that could change the model: the source files, the settings, the library
+versions. Its files are hashed before each use. If anything differs, it is not used but written anew.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ if TYPE_CHECKING:
 
 _FORMAT = 2
 _SHARD_BYTES = 2**30
-# Never fill a volume to the brim: checkpoints of running jobs live there, too.
+# Never fill the volume completely: checkpoints of running jobs are there, too.
 _SPARE_BYTES = 2 * 2**30
 
 
 class CopyUnusable(Exception):
-    """The copy must not be loaded; says why."""
+    """The copy must not be loaded; the message says why."""
 
 
 @dataclass(frozen=True)
 class QuantizedCopy:
-    """Where the copy of one model stands, or will stand. `folder` is the model that it is a copy of."""
+    """Where one model's copy is, or will be. `folder` is the model that it copies."""
 
     path: Path
     fingerprint: dict[str, Any]
@@ -57,7 +57,7 @@ class QuantizedCopy:
 
     @classmethod
     def kept(cls, folder: ModelFolder, name: str, dtype: torch.dtype) -> QuantizedCopy:
-        """The copy that is all that is kept of the weights; its sources are gone and cannot be compared."""
+        """The copy whose source weights were deleted; it cannot be compared with them."""
         assert folder.kept_copy is not None
         return cls(folder.kept_copy, _fingerprint(folder, name, dtype), folder)
 
@@ -66,7 +66,7 @@ class QuantizedCopy:
         return self.path.is_dir()
 
     def load(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-        """Build the model from the copy. Raises CopyUnusable when a file differs from what was written."""
+        """Builds the model from the copy. Raises CopyUnusable if a file differs from what was written."""
         manifest = self._verified_manifest()
         folder = self.folder
         config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
@@ -81,7 +81,7 @@ class QuantizedCopy:
         states: dict[str, dict[str, torch.Tensor]] = {}
         plain: dict[str, torch.Tensor] = {}
         for file_name in manifest["files"]:
-            # Read, not mapped: what was hashed is what is used, whatever happens to the file from now on.
+            # Read, not mmapped: the bytes that were hashed are the bytes used, whatever happens to the file afterwards.
             with safe_open(self.path / file_name, framework="pt", device="cpu", backend="pread") as file:
                 for key in file.keys():  # noqa: SIM118 - a safetensors file is no dict
                     kind, path, *part = key.split(":")
@@ -106,7 +106,7 @@ class QuantizedCopy:
         return loaded
 
     def save(self, model: PreTrainedModel) -> bool:
-        """Write the copy beside its place and rename it. False where the volume has no room for it."""
+        """Writes the copy to a temporary folder and renames it. False if the volume has no room for it."""
         needed = sum(tensor.numel() * tensor.element_size() for _, tensor in _tensors(model))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(self.path.parent).free < needed + _SPARE_BYTES:
@@ -118,7 +118,7 @@ class QuantizedCopy:
                 file = staging / f"weights-{number:05}.safetensors"
                 save_file(shard, file)
                 files[file.name] = sha256_of(file)
-                # Now, while the next shard is made: at the end there would be all to wait for.
+                # Now, while the next shard is made: at the end, all of them would have to be waited for.
                 sync(file)
             tensors = {name: list(shape) for name, shape in self.folder.tensors()}
             manifest = {"fingerprint": self.fingerprint, "files": files, "tensors": tensors}
@@ -141,7 +141,7 @@ class QuantizedCopy:
         return manifest
 
     def _compare(self, written: dict[str, Any]) -> None:
-        """Raises CopyUnusable where it was made from other files, with other settings or by other versions."""
+        """Raises CopyUnusable if it was made from other files, with other settings or by other versions."""
         compared = [key for key in self.fingerprint if key != "source" or self.folder.kept_copy is None]
         differing = [key for key in compared if written.get(key) != self.fingerprint[key]]
         if differing:
@@ -151,7 +151,7 @@ class QuantizedCopy:
 
 
 def _fingerprint(folder: ModelFolder, name: str, dtype: torch.dtype) -> dict[str, Any]:
-    """The headers name every tensor, its shape and place; with the sizes they tell one checkpoint from another.
+    """The headers name every tensor, its shape and offset; together with the sizes they identify a checkpoint.
 
     Contents are not hashed: 160 GB would take minutes at every start, and `models verify` does it once.
     """
@@ -173,7 +173,7 @@ def _fingerprint(folder: ModelFolder, name: str, dtype: torch.dtype) -> dict[str
 
 
 def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Everything that the model consists of, by kind and path; buffers too, for nobody else would compute them."""
+    """Everything that the model consists of, by kind and path; buffers too, since loading does not recompute them."""
     for path, parameter in model.named_parameters():
         yield f"parameter:{path}", parameter.detach()
     for path, buffer in model.named_buffers():
@@ -188,14 +188,14 @@ def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _shards(model: Any) -> Iterator[dict[str, torch.Tensor]]:
-    """Tensors on the CPU, about a GiB together; never the whole model at once."""
+    """Tensors on the CPU in shards of about a GiB; never the whole model at once."""
     shard: dict[str, torch.Tensor] = {}
     memories: set[int] = set()
     size = 0
     for key, tensor in _tensors(model):
         there = tensor.to("cpu").contiguous()
         memory = there.untyped_storage().data_ptr()
-        # Two names for one memory are refused by safetensors; anything else need not be copied to be written.
+        # safetensors refuses two names for one memory; anything else can be written without a copy.
         shard[key] = there.clone() if memory in memories else there
         memories.add(memory)
         size += tensor.numel() * tensor.element_size()

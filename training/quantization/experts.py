@@ -1,9 +1,9 @@
-"""Fused experts in 4 bits: quantised layer by layer while loading, multiplied grouped, kept packed for backward.
+"""Fused experts in 4 bits: quantised layer by layer while loading, multiplied in groups, kept packed for backward.
 
-transformers keeps all experts of a layer in one 3-D parameter, which `load_in_4bit` passes over without a word: of
-Qwen3-Next-80B-A3B 97 % would stay in bf16. Three things are registered with transformers here, by mechanism and for
-no model by name: a quantisation config, a quantizer that also takes such parameters, and an experts function that
-multiplies with them. Every module made by `use_experts_implementation` is served, with or without gate, bias and
+transformers keeps all experts of a layer in one 3-D parameter, which `load_in_4bit` silently skips: of
+Qwen3-Next-80B-A3B 97 % would stay in bf16. This module registers three things with transformers, by mechanism and not
+by model name: a quantisation config, a quantizer that also handles such parameters, and an experts function that
+multiplies with them. Every module made by `use_experts_implementation` is supported, with or without gate, bias and
 transposition.
 """
 
@@ -34,7 +34,7 @@ _HELD = "nf4_held"
 
 @register_quantization_config(METHOD)
 class Nf4Config(BitsAndBytesConfig):
-    """NF4 with double quantisation for linear layers and fused experts alike."""
+    """NF4 with double quantisation for both linear layers and fused experts."""
 
     def __init__(self, compute_dtype: torch.dtype, skip_modules: list[str]) -> None:
         super().__init__(  # type: ignore[no-untyped-call]
@@ -49,16 +49,16 @@ class Nf4Config(BitsAndBytesConfig):
 
 @register_quantizer(METHOD)
 class Nf4Quantizer(Bnb4BitHfQuantizer):
-    """bitsandbytes' quantizer, which also takes the 3-D parameters of fused experts."""
+    """bitsandbytes' quantizer, extended to the 3-D parameters of fused experts."""
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         module, name = get_module_from_name(model, param_name)
         return is_expert_weight(module, name) or bool(super().param_needs_quantization(model, param_name, **kwargs))
 
     def _process_model_before_weight_loading(self, model: Any, *arguments: Any, **options: Any) -> None:
-        """Refuse what would not become 4-bit while it is a skeleton, and not after hundreds of gigabytes were read."""
+        """Refuses a model that would not become 4-bit before hundreds of gigabytes are read, while it is a skeleton."""
         super()._process_model_before_weight_loading(model, *arguments, **options)
-        # It asks this module what experts are.
+        # Imported here because it asks this module what experts are.
         from training.quantization.packed_weights import refuse_what_is_left
 
         refuse_what_is_left(
@@ -69,7 +69,7 @@ class Nf4Quantizer(Bnb4BitHfQuantizer):
         return Nf4Quantize(self)  # type: ignore[no-untyped-call]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Where the checkpoint holds experts one by one, pack them one by one instead of stacking them first."""
+        """If the checkpoint holds experts one by one, packs them one by one instead of stacking them first."""
         conversions: list[Any] = super().update_weight_conversions(  # type: ignore[no-untyped-call]
             weight_conversions, model
         )
@@ -77,9 +77,9 @@ class Nf4Quantizer(Bnb4BitHfQuantizer):
 
 
 class PackingConverter(WeightConverter):
-    """Hands on the readers of single experts where the library's own would read a layer's experts all at once."""
+    """Passes on the readers of single experts, where the library would read all experts of a layer at once."""
 
-    # Empty, or the class would get a __dict__ that the base does without.
+    # Empty, or the class would get a __dict__ that its base does not have.
     __slots__ = ()
 
     def materialize_tensors(self) -> dict[str, Any]:
@@ -88,9 +88,9 @@ class PackingConverter(WeightConverter):
 
 
 class PackExperts(ConversionOps):
-    """In place of stack and concatenate: a few experts at a time are read, packed and let go.
+    """Replaces stack and concatenate: reads and packs a few experts at a time, and frees them.
 
-    So a layer's experts never exist in 16 bits together, on the host or on the card.
+    So a layer's experts are never all in 16 bits at once, on the host or on the GPU.
     """
 
     @torch.no_grad()
@@ -104,7 +104,7 @@ class PackExperts(ConversionOps):
         **_kwargs: Any,
     ) -> dict[str, torch.Tensor]:
         module, name = get_module_from_name(model, full_layer_name)
-        # The order of the sources is the order in the fused weight: gate before up.
+        # The order of the sources is their order in the fused weight: gate before up.
         readers = [input_dict.pop(pattern) for pattern in source_patterns if pattern in input_dict]
         pieces = _read_experts(readers)
         first = next(pieces)
@@ -115,7 +115,7 @@ class PackExperts(ConversionOps):
 
 
 def _read_experts(readers: list[list[Callable[[], torch.Tensor]]]) -> Iterator[torch.Tensor]:
-    """Whole experts in their order, some together where they are small."""
+    """Whole experts in order, several at a time if they are small."""
     waiting: list[torch.Tensor] = []
     for parts in zip(*readers, strict=True):
         waiting.append(torch.cat([read() for read in parts]))
@@ -127,7 +127,7 @@ def _read_experts(readers: list[list[Callable[[], torch.Tensor]]]) -> Iterator[t
 
 
 def _packing(conversion: Any, model: Any) -> Any:
-    """The conversion, or one in its place that packs, where it makes fused experts out of single ones."""
+    """The conversion itself, or one that packs if it would fuse single experts."""
     kinds = [type(operation) for operation in getattr(conversion, "operations", ())]
     if kinds not in ([MergeModulelist], [MergeModulelist, Concatenate]) or not _targets_experts(conversion, model):
         return conversion
@@ -139,7 +139,7 @@ def _packing(conversion: Any, model: Any) -> Any:
 
 
 def _targets_experts(conversion: Any, model: Any) -> bool:
-    """True when what the conversion makes are fused experts whose single experts fill whole blocks."""
+    """True if the conversion makes fused experts and each single expert fills whole blocks."""
     names = {target.rpartition(".")[2] for target in conversion.target_patterns}
     modules = [module for module in model.modules() if has_fused_experts(module)]
     weights = [module._parameters[name] for module in modules for name in names if name in module._parameters]
@@ -149,7 +149,7 @@ def _targets_experts(conversion: Any, model: Any) -> bool:
 
 
 class Nf4Quantize(Bnb4bitQuantize):
-    """Called by from_pretrained with one whole parameter, the moment it is put together from the checkpoint."""
+    """from_pretrained calls it with one whole parameter, as soon as it is assembled from the checkpoint."""
 
     def convert(  # type: ignore[override]
         self,
@@ -165,14 +165,14 @@ class Nf4Quantize(Bnb4bitQuantize):
                 result |= super().convert({path: value}, full_layer_name=full_layer_name, model=model, **kwargs)
                 continue
             weight = value[0] if isinstance(value, list) else value
-            # Packed already where the experts came one by one; whole where the checkpoint holds them fused.
+            # Already packed if the experts came one by one; whole if the checkpoint holds them fused.
             result[path] = weight if name in expert_states(module) else quantise_experts(module, name, weight)
             module._is_hf_initialized = True
         return result
 
 
 def has_fused_experts(module: torch.nn.Module) -> bool:
-    """True for what `use_experts_implementation` decorates: all experts of a layer in 3-D parameters."""
+    """True for modules that `use_experts_implementation` decorates: all experts of a layer in 3-D parameters."""
     return hasattr(module, "is_transposed") and hasattr(module, "_apply_gate") and "down_proj" in module._parameters
 
 
@@ -180,28 +180,28 @@ def is_expert_weight(module: torch.nn.Module, name: str) -> bool:
     if not has_fused_experts(module) or name not in ("gate_up_proj", "up_proj", "down_proj"):
         return False
     parameter = module._parameters[name]
-    # Three axes before it is quantised, packed bytes after.
+    # Three axes before quantisation, packed bytes after.
     return parameter is not None and (parameter.dim() == 3 or name in expert_states(module))
 
 
 def expert_states(module: torch.nn.Module) -> dict[str, bnb.QuantState]:
-    """How to read the packed bytes of a module's experts, by parameter name; empty before they are quantised."""
+    """How to unpack a module's experts, by parameter name; empty before they are quantised."""
     states: dict[str, bnb.QuantState] = module.__dict__.setdefault(_STATES, {})
     return states
 
 
 def unpacked_experts(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The experts of a module that stay unpacked (training.quantization.dequantized_cache), by parameter name."""
+    """A module's experts that stay unpacked (training.quantization.dequantized_cache), by parameter name."""
     weights: dict[str, torch.Tensor] = module.__dict__.setdefault(_UNPACKED, {})
     return weights
 
 
 def unpack_once_for_backward(model: torch.nn.Module) -> None:
-    """For a model that recomputes its activations layer by layer: what recomputing unpacks, backward uses.
+    """Lets backward reuse what recomputing unpacks, for a model that recomputes its activations layer by layer.
 
-    What a layer saves while it is recomputed is gone when its backward is done, and what it saves before that is
-    dropped at once. So one layer's experts are held, and they are unpacked twice a micro-batch instead of three times.
-    Without recomputing, every layer's would be held.
+    What a layer saves while it is recomputed is freed when its backward is done, and what it saves before that is
+    dropped at once. So one layer's experts are held at a time, and they are unpacked twice per micro-batch instead of
+    three times. Without recomputing, every layer's would be held.
     """
     for module in model.modules():
         if has_fused_experts(module):
@@ -209,14 +209,14 @@ def unpack_once_for_backward(model: torch.nn.Module) -> None:
 
 
 def quantise_experts(module: torch.nn.Module, name: str, weight_EOI: torch.Tensor) -> torch.nn.Parameter:
-    """Pack one expert parameter and remember its state on the module. The caller puts the result in its place."""
+    """Packs one expert parameter and stores its state on the module. The caller puts the result in its place."""
     packed, state = pack(pieces_of(weight_EOI), weight_EOI.shape, weight_EOI.dtype, weight_EOI.device)
     expert_states(module)[name] = state
     return torch.nn.Parameter(packed, requires_grad=False)
 
 
 class _Nf4GroupedMatmul(torch.autograd.Function):
-    """rows_SI @ weight of the row's expert. Keeps the stored weight, packed as a rule, and unpacks it in backward."""
+    """rows_SI @ weight of the row's expert. Keeps the stored weight, usually packed, and unpacks it in backward."""
 
     @staticmethod
     def forward(  # noqa: PLR0917 - autograd passes its arguments by position
@@ -228,11 +228,11 @@ class _Nf4GroupedMatmul(torch.autograd.Function):
         is_transposed: bool,
         is_held: bool,
     ) -> torch.Tensor:
-        """`state` says how to unpack what is stored; None where it is unpacked. `is_held`: keep what was unpacked."""
+        """`state` says how to unpack the stored weight; None if it is unpacked. `is_held`: keep the unpacked one."""
         weight = _unpack(stored, state)
         ctx.save_for_backward(weight if is_held else stored, ends_E)
         ctx.state, ctx.is_transposed, ctx.rows_dtype = None if is_held else state, is_transposed, rows_SI.dtype
-        # As stored (E, out, in), or (E, in, out) where the model says transposed; the product wants (E, in, out).
+        # Stored as (E, out, in), or (E, in, out) if the model says transposed; the product needs (E, in, out).
         return _grouped_mm(rows_SI, weight if is_transposed else weight.transpose(-2, -1), ends_E)
 
     @staticmethod
@@ -250,14 +250,14 @@ def _unpack(stored: torch.Tensor, state: bnb.QuantState | None) -> torch.Tensor:
 def nf4_grouped_experts(
     module: Any, hidden_ND: torch.Tensor, chosen_NK: torch.Tensor, weight_NK: torch.Tensor
 ) -> torch.Tensor:
-    """Every token through its K experts: sort by expert, one grouped product up, one down, sort back, sum.
+    """Sends every token through its K experts: sort by expert, one grouped product up, one down, sort back, sum.
 
-    The arithmetic of transformers' own `grouped_mm`, with weights that are unpacked when they are needed.
+    The arithmetic of transformers' own `grouped_mm`, with weights that are unpacked when needed.
     """
     tokens, k = chosen_NK.shape
     expert_S, order_S = torch.sort(chosen_NK.reshape(-1))
     rows_SD = hidden_ND[order_S // k]
-    # histc, and on the CPU in float: bincount is not deterministic, integer histc does not exist there.
+    # histc, in float on the CPU: bincount is not deterministic, and integer histc does not exist there.
     counted = expert_S.float() if hidden_ND.device.type == "cpu" else expert_S.int()
     count_E = torch.histc(counted, bins=module.num_experts, min=0, max=module.num_experts - 1)
     ends_E = torch.cumsum(count_E, dim=0, dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""Packing a large weight into NF4 piece by piece, so that it never exists twice in 16 bits."""
+"""Packs a large weight into NF4 piece by piece, so that it never exists twice in 16 bits."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import bitsandbytes.functional as bnb
 import torch
 
 BLOCK = 64
-# What one call of the packing kernel works on: its temporaries on a CPU are about 16 bytes an element, and no larger
-# piece is packed faster.
+# The size of one call of the packing kernel: its temporaries on a CPU take about 16 bytes an element, and larger
+# pieces are not packed faster.
 PIECE_ELEMENTS = 1 << 20
 
 
 def pack(
     pieces: Iterable[torch.Tensor], shape: torch.Size, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, bnb.QuantState]:
-    """Pack consecutive pieces of one weight, each a multiple of BLOCK elements but the last.
+    """Packs consecutive pieces of one weight, each except the last a multiple of BLOCK elements.
 
-    Equal, bit for bit, to bnb.quantize_4bit(whole, compress_statistics=True): blocks are quantised independently,
-    and the second quantisation, of their maxima, is done once over all of them.
+    Equal, bit for bit, to bnb.quantize_4bit(whole, compress_statistics=True): blocks are quantised independently, and
+    the second quantisation, of their maxima, is done once over all of them.
     """
     count = math.prod(shape)
     packed = torch.empty((-(-count // 2), 1), dtype=torch.uint8, device=device)
@@ -48,5 +48,5 @@ def pack(
 
 
 def pieces_of(weight: torch.Tensor) -> Iterable[torch.Tensor]:
-    """A weight in consecutive views of at most PIECE_ELEMENTS."""
+    """Splits a weight into consecutive views of at most PIECE_ELEMENTS."""
     return torch.split(weight.reshape(-1), PIECE_ELEMENTS)

@@ -1,7 +1,7 @@
-"""What of a model must be in four bits, and what is kept in sixteen on purpose.
+"""Decides which weights of a model must be in four bits, and which stay in sixteen on purpose.
 
-Told apart by what a weight does and not by how large it is: the router of a large mixture has more numbers than many a
-linear layer, and is kept.
+The decision depends on what a weight does, not on its size: the router of a large mixture has more numbers than many
+a linear layer, and is kept.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from training.failures import TrainingFailed
 from training.files.module_names import UNQUANTISED_MODULES
 from training.quantization.experts import has_fused_experts
 
-# Of a weight that is neither a linear layer's nor an expert's we cannot know what it is for; a small one does no harm.
+# The purpose of a weight outside linear layers and experts is unknown; leaving a small one in 16 bits does no harm.
 _LARGE_WEIGHT = 1 << 20
 
-# Module, name in it, path in the model.
+# Module, name of the weight in it, path in the model.
 IsPacked = Callable[[torch.nn.Module, str, str], bool]
 
 
 def is_in_bytes(module: torch.nn.Module, name: str, _path: str) -> bool:
-    """Of a loaded model: whether this weight was packed."""
+    """True if this weight of a loaded model was packed."""
     parameter = module._parameters[name]
     return parameter is not None and parameter.dtype is torch.uint8
 
 
 def refuse_what_is_left(model: Any, name: str, is_packed: IsPacked) -> None:
-    """Raises TrainingFailed(model_unsupported) where a weight stays in 16 bits that was planned in four."""
+    """Raises TrainingFailed(model_unsupported) if a weight that should be in four bits stays in 16."""
     left = list(left_in_16_bits(model, is_packed))
     if not left:
         return
@@ -46,9 +46,9 @@ def refuse_what_is_left(model: Any, name: str, is_packed: IsPacked) -> None:
 
 
 def left_in_16_bits(model: Any, is_packed: IsPacked) -> Iterator[tuple[str, int]]:
-    """Path and size of every weight that should have been packed: of linear layers, of experts, and unknown large ones.
+    """Path and size of each weight that should have been packed: of linear layers, of experts, and unknown large ones.
 
-    Kept on purpose: embeddings and head, routers, convolutions, and what is named in UNQUANTISED_MODULES or by the
+    Kept on purpose: embeddings and head, routers, convolutions, and those named in UNQUANTISED_MODULES or by the
     architecture itself, which knows what must stay exact.
     """
     kept_names = {*UNQUANTISED_MODULES, *(model._keep_in_fp32_modules or ())}
@@ -80,7 +80,7 @@ def _must_be_packed(module: torch.nn.Module, name: str, parameter: torch.nn.Para
 
 
 def _routers(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
-    """A router has one row for each of the experts that stand beside it."""
+    """Finds routers: they have one row for each of the experts beside them."""
     for block in model.modules():
         counts = {count for child in block.children() if (count := _experts_in(child)) is not None}
         if not counts:

@@ -1,1 +1,1 @@
-"""What a run leaves beside its adapter: history, summary, chart, trackers."""
+"""What a run saves beside its adapter: history, summary, chart, trackers."""

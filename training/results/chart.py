@@ -1,4 +1,4 @@
-"""The picture of a run: loss and validation, learning rate, gradient norm and tokens a second, as one PNG."""
+"""Draws a run's chart: loss and validation, learning rate, gradient norm and tokens a second, as one PNG."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from training.results.history import RunHistory
 
 
 def draw_chart(journal: RunHistory, path: Path, title: str) -> None:
-    """Write the chart; a run without steps gives empty axes."""
-    # Here, so that nobody waits for it before the training. And without pyplot, which is for screens.
+    """Writes the chart; a run without steps gives empty axes."""
+    # Imported here, so that it does not delay training. And without pyplot, which is for screens.
     from matplotlib.figure import Figure
 
     steps = [record.step for record in journal.steps]

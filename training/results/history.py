@@ -1,4 +1,4 @@
-"""What happened in a run, step by step: kept in every checkpoint, so that a resumed run tells one unbroken story."""
+"""The metrics history of a run. It is saved in every checkpoint, so that a resumed run continues it."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class EvaluationRecord:
 
 @dataclass
 class RunHistory:
-    """Grows while the run goes on. Seconds and tokens count over all attempts."""
+    """Grows while the run goes on. Seconds and tokens add up over all attempts."""
 
     steps: list[StepRecord] = field(default_factory=list)
     evaluations: list[EvaluationRecord] = field(default_factory=list)
     training_seconds: float = 0.0
-    # What a micro-batch was fitted to; None where the plan's number holds. An attempt that goes on adds up in the same
-    # order as the one before it.
+    # The micro-batch size that was found to fit; None if the plan's number is used. A resumed attempt keeps it, so that
+    # it adds up in the same order as the one before.
     micro_batch_tokens: int | None = None
 
     @property
@@ -46,7 +46,7 @@ class RunHistory:
 
     @property
     def best(self) -> EvaluationRecord | None:
-        """The trained step with the lowest validation loss; the earliest of equals."""
+        """The trained step with the lowest validation loss; of equal ones, the earliest."""
         trained = [record for record in self.evaluations if record.step > 0 and math.isfinite(record.validation_loss)]
         return min(trained, key=lambda record: (record.validation_loss, record.step), default=None)
 
@@ -67,7 +67,7 @@ class RunHistory:
         )
 
     def write_log(self, path: Path) -> None:
-        """The training log that is uploaded: one JSON object a line, steps and evaluations in order."""
+        """Writes the training log that is uploaded: one JSON object per line, steps and evaluations in order."""
         records: list[StepRecord | EvaluationRecord] = sorted(
             [*self.steps, *self.evaluations], key=lambda record: (record.step, isinstance(record, EvaluationRecord))
         )

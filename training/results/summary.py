@@ -1,4 +1,4 @@
-"""The ending in numbers: what the app shows as quality_metrics and training_summary."""
+"""Summarises a finished run in numbers: what the app shows as quality_metrics and training_summary."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from training.data.corpus import Corpus
 from training.data.plan import Plan
 from training.results.history import RunHistory
 
-# The mean of this many last steps stands for "the final training loss"; a single step's is noise.
+# "The final training loss" is the mean of this many last steps; a single step's is noise.
 _LAST_STEPS = 5
 
 
 def summarise(journal: RunHistory, plan: Plan, corpus: Corpus, trainable: int) -> dict[str, Any]:
-    """Keys are the app's where it has one. Losses are mean nats a trained token; perplexity is of the validation."""
+    """Keys are the app's where it has one. Losses are mean nats per trained token; perplexity is of the validation."""
     first = journal.evaluations[0].validation_loss if journal.evaluations else None
     best = journal.best
     final = best.validation_loss if best else None
@@ -49,7 +49,7 @@ def summarise(journal: RunHistory, plan: Plan, corpus: Corpus, trainable: int) -
 
 
 def _convergence(reduction: float | None) -> str:
-    """One word for how far the loss fell, in percent of where it began."""
+    """One word for how far the loss fell, in percent of its first value."""
     if reduction is None:
         return "unknown"
     if reduction >= 50:
@@ -62,7 +62,7 @@ def _convergence(reduction: float | None) -> str:
 
 
 def _score(reduction: float | None, training_loss: float | None, validation_loss: float | None) -> int:
-    """1 to 5: how far the loss fell, one less where the model memorised (validation far above training)."""
+    """1 to 5: how far the loss fell, minus one if the model memorised (validation far above training)."""
     score = {"excellent": 5, "good": 4, "fair": 3, "poor": 2, "unknown": 3}[_convergence(reduction)]
     if reduction is not None and reduction < 0:
         score = 1

@@ -1,7 +1,7 @@
 """Experiment trackers: a TensorBoard file among the artifacts, and Weights & Biases by transformers' own integration.
 
-A tracker only listens. Whatever becomes of it (no network, a refused key, a full disk at its service), the training
-goes on, and a notice in the job's story says what is missing.
+A tracker only records. Whatever happens to it (no network, a refused key, a full disk at its service), training goes
+on, and a notice among the job's events says what is missing.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from training.spec import JobSpec
 if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
 
-# TensorBoard opens every file below its folder whose name holds `tfevents`.
+# TensorBoard opens every file below its folder whose name contains `tfevents`.
 TENSORBOARD_FILE = "training.tfevents"
-# Longest wait for W&B: a service that is away must not keep a card from the next job.
+# The longest wait for W&B: if its service is down, the GPU must not wait.
 _WANDB_INIT_SECONDS = 30.0
 _WANDB_FINISH_SECONDS = 60.0
 
 
 def tracking_callbacks(spec: JobSpec, journal: RunHistory, voice: EventWriter) -> Iterator[TrainerCallback]:
-    """One callback for each tracker of the job. They go behind the one that fills the journal."""
+    """One callback for each tracker of the job. They run after the one that fills the run's history."""
     if "tensorboard" in spec.trackers:
         yield TensorBoardFile(journal, spec.work_dir)
     if "wandb" in spec.trackers:
@@ -37,14 +37,14 @@ def tracking_callbacks(spec: JobSpec, journal: RunHistory, voice: EventWriter) -
 
 
 def tracked_files(spec: JobSpec) -> tuple[Path, ...]:
-    """What the trackers left for the adapter's folder, once training is over."""
+    """The trackers' files for the adapter's folder, once training is over."""
     path = spec.work_dir / TENSORBOARD_FILE
     return (path,) if path.exists() else ()
 
 
 class TensorBoardFile(TrainerCallback):
-    """The journal as a TensorBoard event file, written while the run goes on: `tensorboard --logdir` on the host
-    shows it live. A resumed run begins with what the journal remembers, so that its curves have no hole."""
+    """Writes the run's history as a TensorBoard event file during the run: `tensorboard --logdir` on the host shows it
+    live. A resumed run begins with the history it already has, so that its curves have no gap."""
 
     def __init__(self, journal: RunHistory, work_dir: Path) -> None:
         self._journal = journal
@@ -57,7 +57,7 @@ class TensorBoardFile(TrainerCallback):
         if state.is_world_process_zero:
             from tensorboardX import SummaryWriter
 
-            # A killed attempt leaves its file, and the journal knows all that is in it.
+            # A killed attempt leaves its file, and the history has everything that is in it.
             shutil.rmtree(self._folder, ignore_errors=True)
             self._writer = SummaryWriter(str(self._folder))
             self._catch_up()
@@ -71,13 +71,13 @@ class TensorBoardFile(TrainerCallback):
         self._catch_up()
         self._writer.close()
         self._writer = None
-        # Its own name holds the host's.
+        # TensorBoard's own file name contains the host name.
         (written,) = self._folder.iterdir()
         written.replace(self._goal)
         self._folder.rmdir()
 
     def _catch_up(self) -> None:
-        """Write what the journal has learnt since the last time."""
+        """Writes what the history has gained since the last time."""
         writer = self._writer
         if writer is None:
             return
@@ -98,10 +98,10 @@ class TensorBoardFile(TrainerCallback):
 
 
 class WandbRun(WandbCallback):
-    """The library's integration, held to one run a job: a later attempt goes on in the run of the earlier one.
+    """The library's integration, limited to one run per job: a later attempt continues the earlier one's run.
 
-    No code, no console, no weights leave the host: numbers and the configuration only. The key is in this process's
-    environment, where the daemon put it.
+    No code, no console output, no weights leave the host: only numbers and the configuration. The key is in this
+    process's environment, where the daemon put it.
     """
 
     def __init__(self, spec: JobSpec, voice: EventWriter) -> None:
@@ -143,13 +143,13 @@ class WandbRun(WandbCallback):
                 self._wandb.finish()
 
     def give_up(self, reason: str) -> None:
-        """Go on without: the library's methods do nothing once this is None."""
+        """Stops tracking: the library's methods do nothing once this is None."""
         self._wandb = None  # type: ignore[assignment]
         self._voice.notice("tracker_lost", f"Weights & Biases does not get this run: {reason}", tracker="wandb")
 
 
 class _Tolerance:
-    """A context in which what W&B raises ends the tracking and not the training."""
+    """A context in which an error of W&B ends the tracking, not the training."""
 
     def __init__(self, run: WandbRun) -> None:
         self._run = run
