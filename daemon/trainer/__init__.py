@@ -1,2 +1,2 @@
 """The child process that trains: its start, its environment without secrets, its log, and the pool of pre-started ones.
-It alone turns exit code, signal, last event and silence into one verdict. Called by the attempt."""
+Only this room turns exit code, signal, last event and silence into one verdict. Called by the attempt."""

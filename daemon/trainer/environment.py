@@ -1,10 +1,10 @@
-"""What a trainer inherits of our environment: an allow list without secrets."""
+"""The environment variables that a trainer inherits: an allow list without secrets."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-# What the child inherits. Everything else stays behind, so that no secret can.
+# What the child inherits. Everything else is left out, so that no secret can leak.
 INHERITED = (
     "PATH",
     "HOME",
@@ -27,16 +27,16 @@ INHERITED = (
 
 
 def child_environment(environment: Mapping[str, str], gpus: tuple[int, ...]) -> dict[str, str]:
-    """The child's whole environment: an allow-list, its cards, and a hub that is switched off."""
+    """The child's whole environment: the allow list, its GPUs, and the hub switched off."""
     kept = {name: environment[name] for name in INHERITED if name in environment}
     return kept | {
         "CUDA_VISIBLE_DEVICES": ",".join(str(index) for index in gpus),
-        # NVML numbers the cards so; CUDA by default does not.
+        # NVML numbers the GPUs this way; CUDA by default does not.
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        # Fewer failed allocations near the card's limit (PyTorch's CUDA memory notes).
+        # Fewer failed allocations near the GPU's memory limit (PyTorch's CUDA memory notes).
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",

@@ -1,4 +1,4 @@
-"""What the trainer's libraries print: a file that keeps its last megabytes, and the last lines in memory."""
+"""The output of the trainer's libraries: a file that keeps its last megabytes, and the last lines in memory."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ log = structlog.get_logger()
 
 MAX_BYTES = 16 * 1024 * 1024
 TAIL_LINES = 40
-# A progress bar is one endless line to a file.
+# In a file, a progress bar is one endless line.
 MAX_LINE_CHARACTERS = 2000
 
 
 class TrainerLog:
-    """Appends to `path`; when it is full, it becomes `<name>.1.log` and a new one begins."""
+    """Appends to `path`; when that is full, it becomes `<name>.1.log` and a new file begins."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -50,8 +50,8 @@ class TrainerLog:
             self._file.close()
 
     def _give_up(self, error: OSError) -> None:
-        # A full disk, or an heir that has removed the folder, must not stop the training that will name it: the
-        # last lines are kept in memory all the same.
+        # A full disk, or a successor that removed the folder, must not stop the training: the last lines are kept in
+        # memory anyway, and training will report the disk itself.
         self.close()
         self._file = None
         log.warning("trainer_log_lost", error=str(error))

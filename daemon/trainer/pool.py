@@ -1,11 +1,11 @@
-"""TrainerPool that wait: one for each slot of this host, with the libraries imported and the last base model in memory.
+"""A pool of pre-started trainer processes, one per slot, with their libraries imported and the last base model loaded.
 
-What a job brought with it is not in there: a warm trainer does each job in a fork of itself
-(training/process/fork_server.py), which the kernel takes back whole. So jobs of different owners may use the same
-one, and no card's memory is held meanwhile.
-A trainer is given up after any ending but success, when it grew, when it held a model for long without being used,
-and when this host stops. A job that carries a key of its own, or wants several cards, gets a process of its own, and
-the memory of those that wait in its slots; others wait there afterwards.
+A warm trainer keeps nothing of a job: it runs each job in a fork of itself (training/process/fork_server.py), which
+the kernel cleans up completely. So jobs of different owners may use the same one, and no GPU memory is held between
+jobs.
+A trainer is ended after any outcome but success, when its memory has grown, when it has held a model for long without
+being used, and when this host stops. A job that carries a key of its own, or needs several GPUs, gets a process of its
+own: the trainers waiting in its slots are ended to free their memory, and new ones start there afterwards.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from training.spec import HoldOrder, JobSpec
 log = structlog.get_logger()
 
 LOOK_SECONDS = 5.0
-# Beyond what a trainer took when it was first ready with the same model: nothing should stay, so nothing should add up.
+# Allowed growth since a trainer was first ready with the same model: nothing of a job should stay in its memory.
 GROWTH_BYTES = 512 * 2**20
 
 
 @dataclass
 class _Waiting:
-    """A trainer at rest."""
+    """An idle trainer."""
 
     child: TrainerProcess
     since: float = field(default_factory=time.monotonic)
 
 
 class TrainerPool:
-    """Runs specs on this host, on waiting trainers where there are any."""
+    """Runs specs on this host, on idle trainers where there are any."""
 
     def __init__(self, settings: Settings, host: Host, command: tuple[str, ...]) -> None:
         self._settings = settings
@@ -61,7 +61,7 @@ class TrainerPool:
         self._keep_bytes = 0 if settings.warm != "model" else _memory_for_models(settings) // len(self._slots)
         self._waiting: dict[int, _Waiting] = {}
         self._busy: set[int] = set()
-        # Places whose trainer died before it was ready: not tried again until a job has shown that it can live.
+        # Slots whose trainer died before it was ready: not tried again until a job has run there.
         self._unfit: set[int] = set()
         self._changed = asyncio.Event()
         self._closing = False
@@ -77,7 +77,7 @@ class TrainerPool:
         log_path: Path,
         own_environment: Mapping[str, str] = MappingProxyType({}),
     ) -> Verdict:
-        """See one spec through on these slots. What is left waiting afterwards has done with it."""
+        """Runs one spec on these slots. A trainer that stays idle afterwards keeps nothing of it."""
 
         async def run_on(child: TrainerProcess) -> Verdict:
             return await child.run(spec, on_event=on_event, stop=stop, patience=patience, log_path=log_path)
@@ -91,7 +91,7 @@ class TrainerPool:
                 if not _was_lost(waiting.child, verdict, stop):
                     await self._put_back(slot, waiting.child)
                     return verdict
-                # It died while nobody looked, or with the spec in its hands: the job has not begun.
+                # It died while idle, or before it began the job: the job is run on another one.
                 log.warning("warm_trainer_lost", slot=slot)
             await self._clear(slots)
             try:
@@ -111,7 +111,7 @@ class TrainerPool:
             verdict = await run_on(child)
             await self._put_back(slot, child)
             if isinstance(verdict, Failed) and _was_lost(child, verdict, stop):
-                # A fresh one, and it died before it had read its spec: no job had a hand in that.
+                # A new process died before it read its spec: the job cannot be the cause.
                 return replace(verdict, host="trainer")
             return verdict
         finally:
@@ -119,28 +119,28 @@ class TrainerPool:
             self._changed.set()
 
     def bases(self) -> list[str]:
-        """Base models that are in memory and waiting; an empty name stands for jobs that name none."""
+        """Base models loaded in idle trainers; an empty name stands for jobs that name none."""
         return self._named({base for slot in self._waiting if (base := self._held(slot)) is not None})
 
     def bases_after(self, ending: Iterable[str | None]) -> list[str]:
-        """What `bases` will say when jobs on these base models (None: the default one) have ended well."""
+        """What `bases` will return once jobs on these base models (None: the default one) have succeeded."""
         if self._settings.warm != "model" or self._on_gpu:
             return self.bases()
         return self._named({*self.bases(), *(base or self._settings.default_model for base in ending)})
 
     def preferred(self, free: Iterable[int], base_model: str | None) -> int | None:
-        """The free slot whose trainer holds this base model; the default one where none is named."""
+        """The free slot whose trainer holds this base model (None: the default one)."""
         wanted = base_model or self._settings.default_model
         return next((slot for slot in free if self._held(slot) == wanted), None)
 
     async def tend(self) -> None:
-        """Keep a trainer ready at each slot and give up those that waited too long. Cancelled, it leaves none."""
+        """Keeps a trainer ready at each slot and ends those that were idle too long. Cancelled, it ends them all."""
         try:
             await self._fill()
             if self._settings.warm == "model" and self._settings.warm_default_model and not self._on_gpu:
                 await self._hold_default_model()
             while True:
-                # Cleared before looking: a change while we look is not lost.
+                # Cleared before looking, so that a change meanwhile is not lost.
                 self._changed.clear()
                 await self._give_up_stale()
                 await self._fill()
@@ -151,22 +151,22 @@ class TrainerPool:
             raise
 
     def try_again(self) -> None:
-        """What kept trainers from starting was mended."""
+        """Tries again to start trainers, after what prevented it was fixed."""
         self._unfit.clear()
         self._changed.set()
 
     def drain(self) -> None:
-        """No job will come any more: let go of the trainers that wait."""
+        """Ends the idle trainers: no more jobs will come."""
         self._closing = True
         self._changed.set()
 
     async def close(self) -> None:
-        """End every waiting trainer."""
+        """Ends every idle trainer."""
         self._closing = True
         for slot in list(self._waiting):
             await self._waiting.pop(slot).child.kill()
 
-    # -- at rest ---------------------------------------------------------------------------------------------------
+    # -- idle trainers ---------------------------------------------------------------------------------------------
 
     async def _put_back(self, slot: int, child: TrainerProcess) -> None:
         if not child.is_done:
@@ -178,7 +178,7 @@ class TrainerPool:
             self._waiting[slot] = _Waiting(child)
 
     async def _clear(self, slots: tuple[int, ...]) -> None:
-        """A job begins here without those that wait here: what they hold is its memory."""
+        """Ends the idle trainers of these slots, because the job needs their memory."""
         for slot in slots:
             if (waiting := self._waiting.pop(slot, None)) is not None:
                 log.info("warm_trainer_given_up", slot=slot, reason="place_taken")
@@ -199,7 +199,7 @@ class TrainerPool:
             if self._may_wait(slot):
                 self._waiting[slot] = _Waiting(child)
             else:
-                # A job came meanwhile and started its own.
+                # A job came meanwhile and started its own trainer.
                 await child.kill()
 
     def _may_wait(self, slot: int) -> bool:
@@ -231,7 +231,7 @@ class TrainerPool:
         return None
 
     async def _hold_default_model(self) -> None:
-        """Load the default model before a job asks for it, where it is on this host."""
+        """Loads the default model before a job asks for it, if it is on this host."""
         offline = self._settings.model_copy(update={"model_downloads": False})
         try:
             model = await resolve_model(None, offline)
@@ -260,7 +260,7 @@ class TrainerPool:
 
 
 def _was_lost(child: TrainerProcess, verdict: Verdict, stop: Stop) -> bool:
-    """It ended by itself, or by a stranger's hand, before it said a word of this job."""
+    """True if the process died, of itself or killed by another, before it reported anything about this job."""
     if not child.reported_nothing or stop.reason is not None or isinstance(verdict, Trained):
         return False
     return not (isinstance(verdict, Failed) and verdict.code is ErrorCode.STALLED)

@@ -1,6 +1,6 @@
-"""The trainer's process seen from outside: start it, read its events, end it, and say how it ended.
+"""The trainer's process, seen from outside: starts it, reads its events, ends it, and returns how it ended.
 
-This module alone turns exit code, signal, last event and silence into a verdict; nobody else decides.
+How exit code, signal, last event and silence become a verdict is in daemon.trainer.verdict.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from training.spec import HoldOrder, JobSpec
 
 log = structlog.get_logger()
 
-# Longest event line: a sample answer or a stack trace is far below it, a runaway line is cut off.
+# The longest event line: a sample answer or a stack trace is far shorter, a runaway line is skipped.
 MAX_EVENT_BYTES = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True)
 class Timeouts:
-    """How long the daemon waits, in seconds: for any event, for a checkpoint on stop, for an end after TERM."""
+    """How long the daemon waits, in seconds: for any event, for a checkpoint on stop, for the exit after SIGTERM."""
 
     stall_seconds: float = 1800.0
     drain_seconds: float = 60.0
     kill_seconds: float = 10.0
 
     def grace(self, reason: StopReason) -> float:
-        """Seconds between TERM and KILL."""
+        """Seconds between SIGTERM and SIGKILL."""
         return self.drain_seconds if reason.saves_a_checkpoint else self.kill_seconds
 
 
 class TrainerProcess:
     """One trainer process and the pipes to it.
 
-    A warm one takes specs one after another for as long as each ends well; whatever else happens, it is ended.
+    A warm one takes one spec after another as long as each succeeds; after any other outcome it is ended.
     """
 
     def __init__(self, process: asyncio.subprocess.Process, *, warm: bool, output: _Output) -> None:
@@ -73,9 +73,9 @@ class TrainerProcess:
         own_environment: Mapping[str, str] = MappingProxyType({}),
         keep_bytes: int | None = None,
     ) -> TrainerProcess:
-        """Start a process. With `keep_bytes` it is warm, and a base model up to this size stays in its memory.
+        """Starts a process. With `keep_bytes` it is warm, and keeps a base model up to this size in memory.
 
-        `own_environment` is one job's alone: a tracker's key.
+        `own_environment` is for one job only: a tracker's key.
         """
         warm = () if keep_bytes is None else ("--warm", "--keep-bytes", str(keep_bytes))
         events_read, events_write = os.pipe()
@@ -121,7 +121,7 @@ class TrainerProcess:
         return self._process.returncode is None
 
     async def first_word(self) -> None:
-        """Return when a warm one is ready for its first line, or has ended."""
+        """Returns when a warm one is ready for its first line, or has ended."""
         ended, ready = asyncio.create_task(self._process.wait()), asyncio.create_task(self._done.wait())
         try:
             await asyncio.wait({ended, ready}, return_when=asyncio.FIRST_COMPLETED)
@@ -135,17 +135,17 @@ class TrainerProcess:
 
     @property
     def is_done(self) -> bool:
-        """Every line that was given is done with, and the next one may come."""
+        """Every line it was given is finished, and the next one may come."""
         return self.alive and self.ready is not None and self.ready.served == self._given
 
     @property
     def grown_bytes(self) -> int:
-        """What it holds now beyond what it held when it was first ready with the same base model."""
+        """How much it has grown since it was first ready with the same base model."""
         return 0 if self.ready is None else self.ready.resident_bytes - self._sizes[self.ready.base_model]
 
     @property
     def reported_nothing(self) -> bool:
-        """No event of the last spec arrived: whatever became of the process, that job never began."""
+        """True if no event of the last spec arrived: whatever became of the process, that job never began."""
         return self._last_words.silent
 
     async def run(
@@ -157,7 +157,7 @@ class TrainerProcess:
         patience: Timeouts,
         log_path: Path,
     ) -> Verdict:
-        """Hand over a spec and see it through. On return the process is done with it, or none of its group is alive.
+        """Hands over a spec and waits for the outcome. On return the process is done with it, or its group is dead.
 
         `on_event` is called in order and must not block.
         """
@@ -170,12 +170,12 @@ class TrainerProcess:
             stalled = await self._watch(stop, patience)
             done = self.is_done
             if done:
-                # The job's process has ended, so all that it printed is in the pipe; the next job's log is another.
+                # The job's process has ended, so all its output is in the pipe; the next job has another log.
                 await self._output.drained()
                 log.info("trainer_waits", pid=self.pid, served=self._given)
         finally:
             if not done:
-                # Also on cancellation of this task: never leave a process behind.
+                # Also when this task is cancelled: never leave a process behind.
                 await self.kill()
             self._output.log, self._on_event = None, _drop
             trainer_log.close()
@@ -190,24 +190,24 @@ class TrainerProcess:
         )
 
     def give(self, line: JobSpec | HoldOrder) -> None:
-        """Write one line to its stdin; one that is not warm gets no other."""
+        """Writes one line to its stdin. A process that is not warm gets only one."""
         stdin = self._process.stdin
         assert stdin is not None
         self._given += 1
         self._done.clear()
         if stdin.is_closing():
-            return  # it died before it was asked; its exit code tells
-        # Not drained: one that does not read would keep us here, deaf to a stop and to its own silence.
+            return  # it died before this; its exit code says why
+        # Not drained: a process that does not read would block us, and we would miss a stop request and its silence.
         stdin.write(line.model_dump_json().encode() + b"\n")
         if not self._warm:
             stdin.close()
 
     async def kill(self) -> None:
-        """End the process and its whole group. None of it is alive on return."""
+        """Kills the process and its whole group. None of it is alive on return."""
         _signal_group(self._process, signal.SIGKILL)
         await self._process.wait()
         assert self._reader is not None
-        # A grandchild that left the group could hold the pipes open for ever.
+        # A grandchild that left the group could hold the pipes open forever.
         await asyncio.wait({self._reader, asyncio.ensure_future(self._output.closed)}, timeout=5.0)
         self._reader.cancel()
         await asyncio.gather(self._reader, return_exceptions=True)
@@ -215,7 +215,7 @@ class TrainerProcess:
         log.info("trainer_ended", pid=self._process.pid, returncode=self._process.returncode)
 
     async def _watch(self, stop: Stop, patience: Timeouts) -> bool:
-        """Wait until it is done or gone; ask for an end when told to stop. True if it fell silent."""
+        """Waits until it is done or gone; ends it on a stop request. Returns True if it went silent."""
         ended = asyncio.create_task(self._process.wait())
         done = asyncio.create_task(self._done.wait())
         asked = asyncio.create_task(stop.wait())
@@ -249,16 +249,14 @@ class TrainerProcess:
             while True:
                 try:
                     line = await reader.readline()
-                except ValueError:  # longer than any event we know
+                except ValueError:  # longer than any known event
                     log.warning("event_too_long", limit_bytes=MAX_EVENT_BYTES)
                     continue
                 if not line:
                     return
                 try:
                     self._hear(line)
-                except (
-                    Exception
-                ):  # whoever hears it failed: the next ones, the ending among them, are heard all the same
+                except Exception:  # a handler failed: later events, the final one included, must still arrive
                     log.exception("event_not_taken", line=line[:200].decode(errors="replace"))
         finally:
             transport.close()
@@ -283,7 +281,7 @@ class TrainerProcess:
 
 @dataclass
 class _LastEvent:
-    """What was heard of the present spec."""
+    """What has arrived for the current spec."""
 
     terminal: events.AdapterSaved | events.Failed | None = None
     silent: bool = True
@@ -291,12 +289,12 @@ class _LastEvent:
 
 
 class _Output(asyncio.Protocol):
-    """What the process prints, into the log of the job at hand; between two jobs it is nobody's."""
+    """Writes what the process prints into the current job's log; between two jobs, into the daemon's debug log."""
 
     def __init__(self, read_end: int) -> None:
         self.log: TrainerLog | None = None
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        # Not asked of the transport: RunPod's test server runs on uvloop, whose transports do not tell.
+        # Not read from the transport: RunPod's test server runs on uvloop, whose transports do not expose it.
         self._read_end = read_end
         self._transport: asyncio.BaseTransport | None = None
 
@@ -314,7 +312,7 @@ class _Output(asyncio.Protocol):
             self.closed.set_result(None)
 
     async def drained(self) -> None:
-        """Return when nothing that was printed so far is left in the pipe."""
+        """Returns when nothing that was printed so far is left in the pipe."""
         while not self.closed.done() and self._waiting_bytes():  # noqa: ASYNC110 - a pipe tells nobody that it is empty
             await asyncio.sleep(0)
 
@@ -333,7 +331,7 @@ def _drop(event: Event) -> None:
 
 
 async def _end(process: asyncio.subprocess.Process, ended: asyncio.Task[int], stop: Stop, patience: Timeouts) -> None:
-    """TERM the group, KILL it when its grace is over. A stronger reason that arrives meanwhile shortens the grace."""
+    """Sends SIGTERM to the group, and SIGKILL after the grace period. A stronger stop reason shortens the grace."""
     clock = asyncio.get_running_loop().time
     asked_at = clock()
     log.info("trainer_stopping", reason=stop.reason)

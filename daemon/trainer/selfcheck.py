@@ -1,4 +1,4 @@
-"""Asks the libraries, in a process of their own, whether they compute on this device: training.preflight.selfcheck."""
+"""Runs training.preflight.selfcheck in a process of its own: do the libraries compute correctly on this device?"""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from daemon.trainer.environment import child_environment
 
 @dataclass(frozen=True)
 class Selfcheck:
-    """What the selfcheck found; `crash` is its last word where it did not come to an answer."""
+    """What the selfcheck found; `crash` is its last line if it gave no answer."""
 
     found: dict[str, Any] = field(default_factory=dict)
     crash: str | None = None
 
     @property
     def fault(self) -> str | None:
-        """Why nothing can be trained on this device, in one line; None when a 4-bit layer computed what it should."""
+        """Why this device cannot train, in one line; None when a 4-bit layer computed the expected result."""
         return self.crash or self.found["nf4_error"]
 
 
 async def run_selfcheck(device: str, gpus: tuple[int, ...], seconds: float) -> Selfcheck:
-    """Check "cpu", or "cuda" with these GPUs alone. Raises TimeoutError when there is no answer in time."""
+    """Checks "cpu", or "cuda" with only these GPUs. Raises TimeoutError when there is no answer in time."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "training.preflight.selfcheck", device),
         stdout=asyncio.subprocess.PIPE,
@@ -43,7 +43,7 @@ async def run_selfcheck(device: str, gpus: tuple[int, ...], seconds: float) -> S
 
 
 def read_selfcheck(exit_code: int, output: str, errors: str) -> Selfcheck:
-    """What its one line of JSON means, or the last line of what it complained of."""
+    """Parses its one line of JSON, or takes the last line of its error output."""
     if exit_code != 0:
         last = errors.strip().splitlines()[-1:] or [f"exit code {exit_code} without a word"]
         return Selfcheck(crash=last[0])

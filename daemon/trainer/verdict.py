@@ -1,4 +1,4 @@
-"""One verdict from exit code, signal, last event and silence."""
+"""Turns exit code, signal, last event and silence into one verdict."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from training.events import EXIT_STOPPED, ErrorCode
 
 @dataclass(frozen=True)
 class Trained:
-    """The child saved an adapter and left in peace."""
+    """The child saved an adapter and exited cleanly."""
 
     adapter_dir: Path
     summary: dict[str, Any] = field(default_factory=dict)
@@ -23,7 +23,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Stopped:
-    """The child ended because we asked it to; `reason` says why we asked."""
+    """The child ended because of our stop request, for this `reason`."""
 
     reason: StopReason
 
@@ -39,9 +39,9 @@ def verdict_of(
     stalled_seconds: float | None,
     log_tail: str,
 ) -> Verdict:
-    """Exit code, signal, last event and silence, turned into one verdict.
+    """Turns exit code, signal, last event and silence into one verdict.
 
-    Success needs both a saved adapter and a clean exit; a claim without the other is a failure.
+    Success needs both a saved adapter and a clean exit; either one alone is a failure.
     """
     if isinstance(terminal, events.AdapterSaved) and returncode == 0:
         return Trained(Path(terminal.path), terminal.summary)
@@ -59,7 +59,7 @@ def verdict_of(
         stack = "\n".join(part for part in (terminal.stack, log_tail) if part)
         return Failed(terminal.code, terminal.message, terminal.hint, stack, terminal.transient, terminal.host)
     if returncode == EXIT_STOPPED:
-        # Somebody else sent it a TERM (the platform, an operator): as good as a release.
+        # Another process sent it a SIGTERM (the platform, an operator): treated as a release.
         return Stopped(StopReason.SHUTDOWN)
     if returncode < 0:
         name = signal.Signals(-returncode).name
