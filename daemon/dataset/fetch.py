@@ -1,4 +1,4 @@
-"""A job's dataset onto this disk, from Storage or from its URL, once its owner's right to it is checked."""
+"""Fetches a job's dataset, from Storage or from its URL, after its owner's right to it is checked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from daemon.settings import Settings
 from daemon.storage.interface import LocalFile, SignedUrl, Storage, safe_object_path
 from training.events import ErrorCode
 
-# The app's import fills this bucket under paths of its own; everywhere else a path begins with its owner's id.
+# The app's import writes to this bucket under its own paths; in all others a path begins with its owner's id.
 IMPORTED_BUCKET = "training-files"
 
 
@@ -28,13 +28,13 @@ async def fetch_dataset(
     known: FetchedDataset | None = None,
     rules: AddressRules | None = None,
 ) -> FetchedDataset:
-    """Bring a job's dataset to `to`, whole or not at all.
+    """Fetches a job's dataset to `to`, whole or not at all.
 
-    `known` is a copy of the same stored object from before, with a validator and the caller's to lose: it becomes
-    `to` where Storage says that nothing has changed.
+    `known` is an earlier copy of the same stored object, with a validator, which the caller can spare: it becomes
+    `to` if Storage says that nothing has changed.
 
-    Raises JobFailed: dataset_forbidden (somebody else's, or a bucket or address that is not allowed),
-    dataset_invalid (too large, empty, no dataset at all), dataset_unreachable (the server said no); and
+    Raises JobFailed: dataset_forbidden (another owner's, or a bucket or address that is not allowed),
+    dataset_invalid (too large, empty, not a dataset at all), dataset_unreachable (the server refused); and
     JobDelayed: dataset_unreachable (no answer for now). HostFault where the file cannot be written.
     """
     rules = rules or rules_from(settings)
@@ -69,7 +69,7 @@ async def fetch_dataset(
 
 
 def _own_path(dataset: JobDataset, settings: Settings) -> tuple[str, str]:
-    """Bucket and path of the job's dataset row, if they may be read for this owner."""
+    """Returns bucket and path of the job's dataset row, if this owner may read them."""
     if not dataset.storage_bucket or not dataset.storage_path:
         raise JobFailed(
             ErrorCode.DATASET_UNREACHABLE,

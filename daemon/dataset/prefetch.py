@@ -1,9 +1,9 @@
-"""The next job's dataset, fetched and read through while the job at hand comes to its end.
+"""Prefetches and validates the next job's dataset while a running job comes to its end.
 
-A guess that nothing rests on. The claim chooses as always; the attempt takes the file only where the rows are the same
-and Storage says that the object is; whatever went wrong here is done again there, and told by it.
+It is only a guess. The claim chooses as always; the attempt uses the file only if the rows are the same and
+Storage says that the object is unchanged. Whatever fails here is done again there, and reported there.
 
-Only what lies in Storage: a dataset_url is a stranger's server, which may count, charge for, or allow one read.
+Only for datasets in Storage: a dataset_url is a third party's server, which may count, charge for, or limit reads.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from training.files.durable_files import sha256_of
 log = structlog.get_logger()
 T = TypeVar("T")
 
-# 2 GiB at 35 MB/s. Sooner, on many hosts, most guesses would be wrong: others reach the head of the queue before us.
+# 2 GiB at 35 MB/s. Any earlier, most guesses would be wrong on many hosts: other jobs move to the front of the queue.
 NEAR_END_SECONDS = 60.0
-# Times the most that a dataset may take: as much again stays for the checkpoints of the jobs at hand.
+# Times the largest allowed dataset: as much again stays free for the checkpoints of running jobs.
 ROOM = 2
-# Read, larger ones take gigabytes of memory beside the training.
+# Reading larger ones takes gigabytes of memory during training.
 MAX_READ_BYTES = 256 * 2**20
 _SHOWN_CHARACTERS = 500
 
 
 class EarlyDataset:
-    """One dataset, on its way or here. Whoever holds it discards it in the end."""
+    """One dataset, on its way or complete. Its holder discards it in the end."""
 
     def __init__(
         self,
@@ -61,9 +61,9 @@ class EarlyDataset:
         self._reading = reading
 
     async def take(self, to: Path) -> FetchedDataset | None:
-        """Wait for what is on its way and move it beside `to`: a copy whose validator is to be confirmed.
+        """Waits for the download and moves it beside `to`: a copy whose validator must still be confirmed.
 
-        None when it did not come whole, or could not be told from another version of it."""
+        None when it did not arrive whole, or has no validator to tell it from another version."""
         self._reading.cancel()
         await asyncio.wait({self._fetching})
         fetched = _result(self._fetching)
@@ -72,7 +72,7 @@ class EarlyDataset:
         return await asyncio.to_thread(_move_intact, fetched, to.with_name(f"{to.name}.early"))
 
     def discard(self) -> None:
-        """Stop at once and leave nothing behind; what was taken is its taker's."""
+        """Stops at once and leaves nothing behind; what was taken belongs to its taker."""
         self._reading.cancel()
         self._fetching.cancel()
         self._fetching.add_done_callback(_remove)
@@ -85,7 +85,7 @@ class Prefetch:
         self._settings = settings
         self._host = host
         self._storage = storage
-        # A folder's file is as near as a copy of it.
+        # A file in a local folder needs no prefetch.
         self._off = settings.effective_storage == "folder"
         self._guessed = False
         self._early: EarlyDataset | None = None
@@ -96,7 +96,7 @@ class Prefetch:
         return not self._off and not self._guessed
 
     def guess(self, dataset: JobDataset) -> None:
-        """The job with this dataset will likely be claimed next: begin to fetch it."""
+        """Begins to fetch this dataset: its job will likely be claimed next."""
         if not self.wants_a_job:
             return
         self._guessed = True
@@ -107,7 +107,7 @@ class Prefetch:
         self._early = EarlyDataset(dataset, fetching, reading)
 
     def hand_over(self, dataset: JobDataset) -> EarlyDataset | None:
-        """The job with this dataset was claimed: what there is for it is the caller's; a wrong guess is discarded."""
+        """Returns the prefetched dataset of a job that was claimed; a wrong guess is discarded."""
         early, self._early = self._early, None
         self._guessed = False
         if early is None or early.dataset == dataset:
@@ -121,18 +121,18 @@ class Prefetch:
             self.drop()
 
     def drop(self) -> None:
-        """The guess was wrong; another one may be made."""
+        """Discards a wrong guess, so that another one can be made."""
         if self._early is not None:
             self._early.discard()
         self._early, self._guessed = None, False
 
     def stop(self) -> None:
-        """No job will be claimed any more."""
+        """Discards the guess and makes no more."""
         self._off = True
         self.drop()
 
     async def ended(self) -> None:
-        """Return when nothing that was begun here runs any more."""
+        """Returns when nothing that was started here still runs."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _start(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
@@ -174,7 +174,7 @@ class Prefetch:
 
 
 async def _read_through(job_id: UUID, fetching: asyncio.Task[FetchedDataset | None]) -> None:
-    """Have it read as its job will read it: its pages are in memory then, and the log knows of its faults."""
+    """Validates it as its job will: its pages are in memory afterwards, and its faults are logged."""
     await asyncio.wait({fetching})
     fetched = _result(fetching)
     if fetched is None or fetched.bytes > MAX_READ_BYTES:
@@ -197,7 +197,7 @@ async def _read_through(job_id: UUID, fetching: asyncio.Task[FetchedDataset | No
 
 
 def _result(fetching: asyncio.Task[FetchedDataset | None]) -> FetchedDataset | None:
-    """Of a task that has ended, however it did."""
+    """The result of a finished task; None if it was cancelled or failed."""
     return None if fetching.cancelled() or fetching.exception() is not None else fetching.result()
 
 
@@ -208,7 +208,7 @@ def _remove(fetching: asyncio.Task[FetchedDataset | None]) -> None:
 
 
 def _move_intact(fetched: FetchedDataset, to: Path) -> FetchedDataset | None:
-    """Out of the reach of whoever tidies; the volume may be shared, so that what was fetched is proven again."""
+    """Moves it out of reach of clean-ups and checks its hash again: the volume may be shared."""
     try:
         fetched.path.replace(to)
         if sha256_of(to) == fetched.sha256:

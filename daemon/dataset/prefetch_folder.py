@@ -1,4 +1,4 @@
-"""The folder of datasets fetched before their jobs are claimed; what an earlier process left there is removed."""
+"""The folder of prefetched datasets. Files left by an earlier process are deleted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _EARLY = ".early"
 
 
 def open_early_folder(work_dir: Path) -> Path:
-    """Where datasets lie before their jobs are claimed. Raises OSError."""
+    """Creates the folder for prefetched datasets. Raises OSError."""
     folder = work_dir / _EARLY
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
@@ -28,14 +28,14 @@ def early_dataset_name(host: Host, job_id: UUID) -> str:
 
 
 def remove_early_datasets(work_dir: Path, host: Host) -> None:
-    """Remove what this host's earlier daemons left, and what other hosts on the volume have left for an hour.
+    """Deletes what this host's earlier daemons left, and what other hosts on the volume left an hour ago.
 
-    Should one of them live, it fetches again what it wanted."""
+    A host that is still running downloads such a file again."""
     folder = work_dir / _EARLY
     for file in folder.iterdir() if folder.is_dir() else ():
         if file.name.startswith(_of_this_boot(host)):
             continue
-        with contextlib.suppress(OSError):  # another host is removing it
+        with contextlib.suppress(OSError):  # another host is deleting it
             if file.name.startswith(f"{host.hostname}.") or file.stat().st_mtime < time.time() - TIDY_SECONDS:
                 file.unlink()
 

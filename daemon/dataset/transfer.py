@@ -1,7 +1,7 @@
-"""A job's dataset, from wherever its row points to, into a file of ours.
+"""Downloads a job's dataset, wherever its row points to, into a local file.
 
-Streamed to disk under a size cap, continued with Range after a cut, judged before it is believed. The URL
-of a stored dataset is signed when it is needed and again when it has expired; a job may wait for days.
+It is streamed to disk under a size limit, resumed with Range after an interruption, and checked before use. The URL
+of a stored dataset is signed when it is needed and again when it has expired: a job may wait for days.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ log = structlog.get_logger()
 
 
 TIMEOUT = httpx.Timeout(30.0, connect=10.0)
-# A server that drips bytes must not hold a GPU's slot: 2 GiB in half an hour is 1.2 MB/s.
+# A very slow server must not hold a GPU's slot: 2 GiB in half an hour is 1.2 MB/s.
 MAX_SECONDS = 1800.0
 MAX_REDIRECTS = 5
-# Tries without a new byte before we give up; each new byte starts the count again.
+# Tries without a new byte before giving up; each new byte resets the count.
 FRUITLESS_TRIES = 5
 FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 30.0
@@ -45,9 +45,9 @@ _SUBMIT_AGAIN = "check the dataset URL and submit again"
 
 @dataclass(frozen=True)
 class FetchedDataset:
-    """The dataset on our disk. `source` may be shown: bucket and path, or a URL without its query.
+    """A dataset on local disk. `source` may be shown to users: bucket and path, or a URL without its query.
 
-    `validator` is the server's strong ETag: equal ones mean equal bytes. None where it gave none."""
+    `validator` is the server's strong ETag: equal ones mean equal bytes. None if the server sent none."""
 
     path: Path
     bytes: int
@@ -57,7 +57,7 @@ class FetchedDataset:
 
 
 class _Interrupted(TrainerError):
-    """The transfer stopped and may go on. `after_seconds` is what the server asked for."""
+    """The transfer stopped and can be resumed. `after_seconds` is the wait that the server asked for."""
 
     def __init__(self, message: str, after_seconds: float = 0.0) -> None:
         super().__init__(message)
@@ -65,11 +65,11 @@ class _Interrupted(TrainerError):
 
 
 class _Rejected(TrainerError):
-    """The server refuses this URL: expired, or never allowed. A freshly signed one may pass."""
+    """The server refuses this URL: expired, or never allowed. A freshly signed one may work."""
 
 
 class _Digest(Protocol):
-    """A hash under way. The type of hashlib's own objects has no public name."""
+    """A running hash. The type of hashlib's own objects has no public name."""
 
     def update(self, data: bytes, /) -> None: ...
 
@@ -78,9 +78,9 @@ class _Digest(Protocol):
 
 @dataclass
 class _Transfer:
-    """What is on disk so far, and what proves that a continuation belongs to it.
+    """What is on disk so far, and what proves that the rest belongs to the same object.
 
-    `known` is the validator of a copy from before; `unchanged`: the server says that it still is that."""
+    `known` is the validator of an earlier copy; `unchanged` is True when the server confirms that copy."""
 
     file: BinaryIO
     max_bytes: int
@@ -106,7 +106,7 @@ class _Transfer:
         self.received += len(piece)
 
     def count_failure(self) -> int:
-        """Tries in a row that brought nothing new."""
+        """Returns the number of tries in a row that brought nothing new."""
         self.fruitless = 1 if self.received > self.counted else self.fruitless + 1
         self.counted = max(self.counted, self.received)
         return self.fruitless
@@ -123,9 +123,9 @@ async def download(
     known: FetchedDataset | None = None,
     first_wait_seconds: float = FIRST_WAIT_SECONDS,
 ) -> FetchedDataset:
-    """Stream the URL that `sign` gives into `to`; see fetch_dataset for what is raised.
+    """Streams the URL that `sign` returns into `to`; see fetch_dataset for what is raised.
 
-    `renewable` says that asking `sign` again gives another URL, worth a try when the first was refused.
+    `renewable` means that `sign` returns a new URL each time, which is worth a try when the first was refused.
     """
     part = to.with_name(to.name + ".part")
     deadline = time.monotonic() + MAX_SECONDS
@@ -162,7 +162,7 @@ async def download(
             known.path.replace(to)
             return replace(known, path=to)
         await asyncio.to_thread(_judge_head, part, source)
-        # Not synced: an attempt that a power cut ended fetches its data anew, and 2 GiB would be waited for.
+        # Not synced: after a power cut the next attempt downloads again, and syncing 2 GiB would delay every job.
         part.replace(to)
     except _Interrupted as error:
         raise JobDelayed(ErrorCode.DATASET_UNREACHABLE, f"{source}: {error}", _SUBMIT_AGAIN) from error
@@ -178,7 +178,7 @@ async def download(
 
 
 async def _continue(client: httpx.AsyncClient, rules: AddressRules, url: str, transfer: _Transfer) -> None:
-    """One try: ask for what is missing, follow redirects by the rules, write what comes."""
+    """Makes one try: asks for what is missing, follows redirects by the rules, writes what arrives."""
     headers = {"Accept-Encoding": "identity", "Accept": "*/*"}
     if transfer.received and transfer.validator:
         headers |= {"Range": f"bytes={transfer.received}-", "If-Range": transfer.validator}
@@ -213,7 +213,7 @@ async def _receive(response: httpx.Response, transfer: _Transfer) -> None:
         transfer.unchanged = True
         return
     if status == 416 and transfer.received:
-        # Nothing after what we have: whole if the server's size says so, else it changed under us.
+        # No bytes after what we have: complete if the server's size agrees, else the file has changed.
         if response.headers.get("content-range") == f"bytes */{transfer.received}":
             return
         await asyncio.to_thread(transfer.restart)
@@ -234,7 +234,7 @@ async def _receive(response: httpx.Response, transfer: _Transfer) -> None:
         raise _too_large(transfer, f"{announced:,} bytes")
     if status == 200:
         transfer.validator = _strong_validator(response)
-    # In the network's own pieces: asked for larger ones, httpx would drop what it had gathered when cut.
+    # In the network's own pieces: with a fixed size, httpx would drop its buffer on an interruption.
     async for piece in response.aiter_bytes():
         if transfer.received + len(piece) > transfer.max_bytes:
             raise _too_large(transfer, f"more than {transfer.max_bytes:,} bytes")
@@ -244,7 +244,7 @@ async def _receive(response: httpx.Response, transfer: _Transfer) -> None:
 
 
 async def _refuse(response: httpx.Response, source: str) -> None:
-    """Turn a bad status into the error that says what to do."""
+    """Turns an error status into the exception that says what to do."""
     status = response.status_code
     code = _storage_code(await _head_of(response))
     if code == "InvalidJWT" or status in (401, 403):
@@ -261,13 +261,13 @@ async def _head_of(response: httpx.Response) -> bytes:
 
 
 def _storage_code(body: bytes) -> str | None:
-    """Supabase Storage says HTTP 400 and puts the real reason into the body."""
+    """The error code in the body: Supabase Storage answers with HTTP 400 and puts the real reason there."""
     found = re.search(rb'"error"\s*:\s*"([A-Za-z_ ]{1,40})"', body)
     return found.group(1).decode() if found else None
 
 
 def _strong_validator(response: httpx.Response) -> str | None:
-    """What If-Range needs to be safe. A weak tag or a compressed body cannot be continued."""
+    """The validator that If-Range needs. With a weak tag or a compressed body a download cannot be resumed."""
     if response.headers.get("content-encoding", "identity") != "identity":
         return None
     tag = response.headers.get("etag")
@@ -287,7 +287,7 @@ _PUBLIC_ONLY = "use an https URL on a public host, or upload the dataset to the 
 
 
 def _judge_head(file: Path, source: str) -> None:
-    """Refuse what plainly is no dataset, before a child is started for it. The rows are the trainer's to judge."""
+    """Refuses what is plainly not a dataset before a child is started for it. The trainer validates the rows."""
     with file.open("rb") as stream:
         head = stream.read(1024)
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
