@@ -55,7 +55,7 @@ async def open_host(
     trainer_command: tuple[str, ...] = TRAINER_COMMAND,
     send_progress: Callable[[Mapping[str, Any], Mapping[str, Any]], Awaitable[None]] | None = None,
 ) -> AsyncIterator[ServerlessHost]:
-    """Everything that a serverless worker works with, on the running loop."""
+    """Opens everything that a serverless worker works with, on the running loop."""
     host = inspect_host(settings)
     dsn = settings.database_url.get_secret_value()
     async with AsyncExitStack() as stack:
@@ -80,7 +80,7 @@ async def open_host(
         else:
             outbox = MemoryOutbox()
             jobs = store = heartbeat = uploads = MemoryJobStore(host, settings.allowed_models, outbox)
-        # A serverless worker is a pod to RunPod's API where it is one at all; else the setting's price counts.
+        # RunPod's API knows a serverless worker as a pod, if at all; else the price in the settings is used.
         price = PodPrice(settings.pod_id, keys_of(pod_environment(settings)), settings.runpod_api)
         await price.read()
         collaborators = Collaborators.of(
@@ -115,7 +115,7 @@ async def _opened(rows: ServerlessRows) -> AsyncIterator[ServerlessRows]:
 
 
 class _DatabaseOrNone(BaseSettings):
-    """Whether there is a database; without one the other settings still hold."""
+    """Whether there is a database. Without one the other settings still apply."""
 
     model_config = SettingsConfigDict(env_file=".env", env_ignore_empty=True, extra="ignore", hide_input_in_errors=True)
 
@@ -123,7 +123,7 @@ class _DatabaseOrNone(BaseSettings):
 
 
 class Handler:
-    """RunPod's handler: opens the host at its first job, because only then is there a loop to open it on."""
+    """RunPod's handler: opens the host at its first job, because only then is there a running event loop."""
 
     def __init__(self, settings: Settings, *, with_rows: bool, trainer_command: tuple[str, ...]) -> None:
         self._settings = settings
@@ -131,7 +131,7 @@ class Handler:
         self._trainer_command = trainer_command
         self._opening = asyncio.Lock()
         self._host: ServerlessHost | None = None
-        # Closed with the process: RunPod's loop tells nobody that it ends.
+        # Closed with the process: RunPod's loop gives no notice when it ends.
         self._stack = AsyncExitStack()
 
     async def __call__(self, job: dict[str, Any]) -> dict[str, Any]:
@@ -142,7 +142,7 @@ class Handler:
                         self._settings,
                         with_rows=self._with_rows,
                         trainer_command=self._trainer_command,
-                        # Only RunPod's own address listens; its test server has none.
+                        # Only RunPod's platform accepts progress; its test server has no address for it.
                         send_progress=_send_to_runpod if os.environ.get("RUNPOD_WEBHOOK_POST_OUTPUT") else None,
                     )
                 )
@@ -151,7 +151,7 @@ class Handler:
 
 
 def _obey_term(host: ServerlessHost) -> None:
-    """Release the job on TERM, then let RunPod's own handler end the worker."""
+    """Releases the job on SIGTERM, then lets RunPod's own handler end the worker."""
     theirs = signal.getsignal(signal.SIGTERM)
 
     def on_term() -> None:
@@ -164,7 +164,7 @@ def _obey_term(host: ServerlessHost) -> None:
 
 
 async def _send_to_runpod(job: Mapping[str, Any], output: Mapping[str, Any]) -> None:
-    """One progress update, awaited. runpod's own `progress_update` starts a thread a call, in no order."""
+    """Sends one progress update and waits for it. runpod's `progress_update` starts a thread per call, in no order."""
     from runpod.http_client import AsyncClientSession
     from runpod.serverless.modules.rp_http import send_result
 
@@ -173,12 +173,12 @@ async def _send_to_runpod(job: Mapping[str, Any], output: Mapping[str, Any]) -> 
 
 
 def start(trainer_command: tuple[str, ...] = TRAINER_COMMAND) -> None:
-    """Hand this process to RunPod's loop. Raises HostUnfit where this host cannot work."""
+    """Hands this process to RunPod's loop. Raises HostUnfit where this host cannot work."""
     try:
         with_rows = _DatabaseOrNone().database_url is not None
     except (OSError, UnicodeDecodeError) as error:
         raise dotenv_unreadable(error) from None
-    # Without one nothing ever connects: the worker's store is this process's memory.
+    # Without a database nothing ever connects: the jobs are kept in this process's memory.
     settings = load_settings() if with_rows else load_settings(database_url=NO_DATABASE)
     configure_logs_by(settings)
     inspect_host(settings)

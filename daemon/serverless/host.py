@@ -4,7 +4,7 @@ Each RunPod job is one job of ours, claimed by its id and run by the same worker
 
     input -> Submission -> row (or memory, without DATABASE_URL) -> claim by id -> attempt -> result
 
-Progress goes to RunPod from one place, in order, and the result comes last.
+Progress goes to RunPod from one task, in order, and the result comes last.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from daemon.worker import Worker
 log = structlog.get_logger()
 
 LOOK_SECONDS = 0.5
-# RunPod may freeze this host as soon as it has the result: endings are delivered before.
+# RunPod may freeze this host as soon as it has the result: final callbacks are delivered before.
 LAST_CALLBACKS_SECONDS = 20.0
 PROGRESS_SECONDS = 20.0
 CANCEL_SECONDS = 30.0
@@ -38,7 +38,7 @@ Say = Callable[[Mapping[str, Any]], None]
 
 
 class Jobs(Protocol):
-    """Where jobs live: rows, or this process's memory."""
+    """Where jobs are kept: in rows, or in this process's memory."""
 
     async def submit(self, submission: Submission, /) -> UUID: ...
 
@@ -50,7 +50,7 @@ class Jobs(Protocol):
 
 
 class Herald(CallbackCourier):
-    """The courier, which tells RunPod as well: it hears every status that the reporter has written."""
+    """The courier, which also passes every status that the reporter has written on to RunPod."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
@@ -82,21 +82,21 @@ class ServerlessHost:
         self._closing = False
 
     def shut_down(self) -> None:
-        """TERM: a checkpoint, the job goes back to its queue, and RunPod gets no result. A second one does not wait."""
+        """SIGTERM: saves a checkpoint and requeues the job; RunPod gets no result. A second one does not wait."""
         if self._closing:
             self._worker.hurry()
         self._closing = True
         self._worker.shut_down()
 
     async def handle(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """One RunPod job, from its input to its result. A job that ended badly carries `error` in its result."""
+        """Runs one RunPod job, from input to result. The result of a job that did not complete has an `error`."""
         try:
             submission = Submission.model_validate(request["input"])
         except ValidationError as error:
             faults = (f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors())
             return {"error": f"The input is no job: {'; '.join(faults)}"}
         if submission.job_id is None:
-            # RunPod delivers a job again when its worker died: the same id is the same job.
+            # RunPod delivers a job again when its worker died: the same id means the same job.
             submission = submission.model_copy(update={"job_id": str(request["id"])})
         try:
             job_id = await self._jobs.submit(submission)
@@ -109,11 +109,11 @@ class ServerlessHost:
             return {"error": " ".join([refused.message, *faults, refused.hint or ""]).strip()}
         await self._herald.flush(LAST_CALLBACKS_SECONDS)
         result = _result(standing, fit=self._worker.fit)
-        # RunPod ends a worker that asks for it and starts another one, on another machine as a rule.
+        # RunPod ends a worker that asks for it and starts another one, usually on another machine.
         return result if self._worker.fit else result | {"refresh_worker": True}
 
     async def _run_to_its_end(self, job_id: UUID, request: Mapping[str, Any]) -> Standing:
-        """Attempt after attempt, as long as they are ours to make."""
+        """Runs attempts until the job is final or must be left to another host."""
         while True:
             claimed = await self._claim(job_id)
             if isinstance(claimed, Standing):
@@ -124,14 +124,14 @@ class ServerlessHost:
             if standing.is_final or not self._worker.fit:
                 return standing
             if self._closing:
-                # No result: RunPod gives a job whose worker left to another one, which resumes its checkpoint.
+                # No result: RunPod then gives the job to another worker, which resumes from its checkpoint.
                 log.info("serverless_released", job_id=str(job_id))
                 raise asyncio.CancelledError
 
     async def _claim(self, job_id: UUID) -> ClaimedJob | Standing:
-        """Our job, or where it stands if it is not to be had: final, or held by a host that lives."""
+        """Claims the job, or returns its standing if it cannot be claimed: final, or held by a live host."""
         clock = asyncio.get_running_loop().time
-        # An earlier worker of this job may have died under it: its lease runs out and is reaped within this.
+        # An earlier worker may have died during this job: its lease expires and is reaped within this time.
         until = clock() + 4 * self._lease_seconds
         first_expiry = None
         while True:
@@ -143,9 +143,9 @@ class ServerlessHost:
             if standing.lease_expires_at is not None:
                 first_expiry = first_expiry or standing.lease_expires_at
                 if standing.lease_expires_at > first_expiry:
-                    return standing  # renewed while we looked
+                    return standing  # renewed meanwhile
             elif standing.contract["attempt"]:
-                until = clock() + 4 * self._lease_seconds  # a retry waits for its time; nobody holds it
+                until = clock() + 4 * self._lease_seconds  # a retry waits until it is due, without a lease
             if clock() > until or self._closing:
                 return standing
             await asyncio.sleep(LOOK_SECONDS)
@@ -155,7 +155,7 @@ class ServerlessHost:
         try:
             await asyncio.shield(attempt)
         except asyncio.CancelledError:
-            # RunPod's cancel, or its execution timeout: to the caller the job is over, and so it is in its row.
+            # RunPod's cancel, or its execution timeout: the caller considers the job over, so cancel the row as well.
             await self._cancel(job.id)
             await asyncio.wait({attempt})
             await self._herald.flush(LAST_CALLBACKS_SECONDS)
@@ -173,7 +173,7 @@ class ServerlessHost:
                 if clock() < until:
                     await asyncio.sleep(LOOK_SECONDS)
                     continue
-                # The row cannot be told: then the job is given back, which is written as soon as it can be.
+                # The cancel cannot be written: release the job instead, which is written as soon as possible.
                 log.warning("serverless_cancel_not_written", job_id=str(job_id), error=str(error))
                 self._worker.shut_down()
                 return
@@ -182,7 +182,7 @@ class ServerlessHost:
 
     @asynccontextmanager
     async def _progress_to_runpod(self, request: Mapping[str, Any], job_id: UUID) -> AsyncIterator[None]:
-        """Send each status in turn, the newest when several have come; none is on its way when this block is left."""
+        """Sends the newest status, one at a time. Nothing is being sent any more when this block is left."""
         if self._send_progress is None:
             yield
             return
@@ -201,7 +201,7 @@ class ServerlessHost:
                 if newest and not ended:
                     try:
                         await send(request, run_output(newest.pop()).model_dump())
-                    except Exception:  # the next one says more
+                    except Exception:  # the next one supersedes it
                         log.exception("serverless_progress_not_sent")
 
         self._herald.listeners[job_id] = say

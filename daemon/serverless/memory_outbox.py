@@ -14,7 +14,7 @@ from daemon.report.outbox import Callback
 
 
 class MemoryOutbox:
-    """An Outbox for one process: nobody else delivers from it, so a token is never out of date."""
+    """An Outbox for one process: no other one delivers from it, so a token is never out of date."""
 
     def __init__(self) -> None:
         self._callbacks: dict[UUID, Callback] = {}
@@ -22,12 +22,12 @@ class MemoryOutbox:
         self._sequence = 0
 
     def next_sequence(self) -> int:
-        """The number of the next message, of a callback here or of one that only reports progress."""
+        """The number of the next message, whether a callback or a progress report."""
         self._sequence += 1
         return self._sequence
 
     def add(self, job_id: UUID, url: str, event: str, payload: Mapping[str, Any]) -> None:
-        """Have the receiver told of this event."""
+        """Adds a callback that reports this event."""
         sequence, now = self.next_sequence(), datetime.now(UTC)
         told = {"job_id": str(job_id), "event": event, "sequence": sequence, "at": now.isoformat()}
         callback = Callback(
@@ -45,7 +45,7 @@ class MemoryOutbox:
         self._callbacks[callback.id] = callback
 
     async def claim_callbacks(self, limit: int, lock_seconds: float) -> list[Callback]:
-        # As the statement does: of each host the first, once at a time, so that a dead one holds up nobody else.
+        # Like the SQL statement: the first of each host, one at a time, so that a dead receiver delays no others.
         first: dict[str, Callback] = {}
         for callback in self._callbacks.values():
             first.setdefault(callback.host, callback)

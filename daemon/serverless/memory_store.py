@@ -1,7 +1,7 @@
 """An in-memory job store for serverless workers that run without a database.
 
-The worker above it is the same, and so are its moves; what is written here is read back into the
-caller's answer, and its endings go to the callback URL from an outbox that lives as long as the process.
+The worker is the same, and so are the moves. What is stored here becomes part of the result,
+and final states go to the callback URL from an outbox that lives as long as the process.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAX_ATTEMPTS = 3
 NOBODY = UUID(int=0)
 
 _WORDS = {State.COMPLETED: "completed", State.FAILED: "failed", State.CANCELLED: "failed"}
-# As the announcing trigger names them.
+# The same event names as the announcing trigger uses.
 _OUTBOX_EVENTS = {State.QUEUED: "job.released", State.RUNNING: "job.started"}
 
 
@@ -50,7 +50,7 @@ class _Job:
     spent: float = 0.0
     columns: dict[str, Any] = field(default_factory=dict)
     uploads: dict[tuple[int, UploadKind, int], RecordedUpload] = field(default_factory=dict)
-    # The lease of the last claim, and whether it still holds.
+    # The lease of the last claim, and whether it is still held.
     lease: Lease | None = None
     is_leased: bool = False
 
@@ -58,7 +58,7 @@ class _Job:
         return self.is_leased and self.lease == lease
 
     def leftovers(self, location: Location) -> list[RecordedUpload]:
-        """What was noted as stored and is not needed, and the note of what the answer names."""
+        """Records of stored objects that are not needed, and the record of those that the result names."""
         if self.is_leased:
             return []
         path = self.columns.get("adapter_path") if self.state is State.COMPLETED else None
@@ -70,7 +70,7 @@ class _Job:
 
 
 class MemoryJobStore:
-    """A JobStore and an UploadLog that never connect: one process remembers its own jobs."""
+    """A JobStore and an UploadLog without a connection: one process remembers its own jobs."""
 
     def __init__(self, host: Host, allowed_models: Collection[str], outbox: MemoryOutbox) -> None:
         self._host = host
@@ -78,12 +78,12 @@ class MemoryJobStore:
         self._outbox = outbox
         self._jobs: dict[UUID, _Job] = {}
 
-    # -- what the serverless host asks ----------------------------------------------------------------------------
+    # -- for the serverless host ----------------------------------------------------------------------------------
 
     async def submit(self, submission: Submission) -> UUID:
-        """Remember a job; a job_id that was seen before is the same job.
+        """Adds a job; a job_id that was seen before is the same job.
 
-        Raises Refused, before anything is downloaded, for what no attempt of this host could serve."""
+        Raises Refused, before anything is downloaded, for a job that this host cannot serve."""
         if submission.dataset_url is None:
             raise Refused(
                 422, "A job needs a dataset.", faults=(Fault("dataset_url", "needed: no database is configured"),)
@@ -100,7 +100,7 @@ class MemoryJobStore:
         return job_id
 
     async def claim(self, job_id: UUID) -> ClaimedJob | None:
-        """Take the job if it waits and its time has come. What this host could not serve was refused by `submit`."""
+        """Claims the job if it waits and is due. `submit` has refused jobs that this host cannot serve."""
         return await self.claim_job_by_id(self._host.worker_id, job_id, Limits(), lease_seconds=0.0)
 
     async def standing(self, job_id: UUID) -> Standing:
@@ -110,12 +110,12 @@ class MemoryJobStore:
         return Standing(job_id, job.state.value, self._contract(job))
 
     async def cancel(self, job_id: UUID) -> None:
-        """Cancelling twice is no error, and what has ended stays as it ended."""
+        """Cancels an unfinished job. Cancelling twice is no error, and a final state stays."""
         job = self._jobs[job_id]
         if job.state in UNFINISHED:
             self._move(job, State.CANCELLED, error_message="cancelled by request", error_hint=None)
 
-    # -- JobStore: what is known of a job --------------------------------------------------------------------------
+    # -- JobStore: reads -------------------------------------------------------------------------------------------
 
     async def claim_job_by_id(
         self,
@@ -175,7 +175,7 @@ class MemoryJobStore:
     async def read_dataset(self, dataset: JobDataset) -> JobDataset | None:
         return dataset
 
-    # -- JobStore: what the holder of a lease writes ---------------------------------------------------------------
+    # -- JobStore: writes under a lease ----------------------------------------------------------------------------
 
     async def renew_lease(self, lease: Lease, lease_seconds: float) -> State:  # noqa: ARG002
         return self._held(lease).state
@@ -248,7 +248,7 @@ class MemoryJobStore:
         return self._end(lease, cost, State.QUEUED, counts=False)
 
     async def return_job(self, lease: Lease, returned: Returned, *, cost: float | None) -> Ending:
-        """There is one host: the caller sees the error, and RunPod replaces the worker."""
+        """There is only one host: the caller gets the error, and RunPod replaces the worker."""
         failed = Failed(returned.code, returned.message, returned.hint, returned.stack)
         return self._end(lease, cost, State.FAILED, **error_columns(failed))
 
@@ -280,7 +280,7 @@ class MemoryJobStore:
         return job.lease is not None and (job.lease.epoch > lease.epoch or job.lease == lease)
 
     async def stored_checkpoints(self, job_id: UUID, location: Location) -> list[RecordedUpload]:  # noqa: ARG002
-        """None: whoever could resume from them has them on its own disk."""
+        """Always empty: a later attempt runs in this process and has them on its own disk."""
         return []
 
     async def leftovers(
@@ -293,7 +293,7 @@ class MemoryJobStore:
         orphans: bool,  # noqa: ARG002
         limit: int,
     ) -> list[RecordedUpload]:
-        """What is not needed of a job that nobody holds, at once: no other process could want it later."""
+        """Lists at once what is not needed of jobs without a lease: no other process could want it later."""
         jobs = [self._jobs[job_id]] if job_id is not None else list(self._jobs.values())
         return [upload for job in jobs for upload in job.leftovers(location)][:limit]
 
@@ -314,7 +314,7 @@ class MemoryJobStore:
         return job
 
     def _running(self, lease: Lease) -> _Job:
-        """The job of a lease that holds, unless it was cancelled: then its columns are final."""
+        """The job of a lease that is held, unless it was cancelled: then its columns are final."""
         job = self._held(lease)
         if job.state not in HELD:
             raise _lost(lease)

@@ -1,4 +1,4 @@
-"""Jobs of a serverless host that has a database: rows like everybody's, claimed by their id."""
+"""Jobs of a serverless host with a database: ordinary rows, claimed by their id."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from daemon.host.inspect import Host
 from daemon.queue.job import ClaimedJob
 from daemon.settings import Settings
 
-# A row that we insert is ours for so long; if this host dies before it claims it, any daemon may.
+# A row that we insert is reserved for us this long; if this host dies before the claim, any daemon may take it.
 HOLD_SECONDS = 60.0
 
 
@@ -23,11 +23,11 @@ class ServerlessRows(GatewayRows):
         self._models = list(settings.allowed_models) or None
 
     async def submit(self, submission: Submission, hold_seconds: float | None = HOLD_SECONDS) -> UUID:
-        """The row that the caller names, or one that is made and that no daemon takes meanwhile."""
+        """Returns the row that the caller names, or inserts one that no daemon takes for `hold_seconds`."""
         return await super().submit(submission, hold_seconds)
 
     async def claim(self, job_id: UUID) -> ClaimedJob | None:
-        """Take this job; None when somebody else holds it, or it is final, or its time has not come.
+        """Claims this job; None when another host holds it, it is final, or it is not due yet.
 
         Raises Refused when this host cannot serve it."""
         host = self._host
@@ -50,7 +50,7 @@ class ServerlessRows(GatewayRows):
 
 
 def cannot_serve(lacking: Sequence[str], remark: str | None = None) -> Refused:
-    """The answer where this host is not what the job asks for; `lacking` in the words of claim_job_by_id."""
+    """The error when this host lacks what the job asks for; `lacking` is in the words of claim_job_by_id."""
     advice = "Send it where the hosts have it, or ask for less in gpu_config."
     return Refused(
         422,
