@@ -14,6 +14,8 @@ from typing import Any
 
 import structlog
 
+from daemon.sentence import as_sentence
+
 log = structlog.get_logger()
 
 # A message may quote a database or a library at length; a row that is read every few seconds keeps only the beginning.
@@ -42,7 +44,7 @@ class Troubles:
     def begin(self, name: str, message: str) -> None:
         """`name` does not work. Called again, it updates the message of the same trouble."""
         known = self._now.get(name)
-        message = message.strip()[:MESSAGE_CHARACTERS]
+        message = as_sentence(message)[:MESSAGE_CHARACTERS]
         if known is None:
             log.error("trouble_began", trouble=name, message=message)
             self._now[name] = Trouble(name, message, datetime.now(UTC))

@@ -32,6 +32,7 @@ class Misused(CommandFailed):
 
 def report_failure(error: TrainerError) -> int:
     """Say on stderr what went wrong and what to do; return the exit status that says it to a program."""
+    from daemon.sentence import as_sentence
     from daemon.terminal.sanitize import plain, plain_lines
 
     match error:
@@ -45,7 +46,8 @@ def report_failure(error: TrainerError) -> int:
             hint = "see that the server runs, and that DATABASE_URL leads to it"
         case _:
             words, hint = plain_lines(error), None
-    sys.stderr.write(f"brightrun-trainer: {words}\n" + (f"  → {plain(hint)}\n" if hint else ""))
+    way_on = f"  → {as_sentence(plain(hint))}\n" if hint else ""
+    sys.stderr.write(f"brightrun-trainer: {as_sentence(words)}\n{way_on}")
     match error:
         case CommandFailed():
             return error.exit_status

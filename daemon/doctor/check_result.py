@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from daemon.sentence import as_sentence
+
 
 class Status(StrEnum):
     GREEN = "ok"
@@ -27,8 +29,8 @@ def green(name: str, detail: str) -> CheckResult:
 
 
 def yellow(name: str, detail: str, advice: str) -> CheckResult:
-    return CheckResult(name, Status.YELLOW, detail, advice)
+    return CheckResult(name, Status.YELLOW, as_sentence(detail), as_sentence(advice))
 
 
 def red(name: str, detail: str, advice: str) -> CheckResult:
-    return CheckResult(name, Status.RED, detail, advice)
+    return CheckResult(name, Status.RED, as_sentence(detail), as_sentence(advice))

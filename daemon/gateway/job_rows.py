@@ -171,14 +171,18 @@ class GatewayRows:
                     "The operator must set TRAINER_SERVICE_USER_ID to a user of the project.",
                 ) from refused
             if isinstance(error, psycopg.DataError):
-                raise Refused(422, f"A value does not fit into its column: {error.diag.message_primary}.") from refused
+                raise Refused(422, f"a value does not fit into its column: {error.diag.message_primary}") from refused
             # The functions raise PT400, PT404 and PT409: the last three digits are HTTP's (PostgREST's custom).
             state = refused.sqlstate or ""
             if not isinstance(error, psycopg.Error) or not state.startswith("PT"):
                 raise
             if state == "PT404" and "job_id" in parameters:
                 raise await self._why_unknown(parameters["job_id"]) from refused
-            raise Refused(int(state[2:]), f"{error.diag.message_primary}.", error.diag.message_hint) from refused
+            raise Refused(
+                int(state[2:]),
+                error.diag.message_primary or "the database refuses the request",
+                error.diag.message_hint,
+            ) from refused
 
 
 def unknown_job() -> Refused:

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+
+from daemon.sentence import as_sentence
 
 # Nothing that a job may say nests deeper; without a bound a body of brackets would cost us the stack.
 MAX_DEPTH = 16
@@ -158,8 +160,8 @@ class Health(BaseModel):
 class Problem(BaseModel):
     """Every refusal."""
 
-    error: str
-    hint: str | None = None
+    error: Annotated[str, AfterValidator(as_sentence)]
+    hint: Annotated[str, AfterValidator(as_sentence)] | None = None
     faults: list[dict[str, str]] | None = Field(default=None, description="each with its field and its message")
 
 

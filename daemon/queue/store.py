@@ -25,6 +25,7 @@ from daemon.queue.outcome import Completed, Failed
 from daemon.queue.refused_rows import RefusedRows
 from daemon.queue.rows import Claim, Ending, FoundJob, Limits, MetricPoint, Reaped
 from daemon.queue.states import State
+from daemon.sentence import as_sentence
 from daemon.troubles import Troubles
 
 log = structlog.get_logger()
@@ -97,7 +98,7 @@ class SqlJobStore:
 
     async def set_aside_job(self, job_id: UUID, error: StatementRefused) -> None:
         """Holds a job whose claim the database refuses, with the reason, until the operator releases it."""
-        reason = clean_text(f"the database refuses the claim: {error}", MESSAGE_CHARACTERS)
+        reason = clean_text(as_sentence(f"the database refuses the claim: {error}"), MESSAGE_CHARACTERS)
         try:
             await self._statements.run("set_aside_job", {"job_id": job_id, "reason": reason})
         except StatementRefused as again:
@@ -244,7 +245,7 @@ class SqlJobStore:
         """Adds an event to the job's history; also after a cancel, until the lease ends."""
         values = {
             "kind": clean_text(kind, 100),
-            "message": clean_text(message, MESSAGE_CHARACTERS),
+            "message": clean_text(as_sentence(message), MESSAGE_CHARACTERS),
             "data": Jsonb(clean_json(data)),
         }
         await self._statements.fenced("record_event", lease, values)
@@ -276,7 +277,7 @@ class SqlJobStore:
 
     async def release_job(self, lease: Lease, reason: str, *, cost: float | None) -> Ending:
         """Requeues the job at once, without counting the attempt."""
-        values = {"reason": clean_text(reason, MESSAGE_CHARACTERS)}
+        values = {"reason": clean_text(as_sentence(reason), MESSAGE_CHARACTERS)}
         return await self._end("release_job", lease, values, cost, {State.QUEUED})
 
     async def return_job(self, lease: Lease, returned: Returned, *, cost: float | None) -> Ending:

@@ -33,6 +33,7 @@ from daemon.queue.row_visibility import RowVisibility
 from daemon.queue.store import SqlJobStore
 from daemon.read_settings import dotenv_unreadable, load_settings
 from daemon.report.outbox import Outbox, SqlOutbox
+from daemon.sentence import as_sentence
 from daemon.serverless.host import Herald, Jobs, ServerlessHost
 from daemon.serverless.memory_outbox import MemoryOutbox
 from daemon.serverless.memory_store import MemoryJobStore
@@ -193,5 +194,5 @@ if __name__ == "__main__":
     try:
         start()
     except HostUnfit as unfit:
-        sys.stderr.write(f"brightrun-trainer: {unfit}\n")
+        sys.stderr.write(f"brightrun-trainer: {as_sentence(str(unfit))}\n")
         sys.exit(EXIT_UNFIT)

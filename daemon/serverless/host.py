@@ -23,6 +23,7 @@ from daemon.gateway.job_rows import Refused, Standing
 from daemon.gateway.schemas import Submission, run_output, run_status
 from daemon.queue.job import ClaimedJob
 from daemon.report.courier import CallbackCourier
+from daemon.sentence import as_sentence
 from daemon.settings import Settings
 from daemon.worker import Worker
 
@@ -94,7 +95,7 @@ class ServerlessHost:
             submission = Submission.model_validate(request["input"])
         except ValidationError as error:
             faults = (f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors())
-            return {"error": f"The input is no job: {'; '.join(faults)}"}
+            return {"error": as_sentence(f"The input is no job: {'; '.join(faults)}")}
         if submission.job_id is None:
             # RunPod delivers a job again when its worker died: the same id means the same job.
             submission = submission.model_copy(update={"job_id": str(request["id"])})
@@ -103,10 +104,14 @@ class ServerlessHost:
             standing = await self._run_to_its_end(job_id, request)
         except StatementRefused as refused:
             log.error("serverless_job_refused", error=str(refused))
-            return {"error": f"The database refuses the job: {refused}."}
+            return {"error": as_sentence(f"the database refuses the job: {refused}")}
         except Refused as refused:
-            faults = (f"{fault.field}: {fault.message}" for fault in refused.faults)
-            return {"error": " ".join([refused.message, *faults, refused.hint or ""]).strip()}
+            said = [
+                refused.message,
+                *(f"{fault.field}: {fault.message}" for fault in refused.faults),
+                refused.hint or "",
+            ]
+            return {"error": " ".join(as_sentence(each) for each in said).strip()}
         await self._herald.flush(LAST_CALLBACKS_SECONDS)
         result = _result(standing, fit=self._worker.fit)
         # RunPod ends a worker that asks for it and starts another one, usually on another machine.

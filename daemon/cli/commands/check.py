@@ -69,15 +69,16 @@ def print_verdict(verdict: Verdict, dataset: Path) -> None:
     """Faults in red, remarks in yellow, counts."""
     from rich.text import Text
 
+    from daemon.sentence import as_sentence
     from daemon.terminal.console import console, facts_table, say
     from daemon.terminal.format import size, span
     from daemon.terminal.sanitize import plain, plain_lines
 
     if not verdict.ok:
         for error in verdict.errors:
-            say(Text.assemble(("✗ ", "bold red"), f"{dataset.name}: {plain_lines(error.get('message'))}"))
+            say(Text.assemble(("✗ ", "bold red"), f"{dataset.name}: {as_sentence(plain_lines(error.get('message')))}"))
             if error.get("hint"):
-                say(Text(f"  → {plain(error['hint'])}", style="bold"))
+                say(Text(f"  → {as_sentence(plain(error['hint']))}", style="bold"))
         return
     say(Text.assemble(("✓ ", "bold green"), f"{dataset.name} can be trained on"))
     table = facts_table()
@@ -93,7 +94,7 @@ def print_verdict(verdict: Verdict, dataset: Path) -> None:
         table.add_row("  time", f"about {span(verdict.estimate['seconds'])}")
     console().print(table)
     for remark in verdict.remarks:
-        say(Text.assemble(("! ", "yellow"), plain(remark.get("message"))))
+        say(Text.assemble(("! ", "yellow"), as_sentence(plain(remark.get("message")))))
 
 
 def _read_job(file: Path) -> dict[str, Any] | None:

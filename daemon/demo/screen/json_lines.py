@@ -11,6 +11,7 @@ from typing import Any
 from daemon.demo.errors import DemoFailed
 from daemon.demo.job import JobView
 from daemon.demo.screen.live import Picture, Screen
+from daemon.sentence import as_sentence
 from daemon.terminal.console import console, print_json
 
 
@@ -39,7 +40,7 @@ class JsonScreen(Screen):
         _line("result", text=words)
 
     def failure(self, failed: DemoFailed) -> None:
-        _line("failure", text=failed.message, detail=failed.detail)
+        _line("failure", text=as_sentence(failed.message), detail=failed.detail)
 
     def blank(self) -> None:
         """Nothing: a program needs no air."""

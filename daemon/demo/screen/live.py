@@ -17,6 +17,7 @@ from rich.text import Text
 
 from daemon.demo.errors import DemoFailed
 from daemon.demo.job import JobView, StoryLine
+from daemon.sentence import as_sentence
 from daemon.terminal.braille_plot import draw_curve
 
 _STORY_LINES = 6
@@ -83,7 +84,7 @@ class Screen:
         self._line(Text.assemble(("✓ ", "bold green"), words))
 
     def failure(self, failed: DemoFailed) -> None:
-        self._line(Text.assemble(("✗ ", "bold red"), failed.message))
+        self._line(Text.assemble(("✗ ", "bold red"), as_sentence(failed.message)))
         if failed.detail and not self._console.is_terminal:
             self._line(failed.detail)
         elif failed.detail:

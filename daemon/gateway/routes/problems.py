@@ -58,7 +58,7 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _http(_request: Request, error: HTTPException) -> JSONResponse:
-        return answer(error.status_code, Problem(error=f"{error.detail}."), dict(error.headers or {}))
+        return answer(error.status_code, Problem(error=str(error.detail)), dict(error.headers or {}))
 
     @app.exception_handler(Exception)
     async def _broken(_request: Request, error: Exception) -> JSONResponse:
