@@ -67,7 +67,9 @@ class Chores:
     def failed(self, name: str, error: Exception) -> None:
         self.failures[name] += 1
         self._on_failure(name)
-        self._troubles.begin(name, f"{name} fails and is begun again: {type(error).__name__}: {error}")
+        self._troubles.begin(
+            name, f"the background task {name} failed and is restarted: {type(error).__name__}: {error}"
+        )
 
     def works(self, name: str) -> None:
         self._troubles.end(name)

@@ -15,6 +15,7 @@ import structlog
 
 from daemon.host.disk_probe import probe_disk
 from daemon.host.inspect import Host, find_gpus
+from daemon.sentence import as_sentence
 from daemon.settings import Settings
 from daemon.trainer.process import TrainerProcess
 from daemon.trainer.selfcheck import run_selfcheck
@@ -52,7 +53,9 @@ class Fitness:
     def report(self, part: HostPart, detail: str) -> None:
         """Marks a part as broken: nothing is claimed until a probe passes. `detail` is for the operator."""
         self._broken[part] = detail
-        self._troubles.begin(part, f"{detail}. {ADVICE[part]}; this host claims nothing until a probe of it passes")
+        self._troubles.begin(
+            part, f"{as_sentence(detail)} {ADVICE[part]}; this host claims nothing until a probe of it passes"
+        )
         self._changed.set()
 
     async def look(self) -> None:
@@ -111,7 +114,7 @@ class Fitness:
             await asyncio.wait_for(child.first_word(), START_SECONDS)
             if child.ready is not None:
                 return None
-            return f"the trainer ended with exit code {child.returncode} before it was ready; its words are in the log"
+            return f"the trainer ended with exit code {child.returncode} before it was ready; its output is in the log"
         except TimeoutError:
             return f"the trainer was not ready within {START_SECONDS:.0f} s"
         finally:

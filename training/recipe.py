@@ -76,7 +76,7 @@ def _load_on_ranks(prepared: Prepared, spec: JobSpec, voice: EventWriter, ranks:
     if prepared.is_cut:
         voice.notice(
             "model_cut",
-            f"{spec.base_model} is too large for one card: its layers lie in parts on {ranks.count} cards",
+            f"{spec.base_model} is too large for one GPU: its layers are sharded over {ranks.count} GPUs",
         )
         return ranks.one_by_one(
             lambda: cut(
@@ -196,7 +196,7 @@ def may_pack(spec: JobSpec, base: PreTrainedModel, voice: EventWriter) -> bool:
         return False
     reason = why_not_packed(base)
     if reason is not None:
-        voice.notice("packing_refused", f"packing is off, conversations are padded instead: {reason}", reason=reason)
+        voice.notice("packing_refused", f"packing is off and conversations are padded instead: {reason}", reason=reason)
     return reason is None
 
 
@@ -208,8 +208,8 @@ def _keep_what_fits(base: PreTrainedModel, prepared: Prepared, spec: JobSpec, vo
     if kept.weights:
         voice.notice(
             "weights_unpacked",
-            f"{kept.weights} of {kept.of_weights} frozen weights stay unpacked, in {kept.bytes / 2**30:.2f} GiB of "
-            "memory that is free: they are dequantised once and not in every step",
+            f"{kept.weights} of {kept.of_weights} frozen weights stay dequantised, in {kept.bytes / 2**30:.2f} GiB of "
+            "free memory: they are dequantised once and not in every step",
             bytes=kept.bytes,
         )
 
@@ -217,9 +217,9 @@ def _keep_what_fits(base: PreTrainedModel, prepared: Prepared, spec: JobSpec, vo
 def _find_checkpoint(shelf: CheckpointShelf, voice: EventWriter) -> Checkpoint | None:
     checkpoint, passed_over = shelf.newest()
     for damaged in passed_over:
-        voice.notice("checkpoint_passed_over", f"{damaged.path.name} is not used: {damaged.reason}")
+        voice.notice("checkpoint_passed_over", f"the checkpoint {damaged.path.name} is not used: {damaged.reason}")
     if checkpoint is not None:
-        voice.notice("resumed", f"training goes on from step {checkpoint.step}", step=checkpoint.step)
+        voice.notice("resumed", f"training resumes from step {checkpoint.step}", step=checkpoint.step)
     return checkpoint
 
 

@@ -164,7 +164,7 @@ class Attempt:
         job, stop, settings = self._job, self._stop, self._with.settings
         row = _parse(job)
         if row.unknown_keys:
-            reporter.tell("unknown_keys", f"Unknown and unused: {', '.join(row.unknown_keys)}.")
+            reporter.tell("unknown_keys", f"these keys are unknown and are ignored: {', '.join(row.unknown_keys)}")
         tracking = choose_trackers(row.hyperparameters, settings)
         workspace = WorkFolder.open(settings.work_dir, job.lease)
 
@@ -312,13 +312,13 @@ def _outcome_of_stop(reason: StopReason, reporter: Reporter) -> Outcome:
             return Failed(
                 ErrorCode.BUDGET_EXCEEDED,
                 f"The job reached its max_cost (spent {reporter.cost or 0:.2f} US dollars).",
-                hint="Raise max_cost and retry: it goes on from the last checkpoint.",
+                hint="Raise max_cost and retry the job. It resumes from its last checkpoint.",
             )
         case StopReason.DEADLINE:
             return Failed(
                 ErrorCode.DEADLINE_EXCEEDED,
-                "The job passed its deadline_at before it was done.",
-                hint="Set a later deadline_at and retry: it goes on from the last checkpoint.",
+                "The job did not finish before its deadline_at.",
+                hint="Set a later deadline_at and retry the job. It resumes from its last checkpoint.",
             )
         case _:
             assert_never(reason)

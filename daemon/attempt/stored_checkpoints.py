@@ -64,7 +64,7 @@ def read_manifest(text: bytes) -> CheckpointManifest:
         raise CheckpointUnusable(f"its manifest cannot be read ({type(error).__name__})") from error
     for name, sha256 in manifest.files.items():
         if not _FILE_NAME.fullmatch(name) or name == MANIFEST or not _SHA256.fullmatch(str(sha256)):
-            raise CheckpointUnusable(f"its manifest lists {name[:100]!r}, which is no file of a checkpoint")
+            raise CheckpointUnusable(f"its manifest lists {name[:100]!r}, which is not a file of a checkpoint")
     return manifest
 
 
@@ -120,13 +120,13 @@ class CheckpointStore:
             except (CheckpointUnusable, JobFailed) as error:
                 self.tell(
                     "stored_checkpoint_ignored",
-                    f"The checkpoint of step {upload.step} in Storage is not used: {error}.",
+                    f"The checkpoint of step {upload.step} in storage is not used: {error}",
                     {"step": upload.step, "reason": str(error)},
                 )
                 continue
             self.tell(
                 "checkpoint_fetched",
-                f"The checkpoint of step {upload.step} was brought from Storage.",
+                f"The checkpoint of step {upload.step} was downloaded from storage.",
                 {"step": upload.step, "bytes": size},
             )
             return
@@ -145,7 +145,7 @@ class CheckpointStore:
             for name, sha256 in manifest.files.items():
                 fetched = await self._storage.download(f"{folder}/{name}", part / name)
                 if fetched.sha256 != sha256:
-                    raise CheckpointUnusable(f"{name} has another hash than when it was written")
+                    raise CheckpointUnusable(f"{name} has a different hash than when it was written")
                 size += fetched.bytes
             await asyncio.to_thread(put_in_place, part, self._workspace.checkpoint_dir / f"checkpoint-{upload.step}")
         finally:
@@ -191,7 +191,7 @@ class CheckpointStore:
         if not self._failing:
             self.tell(
                 "checkpoint_not_stored",
-                f"The checkpoint of step {step} could not be kept in Storage; training goes on: {error}",
+                f"The checkpoint of step {step} could not be uploaded; training continues. The error: {error}",
                 {"step": step, "reason": str(error), "given_up": self._given_up},
             )
         self._failing = True
@@ -215,7 +215,7 @@ class CheckpointStore:
             )
             size += stored.bytes
         await self._uploads.finish_checkpoint_upload(self._job.lease, step, manifest_sha256=manifest_sha256, size=size)
-        self.tell("checkpoint_stored", f"Checkpoint of step {step} in Storage.", {"step": step, "bytes": size})
+        self.tell("checkpoint_stored", f"The checkpoint of step {step} is in storage.", {"step": step, "bytes": size})
         for other in await self._uploads.stored_checkpoints(self._job.id, self._storage.location):
             if (other.epoch, other.step) != (self._job.lease_epoch, step):
                 await withdraw(self._uploads, self._storage, other)

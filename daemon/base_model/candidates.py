@@ -43,13 +43,13 @@ def checked_name(name: str, settings: Settings) -> str:
     if not re.fullmatch(MODEL_NAME, name) or ".." in name or "--" in name:
         raise JobFailed(
             ErrorCode.INVALID_SPEC,
-            f"{name[:200]!r} is not a model's name",
-            "name a model as the hub does, ORG/NAME; paths are not accepted",
+            f"{name[:200]!r} is not a model name",
+            "name the model as the hub does, ORG/NAME; paths are not accepted",
         )
     if settings.allowed_models and name not in settings.allowed_models:
         raise JobFailed(
             ErrorCode.MODEL_NOT_FOUND,
-            f"model {name} is not offered here",
+            f"this service does not offer the model {name}",
             f"choose one of: {', '.join(settings.allowed_models)}",
         )
     return name
@@ -139,8 +139,8 @@ def _raise_if_incomplete(name: str, path: Path, faults: list[str]) -> None:
         return
     raise JobFailed(
         ErrorCode.MODEL_INCOMPLETE,
-        f"model {name} in {path} is not whole: {in_one_line(faults)}",
-        f"the operator completes it with `brightrun-trainer models pull {name}`, or removes the folder",
+        f"the model {name} in {path} is incomplete: {in_one_line(faults)}",
+        f"the operator can run `brightrun-trainer models pull {name}` to complete it, or remove the folder",
     )
 
 
@@ -151,6 +151,6 @@ def _not_found(name: str, settings: Settings) -> JobFailed:
     looked += [str(root) for root in _cache_roots(settings)]
     return JobFailed(
         ErrorCode.MODEL_NOT_FOUND,
-        f"model {name} is not on this host; looked in {', '.join(dict.fromkeys(looked))}",
-        f"the operator fetches it with `brightrun-trainer models pull {name}`, or check the name",
+        f"the model {name} is not on this host; it was looked for in {', '.join(dict.fromkeys(looked))}",
+        f"check the name, or ask the operator to run `brightrun-trainer models pull {name}`",
     )

@@ -112,7 +112,11 @@ async def _watch(target: Path, total: int, on_progress: Progress) -> None:
 def _download_error(name: str, settings: Settings, why: str, message: str) -> JobError:
     match why:
         case "absent":
-            return JobFailed(ErrorCode.MODEL_NOT_FOUND, message, "check base_model; private models need HF_TOKEN")
+            return JobFailed(
+                ErrorCode.MODEL_NOT_FOUND,
+                message,
+                "check base_model; for a private model the operator must set HF_TOKEN",
+            )
         case "unusable":
             return JobFailed(ErrorCode.MODEL_UNSUPPORTED, message, "choose a model that is published as safetensors")
         case "disk":
@@ -123,5 +127,7 @@ def _download_error(name: str, settings: Settings, why: str, message: str) -> Jo
                 detail=f"{message}; free space under {settings.models_dir}, or set TRAINER_MODELS_DIR to a larger disk",
             )
         case _:
-            hint = "the download goes on from here at the next attempt; check the host's way to huggingface.co"
-            return JobDelayed(ErrorCode.MODEL_NOT_FOUND, f"{name}: {message}", hint)
+            hint = (
+                "the next attempt continues the download; if it fails again, check that the host reaches huggingface.co"
+            )
+            return JobDelayed(ErrorCode.MODEL_NOT_FOUND, f"the model {name} could not be downloaded: {message}", hint)

@@ -65,11 +65,13 @@ def _check(copy: Path) -> None:
     faults = faults_of_copy(copy)
     if not faults:
         files = read_copy_manifest(copy)["files"]
-        faults = [f"{name} has another hash than when it was written" for name in files if _differs(copy, files, name)]
+        faults = [
+            f"{name} has a different hash than when it was written" for name in files if _differs(copy, files, name)
+        ]
     if faults:
         raise _refused(
-            f"the 4-bit copy in {copy} is not whole: {faults[0]}; nothing was deleted",
-            "remove that folder and call `brightrun-trainer models quantize` again",
+            f"the 4-bit copy in {copy} is incomplete: {faults[0]}; nothing was deleted",
+            "remove that folder and run `brightrun-trainer models quantize` again",
         )
 
 

@@ -40,7 +40,8 @@ async def fetch_dataset(
     rules = rules or rules_from(settings)
     if dataset.dataset_user_id is not None and dataset.dataset_user_id != dataset.user_id:
         raise _forbidden(
-            f"dataset {dataset.dataset_id} does not belong to the owner of job {dataset.job_id}", "use your own dataset"
+            f"the dataset {dataset.dataset_id} does not belong to the owner of job {dataset.job_id}",
+            "use your own dataset",
         )
     if dataset.dataset_url:
         url = dataset.dataset_url
@@ -79,18 +80,19 @@ def _own_path(dataset: JobDataset, settings: Settings) -> tuple[str, str]:
         )
     if dataset.dataset_user_id != dataset.user_id:
         raise _forbidden(
-            f"dataset {dataset.dataset_id} does not belong to the owner of job {dataset.job_id}", "use your own dataset"
+            f"the dataset {dataset.dataset_id} does not belong to the owner of job {dataset.job_id}",
+            "use your own dataset",
         )
     bucket, path = dataset.storage_bucket, safe_object_path(dataset.storage_path)
     if bucket not in settings.dataset_buckets:
         allowed = ", ".join(settings.dataset_buckets)
         raise _forbidden(
             f"datasets are not read from bucket {bucket!r}, only from {allowed}",
-            "move the dataset, or the operator adds the bucket to TRAINER_DATASET_BUCKETS",
+            "move the dataset, or ask the operator to add the bucket to TRAINER_DATASET_BUCKETS",
         )
     if bucket != IMPORTED_BUCKET and not path.startswith(f"{dataset.user_id}/"):
         raise _forbidden(
-            f"{bucket}/{path} does not lie under its owner's prefix {dataset.user_id}/",
+            f"the dataset {bucket}/{path} is not under its owner's prefix {dataset.user_id}/",
             "upload the dataset under your own user id and correct storage_path",
         )
     return bucket, path

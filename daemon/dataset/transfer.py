@@ -165,9 +165,9 @@ async def download(
         # Not synced: after a power cut the next attempt downloads again, and syncing 2 GiB would delay every job.
         part.replace(to)
     except _Interrupted as error:
-        raise JobDelayed(ErrorCode.DATASET_UNREACHABLE, f"{source}: {error}", _SUBMIT_AGAIN) from error
+        raise JobDelayed(ErrorCode.DATASET_UNREACHABLE, _not_downloaded(source, str(error)), _SUBMIT_AGAIN) from error
     except TimeoutError as error:
-        message = f"{source}: not downloaded within {MAX_SECONDS / 60:.0f} minutes"
+        message = _not_downloaded(source, f"it took longer than {MAX_SECONDS / 60:.0f} minutes")
         raise JobDelayed(ErrorCode.DATASET_UNREACHABLE, message, _SUBMIT_AGAIN) from error
     except OSError as error:
         raise disk_fault("work folder", to.parent, error) from error
@@ -199,12 +199,12 @@ async def _continue(client: httpx.AsyncClient, rules: AddressRules, url: str, tr
                 await response.aclose()
             target = await _checked(rules, onward, transfer.source)
     except httpx.InvalidURL as error:
-        raise _unreachable(transfer.source, "redirects to something that is no URL") from error
+        raise _unreachable(transfer.source, "it redirects to something that is not a URL") from error
     except (httpx.TransportError, httpx.DecodingError) as error:
         raise _Interrupted(
             f"the connection failed after {transfer.received:,} bytes ({type(error).__name__})"
         ) from error
-    raise _unreachable(transfer.source, f"redirects more than {MAX_REDIRECTS} times")
+    raise _unreachable(transfer.source, f"it redirects more than {MAX_REDIRECTS} times")
 
 
 async def _receive(response: httpx.Response, transfer: _Transfer) -> None:
@@ -225,7 +225,7 @@ async def _receive(response: httpx.Response, transfer: _Transfer) -> None:
         part = _CONTENT_RANGE.match(response.headers.get("content-range", ""))
         if part is None or int(part["first"]) != transfer.received:
             await asyncio.to_thread(transfer.restart)
-            raise _Interrupted("the server answered with another part than the one asked for")
+            raise _Interrupted("the server sent another part than the one it was asked for")
         total = int(part["total"]) if part["total"] != "*" else None
     elif transfer.received:
         await asyncio.to_thread(transfer.restart)
@@ -278,7 +278,7 @@ async def _checked(rules: AddressRules, url: str, source: str) -> Target:
     try:
         return await rules.check(url)
     except AddressRefused as error:
-        raise _forbidden(f"{source} leads to an address that is not allowed: {error}", _PUBLIC_ONLY) from error
+        raise _forbidden(f"the dataset {source} is at an address that is not allowed: {error}", _PUBLIC_ONLY) from error
     except AddressUnknown as error:
         raise _Interrupted(str(error)) from error
 
@@ -300,19 +300,23 @@ def _judge_head(file: Path, source: str) -> None:
 
 
 def _not_a_dataset(source: str, what: str, hint: str) -> JobFailed:
-    return JobFailed(ErrorCode.DATASET_INVALID, f"{source} {what}", hint)
+    return JobFailed(ErrorCode.DATASET_INVALID, f"the dataset {source} {what}", hint)
 
 
 def _too_large(transfer: _Transfer, size: str) -> JobFailed:
     return JobFailed(
         ErrorCode.DATASET_INVALID,
-        f"{transfer.source} is too large: {size}, at most {transfer.max_bytes:,} are allowed",
-        "make the dataset smaller, or the operator raises TRAINER_MAX_DATASET_BYTES",
+        f"the dataset {transfer.source} is too large: it has {size}, and at most {transfer.max_bytes:,} are allowed",
+        "make the dataset smaller, or ask the operator to raise TRAINER_MAX_DATASET_BYTES",
     )
 
 
 def _unreachable(source: str, why: str) -> JobFailed:
-    return JobFailed(ErrorCode.DATASET_UNREACHABLE, f"{source}: {why}", _SUBMIT_AGAIN)
+    return JobFailed(ErrorCode.DATASET_UNREACHABLE, _not_downloaded(source, why), _SUBMIT_AGAIN)
+
+
+def _not_downloaded(source: str, why: str) -> str:
+    return f"the dataset {source} could not be downloaded: {why}"
 
 
 def _forbidden(message: str, hint: str) -> JobFailed:

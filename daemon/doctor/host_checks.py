@@ -27,7 +27,7 @@ def check_python() -> CheckResult:
     shown = ", ".join(f"{name} {number}" for name, number in versions.items())
     missing = {"torch", "transformers", "peft", "trl", "bitsandbytes"} - versions.keys()
     if missing:
-        return red("versions", f"not installed: {', '.join(sorted(missing))}", "pip install brightrun-trainer")
+        return red("versions", f"not installed: {', '.join(sorted(missing))}", "run `pip install brightrun-trainer`")
     return green("versions", shown)
 
 
@@ -65,15 +65,15 @@ def findings_of(checked: Selfcheck, device: str) -> Iterator[CheckResult]:
     if device == "cpu":
         return
     if not found["cuda_available"]:
-        yield red("CUDA", f"torch {found['torch']} sees no card", "install the torch build for this CUDA driver")
+        yield red("CUDA", f"torch {found['torch']} sees no GPU", "install the torch build for this CUDA driver")
         return
     yield green("CUDA", f"{found['cuda']}, compute capability {found['capability']}")
     if found["bf16"]:
-        yield green("bf16", "this card computes in it")
+        yield green("bf16", "this GPU computes in it")
     else:
-        yield red("bf16", "this card does not compute in bf16", "use an Ampere card (A100, A10, RTX 30) or newer")
+        yield red("bf16", "this GPU does not compute in bf16", "use an Ampere GPU (A100, A10, RTX 30) or newer")
     for package, slower, advice in (
-        ("flash-linear-attention", "many times slower", "pip install flash-linear-attention"),
+        ("flash-linear-attention", "many times slower", "run `pip install flash-linear-attention`"),
         ("causal-conv1d", "slower", "install a wheel for this torch, CUDA and Python: the operator's guide says where"),
     ):
         if package == "flash-linear-attention" and (fault := found.get("kernel_fault")):
@@ -81,7 +81,7 @@ def findings_of(checked: Selfcheck, device: str) -> Iterator[CheckResult]:
         elif found[package.replace("-", "_")]:
             yield green(package, "installed")
         else:
-            yield yellow(package, f"missing: Qwen3-Next trains {slower}", advice)
+            yield yellow(package, f"not installed, so Qwen3-Next trains {slower}", advice)
 
 
 async def check_model(settings: Settings) -> AsyncIterator[CheckResult]:
@@ -93,10 +93,12 @@ async def check_model(settings: Settings) -> AsyncIterator[CheckResult]:
     except JobError as error:
         if settings.model_downloads and error.code is ErrorCode.MODEL_NOT_FOUND:
             yield yellow(
-                "default model", f"{name} is not on this host", f"brightrun-trainer models pull {name} (large: hours)"
+                "default model",
+                f"{name} is not on this host",
+                f"run `brightrun-trainer models pull {name}` (a large model takes hours)",
             )
         else:
-            yield red("default model", error.message, error.hint or f"brightrun-trainer models pull {name}")
+            yield red("default model", error.message, error.hint or f"run `brightrun-trainer models pull {name}`")
         return
     yield green("default model", f"{model.name}, whole, in {model.path}")
     yield await asyncio.to_thread(_check_copy, settings, model.name)
@@ -104,7 +106,7 @@ async def check_model(settings: Settings) -> AsyncIterator[CheckResult]:
 
 def _check_copy(settings: Settings, name: str) -> CheckResult:
     """Whether the 4-bit copy was made by these libraries and has all its files; the trainer reads their hashes."""
-    advice = f"brightrun-trainer models quantize {name} (else the first job loads the whole model and makes it)"
+    advice = f"run `brightrun-trainer models quantize {name}`, or the first job loads the whole model and makes it"
     problem = "none yet"
     for manifest in sorted(quantized_dir(settings).glob(f"{name.replace('/', '--')}-nf4-*/manifest.json")):
         try:
@@ -135,5 +137,5 @@ def check_disk(name: str, folder: Path) -> CheckResult:
     if free < MIN_FREE_GIB:
         return red(name, detail, "free space on the volume, or enlarge it")
     if speed < SLOW_DISK_MB_A_SECOND:
-        return yellow(name, detail, "slow: checkpoints and model loading will take long")
+        return yellow(name, detail, "the disk is slow: checkpoints and model loading will take long")
     return green(name, detail)

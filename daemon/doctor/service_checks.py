@@ -66,9 +66,13 @@ async def check_database(settings: Settings) -> AsyncIterator[CheckResult]:
         return
     yield green("database", f"answers in {(time.perf_counter() - begun) * 1000:.0f} ms, {_kind_of_connection(dsn)}")
     if unread is not None:
-        yield yellow("migrations", unread, "brightrun-trainer migrate, as the administrator, brings the right as well")
+        yield yellow(
+            "migrations", unread, "run `brightrun-trainer migrate` as the administrator, which grants the right as well"
+        )
     elif missing:
-        yield red("migrations", f"{len(missing)} not applied: {missing[0]} …", f"brightrun-trainer migrate; {_NOT_YET}")
+        yield red(
+            "migrations", f"{len(missing)} not applied: {missing[0]} …", f"run `brightrun-trainer migrate`; {_NOT_YET}"
+        )
         return
     else:
         yield green("migrations", "current")
@@ -83,7 +87,9 @@ async def check_database(settings: Settings) -> AsyncIterator[CheckResult]:
             async for finding in _check_hosts(database):
                 yield finding
     except (HostUnfit, DatabaseAway) as error:
-        yield red("database role", str(error), "brightrun-trainer migrate, then see the operator's guide on roles")
+        yield red(
+            "database role", str(error), "run `brightrun-trainer migrate`, then see the operator's guide on roles"
+        )
         return
     yield await _check_listen(dsn)
 
@@ -115,19 +121,19 @@ async def _check_rights(database: Database) -> CheckResult:
     )
     if rows:
         missing = ", ".join(f"{row['verb']} on {row['relation'].removeprefix('public.')}" for row in rows)
-        return red("rights", f"lacks {missing}", "brightrun-trainer migrate, as the administrator")
+        return red("rights", f"lacks {missing}", "run `brightrun-trainer migrate` as the administrator")
     return green("rights", f"all that the daemon needs on {len(RIGHTS)} tables")
 
 
 def _check_installation(dsn: str) -> CheckResult:
     """Whether all is as `migrate` left it: after a restore the record of what was applied says so, and it is not."""
-    name, advice = "installation", "brightrun-trainer migrate, as the administrator, repairs it"
+    name, advice = "installation", "run `brightrun-trainer migrate` as the administrator, which repairs it"
     try:
         wrong = faults(dsn)
     except MayNotRead as error:
         return yellow(name, str(error), advice)
     if wrong is None:
-        return yellow(name, "not verified on this server yet", "brightrun-trainer migrate, as the administrator")
+        return yellow(name, "not verified on this server yet", "run `brightrun-trainer migrate` as the administrator")
     if wrong:
         return red(name, "; ".join(wrong), advice)
     return green(name, "every role, right, trigger and function is as migrate left it")
@@ -251,7 +257,7 @@ def check_callbacks(settings: Settings) -> CheckResult:
         return red("callback secret", fault, "make one: echo whsec_$(openssl rand -base64 32)")
     if not keys:
         advice = "set TRAINER_CALLBACK_SECRETS: echo whsec_$(openssl rand -base64 32)"
-        return yellow("callback secret", "none: callbacks are not signed", advice)
+        return yellow("callback secret", "there is none, so callbacks are not signed", advice)
     return green("callback secret", f"{len(keys)} in use")
 
 

@@ -146,7 +146,7 @@ class GatewayRows:
         if rows[0]["held"]:
             raise Refused(
                 409,
-                "The job was queued before the trainer was installed and is held: somebody else may have run it.",
+                "The job was queued before the trainer was installed and is held: another service may have run it.",
                 "The operator lets such jobs in by release_held_jobs().",
             )
         return job_id

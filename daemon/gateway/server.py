@@ -53,7 +53,9 @@ async def serve_gateway(settings: Settings) -> None:
 async def run_gateway(settings: Settings, closing: asyncio.Event) -> None:
     """Serve until `closing` is set; for whoever has signals and logs in hand already."""
     if not settings.gateway_keys:
-        raise HostUnfit("TRAINER_GATEWAY_KEYS is empty: nobody could call. `openssl rand -hex 32` makes a good key.")
+        raise HostUnfit(
+            "TRAINER_GATEWAY_KEYS is empty, so every call would be refused. `openssl rand -hex 32` makes a good key."
+        )
     with _listening_socket(settings.gateway_host, settings.gateway_port) as listening:
         dsn = settings.database_url.get_secret_value()
         async with (

@@ -58,15 +58,15 @@ class AddressRules:
         parsed, host, port = _parse(url)
         excepted = host in self._allowed or f"{host}:{port}" in self._allowed
         if parsed.scheme == "http" and not excepted:
-            raise AddressRefused(f"{host}: only https URLs are accepted")
+            raise AddressRefused(f"the URL of {host} is not https, and only https URLs are accepted")
         literal = _literal(host)
         if literal is None and not excepted and (_LOCAL_NAMES.search(host) or "." not in host):
-            raise AddressRefused(f"{host}: the name belongs to a private network")
+            raise AddressRefused(f"the name {host} belongs to a private network")
         addresses = [literal] if literal else await self._addresses(host, port)
         # All of them, not only the one we would use: a name with one private address is an attack or a mistake.
         for address in addresses:
             if not excepted and not is_public(address):
-                raise AddressRefused(f"{host}: resolves to {address}, which is no public address")
+                raise AddressRefused(f"the name {host} resolves to {address}, which is not a public address")
         return Target(parsed, host, port, _preferred(addresses))
 
     async def _addresses(self, host: str, port: int) -> list[Address]:
@@ -74,9 +74,9 @@ class AddressRules:
             found = await self._resolve(host, port)
             addresses = [ip_address(text.partition("%")[0]) for text in found]
         except (OSError, ValueError) as error:
-            raise AddressUnknown(f"{host}: the name cannot be resolved ({error})") from error
+            raise AddressUnknown(f"the name {host} cannot be resolved ({error})") from error
         if not addresses:
-            raise AddressUnknown(f"{host}: the name has no address")
+            raise AddressUnknown(f"the name {host} has no address")
         return addresses
 
 
@@ -115,22 +115,22 @@ async def resolve_name(host: str, port: int) -> list[str]:
 
 def _parse(url: str) -> tuple[httpx.URL, str, int]:
     if any(ord(character) <= 32 or ord(character) == 127 for character in url) or "\\" in url:
-        raise AddressRefused("the URL holds blanks, control characters or backslashes")
+        raise AddressRefused("the URL contains blanks, control characters or backslashes")
     try:
         parsed = httpx.URL(url)
         host = parsed.raw_host.decode("ascii").lower().strip("[]")
     except (httpx.InvalidURL, UnicodeError, ValueError, TypeError) as error:
         raise AddressRefused("the URL cannot be read") from error
     if parsed.scheme not in DEFAULT_PORTS:
-        raise AddressRefused(f"{parsed.scheme or 'no scheme'}: only https URLs are accepted")
+        raise AddressRefused(f"the URL begins with {parsed.scheme or 'no scheme'}, and only https URLs are accepted")
     if parsed.userinfo:
-        raise AddressRefused(f"{host}: a URL must not carry a user name or password")
+        raise AddressRefused(f"the URL of {host} contains a user name or a password, which is not allowed")
     host = host[:-1] if host.endswith(".") else host
     if not host:
         raise AddressRefused("the URL names no host")
     port = DEFAULT_PORTS[parsed.scheme] if parsed.port is None else parsed.port
     if not 0 < port < 65536:
-        raise AddressRefused(f"{host}: {port} is not a port")
+        raise AddressRefused(f"the URL of {host} names the port {port}, which does not exist")
     return parsed.copy_with(host=host, fragment=None), host, port
 
 
@@ -138,20 +138,20 @@ def _literal(host: str) -> Address | None:
     """The address if the host is one, None for a name. Raises AddressRefused for unusual spellings."""
     if ":" in host:
         if "%" in host:
-            raise AddressRefused(f"{host}: an address with a zone is local")
+            raise AddressRefused(f"the address {host} has a zone, which makes it local")
         try:
             return IPv6Address(host)
         except ValueError as error:
-            raise AddressRefused(f"{host}: not an IPv6 address") from error
+            raise AddressRefused(f"the host {host} is not an IPv6 address") from error
     if _CANONICAL_IPV4.fullmatch(host):
         try:
             return IPv4Address(host)
         except ValueError as error:
-            raise AddressRefused(f"{host}: not an IPv4 address") from error
+            raise AddressRefused(f"the host {host} is not an IPv4 address") from error
     if _ENDS_IN_A_NUMBER.search(host):
-        raise AddressRefused(f"{host}: write IPv4 addresses as four decimal numbers")
+        raise AddressRefused(f"the host {host} is not four decimal numbers, as an IPv4 address must be")
     if not _HOST_NAME.fullmatch(host):
-        raise AddressRefused(f"{host!r}: not a host name")
+        raise AddressRefused(f"{host!r} is not a host name")
     return None
 
 

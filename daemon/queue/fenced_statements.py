@@ -38,7 +38,7 @@ class FencedStatements:
         """Why a fenced write found no row: the lease is lost, or row security hides it."""
         found = await self.find_job(lease.job_id)
         if not found.can_tell:
-            return RowsHidden(f"whether the lease of job {lease.job_id} is still there cannot be told: {_HIDDEN}")
+            return RowsHidden(f"whether the lease of job {lease.job_id} is still there is not known: {_HIDDEN}")
         if found.is_held_by(lease) and (name not in _OF_A_RUNNING_JOB or found.state in HELD):
             return RowsHidden(f"the lease of job {lease.job_id} is ours, and {_HIDDEN}")
         return LeaseLost(f"the lease {lease.epoch} of job {lease.job_id} is not ours any more, or the job is final")

@@ -74,7 +74,7 @@ def _tell(store: SqlJobStore, leases: list[Reaped]) -> None:
         store.troubles.begin(
             "reaping",
             f"the database refuses to take back {len(refused)} jobs of lost hosts, the first of them "
-            f"{refused[0].job_id}: its story (training_events) says who objects",
+            f"{refused[0].job_id}: its events (training_events) say what refuses it",
         )
     else:
         store.troubles.end("reaping")

@@ -30,7 +30,7 @@ class RefusedRows:
         self._until[row_id] = time.monotonic() + LEFT_ALONE_SECONDS
         self._troubles.begin(
             self._kind,
-            f"the database refuses the {self._kind} of {row_id}, which is left alone for "
+            f"the database refuses the {self._kind} of {row_id}, which is not tried again for "
             f"{LEFT_ALONE_SECONDS / 60:.0f} minutes: {error}",
         )
 

@@ -234,7 +234,7 @@ class SqlJobStore:
             self._noticed.update((lease.job_id, lease.epoch, name) for name in news)
             listed = ", ".join(f"{name} = {shown}" for name, shown in news.items())
             await self.record_event(
-                lease, "notice", f"numbers outside what their columns hold were left out or cut: {listed}", news
+                lease, "notice", f"some metrics do not fit their columns and were left out or capped: {listed}", news
             )
 
     async def forget_metrics(self, lease: Lease, after_step: int) -> None:

@@ -106,13 +106,13 @@ class Reporter:
                 self._checkpoint_step = event.step
                 self.tell(
                     "checkpoint_saved",
-                    f"Checkpoint at step {event.step}.",
+                    f"A checkpoint was saved at step {event.step}.",
                     {"step": event.step, "bytes": event.bytes},
                 )
             case events.Sample():
                 self.tell(
                     "sample",
-                    f"Answer {event.when} training.",
+                    f"The model answered a sample prompt {event.when} training.",
                     {"when": event.when, "prompt": event.prompt, "answer": event.answer},
                 )
             case events.Notice():
@@ -154,7 +154,7 @@ class Reporter:
         self._status.take_evaluation(event)
         self.tell(
             "evaluated",
-            f"Validation loss {event.validation_loss:.4f} at step {event.step}.",
+            f"The validation loss is {event.validation_loss:.4f} at step {event.step}.",
             {"step": event.step, "epoch": event.epoch, "validation_loss": event.validation_loss},
         )
 
@@ -273,7 +273,7 @@ class Reporter:
 
     def _tell_of_refused_points(self, error: PointsRefused) -> None:
         if not self._points_refused:
-            words = f"The table metrics_points takes no points; training goes on: {error}"
+            words = f"The table metrics_points refuses the metrics; training continues. The error: {error}"
             self.tell("points_refused", words, {"reason": str(error)})
         self._points_refused = True
 

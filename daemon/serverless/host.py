@@ -233,5 +233,5 @@ def _result(standing: Standing, *, fit: bool) -> dict[str, Any]:
         )
     elif not standing.is_final:
         where = f"{standing.state}, {answer.output.progress:.0f} %"
-        result["error"] = f"The job {answer.id} is in other hands ({where}): its own row goes on telling how it does."
+        result["error"] = f"The job {answer.id} is running on another host ({where}); follow its row for progress."
     return result

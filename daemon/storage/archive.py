@@ -186,7 +186,7 @@ def _names_to_pack(adapter_dir: Path) -> list[str]:
         if name == MANIFEST or (entry.is_dir() and not entry.is_symlink()):
             continue
         if entry.is_symlink() or not entry.is_file():
-            raise _not_an_adapter(f"the adapter folder holds {name!r}, which is no plain file")
+            raise _not_an_adapter(f"the adapter folder holds {name!r}, which is not a plain file")
         if not _SAFE_NAME.fullmatch(name):
             raise _not_an_adapter(f"the adapter folder holds a file with the name {name!r}")
         if entry.suffix in PICKLES:
@@ -250,4 +250,6 @@ def _finite(value: Any) -> Any:
 
 
 def _not_an_adapter(message: str) -> JobFailed:
-    return JobFailed(ErrorCode.INTERNAL, message, "this is a fault of the trainer; please report it with the job's id")
+    return JobFailed(
+        ErrorCode.INTERNAL, message, "this is a fault of the service, not of your job; report it with the job's id"
+    )

@@ -71,7 +71,9 @@ class FolderStorage:
     async def download(self, object_path: str, to: Path) -> StoredObject:
         file = self._locate(self._bucket, object_path)
         if not file.is_file():
-            raise JobFailed(ErrorCode.UPLOAD_FAILED, f"{self._bucket}/{object_path} is not in storage ({self._root})")
+            raise JobFailed(
+                ErrorCode.UPLOAD_FAILED, f"the object {self._bucket}/{object_path} is not in storage ({self._root})"
+            )
         size = await _copy(file, to, into="work folder")
         return StoredObject(object_path, size, await asyncio.to_thread(sha256_of, to))
 

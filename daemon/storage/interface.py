@@ -118,6 +118,7 @@ def dataset_absent(bucket: str, path: str) -> JobFailed:
 def upload_mismatch(name: str, size: int, sha256: str) -> JobDelayed:
     return JobDelayed(
         ErrorCode.UPLOAD_FAILED,
-        f"{name} was stored, but reading it back did not give the file's {size:,} bytes with sha256 {sha256[:12]}…",
+        f"the object {name} was stored, but reading it back did not give the {size:,} bytes with sha256 "
+        f"{sha256[:12]}… of the file",
         "the next attempt uploads again; if this repeats, the storage itself damages files",
     )

@@ -141,7 +141,9 @@ class SupabaseStorage:
                 await asyncio.to_thread(sync, hidden)
                 put_in_place(hidden, to)
         except _Absent as error:
-            raise JobFailed(ErrorCode.UPLOAD_FAILED, f"{self._bucket}/{object_path} is not in storage") from error
+            raise JobFailed(
+                ErrorCode.UPLOAD_FAILED, f"the object {self._bucket}/{object_path} is not in storage"
+            ) from error
         except OSError as error:
             raise disk_fault("work folder", to.parent, error) from error
         return fetched
@@ -198,15 +200,16 @@ class SupabaseStorage:
         if limit is not None and expected_bytes > limit:
             raise JobFailed(
                 ErrorCode.UPLOAD_FAILED,
-                f"the adapter will have about {expected_bytes:,} bytes; bucket {self._bucket} takes {limit:,} a file",
+                f"the adapter will have about {expected_bytes:,} bytes; a file in the bucket {self._bucket} "
+                f"may have {limit:,}",
                 "raise the bucket's file size limit, or lower lora_rank",
             )
         refused = [kind for kind in STORED_TYPES if not _takes(types, kind)]
         if refused:
             raise JobFailed(
                 ErrorCode.UPLOAD_FAILED,
-                f"bucket {self._bucket} takes only {', '.join(types or [])}, not {', '.join(refused)}",
-                "remove the bucket's list of allowed MIME types, or add these to it",
+                f"the bucket {self._bucket} accepts only {', '.join(types or [])}, not {', '.join(refused)}",
+                "add these MIME types to the bucket's list of allowed ones, or remove the list",
             )
 
     async def _upload_whole(self, local: Path, object_path: str) -> None:
@@ -353,17 +356,19 @@ def _message_of(error: StorageApiError) -> str:
 def _job_error(
     status: int, code: str, message: str, name: str, error_code: ErrorCode = ErrorCode.UPLOAD_FAILED
 ) -> JobError:
-    said = f"{name}: {code + ': ' if code and not message.startswith(code) else ''}{message}"
+    said = f"{name} failed: {code + ': ' if code and not message.startswith(code) else ''}{message}"
     if status == 413:
         return JobFailed(error_code, said, "raise the file size limit of the bucket or project, or lower lora_rank")
     if status == 415 or code == "InvalidKey":
-        return JobFailed(error_code, said, "the operator must let the bucket take this name and MIME type")
+        return JobFailed(error_code, said, "the operator must allow this name and MIME type in the bucket")
     if status == 404:
         return _Absent(error_code, said, "check that the bucket exists")
     if status in (401, 403) or code in ("InvalidJWT", "Unauthorized"):
         # Not the user's fault, and not permanent: keys are rotated, and another host may have the right one.
         return JobDelayed(error_code, said, "the operator must check SUPABASE_SERVICE_ROLE_KEY")
-    return JobDelayed(error_code, said, "the next attempt goes on from here; if it repeats, check the storage's status")
+    return JobDelayed(
+        error_code, said, "the next attempt continues from here; if it fails again, check the status of the storage"
+    )
 
 
 def _direct_host(url: str) -> str:

@@ -50,8 +50,8 @@ def verdict_of(
     if stalled_seconds is not None:
         return Failed(
             ErrorCode.STALLED,
-            f"The trainer said nothing for {stalled_seconds:.0f} s and was ended.",
-            hint="It is tried again. If it happens at the same step every time, submit a smaller batch or sequence.",
+            f"The trainer reported nothing for {stalled_seconds:.0f} s and was stopped.",
+            hint="The job is tried again. If it stalls at the same step every time, lower batch_size or max_length.",
             stack=log_tail,
             transient=True,
         )
@@ -65,14 +65,14 @@ def verdict_of(
         name = signal.Signals(-returncode).name
         return Failed(
             ErrorCode.INTERNAL,
-            f"The trainer was ended by {name}.",
-            hint="SIGKILL is most often the host running out of memory: see the host's log. The job is tried again.",
+            f"The trainer was killed by {name}.",
+            hint="The job is tried again. SIGKILL usually means that the host ran out of memory; its log says more.",
             stack=log_tail,
             transient=True,
         )
     return Failed(
         ErrorCode.INTERNAL,
-        f"The trainer ended with exit code {returncode} and without a word.",
+        f"The trainer exited with code {returncode} and reported no error.",
         hint="This is a fault of the service, not of your job. The job is tried again.",
         stack=log_tail,
         transient=True,

@@ -172,7 +172,7 @@ async def test_a_path_is_no_models_name(settings: Settings, name: str) -> None:
 
 async def test_only_models_that_the_operator_allows_are_offered(tmp_path: Path) -> None:
     make_model(tmp_path / "models" / NAME)
-    with pytest.raises(JobFailed, match="not offered") as raised:
+    with pytest.raises(JobFailed, match="does not offer") as raised:
         await resolve_model(NAME, settings_of(tmp_path, allowed_models="acme/one,acme/two"))
     assert "acme/one, acme/two" in str(raised.value.hint)
 

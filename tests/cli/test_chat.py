@@ -54,4 +54,4 @@ def test_an_adapter_of_another_model_is_refused_in_words(folder: Path) -> None:
     (other / "adapter_config.json").write_text(json.dumps(config | {"r": 8}))
     said = CommandLine(folder, TRAINER_MODELS_DIR=str(folder / "models")).run("chat", "other-adapter", "-q", QUESTION)
     assert said.status == 1
-    assert "the adapter cannot be opened on this model" in said.err
+    assert "The adapter cannot be opened on this model" in said.err

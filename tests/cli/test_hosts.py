@@ -33,8 +33,8 @@ def test_a_host_is_named_unmistakably_or_not_at_all(cli: CommandLine, queue: Que
             )
     said = cli.run("drain", "pod-a")
     assert said.status == 2
-    assert "several hosts could be meant" in said.err
-    assert "no live host is called pod-b" in cli.run("drain", "pod-b").err
+    assert "Several hosts could be meant" in said.err
+    assert "No live host is called pod-b" in cli.run("drain", "pod-b").err
     with queue.connect() as connection:
         assert connection.execute("SELECT count(*) AS n FROM training_workers WHERE drain").fetchone() == {"n": 0}
 

@@ -55,7 +55,7 @@ def test_the_first_four_characters_name_a_job_while_they_name_one_only(cli: Comm
     assert several.status == 2
     assert "begins several ids" in several.err
     assert cli.run("show", "abc").status == 2
-    assert "there is no job ffff0000" in cli.run("show", "ffff0000").err
+    assert "There is no job ffff0000" in cli.run("show", "ffff0000").err
     assert cli.run("show", "'; DROP TABLE x").status == 2
 
 
@@ -131,8 +131,8 @@ def test_cancel_and_retry_move_a_job_and_say_why_they_cannot(cli: CommandLine, q
     assert queue.row(job)["status"] == "queued"
     refused = cli.run("retry", job)
     assert refused.status == 1
-    assert "the job is queued" in refused.err
-    assert "→ only a failed or cancelled job" in refused.err
+    assert "The job is queued" in refused.err
+    assert "→ Only a failed or cancelled job" in refused.err
 
 
 def test_a_mistyped_id_among_several_moves_none(cli: CommandLine, queue: Queue) -> None:
@@ -160,7 +160,7 @@ def test_a_login_without_rights_is_told_in_one_line(cli: CommandLine, queue: Que
         place = queue.dsn.rpartition("@")[2]
         said = cli.run("jobs", DATABASE_URL=f"postgresql://cli_stranger:hunter2hunter2@{place}")
         assert said.status == 1
-        assert "this login may not" in said.err
+        assert "This login may not" in said.err
         assert "hunter2" not in said.err
     finally:
         with queue.connect() as connection:

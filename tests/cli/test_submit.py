@@ -101,9 +101,9 @@ def test_a_refused_insert_takes_its_upload_back(cli: CommandLine, queue: Queue, 
     nobody = "00000000-0000-0000-0000-000000000001"
     said = cli.run("submit", dataset, "--model", "tiny", "--user", nobody)
     assert said.status == 2
-    assert f"no user has the id {nobody}" in said.err
+    assert f"No user has the id {nobody}" in said.err
     assert (stored(queue), count(queue, "datasets")) == ([], 0)
-    assert "whose job is it?" in cli.run("submit", dataset, TRAINER_SERVICE_USER_ID="").err
+    assert "The job has no owner" in cli.run("submit", dataset, TRAINER_SERVICE_USER_ID="").err
 
 
 def test_a_check_needs_no_database(queue: Queue, dataset: Path) -> None:

@@ -58,7 +58,7 @@ def assert_red(finding: CheckResult, *words: str, light: Status = Status.RED) ->
     assert finding.light is light, finding
     assert finding.advice, "a line that is not green says what to do"
     for word in words:
-        assert word in f"{finding.detail} {finding.advice}", finding
+        assert word.lower() in f"{finding.detail} {finding.advice}".lower(), finding
 
 
 # -- this machine ------------------------------------------------------------------------------------------------
@@ -406,7 +406,7 @@ def test_the_screen_is_json_on_request_and_its_exit_code_says_red(database: AppD
 def test_a_screen_with_something_red_shows_advice_and_exits_1(tmp_path: Path) -> None:
     broken = doctor({"DATABASE_URL": "postgresql://nobody@127.0.0.1:9/none"}, folder=tmp_path)
     assert broken.returncode == 1, broken.stdout + broken.stderr
-    assert "✖ database" in broken.stdout and "→ check DATABASE_URL" in broken.stdout
+    assert "✖ database" in broken.stdout and "→ Check DATABASE_URL" in broken.stdout
     assert "▲ callback secret" in broken.stdout and "● versions" in broken.stdout
     assert re.fullmatch(r"this host cannot work yet: \d red, \d yellow, \d+ green", broken.stdout.splitlines()[-1])
 

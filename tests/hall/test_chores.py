@@ -50,7 +50,7 @@ async def test_a_chore_is_begun_again_after_whatever_ends_it(ending: BaseExcepti
             await until(again)
             # It runs, and has not worked yet.
             (trouble,) = troubles
-            assert (trouble.name, trouble.times) == ("sweeping", 3) and "sweeping fails" in trouble.message
+            assert (trouble.name, trouble.times) == ("sweeping", 3) and "task sweeping failed" in trouble.message
             assert counted == ["sweeping"] * 3 and chores.failures == {"sweeping": 3}
             go_on.set()
             async with asyncio.timeout(30):

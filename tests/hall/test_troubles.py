@@ -25,7 +25,7 @@ def test_a_trouble_said_again_keeps_its_beginning_and_takes_the_newer_words() ->
     troubles.begin("work folder", "full")
     assert "work folder" in troubles
     (said,) = troubles.as_json()
-    assert said == {"name": "work folder", "message": "full", "since": first.since.isoformat(), "times": 2}
+    assert said == {"name": "work folder", "message": "Full.", "since": first.since.isoformat(), "times": 2}
 
 
 def test_a_message_is_cut_to_what_a_row_is_for() -> None:

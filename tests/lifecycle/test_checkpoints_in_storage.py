@@ -159,5 +159,5 @@ async def test_a_damaged_checkpoint_in_storage_is_passed_over_and_a_shutdown_lea
         await sites.wait_for(job, "completed")
         await sites.tidied()
     (ignored,) = sites.told(job, "stored_checkpoint_ignored")
-    assert "another hash" in ignored["reason"]
+    assert "a different hash" in ignored["reason"]
     assert sites.told(job, "resumed") == []

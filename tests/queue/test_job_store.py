@@ -407,7 +407,7 @@ async def test_a_failure_is_told_in_words_that_every_column_holds(kept: Kept, en
         await kept.store.retry_job(lease, failed, delay_seconds=0.0, cost=math.nan)
     contract = await kept.contract(lease.job_id)
     assert (contract["error_code"], contract["error_message"], contract["error_hint"]) == (
-        "internal", "bad \ufffd ?", "hint\ufffd",
+        "internal", "Bad \ufffd ?.", "hint\ufffd.",
     )  # fmt: skip
     if ending == "retry_job":
         await claimed(kept, lease.job_id)
@@ -428,7 +428,7 @@ async def test_a_retry_waits_for_its_time_and_the_last_one_fails(kept: Kept) -> 
     ending = await kept.store.retry_job(job.lease, BROKEN, delay_seconds=0.0, cost=3.0)
     assert ending == Ending(True, State.FAILED, noted=False)
     contract = await kept.contract(job.id)
-    assert (contract["error_code"], contract["error_hint"], float(contract["cost"])) == ("internal", "mend it", 3.0)
+    assert (contract["error_code"], contract["error_hint"], float(contract["cost"])) == ("internal", "Mend it.", 3.0)
 
 
 @pytest.mark.parametrize("ending", ["release_job", "end_cancelled_job"])
@@ -446,7 +446,7 @@ async def test_a_returned_job_waits_for_another_host_where_there_may_be_one(kept
     expected = State.FAILED if isinstance(kept, InMemory) else State.QUEUED
     assert await kept.store.return_job(lease, BACK, cost=1.0) == Ending(True, expected, noted=False)
     contract = await kept.contract(lease.job_id)
-    told = ("disk_full", "the host's disk is full", "wait") if isinstance(kept, InMemory) else (None, None, None)
+    told = ("disk_full", "The host's disk is full.", "Wait.") if isinstance(kept, InMemory) else (None, None, None)
     assert (contract["error_code"], contract["error_message"], contract["error_hint"]) == told
     assert contract["state"] == expected
 

@@ -285,7 +285,9 @@ async def test_a_retry_waits_and_the_last_one_fails(store: SqlJobStore, database
     lease = (await claimed(store)).lease
     assert await store.retry_job(lease, BROKEN, delay_seconds=0.05, cost=1) == Ending(True, State.QUEUED, False)
     row = database.job(job_id)
-    assert not row["due"] and row["attempt"] == 1 and row["error_message"] == "it broke" and row["completed_at"] is None
+    assert (
+        not row["due"] and row["attempt"] == 1 and row["error_message"] == "It broke." and row["completed_at"] is None
+    )
     assert (await claim(store)).job is None
     database.run("SELECT pg_sleep(0.06)")
     assert await store.promote_due_jobs() == 1
@@ -294,7 +296,7 @@ async def test_a_retry_waits_and_the_last_one_fails(store: SqlJobStore, database
     assert database.job(job_id)["error_message"] is None and database.job(job_id)["retry_count"] == 1
     assert await store.retry_job(job.lease, BROKEN, delay_seconds=0, cost=2) == Ending(True, State.FAILED, False)
     row = database.job(job_id)
-    assert (row["status"], row["error_code"], row["error_hint"]) == ("failed", "internal", "mend it")
+    assert (row["status"], row["error_code"], row["error_hint"]) == ("failed", "internal", "Mend it.")
     assert row["run_after"] is None and row["completed_at"] is not None
 
 
@@ -307,7 +309,7 @@ async def test_a_release_costs_no_attempt_but_its_epoch_never_goes_back(
         assert (job.attempt, job.lease_epoch) == (1, epoch)
         assert await store.release_job(job.lease, "the host shuts down", cost=None) == Ending(True, State.QUEUED, False)
     row = database.one("SELECT message FROM training_events WHERE job_id = %s AND kind = 'notice' LIMIT 1", (job_id,))
-    assert row["message"] == "the host shuts down"
+    assert row["message"] == "The host shuts down."
 
 
 async def test_a_job_that_hosts_give_back_loses_no_attempt_until_ten_have_and_then_comes_to_an_end(
@@ -343,7 +345,7 @@ async def test_a_job_that_hosts_give_back_loses_no_attempt_until_ten_have_and_th
     assert (row["status"], row["error_code"], row["error_message"]) == (
         "failed",
         "disk_full",
-        "the host's disk is full",
+        "The host's disk is full.",
     )
     counted = database.run("SELECT data ->> 'counted' AS c FROM training_events WHERE kind = 'returned' ORDER BY id")
     assert [each["c"] for each in counted] == ["false"] * MAX_RETURNS + ["true"] * 2
@@ -489,7 +491,7 @@ async def test_a_failure_with_bytes_that_postgres_refuses_is_still_recorded(
     failed = Failed(ErrorCode.INTERNAL, "bad \x00 \udfff", "hint\x00", "x" * 1_000_000 + "the end")
     assert (await store.fail_job(lease, failed, cost=math.nan)).state is State.FAILED
     row = database.job(job_id)
-    assert row["error_message"] == "bad \ufffd ?" and row["error_stack"].endswith("the end")
+    assert row["error_message"] == "Bad \ufffd ?." and row["error_stack"].endswith("the end")
     assert len(row["error_stack"]) == 60_000
 
 

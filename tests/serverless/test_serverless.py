@@ -132,7 +132,7 @@ def test_a_job_that_a_daemon_runs_is_left_to_it(
         queue.wait_for(job, "running")
         runpod.run("late", job_id=str(job))
         result = runpod.wait_for_result("late")
-        assert "in other hands" in result["error"] and queue.row(job)["status"] == "running"
+        assert "running on another host" in result["error"] and queue.row(job)["status"] == "running"
 
 
 def test_runpods_cancel_ends_the_child_and_the_row(

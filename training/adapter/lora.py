@@ -128,6 +128,6 @@ def _targets_taken_literally() -> Iterator[None]:
 def _bad_target(message: str) -> TrainingFailed:
     return TrainingFailed(
         ErrorCode.INVALID_SPEC,
-        f"target_modules: {message}",
+        f"target_modules is not valid: {message}",
         "leave target_modules out to adapt attention and feed-forward layers",
     )

@@ -100,7 +100,7 @@ def _load_copy(
     except CopyUnusable as error:
         if voice is not None:
             voice.notice(
-                "quantized_copy_refused", f"the 4-bit copy on the volume is not used: {error}; it is made anew"
+                "quantized_copy_refused", f"the 4-bit copy on the volume is not used: {error}; it is made again"
             )
         copy.discard()
         return None

@@ -53,9 +53,9 @@ def must_be_cut(spec: JobSpec, folder: ModelFolder, estimate: Estimate, memory_b
             return False
         raise TrainingFailed(
             ErrorCode.OUT_OF_MEMORY,
-            f"{spec.base_model} needs {estimate.model_bytes / 2**30:.1f} GiB for its weights, a card has "
-            f"{memory_bytes / 2**30:.1f} GiB, and a mixture of experts is not cut into parts: "
-            f"each of the {spec.num_gpus} cards would have to hold it whole",
+            f"{spec.base_model} needs {estimate.model_bytes / 2**30:.1f} GiB for its weights, a GPU has "
+            f"{memory_bytes / 2**30:.1f} GiB, and a mixture of experts cannot be sharded: "
+            f"each of the {spec.num_gpus} GPUs would have to hold all of it",
             "choose a GPU with more memory or a smaller base model",
         )
     return True

@@ -97,7 +97,8 @@ def gather(
         if not held_out and chosen.validation_fraction > 0:
             remarks.append(
                 Remark(
-                    "no_validation", "too few different conversations to hold any out; no validation loss is measured"
+                    "no_validation",
+                    "there are too few different conversations to hold any out; no validation loss is measured",
                 )
             )
     train = _encode(train_part, template)
@@ -158,7 +159,13 @@ def _remarks_on(reading: Reading, template: ChatTemplate) -> list[Remark]:
     remarks = []
     if reading.skipped:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in sorted(reading.skipped.items()))
-        remarks.append(Remark("rows_without_example", f"rows that are no example: {reasons}", dict(reading.skipped)))
+        remarks.append(
+            Remark(
+                "rows_without_example",
+                f"these rows are not examples and were skipped: {reasons}",
+                dict(reading.skipped),
+            )
+        )
     copies = len(reading.conversations) - len({conversation.key() for conversation in reading.conversations})
     if copies:
         remarks.append(

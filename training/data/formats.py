@@ -102,12 +102,14 @@ def _decode(path: Path) -> str:
     except FileNotFoundError:
         raise TrainingFailed(
             ErrorCode.DATASET_UNREACHABLE,
-            f"the dataset file {path.name} is not there",
+            f"the dataset file {path.name} does not exist",
             "check the dataset URL and submit again",
             transient=True,
         ) from None
     except IsADirectoryError:
-        raise invalid(f"{path.name} is a folder, not a dataset file", "give one JSON or JSONL file") from None
+        raise invalid(
+            f"the dataset {path.name} is a folder, not a dataset file", "give one JSON or JSONL file"
+        ) from None
     for magic, what in _MAGIC.items():
         if raw.startswith(magic):
             raise invalid(
@@ -118,14 +120,14 @@ def _decode(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise invalid(
-            f"line {line}: not UTF-8 (byte 0x{raw[error.start]:02x} at offset {error.start})",
+            f"line {line} is not UTF-8 (byte 0x{raw[error.start]:02x} at offset {error.start})",
             "save the file as UTF-8 and submit again",
         ) from None
     if not text.strip():
         raise invalid("the dataset is empty", _ONE_A_LINE)
     if "\x00" in text:
         line = text.count("\n", 0, text.index("\x00")) + 1
-        raise invalid(f"line {line}: contains a zero byte; this is not a text file", "save the file as UTF-8 JSONL")
+        raise invalid(f"line {line} contains a zero byte: this is not a text file", "save the file as UTF-8 JSONL")
     return text
 
 
@@ -226,7 +228,7 @@ def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-        raise _BadRow(f"the key {twice[0]!r} stands twice in one object")
+        raise _BadRow(f"the key {twice[0]!r} appears twice in one object")
     return found
 
 
@@ -339,13 +341,13 @@ def _read_list(row: Mapping[str, Any], key: str, *, may_be_empty: bool = False) 
 def _check_turns(turns: list[Turn]) -> tuple[Turn, ...]:
     """Refuses turns that no model can learn from; drops those after the last answer, which carry no loss."""
     if any(turn.role == "system" for turn in turns[1:]):
-        raise _BadRow("a system message stands after the beginning")
+        raise _BadRow("a system message is not the first message")
     answers = [index for index, turn in enumerate(turns) if turn.trained]
     if not answers:
         only = {turn.role for turn in turns}
         raise _BadRow(f"has no assistant message to learn from (only {' and '.join(sorted(only)) or 'nothing'})")
     if not any(turn.role == "user" for turn in turns[: answers[-1]]):
-        raise _BadRow("no user message stands before the answer")
+        raise _BadRow("there is no user message before the answer")
     return tuple(turns[: answers[-1] + 1])
 
 

@@ -89,14 +89,14 @@ def open_model_folder(path: Path, name: str) -> ModelFolder:
     if not path.is_dir():
         raise TrainingFailed(
             ErrorCode.MODEL_NOT_FOUND,
-            f"the base model {name} is not on this host ({path} is no folder)",
-            "download it with `brightrun-trainer models pull`, or correct the model's name",
+            f"the base model {name} is not on this host ({path} is not a folder)",
+            "download it with `brightrun-trainer models pull`, or correct base_model",
         )
     faults = faults_of_model(path)
     if faults:
         raise TrainingFailed(
             ErrorCode.MODEL_INCOMPLETE,
-            f"the base model {name} is not whole: {in_one_line(faults)}",
+            f"the base model {name} is incomplete: {in_one_line(faults)}",
             f"download the model again: `brightrun-trainer models pull {name}` (`models verify` names every fault)",
         )
     return ModelFolder.of(path)

@@ -120,11 +120,11 @@ def _pass_on_sigterm(desk: RankFolder, stop: StopSwitch) -> None:
 
 
 def _loss_of_a_rank(spec: JobSpec, lost: ProcessFailure) -> TrainingFailed:
-    how = f"was ended by {lost.signal_name()}" if lost.exitcode < 0 else f"ended with exit code {lost.exitcode}"
+    how = f"was killed by {lost.signal_name()}" if lost.exitcode < 0 else f"exited with code {lost.exitcode}"
     return TrainingFailed(
         ErrorCode.RANK_LOST,
-        f"process {lost.local_rank} of the {spec.num_gpus} that trained together {how}; the others were ended with it",
-        "SIGKILL is most often the host running out of memory: see the host's log; "
-        "the job is tried again and goes on from its last checkpoint",
+        f"rank {lost.local_rank} of {spec.num_gpus} {how}, and the other ranks were stopped with it",
+        "SIGKILL usually means that the host ran out of memory, and its log says more; "
+        "the job is tried again and resumes from its last checkpoint",
         transient=True,
     )

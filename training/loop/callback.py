@@ -132,8 +132,8 @@ class ProgressCallback(TrainerCallback):
             self._trainer.micro_batch_tokens = tokens
             self._voice.notice(
                 "out_of_memory_recovered",
-                f"memory of another card ran out: going on with {tokens} tokens at a time, the batch size stays "
-                f"{self._plan.batch_size}",
+                f"another GPU ran out of memory: training continues with {tokens} tokens at a time, the batch size "
+                f"stays {self._plan.batch_size}",
                 micro_batch_tokens=tokens,
                 step=step,
             )

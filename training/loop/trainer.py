@@ -205,7 +205,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
             self.micro_batch_tokens = fitting
             self._voice.notice(
                 "micro_batch_fitted",
-                f"micro-batches of {fitting} tokens instead of {planned}: what this card was found to take",
+                f"micro-batches have {fitting} tokens instead of {planned}, as many as fit in the memory of this GPU",
                 micro_batch_tokens=fitting,
             )
 
@@ -236,13 +236,13 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         if halves is None:
             raise TrainingFailed(
                 ErrorCode.OUT_OF_MEMORY,
-                f"out of memory with a single conversation of {inputs['input_ids'].shape[1]} tokens at a time",
+                f"memory ran out with a single conversation of {inputs['input_ids'].shape[1]} tokens at a time",
                 memory_advice(self.spec, self._corpus.max_length),
             )
         self.micro_batch_tokens = max(tokens_in(half) for half in halves)
         self._voice.notice(
             "out_of_memory_recovered",
-            f"memory ran out: going on with {self.micro_batch_tokens} tokens at a time, the batch size stays "
+            f"memory ran out: training continues with {self.micro_batch_tokens} tokens at a time, the batch size stays "
             f"{self.spec.hyperparameters.batch_size}",
             micro_batch_tokens=self.micro_batch_tokens,
             step=self.state.global_step,
@@ -308,8 +308,8 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         elif self._patience_is_over():
             self._voice.notice(
                 "stopped_early",
-                f"no better validation loss in {self.spec.hyperparameters.early_stopping_patience} evaluations; "
-                f"the adapter of step {self.journal.best.step if self.journal.best else 0} is kept",
+                f"the validation loss did not improve in {self.spec.hyperparameters.early_stopping_patience} "
+                f"evaluations; the adapter of step {self.journal.best.step if self.journal.best else 0} is kept",
             )
             self.control.should_training_stop = True
         return {"eval_loss": loss}

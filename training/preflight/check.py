@@ -57,7 +57,7 @@ def check_resources(spec: JobSpec, estimate: Estimate, memory_bytes: int | None)
         raise TrainingFailed(
             ErrorCode.OUT_OF_MEMORY,
             f"{spec.base_model} needs {estimate.model_bytes / 2**30:.1f} GiB for its weights alone; "
-            f"this {'card' if spec.device == 'cuda' else 'host'} has {memory_bytes / 2**30:.1f} GiB",
+            f"this {'GPU' if spec.device == 'cuda' else 'host'} has {memory_bytes / 2**30:.1f} GiB",
             "choose a smaller base model or a GPU with more memory",
         )
     parent = next(path for path in (spec.checkpoint_dir, *spec.checkpoint_dir.parents) if path.exists())

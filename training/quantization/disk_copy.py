@@ -135,7 +135,7 @@ class QuantizedCopy:
             self._compare(manifest["fingerprint"])
             for name, expected in manifest["files"].items():
                 if sha256_of(self.path / name) != expected:
-                    raise CopyUnusable(f"{name} has another hash than when it was written")
+                    raise CopyUnusable(f"{name} has a different hash than when it was written")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CopyUnusable(f"it cannot be read ({error})") from error
         return manifest

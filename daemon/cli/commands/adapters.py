@@ -53,7 +53,7 @@ def fetch_adapter(row: JobRow, details: JobDetails, folder: Path) -> dict[str, A
     from daemon.storage.archive import ArchiveInvalid, unpack_adapter
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise Misused(f"{folder} is there already and not empty", "name a new folder with --to")
+        raise Misused(f"the folder {folder} exists already and is not empty", "name a new folder with --to")
     settings = load_settings()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -65,13 +65,13 @@ def fetch_adapter(row: JobRow, details: JobDetails, folder: Path) -> dict[str, A
                 raise CommandFailed(
                     f"the stored adapter is not the one of this job: sha256 {sha256[:12]}…, "
                     f"the row says {(details.adapter_sha256 or 'nothing')[:12]}…",
-                    "do not use it; somebody or something changed the object in storage",
+                    "do not use it: the object in storage was changed",
                 )
             return unpack_adapter(archive, folder)
     except ArchiveInvalid as error:
         raise CommandFailed(f"the stored adapter cannot be unpacked: {error}") from error
     except OSError as error:
-        raise CommandFailed(f"{folder} cannot be written: {error.strerror or error}") from error
+        raise CommandFailed(f"the folder {folder} cannot be written: {error.strerror or error}") from error
 
 
 async def _fetch(settings: Settings, adapter_path: str, archive: Path) -> str:

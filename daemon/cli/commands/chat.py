@@ -42,7 +42,7 @@ def chat(
     adapter = _adapter_folder(what)
     model_dir = model or _base_model(adapter)
     if not (model_dir / "config.json").is_file():
-        raise CommandFailed(f"{model_dir} is no model's folder: there is no config.json")
+        raise CommandFailed(f"the folder {model_dir} holds no model: there is no config.json in it")
     with _conversation(model_dir, adapter, max_tokens) as conversation:
         with console(stderr=True).status(f"loading {model_dir.name} …"):
             conversation.wait_until_ready()
@@ -177,7 +177,7 @@ def _adapter_folder(what: str) -> Path:
     folder = Path(what)
     if folder.is_dir():
         if not (folder / "adapter_config.json").is_file():
-            raise CommandFailed(f"{folder} is no adapter's folder: there is no adapter_config.json")
+            raise CommandFailed(f"the folder {folder} holds no adapter: there is no adapter_config.json in it")
         return folder
     from daemon.cli.commands.adapters import completed_job, fetch_adapter
     from daemon.cli.data.connection import open_database
@@ -228,5 +228,7 @@ def _base_model_name(adapter: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         name = None
     if not isinstance(name, str) or not name:
-        raise CommandFailed(f"{adapter} does not say which base model it belongs to", "name its folder with --model")
+        raise CommandFailed(
+            f"the adapter {adapter} does not say which base model it belongs to", "name its folder with --model"
+        )
     return name

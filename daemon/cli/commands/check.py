@@ -35,7 +35,7 @@ def check(
 
     job = _read_job(file)
     if job is None and data is not None:
-        raise Misused(f"{file} is a dataset itself", "leave --data out")
+        raise Misused(f"the file {file} is a dataset itself", "leave --data out")
     row, faults, unknown = _parse(
         job if job is not None else {"hyperparameters": {"base_model": model} if model else {}}
     )

@@ -55,7 +55,7 @@ def jobs(
 
     for state in states or ():
         if state not in STATES:
-            raise Misused(f"{state!r} is no state", f"one of {', '.join(STATES)}")
+            raise Misused(f"{state!r} is not a state", f"use one of {', '.join(STATES)}")
     with open_database() as connection:
         user_id = None if user is None else find_owner(connection, user)
         rows = list_jobs(connection, states=states or None, user_id=user_id, model=model, limit=limit)

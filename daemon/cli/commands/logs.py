@@ -77,14 +77,18 @@ def _elsewhere(wanted: str, work_dir: Path) -> CommandFailed:
         pod = f" (pod {host.pod})" if host.pod else ""
         return CommandFailed(
             f"job {job_id} runs on host {host.host}{pod}, not here (looked under {work_dir})",
-            f"there: brightrun-trainer logs {job_id}, or the file under its TRAINER_WORK_DIR, like {place}",
+            f"on that host run `brightrun-trainer logs {job_id}`, or read under its TRAINER_WORK_DIR the file {place}",
         )
     if row.state == "completed":
         return CommandFailed(
             f"job {job_id} is completed and its work folder is gone",
-            "the log of its steps is training_log.jsonl, in the adapter: brightrun-trainer download, or events",
+            "the log of its steps is training_log.jsonl in the adapter: run `brightrun-trainer download`, or `events`",
         )
-    stack = "its last lines are in the row: brightrun-trainer show" if details.error_stack else "its story: events"
+    stack = (
+        "its last lines are in the row: brightrun-trainer show"
+        if details.error_stack
+        else "its events are in the row: brightrun-trainer events"
+    )
     return CommandFailed(f"job {job_id} is {row.state} and its attempt's folder is gone", f"{stack} {job_id}")
 
 

@@ -144,7 +144,9 @@ def quantize(
     settings = model_settings()
     folder = local_model(model, settings)
     if folder is None:
-        raise CommandFailed(f"{model} is not whole on this host", f"brightrun-trainer models pull {model}")
+        raise CommandFailed(
+            f"the model {model} is incomplete on this host", f"run `brightrun-trainer models pull {model}`"
+        )
     if replace and not yes:
         _confirm_replacing(model, folder)
     answer = _make_copy(model, folder, settings)
@@ -171,7 +173,7 @@ def _confirm_replacing(model: str, folder: Path) -> None:
     doomed = sum(path.stat().st_size for path in weights_of(folder))
     what = f"--replace deletes the {size(doomed)} of 16-bit weights of {model} in {folder}"
     if not sys.stdin.isatty():
-        raise Misused(what, "say --yes where nobody can be asked")
+        raise Misused(what, "add --yes to confirm it without a terminal")
     typer.confirm(f"{what}, once the 4-bit copy is made and verified. Go on?", abort=True, err=True)
 
 
@@ -203,7 +205,7 @@ def _make_copy(model: str, folder: Path, settings: Settings) -> dict[str, Any]:
     lines = ended.stdout.strip().splitlines()
     if not lines:
         last = ended.stderr.strip().splitlines()[-1:] or ["no output"]
-        raise CommandFailed(f"the trainer ended with exit code {ended.returncode}: {last[0][:300]}")
+        raise CommandFailed(f"the trainer exited with code {ended.returncode}: {last[0][:300]}")
     answer: dict[str, Any] = json.loads(lines[-1])
     if not answer["ok"]:
         raise CommandFailed(answer["message"], answer["hint"])

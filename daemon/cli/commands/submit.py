@@ -202,7 +202,7 @@ def _parsed(wish: _Wish) -> ParsedRow:
         raise Misused(f"the job cannot be run as it is asked for: {listed}") from None
     if row.unknown_keys:
         unknown = ", ".join(key.rpartition(".")[2] for key in row.unknown_keys)
-        raise Misused(f"unknown: {unknown}", "see docs/reference/hyperparameters.md")
+        raise Misused(f"these settings are unknown: {unknown}", "see docs/reference/hyperparameters.md")
     return row
 
 
@@ -214,7 +214,7 @@ def _owner(connection: Connection, user: str | None, settings: Settings) -> UUID
         return find_owner(connection, user)
     if settings.service_user_id is not None:
         return settings.service_user_id
-    raise Misused("whose job is it?", "give --user (id or e-mail of a user), or set TRAINER_SERVICE_USER_ID")
+    raise Misused("the job has no owner", "give --user (id or e-mail of a user), or set TRAINER_SERVICE_USER_ID")
 
 
 def _settings_given(given: list[str] | None) -> dict[str, Any]:

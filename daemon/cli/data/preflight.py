@@ -92,7 +92,9 @@ def refuse_unless_ok(verdict: Verdict, dataset: Path) -> None:
     if verdict.ok:
         return
     first = verdict.errors[0] if verdict.errors else {"message": "it was refused without a reason", "hint": None}
-    raise CommandFailed(f"{dataset.name} cannot be trained on: {first['message']}", first.get("hint"))
+    raise CommandFailed(
+        f"the dataset {dataset.name} cannot be used for training: {first['message']}", first.get("hint")
+    )
 
 
 def forecast(connection: Connection, model: str | None, verdict: Verdict, epochs: int) -> Forecast:
@@ -126,7 +128,7 @@ def _ask(file: Path, *arguments: str) -> Verdict:
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise CommandFailed(f"{file.name} was not read within {_LIMIT_SECONDS} s") from error
+        raise CommandFailed(f"the dataset {file.name} was not read within {_LIMIT_SECONDS} s") from error
     # Libraries may have their say first.
     lines = answer.stdout.strip().splitlines()
     try:

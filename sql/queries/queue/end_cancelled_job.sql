@@ -22,7 +22,7 @@ settled AS (
 ),
 told AS (
     INSERT INTO training_events (job_id, epoch, kind, message, data)
-    SELECT ended.job_id, ended.epoch, 'stopped', 'the trainer of the cancelled job has ended', %(data)s
+    SELECT ended.job_id, ended.epoch, 'stopped', 'The trainer of the cancelled job has ended.', %(data)s
     FROM ended
 )
 SELECT

@@ -20,7 +20,7 @@ moved AS (
 ),
 told AS (
     INSERT INTO training_events (job_id, epoch, kind, message)
-    SELECT moved.id, moved.lease_epoch, 'notice', 'the answer to the claim was lost; the job is claimed anew'
+    SELECT moved.id, moved.lease_epoch, 'notice', 'The reply to the claim was lost. The job is claimed again.'
     FROM moved
 )
 SELECT moved.id FROM moved

@@ -79,7 +79,7 @@ def test_a_damaged_copy_is_found_and_refused_where_nothing_else_is_left(
     with pytest.raises(TrainingFailed) as refused:
         train(_spec(spec_of, model, name="damaged"))
     assert refused.value.code == "model_incomplete"
-    assert "all that is kept" in refused.value.message and f"{file.name} has another hash" in refused.value.message
+    assert "all that is kept" in refused.value.message and f"{file.name} has a different hash" in refused.value.message
     assert "models pull tiny/model" in refused.value.hint
     assert file.exists(), "nothing is thrown away"
     file.write_bytes(file.read_bytes()[:-1])

@@ -250,7 +250,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path) -> No
     (tmp_path / "shelf" / "checkpoint-3" / "weights").write_bytes(b"\xff" * 100)
     found, damaged = shelf.newest()
     assert found is not None and found.step == 2
-    assert "another hash" in damaged[0].reason
+    assert "a different hash" in damaged[0].reason
     shutil.rmtree(tmp_path / "shelf" / "checkpoint-2")
     assert shelf.newest()[0] is None
 

@@ -90,7 +90,7 @@ def test_a_damaged_checkpoint_costs_its_steps_and_changes_nothing(spec_of: SpecO
     voice = train(killed)
     passed_over, resumed = voice.all("notice")[:2]
     assert passed_over.code == "checkpoint_passed_over" and "checkpoint-4 is not used" in passed_over.message
-    assert "another hash" in passed_over.message
+    assert "a different hash" in passed_over.message
     assert resumed.code == "resumed" and resumed.data["step"] == 3
     assert voice.all("progress")[0].step == 4
     assert _adapter(killed) == _adapter(whole)

@@ -39,7 +39,7 @@ DATASETS: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "single quotes": (b"{'messages': []}", ("line 1", "not JSON")),
     "NaN in a number": (_chat(("user", "q"), ("assistant", "a"), score=float("nan")).encode(), ("NaN is not JSON",)),
     "infinity in a number": (b'{"messages": [], "score": Infinity}', ("Infinity is not JSON",)),
-    "a key twice": (b'{"messages": [], "messages": []}', ("'messages' stands twice",)),
+    "a key twice": (b'{"messages": [], "messages": []}', ("'messages' appears twice",)),
     "nested too deeply": (_DEEP.encode(), ("line 1",)),
     "an array of nothing": (b"[]", ("holds no example",)),
     "a broken array": (b'[{"messages": []},', ("cannot be read", "not JSON")),

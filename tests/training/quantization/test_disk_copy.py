@@ -58,7 +58,7 @@ def test_a_flipped_byte_is_noticed_and_the_copy_made_anew(spec_of: SpecOf, tmp_p
     file.write_bytes(content)
     _, voice = _load(spec)
     (notice,) = voice.all("notice")
-    assert notice.code == "quantized_copy_refused" and "another hash" in notice.message
+    assert notice.code == "quantized_copy_refused" and "a different hash" in notice.message
     assert not _load(spec)[1].heard
 
 
