@@ -148,7 +148,7 @@ async def test_no_spelling_becomes_a_request_when_dns_is_asked_too(url: str) -> 
     ],
 )
 async def test_a_public_name_with_any_private_address_is_refused(answer: list[str]) -> None:
-    with pytest.raises(AddressRefused, match="no public address"):
+    with pytest.raises(AddressRefused, match="not a public address"):
         await AddressRules(resolve=Dns(answer)).check("https://files.example.com/data.jsonl?token=secret")
 
 

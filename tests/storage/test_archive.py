@@ -79,9 +79,9 @@ def test_an_archive_unpacks_to_what_was_packed(tmp_path: Path) -> None:
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "lacks adapter_model.safetensors"),
         (lambda folder: (folder / "adapter_config.json").unlink(), "lacks adapter_config.json"),
         (lambda folder: (folder / "training_args.bin").write_bytes(b"\x80"), "may run code"),
-        (lambda folder: (folder / "link.json").symlink_to("/etc/passwd"), "no plain file"),
-        (lambda folder: (folder / "links").symlink_to("/etc"), "no plain file"),
-        (lambda folder: os.mkfifo(folder / "pipe.json"), "no plain file"),
+        (lambda folder: (folder / "link.json").symlink_to("/etc/passwd"), "not a plain file"),
+        (lambda folder: (folder / "links").symlink_to("/etc"), "not a plain file"),
+        (lambda folder: os.mkfifo(folder / "pipe.json"), "not a plain file"),
         (lambda folder: (folder / "naïve name.json").write_text(""), "with the name"),
     ],
 )

@@ -267,7 +267,7 @@ async def test_a_file_over_the_limit_fails_for_good_and_says_so(
     assert raised.value.code is ErrorCode.UPLOAD_FAILED
     assert "limit" in str(raised.value.hint)
     assert double.count("POST") == 1, "what cannot succeed is not tried again"
-    with pytest.raises(JobFailed, match=f"takes {size - 1:,} a file"):
+    with pytest.raises(JobFailed, match=f"may have {size - 1:,}"):
         await storage.check(size)
 
 

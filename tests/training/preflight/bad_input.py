@@ -76,10 +76,10 @@ DATASETS: dict[str, tuple[bytes, tuple[str, ...]]] = {
     ),
     "only a system message": (_chat(("system", "s")).encode(), ("no assistant message", "system")),
     "only a user message": (_chat(("user", "q")).encode(), ("no assistant message", "user")),
-    "only an assistant message": (_chat(("assistant", "a")).encode(), ("no user message stands before",)),
+    "only an assistant message": (_chat(("assistant", "a")).encode(), ("there is no user message before",)),
     "a system message in the middle": (
         _chat(("user", "q"), ("system", "s"), ("assistant", "a")).encode(),
-        ("system message stands after the beginning",),
+        ("system message is not the first message",),
     ),
     "formats mixed": (
         f"{_GOOD}\n{json.dumps(_TURNS)}".encode(),
