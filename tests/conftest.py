@@ -1,7 +1,7 @@
-"""Fixtures of every test: one Postgres a run, one freshly migrated database a test. And their order.
+"""Fixtures for all tests: one Postgres per run, one freshly migrated database per test. And the order of the tests.
 
-`--shuffle` runs the files, and the tests of each file, in a random order; the seed is printed, and `--shuffle SEED`
-repeats that order.
+`--shuffle` runs the files, and the tests in each file, in a random order and prints the seed; `--shuffle SEED` repeats
+that order.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.shuffle = config.workerinput["shuffle"]
     elif config.option.shuffle == "any":
         config.option.shuffle = str(random.SystemRandom().randrange(1_000_000))
-    # A shell ignores SIGINT for what it starts in the background, and programs inherit that: Control-C in a test would
-    # be heard by nobody.
+    # A shell ignores SIGINT for what it starts in the background, and programs inherit that: a test's Control-C would
+    # have no effect.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -62,7 +62,7 @@ def postgres(pytestconfig: pytest.Config) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def migrated_template(postgres: Server) -> Iterator[str]:
-    """A database that has been migrated once and is copied for each test."""
+    """A database that is migrated once and copied for each test."""
     with postgres.database() as name:
         migrated(postgres, name)
         yield name
@@ -76,7 +76,7 @@ def database_pool(postgres: Server, migrated_template: str) -> Iterator[Database
 
 @pytest.fixture
 def database(postgres: Server, database_pool: DatabasePool) -> Iterator[AppDatabase]:
-    """A freshly migrated, empty database of the test's own; `database.dsn` logs in as the superuser."""
+    """A freshly migrated, empty database for one test; `database.dsn` logs in as the superuser."""
     with database_pool.database() as name:
         app = AppDatabase(postgres.dsn(name))
         yield app
@@ -113,14 +113,14 @@ def runpod() -> Iterator[RunPodDouble]:
 
 @pytest.fixture
 def files() -> Iterator[FileServer]:
-    """Where callers without a row have their datasets."""
+    """A server for the datasets of callers that have no database row."""
     with FileServer() as server:
         yield server
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """All workers of a parallel run collect in one order."""
+    """Makes all workers of a parallel run collect in the same order."""
     node.workerinput["shuffle"] = node.config.option.shuffle
 
 
@@ -141,7 +141,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """In a parallel run the controller prints the summary, and only its workers know the server."""
+    """In a parallel run the controller prints the summary, but only its workers know the server."""
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["postgres"] = session.config.stash.get(_POSTGRES, None)
 
@@ -153,7 +153,7 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Say which Postgres it was: given, container, installed or wheel."""
+    """Prints which Postgres was used: given, container, installed or wheel."""
     used = config.stash.get(_POSTGRES, None)
     if used is not None:
         terminalreporter.write_line(f"postgres: {used}")

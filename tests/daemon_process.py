@@ -1,4 +1,4 @@
-"""A daemon as its own process, for tests: started with settings, read by its log, ended by its pid."""
+"""Runs a daemon as a separate process for tests: started with settings, observed by its log, ended by its pid."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REAL = (sys.executable, "-m", "daemon", "run")
 
 
 class DaemonProcess:
-    """Use as a context manager: nothing of it is alive afterwards."""
+    """Use as a context manager: none of its processes is alive afterwards."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class DaemonProcess:
             "TRAINER_DRAIN_SECONDS": "10",
             "TRAINER_KILL_SECONDS": "1",
             "TRAINER_RETRY_BACKOFF_SECONDS": "0.2",
-            # A whole run of the tests may force it.
+            # A whole test run may force one type.
             "TRAINER_COMPUTE_TYPE": os.environ.get("TRAINER_COMPUTE_TYPE", "auto"),
         } | {f"TRAINER_{name.upper()}": str(value) for name, value in settings.items()}
         self.process: subprocess.Popen[bytes] | ForkedProcess | None = None
@@ -67,7 +67,7 @@ class DaemonProcess:
         self.kill()
 
     def start(self) -> DaemonProcess:
-        """A script of ours is forked from what has imported it, unless it shall find other modules, or not be."""
+        """Forks our scripts from a process that has imported them, unless the script must import other modules."""
         _python, script, *arguments = self.command
         if self._forked and script.endswith(".py") and self.environment["PYTHONPATH"] == str(ROOT):
             self.log_path.touch()
@@ -148,7 +148,7 @@ def alive(pid: int) -> bool:
 def eventually(
     question: Callable[[], T | None], *, seconds: float = 20.0, why: Callable[[], str] = lambda: "it never came true"
 ) -> T:
-    """Ask until the answer is truthy; fail after a deadline with the reason."""
+    """Polls until the answer is truthy; fails after a deadline, with the reason."""
     deadline = time.monotonic() + seconds
     while True:
         if answer := question():

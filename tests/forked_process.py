@@ -1,8 +1,8 @@
-"""Python scripts as processes of their own that share their imports: forked from one that has imported them.
+"""Runs Python scripts as separate processes that share their imports: forked from a process that has imported them.
 
-Half a second of a core is what a start of the daemon takes, all of it imports, and the tests start hundreds. A forked
-one has an environment, a folder, a session and an output of its own, as a started one has; in /proc its arguments and
-its environment are those of the process that it was forked from.
+Starting the daemon takes half a second of a core, all of it imports, and the tests start it hundreds of times. A forked
+process has its own environment, folder, session and output, like a started one; but in /proc it shows the arguments
+and the environment of the process that it was forked from.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from tests.paths import ROOT
 
 
 class Forker:
-    """The process that has imported a script, seen from the tests."""
+    """The process that has imported a script, as the tests see it."""
 
     def __init__(self, script: str) -> None:
-        # A session of its own: Control-C is the tests' own.
+        # A separate session: Control-C must reach only the tests.
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.forked_process", script],
             env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"},
@@ -56,11 +56,11 @@ class Forker:
                     return ForkedProcess(self, line["pid"])
 
     def status(self, pid: int, seconds: float) -> int | None:
-        """Of an ended one; None when it lives longer than that."""
+        """The exit status of a process that has ended; None if it runs longer than `seconds`."""
         deadline = time.monotonic() + seconds
         while True:
             with self._one_reader:
-                # Whatever is there; then a moment's wait, in which no other thread may ask.
+                # First read what is there, then wait a moment, during which no other thread may read.
                 while pid not in self._ended and self._read_line(0.0) is not None:
                     pass
                 if pid in self._ended:
@@ -99,7 +99,7 @@ def forker(script: str) -> Forker:
 
 
 class ForkedProcess:
-    """What subprocess.Popen is to a process that it started."""
+    """Offers subprocess.Popen's interface for a forked process."""
 
     def __init__(self, forker: Forker, pid: int) -> None:
         self._forker = forker
@@ -127,7 +127,7 @@ class ForkedProcess:
 
 
 def run_script(script: str, order: dict[str, Any]) -> int:
-    """In the child: as the interpreter runs a script that it was started with."""
+    """In the child: runs the script as the interpreter would."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
@@ -153,7 +153,7 @@ def run_script(script: str, order: dict[str, Any]) -> int:
 
 
 def serve(script: str) -> None:
-    """Fork whenever told so, tell what has ended; end when the tests do."""
+    """Forks when told to and reports which processes have ended; ends when the tests do."""
     runpy.run_path(script, run_name="imported")
     assert threading.active_count() == 1, "a fork would lose the other threads"
     gc.freeze()
@@ -203,7 +203,7 @@ def serve(script: str) -> None:
 
 
 def _heard(_number: int, _frame: FrameType | None) -> None:
-    """A signal that is ignored would wake nobody."""
+    """A handler that does nothing: an ignored signal would not wake the loop."""
 
 
 if __name__ == "__main__":

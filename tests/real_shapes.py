@@ -1,6 +1,7 @@
-"""The shapes of real models, as their config.json on the hub says: what decides about a model is tried on these.
+"""The shapes of real models, from their config.json on the hub, for tests of decisions that depend on a model.
 
-On the meta device, where a model of 671 billion parameters takes no memory. Small models hide what sizes do.
+They are built on the meta device, where a model of 671 billion parameters takes no memory. Small models would hide
+errors that depend on size.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-# Layers repeat: two or four of them have every kind of weight that all of them have.
+# Layers repeat: two or four of them have every kind of weight that the whole model has.
 REAL_SHAPES: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-Next-80B-A3B-Instruct": {
         "model_type": "qwen3_next", "hidden_size": 2048, "intermediate_size": 5120, "num_hidden_layers": 4,
@@ -59,7 +60,7 @@ REAL_SHAPES: dict[str, dict[str, Any]] = {
 
 
 def skeleton(name: str, **options: Any) -> Any:
-    """The model on the meta device, in few layers."""
+    """The model on the meta device, with few layers."""
     values = dict(REAL_SHAPES[name])
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     with torch.device("meta"):

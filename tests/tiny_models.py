@@ -1,7 +1,7 @@
 """Real models of a few hundred thousand parameters, made on the spot: architecture, tokenizer and template in a folder.
 
-Random weights that learn like large ones: enough to see that a loss falls, that a gradient is right and that a
-checkpoint goes on where it stopped, in a fraction of a second a step.
+Their random weights learn as large models do: enough to see that the loss falls, that a gradient is right and that a
+checkpoint continues where it stopped, in a fraction of a second a step.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def conversation(number: int, *, system: bool = False, exchanges: int = 1) -> di
 
 
 def write_dataset(path: Path, rows: Iterable[Any]) -> Path:
-    """One JSON object a line."""
+    """Writes one JSON object per line."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
 
@@ -76,7 +76,7 @@ def make_tokenizer(template: str | None = CHATML, *, extra_tokens: Sequence[str]
 
 
 def make_model(folder: Path, architecture: str, *, template: str | None = CHATML, **config: Any) -> Path:
-    """Write a random model of one of ARCHITECTURES with its tokenizer. `config` overrides single values."""
+    """Writes a random model of one of ARCHITECTURES with its tokenizer. `config` overrides single values."""
     import torch
     import transformers
 

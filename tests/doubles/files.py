@@ -1,4 +1,4 @@
-"""A caller's own server on loopback: gives the datasets that he names by URL, takes the callbacks that he asked for."""
+"""A caller's own server on loopback: serves the datasets that it names by URL and receives its callbacks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class FileServer:
-    """`files` maps a path to its bytes; `fetched` keeps each path asked for, `posted` each callback's headers and body.
+    """`files` maps a path to its bytes; `fetched` lists each requested path, `posted` each callback's headers and body.
 
     Enter it to serve."""
 
@@ -36,7 +36,7 @@ class FileServer:
                 self.end_headers()
 
             def log_message(self, format: str, *arguments: object) -> None:
-                """Nothing: the test's output is its own."""
+                """Does nothing: keeps the test's output clean."""
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
@@ -56,7 +56,7 @@ class FileServer:
         return f"127.0.0.1:{self._server.server_port}"
 
     def put(self, name: str, content: bytes) -> str:
-        """Serve a file; returns its URL, with a signature as storage would sign it."""
+        """Serves a file; returns its URL, with a signature like storage's."""
         self.files[f"/{name}"] = content
         return f"http://{self.host}/{name}?token=signed-for-an-hour"
 

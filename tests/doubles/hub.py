@@ -1,4 +1,4 @@
-"""A small double of the Hugging Face hub on loopback: one repository, its files, and a few bad days."""
+"""A small double of the Hugging Face hub on loopback: one repository, its files, and some faults."""
 
 from __future__ import annotations
 

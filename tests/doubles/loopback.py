@@ -1,5 +1,5 @@
-"""A small real HTTP/1.1 server on loopback, close enough to the socket to misbehave on purpose:
-answer early, answer slowly, answer nonsense, or cut the connection at any byte."""
+"""A small real HTTP/1.1 server on loopback, close enough to the socket to misbehave on purpose: it can answer early,
+slowly or with nonsense, or cut the connection at any byte."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ PIECE_BYTES = 64 * 1024
 
 
 class Cut(Exception):
-    """Raised in a handler: the connection ends here, without an answer."""
+    """Raised in a handler to end the connection here, without an answer."""
 
 
 @dataclass
 class Exchange:
-    """One request and the way to answer it."""
+    """One request and the means to answer it."""
 
     method: str
     path: str
@@ -31,7 +31,7 @@ class Exchange:
     answered: bool = False
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """The body as it arrives. Ends early when the client goes away."""
+        """The body as it arrives. Ends early if the client disconnects."""
         while self.body_left:
             piece = await self.reader.read(min(PIECE_BYTES, self.body_left))
             if not piece:
@@ -49,7 +49,7 @@ class Exchange:
         await self.writer.drain()
 
     def start_answer(self, status: int, headers: Mapping[str, str]) -> None:
-        """Write the head only; the caller writes the body to `writer`."""
+        """Writes only the head; the caller writes the body to `writer`."""
         phrase = HTTPStatus(status).phrase if status in {item.value for item in HTTPStatus} else "Unknown"
         lines = [f"HTTP/1.1 {status} {phrase}", *(f"{name}: {value}" for name, value in headers.items())]
         if self.body_left:
@@ -63,7 +63,7 @@ Handler = Callable[[Exchange], Awaitable[None]]
 
 @dataclass
 class LoopbackServer:
-    """Serves one handler on 127.0.0.1 while entered. Connections still open at the end are cut."""
+    """Serves one handler on 127.0.0.1 inside its context. Connections still open at the end are cut."""
 
     handler: Handler
     tls: ssl.SSLContext | None = None
@@ -96,13 +96,13 @@ class LoopbackServer:
             while (exchange := await _read_head(reader, writer)) is not None:
                 await self.handler(exchange)
                 if exchange.body_left:
-                    # Answered before the body was read: real servers close, and the client sees a broken pipe.
+                    # Answered before the body was read: real servers then close, and the client gets a broken pipe.
                     break
             writer.close()
         except (Cut, ConnectionError, asyncio.IncompleteReadError):
             writer.transport.abort()
         except asyncio.CancelledError:
-            # Our own end. Swallowed: asyncio's stream protocol would report it as an error of the handler.
+            # We are being stopped. Swallow it: asyncio's stream protocol would report it as an error of the handler.
             writer.transport.abort()
         finally:
             self._connections.discard(task)

@@ -1,6 +1,6 @@
-"""A server on loopback that speaks Postgres' startup and nothing more: it refuses each login in given words.
+"""A loopback server that speaks only Postgres' startup protocol and refuses each login with a given message.
 
-As in the protocol's documentation: a request for TLS is answered N, a startup message by an ErrorResponse."""
+As the protocol's documentation says: a request for TLS is answered N, a startup message by an ErrorResponse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real receiver of callbacks on loopback: keeps what it got, and answers as the test tells it to."""
+"""A real receiver of callbacks on loopback: keeps what it received, and answers as the test tells it to."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Answer:
 
 
 class Receiver:
-    """`answers` are used up one a request; the last one stands. Enter it to serve."""
+    """`answers` are used one per request; the last one repeats. Enter it to serve."""
 
     def __init__(self, *answers: Answer) -> None:
         self.received: list[Received] = []
@@ -59,7 +59,7 @@ class Receiver:
         return f"{self._server.url}/callback?token=secret-of-the-url"
 
     def release(self) -> None:
-        """Let requests that hang be answered."""
+        """Lets hanging requests be answered."""
         self._release.set()
 
     async def wait_for(self, enough: Callable[[list[Received]], bool], seconds: float = 10.0) -> list[Received]:

@@ -1,8 +1,8 @@
 """RunPod's API v2 on loopback: the pods of one account, with the documented states, errors and misbehaviour.
 
-A real HTTP server in a thread of its own, so that tests, daemons and fleet processes can all call it. Nothing in it
-happens by time: a pod boots, stops and dies when the test says so. The older GraphQL API, which the runpod package
-speaks, is answered at /graphql.
+A real HTTP server in its own thread, so that tests, daemons and fleet processes can all call it. Nothing in it depends
+on time: a pod boots, stops and dies when the test says so. The older GraphQL API, which the runpod package uses, is
+served at /graphql.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from urllib.parse import parse_qs, urlsplit
 
 NO_CAPACITY = "There are no longer any instances available with the requested specifications."
 PAGE = 3
-# One that is starting may be stopped; one that has ended may only be terminated.
+# A pod that is starting may be stopped; one that has ended may only be terminated.
 MAY_STOP = {"PROVISIONING", "STARTING", "RUNNING"}
 
 
@@ -48,7 +48,7 @@ class PodRow:
 
 @dataclass
 class Failure:
-    """After `skip` calls whose method and path match, the next `times` get this answer; `after`: their work is done."""
+    """After `skip` matching calls, the next `times` get this answer; `after`: only once their work is done."""
 
     status: int
     detail: str = "injected"
@@ -70,7 +70,7 @@ class RunPodDouble:
         self.calls: list[tuple[str, str, dict[str, Any] | None]] = []
         self.failures: list[Failure] = []
         self.sold_out: set[str] = set()
-        # While set, a create does its work and keeps the caller waiting for the answer.
+        # While set, a create does its work but holds back its answer.
         self.hold_create = False
         self.created = threading.Event()
         self._release = threading.Event()
@@ -105,7 +105,7 @@ class RunPodDouble:
         self.failures.append(Failure(status, **how))
 
     def add(self, pod_id: str, *, status: str = "RUNNING", cost: float = 3.0, **body: Any) -> PodRow:
-        """A pod that somebody made by hand."""
+        """Adds a pod that was made by hand."""
         self.pods[pod_id] = PodRow(pod_id, str(body.pop("name", pod_id)), status, body, cost)
         return self.pods[pod_id]
 
@@ -167,7 +167,7 @@ class RunPodDouble:
         return problem(404, "No such route.")
 
     def _list(self, query: dict[str, list[str]]) -> Answer:
-        # Terminated pods are no longer listed. Short pages, so that every test pages.
+        # Terminated pods are no longer listed. Pages are short, so that every test needs several.
         listed = [pod.as_json() for pod in self.pods.values() if pod.status != "TERMINATED"]
         start = int(query.get("cursor", ["0"])[0])
         more = start + PAGE < len(listed)
@@ -269,8 +269,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(content)
         except (BrokenPipeError, ConnectionResetError):
-            # The caller was killed while we held its answer.
+            # The caller was killed while we held back its answer.
             self.close_connection = True
 
     def log_message(self, format: str, *args: object) -> None:
-        """Silent."""
+        """Does nothing."""

@@ -1,6 +1,6 @@
-"""RunPod's job API as its worker sees it: hands out jobs, takes updates and results, asks for stops.
+"""RunPod's job API as its worker sees it: hands out jobs, takes updates and results, requests stops.
 
-Small and real: HTTP on loopback, the routes and shapes of runpod 1.12 (serverless/modules/rp_job, rp_http).
+Small but real: HTTP on loopback, with the routes and shapes of runpod 1.12 (serverless/modules/rp_job, rp_http).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ POLL_SECONDS = 0.5
 
 
 class RunPodDouble:
-    """`told` keeps every update and result in the order of arrival. Enter it to serve."""
+    """`told` keeps every update and result in order of arrival. Enter it to serve."""
 
     def __init__(self) -> None:
         self.told: list[dict[str, Any]] = []
@@ -57,7 +57,7 @@ class RunPodDouble:
                 self.wfile.write(body)
 
             def log_message(self, format: str, *arguments: object) -> None:
-                """Nothing: the test's output is its own."""
+                """Does nothing: keeps the test's output clean."""
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
@@ -75,7 +75,7 @@ class RunPodDouble:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What RunPod gives a worker's container."""
+        """The variables that RunPod sets in a worker's container."""
         base = f"http://127.0.0.1:{self._server.server_port}/v2/endpoint"
         return {
             "RUNPOD_WEBHOOK_GET_JOB": f"{base}/job-take/$ID?gpu=H100",
@@ -85,7 +85,7 @@ class RunPodDouble:
         }
 
     def run(self, request_id: str, **given: Any) -> str:
-        """POST /run, as a client would have it: the worker gets the job at its next look."""
+        """POST /run, as a client calls it: the worker gets the job at its next poll."""
         self._jobs.put({"id": request_id, "input": given})
         return request_id
 

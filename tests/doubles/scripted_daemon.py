@@ -1,6 +1,6 @@
-"""The real daemon with the scripted trainer in place of the real one, and with less patience where a test would only
-wait for it: how often it touches its row, asks whether it is still heard, and claims again after refusals. All else is
-as in production."""
+"""The real daemon with the scripted trainer in place of the real one, and with shorter intervals where a test would
+only wait: for touching its row, probing whether it still receives notifications, and claiming again after refusals.
+Everything else is as in production."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if __name__ == "__main__":
     daemon.database.listener.PROBE_SECONDS = 3.0
     daemon.database.listener.PROBE_LIMIT_SECONDS = 3.0
     try:
-        # A test may put a trainer of its own in its place: one that cannot be started, say.
+        # A test may use its own trainer instead, for example one that cannot be started.
         own = os.environ.get("SCRIPTED_TRAINER")
         run_service((own,) if own else (sys.executable, str(Path(__file__).with_name("scripted_trainer.py"))))
     except HostUnfit as unfit:

@@ -1,9 +1,9 @@
-"""A trainer whose behaviour is written in its dataset: the real protocol, no model.
+"""A trainer whose behaviour is written in its dataset: the real protocol, without a model.
 
-The dataset's first line is `{"script": [[action, ...], ...]}`; without a script it trains twenty
-steps of a few milliseconds. It speaks the child's protocol to the letter (spec on stdin, events on a
-descriptor, checkpoint and exit 75 on TERM, resume from the newest checkpoint), so that the daemon
-cannot tell; the real trainer passes the same lifecycle tests.
+The dataset's first line is `{"script": [[action, ...], ...]}`; without a script it trains twenty steps of a few
+milliseconds. It follows the trainer's protocol exactly (spec on stdin, events on a descriptor, checkpoint and exit 75
+on TERM, resume from the newest checkpoint), so that the daemon cannot see the difference; the real trainer passes the
+same lifecycle tests.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 DEFAULT = [["steps", 20, 0.005]]
-# What jobs left behind in this process; the real trainer has no such place.
+# What jobs leave behind in this process; the real trainer keeps nothing.
 KEPT: list[bytes] = []
 
 
@@ -60,7 +60,7 @@ class Trainer:
             self.say(
                 "progress", step=self.step, total_steps=count, epoch=self.step / count, loss=loss,
                 learning_rate=1e-4, grad_norm=1.0,
-                # Whose number it is: the chaos run's judge compares it with the epoch of the row it lands in.
+                # Shows which attempt wrote it: the chaos run compares it with the epoch of the row in which it arrives.
                 tokens_per_second=float(str(self.spec["lease_epoch"])),
             )  # fmt: skip
             if self.step % 5 == 0:
@@ -116,7 +116,7 @@ class Trainer:
         temporary = folder.with_name(folder.name + ".new")
         temporary.mkdir(parents=True, exist_ok=True)
         (temporary / "adapter_config.json").write_text(json.dumps({"r": 8, "peft_type": "LORA"}))
-        # The bytes differ from attempt to attempt, so that a test can tell whose adapter won.
+        # The bytes differ between attempts, so that a test can tell whose adapter won.
         (temporary / "adapter_model.safetensors").write_bytes(f"epoch {self.spec['lease_epoch']}".encode() * 16)
         (temporary / "training_log.jsonl").write_text('{"step": 1}\n')
         (temporary / "metrics_chart.png").write_bytes(b"\x89PNG\r\n\x1a\n")

@@ -1,4 +1,4 @@
-"""What a receiver does with a callback: the library of Standard Webhooks judges it, not a verifier of our own."""
+"""Verifies a callback as a receiver does: with the library of Standard Webhooks, not a verifier of our own."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ NotSigned = WebhookVerificationError
 
 
 def verify(secret: str, headers: Mapping[str, str], body: bytes) -> None:
-    """Raises NotSigned unless this very message was signed with the secret, at most five minutes ago."""
+    """Raises NotSigned unless this exact message was signed with the secret, at most five minutes ago."""
     Webhook(secret).verify(body, dict(headers))

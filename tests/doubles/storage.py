@@ -1,18 +1,18 @@
-"""A double of Supabase Storage as a real HTTP server on loopback, with the behaviours that surprise clients.
+"""A double of Supabase Storage as a real HTTP server on loopback, with the behaviour that surprises clients.
 
 - Errors are HTTP 400 with the real code as a string in the body's `statusCode`; only 500 is HTTP 500.
 - Signed URLs expire; a download in flight survives it, a later Range request does not.
 - A duplicate is answered before the body is read, and the connection is closed.
 - Buckets have size limits and lists of MIME types; keys are checked.
-- An object is not sent again to who names its ETag (If-None-Match).
+- An object is not sent again to a client that names its ETag (If-None-Match).
 - TUS: creation, HEAD, PATCH with offsets; 409 on a wrong offset, 423 while locked, 404/410 when gone; real
   HTTP statuses with plain text.
 
-A status of Cloudflare's (520 to 527, 530) comes as its page, with that status as HTTP's.
+A status of Cloudflare's (520 to 527, 530) is sent as its HTML page, with that HTTP status.
 
-Faults are injected: cut a request or an answer at any byte, answer 5xx for a while, lose an answer or hold it back.
-As a process of its own: `python -m tests.doubles.storage FOLDER [CUTS]` prints its URL and serves until stdin
-closes; every second PATCH, CUTS times, it cuts a chunk somewhere inside. It ends with the number of cuts made.
+Faults can be injected: cut a request or an answer at any byte, answer 5xx for a while, lose an answer or delay it.
+As a separate process, `python -m tests.doubles.storage FOLDER [CUTS]` prints its URL and serves until stdin closes; it
+cuts every second PATCH somewhere inside its chunk, CUTS times in all, and prints the number of cuts at the end.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Bucket:
 
 @dataclass
 class Upload:
-    """A TUS upload that was begun."""
+    """A TUS upload that has begun."""
 
     bucket: str
     name: str
@@ -63,12 +63,12 @@ class Upload:
 
 @dataclass
 class Fault:
-    """What goes wrong, for the next `times` requests that match."""
+    """A fault for the next `times` requests that match."""
 
     matches: Callable[[Exchange], bool]
     times: int = 1
     status: int | None = None
-    page: str | None = None  # sent as it is, with this status: not Storage's answer, but of who stands before it
+    page: str | None = None  # sent unchanged with this status: the answer of a proxy in front, not of Storage
     headers: dict[str, str] = field(default_factory=dict)
     cut_request_after: int | None = None
     cut_answer_after: int | None = None
@@ -82,7 +82,7 @@ class StorageRefuses(Exception):
 
 
 class StorageDouble:
-    """Enter it to serve. Objects lie as files under `folder/objects/<bucket>/<path>`."""
+    """Enter it to serve. Objects are files under `folder/objects/<bucket>/<path>`."""
 
     def __init__(self, folder: Path, key: str = SERVICE_KEY) -> None:
         self.key = key
@@ -119,7 +119,7 @@ class StorageDouble:
         return self._folder / "objects" / bucket / name
 
     def put(self, bucket: str, name: str, content: bytes) -> None:
-        """An object that is there from the start."""
+        """Adds an object that exists from the start."""
         self.buckets.setdefault(bucket, Bucket())
         path = self.path_of(bucket, name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,13 +129,13 @@ class StorageDouble:
         return sum(1 for seen, path in self.requests if seen == method and containing in path)
 
     def fail(self, method: str, containing: str = "", **fault: Any) -> Fault:
-        """The next matching requests go wrong; see Fault."""
+        """Makes the next matching requests fail; see Fault."""
         made = Fault(lambda exchange: exchange.method == method and containing in exchange.path, **fault)
         self.faults.append(made)
         return made
 
     def forget_uploads(self, status: int = 404) -> None:
-        """Every upload begun so far is gone."""
+        """Loses every upload that has begun."""
         for upload in self.uploads.values():
             upload.gone_with = status
 
@@ -274,7 +274,7 @@ class StorageDouble:
     async def _upload(self, exchange: Exchange, bucket: str, name: str, fault: Fault | None) -> None:
         self._bucket(bucket)
         if self.path_of(bucket, name).is_file() and exchange.headers.get("x-upsert") != "true":
-            # Before the body was read.
+            # Answered before the body is read.
             raise StorageRefuses(409, "Duplicate", "The resource already exists")
         received = b""
         async for piece in exchange.pieces():
@@ -319,7 +319,7 @@ class StorageDouble:
                 await exchange.writer.drain()
                 sent += len(piece)
                 if fault is not None and fault.cut_answer_after is not None and sent >= fault.cut_answer_after:
-                    # A clean end of the stream, so that what was sent arrives; then nothing more.
+                    # Close the stream cleanly, so that what was sent arrives; then send nothing more.
                     exchange.writer.close()
                     raise Cut("as the test wants it")
 
@@ -402,7 +402,7 @@ class StorageDouble:
 
 
 class _Lost:
-    """A writer whose words never arrive."""
+    """A writer that discards everything."""
 
     def __init__(self, writer: asyncio.StreamWriter) -> None:
         self.transport = writer.transport
@@ -412,7 +412,7 @@ class _Lost:
     async def drain(self) -> None: ...
 
 
-# As the real one is, in short: the ray, the words, and a length that nobody wants in a row.
+# The real page in short: the ray id, the message, and too much text for a row.
 CLOUDFLARE_PAGE = (
     """<!DOCTYPE html>
 <html class="no-js" lang="en-US"><head><title>x.supabase.co | {status}: Web server is returning an unknown error</title>
@@ -432,7 +432,7 @@ async def _refuse(
 ) -> None:
     body = json.dumps({"statusCode": str(status), "error": error, "message": message}).encode()
     if 520 <= status <= 530:
-        await exchange.body()  # it stands before the server and takes the whole request
+        await exchange.body()  # Cloudflare reads the whole request before it answers
         page = {"Content-Type": "text/html; charset=UTF-8", "Server": "cloudflare", "CF-RAY": "8f2a1b3c4d5e6f70-FRA"}
         await exchange.answer(status, CLOUDFLARE_PAGE.format(status=status).encode(), {**page, **(headers or {})})
         return
@@ -444,7 +444,7 @@ async def _refuse(
 
 
 def _file_of_form(content_type: str, form: bytes) -> tuple[str, bytes]:
-    """The MIME type and content of the part named file of a multipart form."""
+    """The MIME type and content of the part named "file" in a multipart form."""
     found = re.search(r"boundary=([^;]+)", content_type)
     assert found is not None, content_type
     for part in form.split(b"--" + found.group(1).encode()):

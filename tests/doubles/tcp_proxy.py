@@ -1,6 +1,6 @@
-"""A TCP proxy on loopback that can be cut, or left half open: connected on both sides and carrying nothing.
+"""A TCP proxy on loopback that can be cut, or left half open: connected on both sides but carrying nothing.
 
-A half-open connection is what a vanished NAT entry or a frozen host leaves behind: no end, no error, no data.
+A half-open connection is what a lost NAT entry or a frozen host leaves behind: no end, no error, no data.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 T = TypeVar("T")
-# The startup packet (application_name included) is in what a client says before its password.
+# The startup packet (with application_name) is within what a client sends before its password.
 _STARTUP_BYTES = 4096
 
 
@@ -33,7 +33,7 @@ class _Connection:
 
 
 class TcpProxy:
-    """Stands before one port of 127.0.0.1; use as a context manager. Connections are told apart by application_name."""
+    """Listens in front of one port of 127.0.0.1; a context manager. Tells connections apart by application_name."""
 
     def __init__(self, target_port: int) -> None:
         self._target_port = target_port
@@ -43,7 +43,7 @@ class TcpProxy:
         self._pumps: set[asyncio.Task[None]] = set()
         self._partitioned = False
         self.port = 0
-        # Connections that were asked for so far, those that nobody answered included.
+        # Connections attempted so far, including unanswered ones.
         self.asked = 0
 
     def __enter__(self) -> TcpProxy:
@@ -59,13 +59,13 @@ class TcpProxy:
         self._loop.close()
 
     def dsn(self, dsn: str) -> str:
-        """The same URL through this proxy."""
+        """The same URL, through this proxy."""
         parts = urlsplit(dsn)
         login = parts.netloc.rpartition("@")[0]
         return urlunsplit(parts._replace(netloc=f"{login}@127.0.0.1:{self.port}"))
 
     def half_open(self, application: str | None = None) -> int:
-        """From now on the living connections (of that application) carry nothing, for ever. Returns how many."""
+        """Makes the live connections (of that application) carry nothing from now on. Returns how many."""
 
         def freeze(connection: _Connection) -> None:
             connection.flowing.clear()
@@ -73,30 +73,30 @@ class TcpProxy:
         return self._call(self._each(freeze, application))
 
     def hold_back(self) -> None:
-        """Everything on the living connections waits until `let_go` and then arrives, late and whole.
+        """Delays everything on the live connections until `let_go`; then it all arrives, late but complete.
 
-        So does a pooler with its clients' statements while its server is away."""
+        A pooler does the same with its clients' statements while its server is away."""
         self.half_open()
 
     def let_go(self) -> None:
-        """What was held back arrives."""
+        """Delivers what was held back."""
         self._call(self._each(lambda connection: connection.flowing.set(), None))
 
     def cut(self, application: str | None = None) -> int:
-        """Reset the living connections (of that application); new ones are welcome. Returns how many."""
+        """Resets the live connections (of that application) and accepts new ones. Returns how many."""
         return self._call(self._each(_Connection.cut, application))
 
     def connected(self, application: str | None = None) -> int:
-        """How many connections there are."""
+        """The number of connections."""
         return self._call(self._each(lambda _connection: None, application))
 
     def partition(self) -> None:
-        """Everything is half open, new connections too, until `heal`."""
+        """Makes every connection half open, new ones too, until `heal`."""
         self._partitioned = True
         self.half_open()
 
     def heal(self) -> None:
-        """What was half open is reset, new connections work again."""
+        """Resets the half-open connections; new ones work again."""
         self._partitioned = False
 
         def end_frozen(connection: _Connection) -> None:
@@ -145,7 +145,7 @@ class TcpProxy:
                 await writer.drain()
             await connection.flowing.wait()
         except OSError:
-            await connection.flowing.wait()  # even the end of the other side stays unheard
+            await connection.flowing.wait()  # not even the other side's end is passed on
         connection.cut()
 
     async def _close(self) -> None:
