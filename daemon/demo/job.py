@@ -11,6 +11,8 @@ import psycopg
 from psycopg.rows import class_row, dict_row
 from psycopg.types.json import Jsonb
 
+from daemon.queue.states import FINAL
+
 INSERT_USER = "INSERT INTO auth.users (email) VALUES ('you@example.com') RETURNING id"
 
 INSERT_DATASET = """\
@@ -61,7 +63,7 @@ class Standing:
 
     @property
     def is_final(self) -> bool:
-        return self.status in {"completed", "failed", "cancelled"}
+        return self.status in FINAL
 
     @property
     def tokens_per_second(self) -> float | None:

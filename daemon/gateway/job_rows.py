@@ -23,6 +23,7 @@ from daemon.database.connection import Database
 from daemon.database.statements import statement
 from daemon.errors import DatabaseAway, RowsHidden, StatementRefused
 from daemon.gateway.schemas import Submission
+from daemon.queue.states import FINAL
 from daemon.settings import Settings
 from training.spec import Fault, SpecInvalid, parse_row
 
@@ -54,7 +55,7 @@ class Standing:
 
     @property
     def is_final(self) -> bool:
-        return self.state in ("completed", "failed", "cancelled")
+        return self.state in FINAL
 
 
 class GatewayRows:

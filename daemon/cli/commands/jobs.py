@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from daemon.queue.states import State
+
 if TYPE_CHECKING:
     from uuid import UUID
 
@@ -21,7 +23,8 @@ JobId = Annotated[str, typer.Argument(metavar="ID", help="A job's id, or its fir
 JobIds = Annotated[list[str], typer.Argument(metavar="ID...", help="Jobs' ids, or their first characters.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON, one object a line, instead of a screen.")]
 
-STATES = ("queued", "initializing", "running", "completed", "failed", "cancelled", "lost")
+# `lost`, as the views have it: its host has not been heard of for longer than its lease.
+STATES = (*State, "lost")
 
 # Where a table has room for everything; a narrower terminal gets the columns that one decides by.
 _WIDE = 110

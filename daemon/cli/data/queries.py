@@ -11,8 +11,8 @@ from uuid import UUID
 
 from daemon.cli.data.connection import Connection, read_statement
 from daemon.cli.errors import Misused
+from daemon.queue.states import FINAL
 
-FINAL = frozenset({"completed", "failed", "cancelled"})
 # Fewer characters would name too many jobs to be meant.
 MIN_PREFIX = 4
 _HEX = re.compile(r"^[0-9a-f]{1,32}$")

@@ -5,13 +5,11 @@ from __future__ import annotations
 from rich.text import Text
 
 from daemon.cli.data.queries import Event
+from daemon.terminal.console import STATE_STYLE
 from daemon.terminal.format import clock, money, short_id
 from daemon.terminal.sanitize import plain
 
-_STYLE = {
-    "completed": "bold green",
-    "failed": "bold red",
-    "cancelled": "magenta",
+_STYLE = STATE_STYLE | {
     "retrying": "yellow",
     "reaped": "yellow",
     "released": "yellow",

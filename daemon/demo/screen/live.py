@@ -19,17 +19,10 @@ from daemon.demo.errors import DemoFailed
 from daemon.demo.job import JobView, StoryLine
 from daemon.sentence import as_sentence
 from daemon.terminal.braille_plot import draw_curve
+from daemon.terminal.console import STATE_STYLE
 
 _STORY_LINES = 6
 _CURVE_HEIGHT = 6
-_STATE_STYLE = {
-    "queued": "yellow",
-    "initializing": "cyan",
-    "running": "green",
-    "completed": "bold green",
-    "failed": "bold red",
-    "cancelled": "magenta",
-}
 
 
 class Picture(Protocol):
@@ -142,7 +135,7 @@ class _PlainPicture:
 def draw_picture(view: JobView, width: int) -> RenderableType:
     """One job at one moment: state, pace, bar, curve, the last lines of its story."""
     standing = view.standing
-    style = _STATE_STYLE.get(standing.status, "white")
+    style = STATE_STYLE.get(standing.status, "white")
     head = Table.grid(expand=True)
     state = Text.assemble(("● ", style), (standing.status, style))
     if standing.current_stage != standing.status:

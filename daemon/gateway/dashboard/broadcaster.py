@@ -32,7 +32,8 @@ from daemon.database.retry import AWAY_SECONDS
 from daemon.database.statements import statement
 from daemon.errors import DatabaseAway, HostUnfit, StatementRefused
 from daemon.gateway.dashboard.sse import Client, message
-from daemon.gateway.dashboard.state import ENDED, MOST_ENDED, Board
+from daemon.gateway.dashboard.state import MOST_ENDED, Board
+from daemon.queue.states import FINAL
 from daemon.tasks import wait_at_most
 from daemon.troubles import Troubles
 
@@ -271,7 +272,7 @@ class _Reader:
             self._queue_at = min(self._queue_at, self._queue_read_at + self._queue_gap)
         if with_day:
             board.take_day(row["day"])
-        self._day_is_old = bool(moved & ENDED)
+        self._day_is_old = bool(moved & FINAL)
 
     @property
     def _queue_gap(self) -> float:

@@ -16,7 +16,6 @@ from typing import Any, TypeGuard
 Row = dict[str, Any]
 
 UNDER_WAY = frozenset({"initializing", "running", "lost"})
-ENDED = frozenset({"completed", "failed", "cancelled"})
 MOST_ENDED = 200
 # Beyond it every other point of a live curve is dropped: more than a screen has pixels for.
 MOST_POINTS = 600
