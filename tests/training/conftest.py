@@ -1,4 +1,4 @@
-"""Fixtures of the trainer's tests: tiny models made once a run, and a child process that is really started."""
+"""Fixtures for the trainer's tests: tiny models made once per run, and a real child process."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from training.stop_switch import StopSwitch
 # Before torch is imported: for models this small one thread is fastest, and none may spin while others work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# As a trainer does it: each file of tests imports some of this.
+# As the trainer imports them; each test file needs some of this.
 with quick_imports():
     import training.recipe
 
 
 class RecordedEvents(EventWriter):
-    """Keeps what was said, in order, where the real one writes it to a pipe."""
+    """Keeps events in order; the real writer sends them through a pipe."""
 
     def __init__(self, job_id: str = "job") -> None:
         super().__init__(-1, job_id)
@@ -42,7 +42,7 @@ class RecordedEvents(EventWriter):
 
 
 def train(spec: JobSpec) -> RecordedEvents:
-    """One whole job in this process; its events."""
+    """Runs one whole job in this process and returns its events."""
     from training.recipe import train_adapter
 
     voice = RecordedEvents(spec.job_id)
@@ -50,18 +50,18 @@ def train(spec: JobSpec) -> RecordedEvents:
     return voice
 
 
-# For tests that compare numbers: the types differ in how they round and in which kernels multiply, and every card
-# computes in the one that few CPUs have units for. Whatever the machine, both are tried.
+# For tests that compare numbers. The types differ in how they round and in which kernels multiply, and all GPUs use
+# the type that few CPUs have units for. So both are tested on every machine.
 IN_BOTH_TYPES = pytest.mark.parametrize("compute_type", get_args(ComputeType))
 
-# How far apart two numbers may lie that are equal but for rounding. A product of bfloat16 keeps 8 bits: each rounding
-# errs by up to 2^-9, some twenty of them in a row through two layers and back add up like a random walk.
+# How far apart two numbers may be that are equal except for rounding. A product of bfloat16 keeps 8 bits: each rounding
+# errs by up to 2^-9, and some twenty in a row, through two layers and back, add up like a random walk.
 ROUNDING: dict[ComputeType, float] = {"float32": 1e-4, "bfloat16": 20**0.5 * 2**-9}
 
 
 @pytest.fixture(autouse=True)
 def without_a_chart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes a third of such a short job; children of ours draw, and one test in test_adapter.py."""
+    """Drawing takes a third of such a short job; our child processes draw, and so does one test in test_adapter.py."""
     monkeypatch.setattr(training.recipe, "draw_chart", lambda _journal, path, title: path.write_bytes(b"\x89PNG"))
 
 
@@ -71,7 +71,7 @@ SpecOf = Callable[..., JobSpec]
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelOf:
-    """tiny("qwen3_next") is the folder of that model, made when first asked for."""
+    """tiny("qwen3_next") is the folder of that model, made on first use."""
     root = tmp_path_factory.mktemp("models")
 
     def make(architecture: str) -> Path:
@@ -83,16 +83,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelOf:
 
 @pytest.fixture
 def compute_type() -> ComputeType | None:
-    """What the hardware gives, where a test does not say otherwise (IN_BOTH_TYPES) and nobody forces it."""
+    """The hardware's type, unless a test chooses one (IN_BOTH_TYPES) or the whole run forces one."""
     forced = os.environ.get("TRAINER_COMPUTE_TYPE", "auto")
     return next((known for known in get_args(ComputeType) if known == forced), None)
 
 
 @pytest.fixture
 def spec_of(tiny: ModelOf, tmp_path: Path, compute_type: ComputeType | None) -> SpecOf:
-    """A spec over a tiny model with 24 conversations, six steps. Keywords beyond JobSpec's own are hyperparameters.
+    """A spec for a tiny model with 24 conversations and six steps. Keywords unknown to JobSpec are hyperparameters.
 
-    No samples: two before and two after take as long as the steps. `sample_prompts=None` is what a job has by itself.
+    No samples: two before and two after take as long as the steps. `sample_prompts=None` gives a job's default.
     """
 
     def make(architecture: str = "qwen3", **changes: object) -> JobSpec:

@@ -1,4 +1,4 @@
-"""What a run's products are computed in: found from the hardware or asked for, and told in the story."""
+"""The type that a run computes in: chosen by the hardware or on request, and reported in the job's events."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_base_model_in_memory_is_not_that_of_a_job_in_the_other_type(spec_of: 
 
 
 def test_a_checkpoint_of_the_other_type_is_not_continued(spec_of: SpecOf) -> None:
-    """Its adapter would be neither that of the one nor that of the other."""
+    """Its adapter would match neither a run in the one type nor a run in the other."""
     spec = spec_of(num_epochs=1, checkpoint_seconds=1e-4, compute_type="bfloat16")
     train(spec)
     for asked, code in (("bfloat16", "resumed"), ("float32", "checkpoint_passed_over")):

@@ -1,4 +1,4 @@
-"""Kernels that would fail in the first backward are known by their versions, before a model is loaded."""
+"""Kernels that would fail in the first backward are recognised by their versions, before a model is loaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from training.failures import TrainingFailed
 from training.kernels import fault_of_kernels
 
 _HOPPER, _AMPERE, _BLACKWELL = (9, 0), (8, 0), (10, 0)
-# What they import of each other is not needed: who looks for them asks for their metadata and whether they are there.
+# Imports between the packages are not needed: the code under test looks only at metadata and find_spec.
 _FLA = "raise AssertionError('fla was imported')\n"
 
 Install = Callable[..., Path]
@@ -25,14 +25,14 @@ Install = Callable[..., Path]
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
-    """Distributions of these versions on the path, as pip leaves them."""
+    """Installs distributions of these versions on the path, as pip leaves them."""
 
     def make(**versions: str | None) -> Path:
         for module, number in versions.items():
             if number is None:
                 continue
             name = "fla-core" if module == "fla" else module
-            # Of Triton the metadata alone: torch would import what it finds, and needs a whole one.
+            # Of Triton only the metadata: torch would import the module if it found one, and needs a complete one.
             if module != "triton":
                 (tmp_path / module).mkdir()
                 (tmp_path / module / "__init__.py").write_text(_FLA if module == "fla" else "")
@@ -48,7 +48,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
 @pytest.mark.parametrize(
     ("capability", "fla", "triton", "tilelang", "is_wrong"),
     [
-        # The Triton of torch 2.9.1, 2.11 and 2.13, which is the image's.
+        # The Triton of torch 2.9.1, 2.11 and 2.13; the last is in the image.
         (_HOPPER, "0.6.0", "3.5.1", None, True),
         (_HOPPER, "0.6.0", "3.6.0", None, True),
         (_HOPPER, "0.6.0", "3.7.1", None, False),
@@ -85,7 +85,7 @@ def test_wrong_kernels_are_known_by_card_and_versions(
 def test_a_trainer_hides_wrong_kernels_before_transformers_chooses_them(
     triton: str, is_hidden: bool, install: Install
 ) -> None:
-    """In a process of its own: transformers imports fla with Qwen3-Next's module, and takes plain PyTorch without."""
+    """In a separate process: transformers imports fla with Qwen3-Next's module, and uses plain PyTorch without it."""
     folder = install(fla="0.6.0", triton=triton)
     code = (
         "import training.kernels as kernels; kernels.capability_by_nvml = lambda: (9, 0)\n"

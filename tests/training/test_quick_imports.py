@@ -1,4 +1,4 @@
-"""The libraries are imported without a compiler and without collecting garbage, and all is as it was afterwards."""
+"""The libraries are imported without a compiler or garbage collection, and everything is restored afterwards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from training.quick_imports import quick_imports
 
 
 def test_bitsandbytes_is_imported_without_the_compiler() -> None:
-    # The conftest of these tests imported it so.
+    # The conftest of these tests imported it this way.
     for function in (ops._dequantize_4bit_compute, ops._dequantize_blockwise_compute):
         assert inspect.getclosurevars(function).nonlocals["compiled_fn"] is function.__wrapped__
     assert "TORCHDYNAMO_DISABLE" not in os.environ

@@ -73,12 +73,12 @@ def test_the_folder_holds_everything_and_nothing_pickled(spec_of: SpecOf, monkey
     assert [line["step"] for line in log if "loss" in line] == list(range(1, len([x for x in log if "loss" in x]) + 1))
 
 
-# What vLLM reads of an adapter, from its vllm/lora/{peft_helper,utils,lora_model}.py: these fields of the config, with
-# these values; a safetensors file whose names it takes apart; and of each module the last word, which must be one that
-# its own model has (q, k and v, gate and up are packed there, and listed one by one).
+# What vLLM reads of an adapter, from its vllm/lora/{peft_helper,utils,lora_model}.py: these config fields, with these
+# values; a safetensors file whose tensor names it parses; and each module's last name, which must exist in vLLM's own
+# model (q, k and v, and gate and up, are packed there, and listed separately).
 _VLLM_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _VLLM_MODULES = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-# Its --max-lora-rank, of which ranks up to a power of two are served; 16 is its default.
+# vLLM's --max-lora-rank: ranks are served up to one of these; 16 is its default.
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 

@@ -1,4 +1,4 @@
-"""A folder that keeps only the 4-bit copy is a whole model, or says exactly why it is none."""
+"""A folder that keeps only the 4-bit copy is a whole model; if it is not, the error says exactly why."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _copy_of(model: Path, copies: Path, compute_type: ComputeType | None) -> Pat
 
 @pytest.fixture
 def model(tiny: ModelOf, tmp_path: Path) -> Path:
-    """A mixture's folder of its own, as `models pull` leaves one."""
+    """A separate folder with a mixture model, as `models pull` leaves one."""
     folder = tmp_path / "model"
     shutil.copytree(tiny("qwen3_moe"), folder)
     weights = folder / "model.safetensors"

@@ -1,4 +1,4 @@
-"""Loading never needs much more than what it leaves: measured in a process of its own, against the promised bound."""
+"""Loading needs little more memory than it leaves in use: measured in a separate process against the promised bound."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts are packed where none of them sees another, in either type; where they are not, the story says why."""
+"""Texts are packed if none of them sees another, in either type; otherwise the job's events say why not."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def real_model() -> Any:
     )
 
 
-# Slow: the model is unpacked from GGUF. Its rounding alone is tried on a tiny one below.
-# bfloat16 first: float32 could not be made bfloat16 again without a second rounding.
+# Slow: the model is unpacked from GGUF. A tiny model below tests the rounding alone.
+# bfloat16 first: converting float32 back to bfloat16 would round a second time.
 @pytest.mark.system
 @pytest.mark.parametrize("compute_type", ["bfloat16", "float32"])
 def test_a_real_model_is_packed_though_two_layouts_never_give_it_equal_numbers(
     compute_type: ComputeType, real_model: Any
 ) -> None:
-    """In bfloat16 a logit of 20 is rounded to an eighth: number by number the layouts differ, and nothing leaks."""
+    """In bfloat16 a logit of 20 is rounded to an eighth: numbers differ between layouts, though nothing leaks."""
     model = real_model.to(compute_dtype("cpu", compute_type)).eval()
     texts = [torch.arange(1, 8), torch.arange(9, 14)]
     with torch.no_grad():
@@ -79,7 +79,7 @@ def test_an_architecture_that_says_so_itself_is_padded_and_the_story_has_its_wor
 
 
 class _Borderless(torch.nn.Module):
-    """A model that is not told where one text ends: attention and linear attention without their kernels."""
+    """A model that does not know where a text ends: attention and linear attention without their kernels."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ def test_a_model_that_carries_one_text_into_the_next_is_found_out(
 
 
 class _Rounded(_Borderless):
-    """Keeps texts apart, and rounds otherwise when they are packed: as far as SmolLM2-135M does in bfloat16."""
+    """Keeps texts apart but rounds differently when they are packed: as much as SmolLM2-135M does in bfloat16."""
 
     def forward(self, input_ids: torch.Tensor, **borders: Any) -> Any:
         found = self.model(input_ids=input_ids, **borders)
@@ -118,7 +118,7 @@ def test_a_model_that_only_rounds_packed_texts_otherwise_is_packed(compute_type:
 
 
 class _Shifted(_Borderless):
-    """Keeps texts apart, and reads them otherwise when they are packed: at positions three times as far apart."""
+    """Keeps texts apart but reads them differently when they are packed: at positions three times as far apart."""
 
     def forward(self, input_ids: torch.Tensor, **borders: Any) -> Any:
         if "position_ids" in borders:

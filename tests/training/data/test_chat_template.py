@@ -1,4 +1,4 @@
-"""Loss on the assistant's words only, proven on templates that real models bring."""
+"""Loss on the assistant's words only, tested with the templates of real models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from training.data.formats import Conversation, Turn
 
 _SHIPPED = Path(trl.__file__).parent / "chat_templates"
 
-# As Mistral-7B-Instruct-v0.2 has it on the hub: strict alternation, no system role.
+# Mistral-7B-Instruct-v0.2's template on the hub: strict alternation, no system role.
 MISTRAL_WITHOUT_SYSTEM = (
     "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
@@ -21,7 +21,7 @@ MISTRAL_WITHOUT_SYSTEM = (
     "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token}}"
     "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
-# As the later Mistral models: the system text stands in the last user turn.
+# Later Mistral models: the system text is in the last user turn.
 MISTRAL_WITH_SYSTEM = (
     "{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content'] %}{%- set loop_messages = "
     "messages[1:] %}{%- else %}{%- set loop_messages = messages %}{%- endif %}{{- bos_token }}"
@@ -30,7 +30,7 @@ MISTRAL_WITH_SYSTEM = (
     "{{- '[INST] ' + message['content'] + '[/INST]' }}{%- endif %}{%- else %}"
     "{{- ' ' + message['content'] + eos_token }}{%- endif %}{%- endfor %}"
 )
-# A template that drops a system role without a word.
+# A template that silently drops a system role.
 SILENT_ABOUT_SYSTEM = (
     "{% for message in messages %}{% if message['role'] != 'system' %}<{{ message['role'] }}>"
     "{{ message['content'] | trim }}</s>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -41,7 +41,7 @@ def _shipped(name: str) -> str:
     return (_SHIPPED / f"{name}.jinja").read_text(encoding="utf-8")
 
 
-# template, what ends an answer
+# template, end of an answer
 TEMPLATES = {
     "chatml": (CHATML, "<|im_end|>"),
     "qwen2.5": (_shipped("qwen2_5"), "<|im_end|>"),
@@ -79,7 +79,7 @@ def _template(name: str) -> tuple[ChatTemplate, object]:
 
 
 def _trained_pieces(tokenizer: object, input_ids: list[int], labels: list[int]) -> list[str]:
-    """The texts of the unbroken stretches that carry loss."""
+    """The texts of the contiguous pieces that carry loss."""
     pieces: list[list[int]] = [[]]
     for token, label in zip(input_ids, labels, strict=True):
         if label != IGNORED:
@@ -98,7 +98,7 @@ def test_only_the_answers_and_their_end_mark_are_trained(name: str) -> None:
     end = TEMPLATES[name][1]
     assert len(pieces) == 2, pieces
     for piece, answer in zip(pieces, _ANSWERS, strict=True):
-        # Qwen3 puts an empty thought before the last answer, as it will when it generates.
+        # Qwen3 puts an empty thought before the last answer, as it does when it generates.
         assert piece.strip().removeprefix("<think>\n\n</think>\n\n") == answer + end
 
 
@@ -111,7 +111,7 @@ def test_the_system_text_reaches_the_model_once(name: str) -> None:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_what_is_trained_follows_what_the_model_is_prompted_with(name: str) -> None:
-    """The tokens before the first answer are exactly the prompt that the model will be asked with."""
+    """The tokens before the first answer are exactly the prompt that the model gets when it is used."""
     template, tokenizer = _template(name)
     example = template.encode(_CONVERSATION)
     first = next(index for index, label in enumerate(example.labels) if label != IGNORED)

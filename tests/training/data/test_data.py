@@ -1,4 +1,4 @@
-"""Every format becomes the same conversations; the split, the cut and the counts are told and repeatable."""
+"""All formats give the same conversations; the split, the cuts and the counts are reported and repeatable."""
 
 from __future__ import annotations
 

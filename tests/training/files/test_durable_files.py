@@ -1,4 +1,4 @@
-"""What is written beside its place appears whole, and only when it is on the disk."""
+"""A file that is written to a temporary name appears complete, and only once it is on disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from training.files.durable_files import beside, put_in_place, sync, write_whole
 
 
 def _recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is asked of the disk from now on, in order."""
+    """Records all later disk calls, in order."""
     asked: list[str] = []
     fsync, replace = os.fsync, os.replace
 

@@ -1,4 +1,4 @@
-"""Weights are in the page cache before anybody asks for them: asked of the kernel, page by page."""
+"""Weights are in the page cache before they are needed: checked with the kernel, page by page."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _resident_share(path: Path) -> float:
 
 
 def _large_file(path: Path) -> Path:
-    """Written through to the disk, and taken out of the page cache where the file system can."""
+    """Written through to disk, and dropped from the page cache if the file system can do that."""
     with path.open("wb") as file:
         for number in range(32):
             file.write(bytes([number]) * 2**20)

@@ -1,4 +1,4 @@
-"""The engine that starts ranks is of any torch that pyproject.toml allows, and knows what it is asked for."""
+"""The engine that starts ranks works with every torch that pyproject.toml allows, and knows the options we use."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tests.training.conftest import SpecOf
 from training.launch.launcher import launch_config
 from training.launch.rank_main import see_one_card
 
-# torch/distributed/launcher/api.py of 2.9.1, the oldest that the images bring: name, type and default of each field.
-# Later versions have added to it (signals_to_handle and virtual_local_rank among others), and dropped nothing.
+# torch/distributed/launcher/api.py of 2.9.1, the oldest in our images: name, type and default of each field. Later
+# versions have added fields (signals_to_handle and virtual_local_rank among others), and removed none.
 _LAUNCH_CONFIG_OF_2_9_1: list[tuple[str, Any] | tuple[str, Any, Any]] = [
     ("min_nodes", int),
     ("max_nodes", int),

@@ -1,4 +1,4 @@
-"""One job on several places: two real processes over gloo do what one would have done, and end as one would have."""
+"""One job on several slots: two real processes over gloo do what a single one does, and end in the same way."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from training.launch.shared_folder import RankFolder
 from training.preflight.check import plan_and_estimate
 from training.ranks import Ranks
 
-# Processes that import torch, on a machine that may be busy.
+# The processes import torch, on a machine that may be busy.
 SECONDS = 500
 
 pytestmark = pytest.mark.timeout(600)
@@ -43,7 +43,7 @@ def _steps(events: list[object]) -> list[Progress]:
 
 
 def _same_run(ours: list[Progress], theirs: list[Progress], computed_in: ComputeType) -> bool:
-    """The same steps, up to rounding: two ranks lay their conversations out otherwise, and add up in another order."""
+    """The same steps, up to rounding: two ranks lay their conversations out differently and add up in another order."""
     return [event.step for event in ours] == [event.step for event in theirs] and all(
         math.isclose(a.loss, b.loss, rel_tol=ROUNDING[computed_in])
         and math.isclose(a.grad_norm or 0, b.grad_norm or 0, rel_tol=10 * ROUNDING[computed_in])
@@ -54,7 +54,7 @@ def _same_run(ours: list[Progress], theirs: list[Progress], computed_in: Compute
 
 @IN_BOTH_TYPES
 def test_two_processes_make_the_steps_of_one(compute_type: ComputeType, spec_of: SpecOf) -> None:
-    """Seven conversations a step of 24, less two held out: shares differ in size, and the last step has one for one."""
+    """22 conversations (24 less two held out), seven per step: the shares differ, and the last step has only one."""
     chosen = {"batch_size": 7, "num_epochs": 2, "lora_dropout": 0.0, "sample_prompts": None}
     alone = train(spec_of(name="alone", **chosen))
     together = spec_of(name="together", num_gpus=2, **chosen)
@@ -168,7 +168,7 @@ def test_what_one_rank_alone_fails_of_is_what_the_job_fails_of(
 
 
 def test_the_cause_is_the_first_failure_with_a_name(spec_of: SpecOf, tmp_path: Path) -> None:
-    """A rank whose neighbour ran out of memory fails of the neighbour's silence, and may be the first to say so."""
+    """A rank whose neighbour ran out of memory fails because the neighbour stops answering, and may report it first."""
     spec = spec_of()
     desk = RankFolder.lay(tmp_path / "desk", spec)
     assert desk.cause() is None and desk.spec() == spec
@@ -192,7 +192,7 @@ def test_every_step_holds_the_same_conversations_for_any_number_of_ranks(
         return Plan(batch_size, count, 2048, math.ceil(examples / batch_size), 1, 0, "float32")
 
     def steps(count: int) -> list[set[int]]:
-        """The conversations of each optimizer step, each of them seen once."""
+        """The conversations of each optimizer step, each of them used once."""
         orders = [StepOrder(examples, plan(count), Ranks(index, count), seed=3) for index in range(count)]
         for order in orders:
             order.set_epoch(1)
@@ -230,7 +230,7 @@ def test_a_model_that_no_place_can_hold_is_cut_and_trains_the_same(
     expected = train(whole)
     spec = spec_of(name="cut", num_gpus=2, dataset_path=whole.dataset_path, **chosen)
     model_bytes = expected.all("planned")[0].data["estimate"]["model_bytes"]
-    # Two places of 0.6 models each.
+    # Two slots with memory for 0.6 models each.
     _in_every_rank(
         tmp_path,
         monkeypatch,
@@ -245,7 +245,7 @@ def test_a_model_that_no_place_can_hold_is_cut_and_trains_the_same(
     # The last step's gradients differ in their last bits, and Adam divides small ones by small ones.
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-3) for name in theirs)
 
-    # Drained in the middle, and continued by a host that can hold it.
+    # Drained half way, and continued by a host that can hold the whole model.
     begun = spec_of(name="begun", num_gpus=2, dataset_path=whole.dataset_path, **chosen)
     with start(begun) as child:
         child.wait_for("progress", step=2, seconds=SECONDS)
@@ -275,7 +275,7 @@ def test_only_a_model_that_does_not_fit_is_cut_and_a_mixture_of_experts_never(sp
 
 
 def _make_the_second_card_small(folder: Path, monkeypatch: pytest.MonkeyPatch, *, conversations: int) -> None:
-    """From now on, what is too much at once for the second rank of a job raises what CUDA raises."""
+    """Makes anything too large for the second rank of a job raise what CUDA raises."""
     _in_every_rank(
         folder,
         monkeypatch,
@@ -298,7 +298,7 @@ if os.environ["RANK"] == "1":
 
 
 def _in_every_rank(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
-    """From now on, every rank that is started begins with this."""
+    """Makes every rank that is started later begin with this code."""
     startup = folder / "startup"
     startup.mkdir()
     body = textwrap.indent(code.strip(), "    ")
@@ -307,7 +307,7 @@ def _in_every_rank(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> 
 
 
 def _ranks_of(child: Child) -> dict[int, int]:
-    """pid by rank of the processes that this trainer's engine has started."""
+    """The processes that this trainer's engine has started, as {pid: rank}."""
     found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

@@ -1,4 +1,4 @@
-"""Failures and how they hide: each comes to light with its code and the words that a user sees."""
+"""Hidden failures: each is reported with its code and a message for the user."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _refusal(spec: JobSpec) -> TrainingFailed:
     return refused.value
 
 
-# --- numbers that are none
+# --- NaN and infinity
 
 
 def test_a_run_that_diverges_stops_and_advises_a_lower_learning_rate(
@@ -60,7 +60,7 @@ def test_a_run_that_diverges_stops_and_advises_a_lower_learning_rate(
 
 
 def test_a_learning_rate_that_explodes_never_ends_as_success(spec_of: SpecOf) -> None:
-    """The library's default logs loss 0.0 for NaN; whatever the numbers, ours never turn into zero."""
+    """The library's default logs loss 0.0 for NaN; ours must never turn NaN into zero."""
     spec = spec_of(learning_rate=0.1, num_epochs=3)
     try:
         voice = train(spec)
@@ -124,7 +124,7 @@ def test_out_of_memory_with_one_conversation_fails_with_the_advice(
 
 
 def _limit_memory(monkeypatch: pytest.MonkeyPatch, conversations: int) -> None:
-    """A card on which a forward pass of more conversations than this does not fit."""
+    """A GPU on which a forward pass of more conversations than this does not fit."""
     whole = training.loop.loss.AnswerLoss.__call__
 
     def limited(self: Any, inputs: Any) -> Any:
@@ -206,7 +206,7 @@ def test_an_unknown_architecture_is_refused_without_remote_code(spec_of: SpecOf,
     assert _refusal(spec_of(model_path=folder)).code in ("model_unsupported", "model_incomplete")
 
 
-# --- data that only a template or a length can refuse
+# --- data that only a template or a length limit refuses
 
 
 def test_conversations_that_are_all_too_long_are_refused_with_the_length(spec_of: SpecOf, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Killed after every single step, dense or mixture, a run ends with the adapter of one that nothing disturbed."""
+"""Killed after every single step, dense or mixture, a run ends with the adapter of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from training.recipe import train_adapter
 from training.spec import JobSpec
 from training.stop_switch import StopSwitch
 
-# Eight runs in a row, on machines that do other things too.
+# Eight runs in a row, on machines that also do other work.
 pytestmark = pytest.mark.timeout(600)
 
-# Dropout and evaluation are what a resumed run forgets first: both draw on state that lives outside the weights.
+# Dropout and evaluation are what a resumed run gets wrong first: both depend on state outside the weights.
 _CHOSEN = {"num_epochs": 2, "lora_dropout": 0.1, "validation_fraction": 0.2}
 
 
 class _Killed(BaseException):
-    """Like a kill: nobody catches it, nothing is tidied up."""
+    """Like a kill: it is never caught, and nothing is cleaned up."""
 
 
 class _FatalVoice(RecordedEvents):
-    """Dies while it tells of a step."""
+    """Dies while reporting a step."""
 
     def __init__(self, job_id: str, fatal_step: int) -> None:
         super().__init__(job_id)
@@ -68,14 +68,14 @@ def test_killed_after_every_step_it_ends_with_the_same_bits(architecture: str, s
     for step in range(1, total + 1):
         voice = _killed_at(killed, step)
         made = [event.step for event in voice.all("progress")]
-        # Each attempt goes on from the step before; the checkpoint of the fatal one was never written.
+        # Each attempt continues from the step before; the checkpoint of the fatal step was never written.
         assert made == ([step] if step == 1 else [step - 1, step])
     last = train(killed)
     assert _adapter(killed) == _adapter(whole)
     (told,), (known,) = last.all("adapter_saved"), expected.all("adapter_saved")
     for key in ("final_validation_loss", "total_steps", "tokens"):
         assert told.summary.get(key) == known.summary.get(key)
-    # The library's own count of tokens begins at zero again; ours goes on.
+    # The library's own token count restarts at zero; ours continues.
     assert last.all("progress")[-1].tokens_seen == expected.all("progress")[-1].tokens_seen
 
 

@@ -1,4 +1,4 @@
-"""One run, watched: what it says, what it measures, and that its shortcuts change no number."""
+"""One run, observed: its events, its measurements, and that its shortcuts change no number."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_run_tells_its_story_in_order_and_learns(spec_of: SpecOf) -> None:
 
 @IN_BOTH_TYPES
 def test_the_best_evaluation_is_the_one_that_is_kept(spec_of: SpecOf) -> None:
-    # A rate that overshoots: later epochs are worse than an earlier one.
+    # The learning rate is too high: later epochs are worse than an earlier one.
     voice = train(spec_of(num_epochs=6, learning_rate=5e-2, early_stopping_patience=2))
     losses = [event.validation_loss for event in voice.all("evaluated")][1:]
     assert voice.all("adapter_saved")[0].summary["final_validation_loss"] == min(losses)
@@ -157,7 +157,7 @@ def test_a_step_is_divided_by_tokens_into_few_parts_that_fit() -> None:
 
 
 class _Reading:
-    """A card on which a pass takes a thousand bytes."""
+    """A GPU on which a pass takes a thousand bytes."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
@@ -188,7 +188,7 @@ def test_a_pass_before_the_first_step_finds_what_the_card_takes_and_changes_noth
     found = [event.data["micro_batch_tokens"] for event in voice.all("notice") if event.code == "micro_batch_fitted"]
     assert found == ([] if expected is None else [expected])
     if expected is None:
-        # Dropout, too, is what it would have been.
+        # Dropout must also be the same.
         ours, theirs = (spec.output_dir / "adapter_model.safetensors" for spec in (asked, unasked))
         assert ours.read_bytes() == theirs.read_bytes()
     assert [event.tokens_seen for event in voice.all("progress")] == [event.tokens_seen for event in steps]
@@ -199,7 +199,7 @@ def test_a_pass_before_the_first_step_finds_what_the_card_takes_and_changes_noth
 def test_texts_lie_end_to_end_where_padding_would_cost_more_than_looking_past_each_other() -> None:
     assert packing_pays([30, 30, 30, 300], hidden_size=576, most_tokens=2048)
     assert not packing_pays([300, 300, 300, 300], hidden_size=576, most_tokens=2048)
-    # The larger the model, the less attention weighs.
+    # The larger the model, the less attention matters.
     assert packing_pays([200, 150, 200, 180], 4096, 8192) and not packing_pays([200, 150, 200, 180], 128, 8192)
     assert not packing_pays([50], 576, 2048)
 

@@ -1,4 +1,4 @@
-"""A library of datasets and specs that cannot work, each with the code and the words that a user must see."""
+"""A library of datasets and specs that must fail, each with its code and the words that a user must see."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PAIR = {"current_user_input": "Hello?", "target_response": "Hello.", "conversat
 _TURNS = {"conversation_id": "1", "turns": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 _DEEP = '{"messages": ' + "[" * 100_000 + "]" * 100_000 + "}"
 
-# name: (bytes of the file, words that the message must hold)
+# name: (content of the file, words that the message must contain)
 DATASETS: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "empty file": (b"", ("the dataset is empty",)),
     "only blank lines": (b"\n\n  \n", ("the dataset is empty",)),
@@ -125,7 +125,7 @@ DATASETS: dict[str, tuple[bytes, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class BadRow:
-    """Hyperparameters and gpu_config of a row, and the fields that must be named."""
+    """Hyperparameters and gpu_config of a row, and the fields that the error must name."""
 
     hyperparameters: object
     fields: tuple[str, ...]

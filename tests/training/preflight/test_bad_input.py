@@ -1,4 +1,4 @@
-"""Bad input ends in a code and a helpful sentence: never in a traceback, never in silence."""
+"""Bad input ends with a code and a helpful sentence: never with a traceback, never silently."""
 
 from __future__ import annotations
 

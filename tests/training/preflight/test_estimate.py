@@ -1,4 +1,4 @@
-"""The estimate against what it estimates: models that are loaded, adapters that are attached."""
+"""Compares the estimate with loaded models and attached adapters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_weights_and_adapter_are_estimated_as_they_are(architecture: str, quanti
     model: Any = load_base_model(spec, open_model_folder(spec.model_path, spec.base_model))
     assert estimate["parameters"] == count_weights(model).parameters
     loaded = sum(tensor.numel() * tensor.element_size() for _, tensor in _tensors(model))
-    # Weights this small carry their states' fixed tables: 16 and 256 numbers each.
+    # In models this small the fixed tables of the states matter: 16 and 256 numbers each.
     tables = sum(tensor.numel() * tensor.element_size() for name, tensor in _tensors(model) if _is_fixed(name))
     assert estimate["model_bytes"] == pytest.approx(loaded - tables, rel=0.05)
     adapted = attach_adapter(model, spec.hyperparameters)

@@ -1,4 +1,4 @@
-"""The trainer as its daemon starts it: a real process, a spec on stdin, events on a pipe."""
+"""The trainer as the daemon starts it: a real process, a spec on stdin, events on a pipe."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tests.paths import ROOT
 from training.events import Event, Ready, parse_line
 from training.spec import JobSpec
 
-# Jobs one after another, each in a fork; models up to a gigabyte stay in memory.
+# Jobs one after another, each in a fork; models of up to a gigabyte stay in memory.
 WARM = ("--warm", "--keep-bytes", "1000000000")
 
 
 class Child:
-    """One running trainer. Events are read in a thread; waiting is on a condition with a deadline."""
+    """One running trainer. A thread reads its events; waiting uses a condition with a deadline."""
 
     def __init__(self, process: subprocess.Popen[bytes], events_fd: int) -> None:
         self.process = process
@@ -56,7 +56,7 @@ class Child:
         self.process.stdin.close()
 
     def wait_for(self, kind: str, *, step: int | None = None, seconds: float = 120) -> Any:
-        """The first event of a kind (and step), or an error that shows what was said instead."""
+        """The first event of a kind (and step), or an error that shows the events received instead."""
 
         def found() -> Any:
             return next(
@@ -70,7 +70,7 @@ class Child:
         return event
 
     def wait_until_ready(self, *, served: int = 0, seconds: float = 120) -> Ready:
-        """A warm trainer that has done with so many lines and waits for the next one."""
+        """Waits until a warm trainer has finished `served` lines and is ready for the next one."""
 
         def found() -> Ready | None:
             return next((ready for ready in self.readies if ready.served == served), None)
@@ -94,7 +94,7 @@ class Child:
 def start(
     *specs: JobSpec, arguments: Sequence[str] = (), command: Sequence[str] = (sys.executable, "-m", "training")
 ) -> Iterator[Child]:
-    """A trainer that was given these specs and no more; killed at the end whatever happens."""
+    """A trainer that gets these specs and no more; it is killed at the end in any case."""
     reading, writing = os.pipe()
     with subprocess.Popen(
         [*command, "--events-fd", str(writing), *arguments],

@@ -1,4 +1,4 @@
-"""A warm trainer: the next job finds what loading left, and nothing of the one before."""
+"""A warm trainer: the next job finds what loading left, and nothing of the job before."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _adapter(spec: JobSpec) -> bytes:
 
 
 def _do(child: Child, order: JobSpec | HoldOrder) -> Ready:
-    """What it says when it is ready for the next one."""
+    """Runs one order and returns the `ready` event that follows."""
     served = child.readies[-1].served
     child.send(order.model_dump_json())
     return child.wait_until_ready(served=served + 1)
@@ -41,8 +41,8 @@ def _do(child: Child, order: JobSpec | HoldOrder) -> Ready:
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Callable[[], Child]]:
-    """A warm trainer that earlier tests may have used, for tests that need it ready and no more; a new one where the
-    last test has ended it. It takes seconds to start."""
+    """A warm trainer, perhaps already used, for tests that only need a ready one. Replaced if the last test ended it;
+    starting one takes seconds."""
     with ExitStack() as stack:
         children: list[Child] = []
 
@@ -56,7 +56,7 @@ def shared() -> Iterator[Callable[[], Child]]:
         yield get
 
 
-# Each type once, with one kind of model.
+# Each type once, with one architecture.
 @pytest.mark.parametrize(("architecture", "compute_type"), [("qwen3", "bfloat16"), ("qwen3_next", "float32")])
 def test_a_warm_trainer_makes_the_adapter_of_a_process_of_its_own_bit_for_bit(
     architecture: str, compute_type: ComputeType, spec_of: SpecOf, shared: Callable[[], Child]
@@ -93,7 +93,7 @@ def test_nothing_of_a_finished_job_is_left_in_the_warm_trainer_or_around_it(
         child.send(spec.model_dump_json())
         child.wait_for("progress", step=2)
         (fork,) = children_of(warm)
-        # The search can find it: in the fork, in the middle of its work.
+        # The search does find it in the fork while the fork is working.
         os.kill(fork, signal.SIGSTOP)
         marks = {SECRET.encode(), str(spec.model_path).encode()}
         assert _found(fork, marks) == marks
@@ -116,13 +116,13 @@ def test_a_base_model_whose_files_have_changed_is_loaded_anew(
 ) -> None:
     folder = tmp_path / "base"
     shutil.copytree(tiny("qwen3"), folder)
-    # More than would fit into a pipe, of which a fork tells whole.
+    # More than fits into a pipe: the fork's message must still arrive whole.
     for number in range(1200):
         (folder / f"{number:080}.txt").touch()
     before = spec_of(name="before", model_path=folder, num_epochs=1)
     after = spec_of(name="after", model_path=folder, num_epochs=1)
     child = shared()
-    # Held before a job asks for it.
+    # Loaded before a job asks for it.
     order = HoldOrder(base_model=before.base_model, model_path=folder, compute_type=before.compute_type)
     assert _do(child, order).base_model == before.base_model
     _do(child, before)
@@ -134,7 +134,7 @@ def test_a_base_model_whose_files_have_changed_is_loaded_anew(
     assert _adapter(after) == _adapter(cold) != _adapter(before)
 
 
-# What is freed is found or not in either type.
+# Either type would show whether freed memory still holds data.
 @pytest.mark.parametrize("compute_type", ["bfloat16", pytest.param("float32", marks=pytest.mark.system)])
 def test_a_model_too_large_to_keep_has_the_memory_of_the_one_before_and_a_failed_job_ends_the_trainer(
     compute_type: ComputeType, spec_of: SpecOf, tmp_path: Path
@@ -151,7 +151,7 @@ def test_a_model_too_large_to_keep_has_the_memory_of_the_one_before_and_a_failed
             weights = _bytes_of(file.get_tensor("model.embed_tokens.weight").to(compute_dtype("cpu", compute_type)))
         assert _found(child.process.pid, {weights})
         child.send(large.model_dump_json())
-        # More than the small one's.
+        # More steps than the small job has.
         child.wait_for("progress", step=8)
         assert not _found(child.process.pid, {weights}), "it is still there beside the large one"
         assert child.wait_until_ready(served=3).base_model is None
@@ -185,7 +185,7 @@ def test_sigterm_ends_a_working_trainer_with_a_checkpoint(spec_of: SpecOf) -> No
     with start(arguments=WARM) as child:
         child.send(spec.model_dump_json())
         child.wait_for("progress", step=2)
-        # As the daemon does: the whole group, so that the fork hears it twice.
+        # As the daemon does: SIGTERM to the whole group, so that the fork gets it twice.
         os.killpg(child.process.pid, signal.SIGTERM)
         assert child.exit_status() == EXIT_STOPPED
     assert child.wait_for("checkpoint_saved").step >= 2
@@ -195,7 +195,7 @@ def test_sigterm_ends_a_working_trainer_with_a_checkpoint(spec_of: SpecOf) -> No
 def test_a_wish_to_stop_between_the_forks_of_a_job_is_not_lost(
     spec_of: SpecOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first has asked for a base model and is past hearing; the second would train to the end."""
+    """The first fork has asked for a base model and can no longer handle it; the second would train to the end."""
     slow_to_leave = "import os, time\nleave = os._exit\nos._exit = lambda status: (time.sleep(2), leave(status))\n"
     (tmp_path / "sitecustomize.py").write_text(slow_to_leave)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -215,7 +215,7 @@ def test_kill_9_of_either_ends_both(victim: str, spec_of: SpecOf, tmp_path: Path
     with start(arguments=WARM) as child:
         child.send(spec.model_dump_json())
         child.wait_for("progress", step=1)
-        # Not the fork that said `started`: another one went on once the base model was loaded.
+        # Not the fork that reported `started`: another one continued once the base model was loaded.
         warm = child.process.pid
         (fork,) = map(int, Path(f"/proc/{warm}/task/{warm}/children").read_text().split())
         os.kill(fork if victim == "fork" else child.process.pid, signal.SIGKILL)
@@ -224,7 +224,7 @@ def test_kill_9_of_either_ends_both(victim: str, spec_of: SpecOf, tmp_path: Path
 
 
 def _bytes_of(tensor: torch.Tensor) -> bytes:
-    """Some from its middle, enough to be found by: only whole pages of what was freed go back to the kernel."""
+    """Bytes from its middle, enough to search for: only whole freed pages go back to the kernel."""
     flat = tensor.flatten()
     return flat[len(flat) // 2 :][:64].view(torch.uint8).numpy().tobytes()
 
@@ -235,7 +235,7 @@ def _status_of(pid: int) -> dict[str, str]:
 
 
 def _state_of(pid: int) -> dict[str, object]:
-    """What a job could leave behind in a process beside bytes: open and mapped files, threads, signals, folder."""
+    """What a job could leave behind in a process besides bytes: open and mapped files, threads, signals, folder."""
     process = Path(f"/proc/{pid}")
     status = _status_of(pid)
     mapped = (line.split(maxsplit=5)[5:] for line in (process / "maps").read_text().splitlines())
@@ -249,7 +249,7 @@ def _state_of(pid: int) -> dict[str, object]:
 
 
 def _found(pid: int, marks: Set[bytes]) -> set[bytes]:
-    """Those of these bytes that stand anywhere in a process's writable memory."""
+    """Those of `marks` that occur anywhere in a process's writable memory."""
     found: set[bytes] = set()
     for piece in _memory(pid, overlap=max(map(len, marks))):
         found |= {mark for mark in marks - found if mark in piece}

@@ -1,4 +1,4 @@
-"""The protocol between daemon and trainer, spoken by a real process."""
+"""The protocol between daemon and trainer, tested with a real process."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_sigterm_while_training_leaves_a_checkpoint_and_the_next_attempt_ends_th
     assert _adapter(cut) == _adapter(whole)
 
 
-# A process takes seconds to start: each type once, with one kind of model.
+# A process takes seconds to start: each type once, with one architecture.
 @pytest.mark.parametrize(
     ("architecture", "step", "compute_type"), [("qwen3", 4, "float32"), ("qwen3_next", 7, "bfloat16")]
 )
@@ -114,7 +114,7 @@ def test_the_child_ends_when_nobody_listens(spec_of: SpecOf, tmp_path: Path) -> 
 
 
 def _until_it_reads(pid: int) -> None:
-    """Wait until the process sleeps in a read of its stdin pipe."""
+    """Waits until the process sleeps in a read of its stdin pipe."""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         if "pipe" in Path(f"/proc/{pid}/wchan").read_text():

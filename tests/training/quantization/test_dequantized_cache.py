@@ -1,4 +1,4 @@
-"""Weights that stay unpacked: within their bytes, never dequantised again, and without a trace in the adapter."""
+"""Weights that stay unpacked: within their memory, never dequantised again, and without any effect on the adapter."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _load(spec: Any) -> Any:
 
 
 class _Unpackings:
-    """Counts what is dequantised, of it the experts, and how many of those lie unpacked in memory at once."""
+    """Counts dequantised weights, how many of them are experts, and how many experts are unpacked in memory at once."""
 
     def __init__(self) -> None:
         self.count = self.experts = self.most_alive = 0
@@ -89,7 +89,7 @@ def test_the_adapter_is_the_same_to_the_last_bit_however_much_was_kept(
     architecture: str, spec_of: SpecOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapters, told = [], []
-    # What fits into so many bytes depends on the type: less than everything in both.
+    # How much fits into this memory depends on the type; in both it is less than everything.
     for spare in (0, 100_000, 2**30):
         monkeypatch.setattr(training.recipe, "spare_bytes", lambda *_, spare=spare: spare)
         spec = spec_of(architecture, name=f"spare-{spare}", **_SHORT)

@@ -1,4 +1,4 @@
-"""The 4-bit copy on the volume is the model it was made from, or it is not used."""
+"""The 4-bit copy on the volume is the model that it was made from, or it is not used."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_copy_by_other_versions_is_not_used(spec_of: SpecOf, tmp_path: Path) -
 def test_another_source_gives_another_copy(spec_of: SpecOf, tmp_path: Path) -> None:
     spec = spec_of("qwen3", quantized_dir=tmp_path / "copies")
     _load(spec)
-    # As a fresh download would: equal names and sizes, another time.
+    # As after a fresh download: same names and sizes, another mtime.
     os.utime(spec.model_path / "model.safetensors", ns=(1, 1))
     _load(spec)
     assert len(list((tmp_path / "copies").iterdir())) == 2

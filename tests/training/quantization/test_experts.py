@@ -1,4 +1,4 @@
-"""Four bits in a mixture of experts: all of them, with the arithmetic of the same weights dequantised."""
+"""Four bits in a mixture of experts: all experts are quantised and compute like the same weights dequantised."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _load(spec: Any) -> Any:
 
 
 def _dequantised(folder: Path, quantised: Any) -> Any:
-    """The same architecture in 16 bits, with exactly the values that the 4-bit weights stand for."""
+    """The same architecture in 16 bits, with exactly the values that the 4-bit weights represent."""
     first = next(quantised.parameters())
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=first.dtype).to(first.device)
     modules = dict(reference.named_modules())
@@ -43,7 +43,7 @@ def _dequantised(folder: Path, quantised: Any) -> Any:
 
 
 def _loss_and_gradient(model: Any, ids_BT: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """Loss, and its gradient at the embeddings: it went back through every layer."""
+    """The loss, and its gradient at the embeddings, which has passed through every layer."""
     embedded = model.get_input_embeddings()(ids_BT).detach().requires_grad_(True)
     loss = model(inputs_embeds=embedded, labels=ids_BT).loss
     loss.backward()
@@ -95,7 +95,7 @@ def test_experts_take_at_most_0_53_byte_a_parameter(architecture: str, spec_of: 
 
 @IN_BOTH_TYPES
 def test_backward_keeps_no_unpacked_weight(spec_of: SpecOf) -> None:
-    """What autograd holds between forward and backward are packed bytes, never a 16-bit expert."""
+    """Between forward and backward autograd holds packed bytes, never a 16-bit expert."""
     model = _load(spec_of("qwen3_moe"))
     module = next(module for module in model.modules() if has_fused_experts(module))
     full_size = expert_states(module)["gate_up_proj"].shape.numel()
@@ -133,7 +133,7 @@ def test_packing_in_pieces_equals_packing_at_once() -> None:
 
 
 def test_experts_in_the_hubs_layout_are_packed_one_by_one(spec_of: SpecOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checkpoint on disk names single experts, and none of them passes through a stacked 16-bit copy."""
+    """The checkpoint on disk names single experts, and none of them is stacked in 16 bits on the way."""
     spec = spec_of("qwen3_moe")
     with safe_open(spec.model_path / "model.safetensors", framework="pt") as file:
         assert any(".experts.0.gate_proj.weight" in name for name in file.keys())  # noqa: SIM118 - not a dict
@@ -144,7 +144,7 @@ def test_experts_in_the_hubs_layout_are_packed_one_by_one(spec_of: SpecOf, monke
 
 
 def test_a_loaded_model_with_one_plain_layer_is_refused(spec_of: SpecOf) -> None:
-    """However small it is: the demo's model has no linear layer of a million numbers."""
+    """Even a small one: the demo's model has no linear layer of a million numbers."""
     model = _load(spec_of("qwen3"))
     refuse_what_is_left(model, "tiny/qwen3", is_in_bytes)
     layer = model.model.layers[0].mlp.up_proj

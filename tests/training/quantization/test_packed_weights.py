@@ -1,4 +1,4 @@
-"""What must become 4-bit is told from what is kept, on the shapes of real models."""
+"""Tests on the shapes of real models which weights must become 4-bit and which are kept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MIXTURES = [name for name, values in REAL_SHAPES.items() if "num_experts_per_tok
 
 
 def _prepare(name: str, *left_out: str, quantizer: type[Nf4Quantizer] = Nf4Quantizer) -> Any:
-    """What loading does to the skeleton before it reads a weight; it asks the quantizer about every one of them."""
+    """Does what loading does to the skeleton before it reads a weight: it asks the quantizer about each one."""
     model = skeleton(name, experts_implementation=EXPERTS_FUNCTION)
     settings = Nf4Config(torch.bfloat16, [*UNQUANTISED_MODULES, *left_out])
     quantizer(settings, pre_quantized=False).preprocess_model(model, device_map={"": "cpu"})
@@ -27,7 +27,7 @@ def _prepare(name: str, *left_out: str, quantizer: type[Nf4Quantizer] = Nf4Quant
 @pytest.mark.parametrize("name", REAL_SHAPES)
 def test_real_models_are_accepted_with_their_routers_in_16_bits(name: str) -> None:
     model = _prepare(name)
-    # Nothing of it is packed yet: all linear layers and experts are left, and neither routers nor embeddings are.
+    # Nothing is packed yet: all linear layers and experts are found, but no routers or embeddings.
     left = dict(left_in_16_bits(model, lambda *_: False))
     assert not [path for path in left if path.endswith((".gate.weight", ".router.weight", "embed_tokens.weight"))]
     assert sum(left.values()) > 0.9 * sum(p.numel() for p in model.model.layers.parameters())

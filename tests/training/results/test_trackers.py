@@ -1,4 +1,4 @@
-"""Experiment trackers: what a job leaves for TensorBoard, and a real W&B client that must never cost a training."""
+"""Experiment trackers: what a job leaves for TensorBoard, and a real W&B client that must never break a training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from training.recipe import train_adapter
 from training.results.trackers import TENSORBOARD_FILE
 from training.stop_switch import StopSwitch
 
-# The daemon gives it a real one; a client that writes to disk or finds nobody never sends it.
+# The daemon passes a real key; a client that works offline or finds no server never sends it.
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -74,7 +74,7 @@ def test_a_job_that_wants_no_tracker_leaves_no_trace_of_one(spec_of: SpecOf) -> 
 
 
 def test_a_trainer_never_imports_boto3_nor_without_a_key_wandb() -> None:
-    # What transformers' is_wandb_available asks first, and trl asks that.
+    # transformers' is_wandb_available checks this first, and trl relies on that.
     code = "from training.process.blocked_imports import hide_unwanted_packages as hide; hide(); "
     code += "from importlib.util import find_spec; print(find_spec('boto3'), find_spec('wandb') is not None)"
     for key, printed in (({}, "None False"), ({"WANDB_API_KEY": KEY}, "None True")):
@@ -104,7 +104,7 @@ def test_wandb_gets_the_run_through_the_librarys_own_integration(
 def test_a_wandb_that_refuses_the_key_costs_a_notice_and_not_the_training(
     spec_of: SpecOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Seen by the client itself: a real key has forty characters.
+    # The client itself checks this: a real key has forty characters.
     monkeypatch.setenv("WANDB_API_KEY", "short")
     spec = spec_of("llama", trackers=("tensorboard", "wandb"))
     voice = train(spec)
