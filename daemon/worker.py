@@ -221,7 +221,7 @@ class Worker:
             self._with.troubles.begin(
                 "claims",
                 f"the database refuses the claim of job {first.job_id}, which is set aside: {error}. "
-                "Mend what refuses it, then SELECT release_held_jobs().",
+                "Correct what refuses it, then run `SELECT release_held_jobs()`.",
             )
             await self._queue.store.set_aside_job(first.job_id, error)
             return Claim(None, contested=self._refusals < MAX_REFUSALS)

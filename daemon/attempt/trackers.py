@@ -30,8 +30,8 @@ def choose_trackers(wanted: Hyperparameters, settings: Settings) -> Tracking:
         raise JobFailed(
             ErrorCode.INVALID_SPEC,
             "The job asks for the tracker wandb, which this service does not offer.",
-            "Leave wandb out of hyperparameters.trackers. (For the operator: "
-            "pip install 'brightrun-trainer[wandb]' and set WANDB_API_KEY.)",
+            "Leave wandb out of hyperparameters.trackers, or ask the operator to install `brightrun-trainer[wandb]` "
+            "and set WANDB_API_KEY.",
         )
     environment = {
         "WANDB_API_KEY": settings.wandb_api_key.get_secret_value(),

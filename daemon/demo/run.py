@@ -102,7 +102,7 @@ def _play(data: Path | None, screen: Screen, interruption: Interruption) -> None
 
 def _readable(data: Path) -> Path:
     if not data.is_file():
-        raise DemoFailed(f"there is no file {data}. Give a JSONL file of conversations: make demo DATA=my.jsonl")
+        raise DemoFailed(f"there is no file {data}. Give a JSONL file of conversations: `make demo DATA=my.jsonl`")
     return data.resolve()
 
 

@@ -49,7 +49,7 @@ _NOT_YET = "role, rights, clock and LISTEN come after it"
 async def check_database(settings: Settings) -> AsyncIterator[CheckResult]:
     dsn = settings.database_url.get_secret_value()
     for notice in notices_of(settings):
-        yield yellow("DATABASE_URL", notice, "take it out of the address")
+        yield yellow("DATABASE_URL", notice, "remove it from the address")
     begun = time.perf_counter()
     unread: str | None = None
     missing: list[str] = []
@@ -158,7 +158,9 @@ async def _check_clock(database: Database) -> CheckResult:
     if skew > MAX_SKEW_SECONDS:
         # Leases run on the database's clock; signatures of callbacks carry this host's.
         return yellow(
-            "clock", f"{skew:.1f} s away from the database's", "synchronise it: receivers refuse old signatures"
+            "clock",
+            f"the clock is {skew:.1f} s away from the database's",
+            "synchronise it: receivers refuse old signatures",
         )
     return green("clock", f"{skew * 1000:.0f} ms from the database's")
 
@@ -177,7 +179,11 @@ async def _check_older_dispatcher(database: Database) -> CheckResult:
             "SELECT jobname FROM cron.job WHERE active AND concat_ws(' ', command, jobname) ~* 'training'"
         )
     except (HostUnfit, DatabaseUnprepared):
-        return yellow(name, "pg_cron is here and this role may not look", "see cron.job for the old dispatcher's job")
+        return yellow(
+            name,
+            "pg_cron is installed and this role may not read its jobs",
+            "look in cron.job for the old dispatcher's job",
+        )
     if jobs:
         names = ", ".join(str(job["jobname"]) for job in jobs)
         return yellow(name, f"pg_cron still runs {names}", "unschedule it: it would submit the same rows elsewhere")
@@ -254,7 +260,7 @@ def check_callbacks(settings: Settings) -> CheckResult:
         keys = signing_keys(settings.callback_secrets)
     except HostUnfit as error:
         fault = str(error).partition("; make one")[0]
-        return red("callback secret", fault, "make one: echo whsec_$(openssl rand -base64 32)")
+        return red("callback secret", fault, "make one with `echo whsec_$(openssl rand -base64 32)`")
     if not keys:
         advice = "set TRAINER_CALLBACK_SECRETS: echo whsec_$(openssl rand -base64 32)"
         return yellow("callback secret", "there is none, so callbacks are not signed", advice)

@@ -81,7 +81,7 @@ def read_plan(given: str | None) -> FleetPlan:
         return FleetPlan.model_validate(json.loads(text))
     except ValueError as error:
         if not isinstance(error, ValidationError):
-            raise HostUnfit(f"TRAINER_FLEET_POD is no JSON: {error}") from error
+            raise HostUnfit(f"TRAINER_FLEET_POD is not JSON: {error}") from error
         # Values may be secrets: fields and messages only.
         faults = [f"  {'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_input=False)]
         raise HostUnfit("TRAINER_FLEET_POD is not usable:\n" + "\n".join(faults)) from None

@@ -141,14 +141,14 @@ class GatewayRows:
         if rows[0]["foreign_run"]:
             raise Refused(
                 409,
-                f"The job is {rows[0]['state']} under an older dispatcher, which took it before we were installed.",
-                "Insert it again: a row that is queued is run here.",
+                f"The job is {rows[0]['state']} under an older dispatcher, which took it before this installation.",
+                "Insert it again: this service runs queued rows.",
             )
         if rows[0]["held"]:
             raise Refused(
                 409,
                 "The job was queued before the trainer was installed and is held: another service may have run it.",
-                "The operator lets such jobs in by release_held_jobs().",
+                "The operator releases such jobs with `SELECT release_held_jobs()`.",
             )
         return job_id
 

@@ -41,7 +41,9 @@ class FencedStatements:
             return RowsHidden(f"whether the lease of job {lease.job_id} is still there is not known: {_HIDDEN}")
         if found.is_held_by(lease) and (name not in _OF_A_RUNNING_JOB or found.state in HELD):
             return RowsHidden(f"the lease of job {lease.job_id} is ours, and {_HIDDEN}")
-        return LeaseLost(f"the lease {lease.epoch} of job {lease.job_id} is not ours any more, or the job is final")
+        return LeaseLost(
+            f"the lease {lease.epoch} of job {lease.job_id} is not this host's any more, or the job is final"
+        )
 
     async def find_job(self, job_id: UUID) -> FoundJob:
         """What exists of a job, even if row security hides it from us."""

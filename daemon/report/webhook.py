@@ -38,7 +38,7 @@ def signing_keys(secrets: Sequence[SecretStr]) -> tuple[bytes, ...]:
         if len(key) < _SMALLEST_KEY_BYTES:
             raise HostUnfit(
                 f"TRAINER_CALLBACK_SECRETS: entry {number} is not whsec_ and at least {_SMALLEST_KEY_BYTES} bytes in "
-                "base64; make one with: echo whsec_$(openssl rand -base64 32)"
+                "base64; make one with `echo whsec_$(openssl rand -base64 32)`"
             )
         keys.append(key)
     return tuple(keys)

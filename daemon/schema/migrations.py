@@ -183,7 +183,7 @@ def _repair(db: psycopg.Connection[Any], expected: Expected) -> list[str]:
     # The publication's owner decides what is published; that is no fault of the tables.
     if left := [difference for difference in left if difference.kind != "publication"]:
         listed = "\n".join(f"  {line}" for line in in_words(left))
-        raise HostUnfit(f"this is not as our migrations make it, and has to be mended by hand:\n{listed}")
+        raise HostUnfit(f"the database differs from what the migrations make, and must be corrected by hand:\n{listed}")
     return in_words(wrong)
 
 

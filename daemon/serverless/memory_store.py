@@ -376,7 +376,7 @@ class MemoryJobStore:
 
 
 def _lost(lease: Lease) -> LeaseLost:
-    return LeaseLost(f"the lease {lease.epoch} of job {lease.job_id} is not ours any more, or the job is final")
+    return LeaseLost(f"the lease {lease.epoch} of job {lease.job_id} is not this host's any more, or the job is final")
 
 
 def _lacking(host: Host, allowed_models: Collection[str], wanted: ParsedRow) -> list[str]:

@@ -121,16 +121,16 @@ def _unpack_members(archive: Path, folder: Path) -> dict[str, PackedFile]:
     with tarfile.open(archive, mode="r|gz", bufsize=READ_BYTES) as tar:
         for member in tar:
             if not member.isreg():
-                raise ArchiveInvalid(f"member {member.name!r} is a link, folder or device, not a plain file")
+                raise ArchiveInvalid(f"the member {member.name!r} is a link, folder or device, not a plain file")
             if not _SAFE_NAME.fullmatch(member.name) or member.name in files:
-                raise ArchiveInvalid(f"member name {member.name!r} is not a plain name, or occurs twice")
+                raise ArchiveInvalid(f"the member name {member.name!r} is not a plain name, or occurs twice")
             if Path(member.name).suffix in PICKLES:
-                raise ArchiveInvalid(f"member {member.name!r} may run code when it is loaded")
+                raise ArchiveInvalid(f"the member {member.name!r} may run code when it is loaded")
             left -= member.size
             if left < 0 or len(files) >= MAX_MEMBERS:
-                raise ArchiveInvalid("more files or bytes than any adapter has")
+                raise ArchiveInvalid("the archive has more files or bytes than any adapter")
             if not _stays_inside(member, folder):
-                raise ArchiveInvalid(f"member {member.name!r} would be written outside the folder")
+                raise ArchiveInvalid(f"the member {member.name!r} would be written outside the folder")
             content = tar.extractfile(member)
             assert content is not None
             files[member.name] = _write_hashed(content, folder, member.name)
@@ -172,7 +172,7 @@ def _read_manifest(file: Path, unpacked: Mapping[str, PackedFile]) -> dict[str, 
     found = {file.name: (file.bytes, file.sha256) for file in unpacked.values() if file.name != MANIFEST}
     different = sorted(name for name in promised.keys() | found.keys() if promised.get(name) != found.get(name))
     if different:
-        raise ArchiveInvalid(f"not as the manifest says: {', '.join(different)}")
+        raise ArchiveInvalid(f"these files differ from the manifest: {', '.join(different)}")
     return dict(manifest)
 
 

@@ -309,7 +309,7 @@ async def test_a_cron_job_that_still_dispatches_is_named(database: AppDatabase, 
     database.run("CREATE TABLE cron.job (jobname text, command text, active boolean)")
     database.run("INSERT INTO cron.job VALUES ('dispatch', 'SELECT net.http_post(''…/training-dispatch'')', true)")
     here = settings(tmp_path, database_url=database.dsn)
-    assert_red((await by_name(check_database(here)))["older dispatcher"], "may not look", light=Status.YELLOW)
+    assert_red((await by_name(check_database(here)))["older dispatcher"], "may not read its jobs", light=Status.YELLOW)
     database.run("GRANT USAGE ON SCHEMA cron TO training_daemon")
     database.run("GRANT SELECT ON cron.job TO training_daemon")
     assert_red((await by_name(check_database(here)))["older dispatcher"], "dispatch", "unschedule", light=Status.YELLOW)

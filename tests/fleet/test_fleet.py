@@ -429,7 +429,7 @@ async def test_the_limit_holds_even_without_the_turn(yard: Yard) -> None:
     ("given", "words"),
     [
         (None, "needs TRAINER_FLEET_POD"),
-        ("{nonsense", "no JSON"),
+        ("{nonsense", "not JSON"),
         ("/nowhere/plan.json", "cannot be read"),
         ('{"pod": {"name": "x", "image": "i"}, "gpus": []}', "the fleet fills in name"),
         ('{"pod": {}, "gpus": [{"id": "A", "cout": 1}]}', "gpus.0.cout"),

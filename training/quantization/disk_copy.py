@@ -147,7 +147,7 @@ class QuantizedCopy:
         if differing:
             short = [key for key in differing if key not in ("source", "config")]
             values = "".join(f"; {key} {written.get(key)}, here {self.fingerprint[key]}" for key in short)
-            raise CopyUnusable(f"other {', '.join(differing)} than when it was made{values}")
+            raise CopyUnusable(f"it was made with other {', '.join(differing)}{values}")
 
 
 def _fingerprint(folder: ModelFolder, name: str, dtype: torch.dtype) -> dict[str, Any]:

@@ -145,7 +145,7 @@ class WandbRun(WandbCallback):
     def give_up(self, reason: str) -> None:
         """Stops tracking: the library's methods do nothing once this is None."""
         self._wandb = None  # type: ignore[assignment]
-        self._voice.notice("tracker_lost", f"Weights & Biases does not get this run: {reason}", tracker="wandb")
+        self._voice.notice("tracker_lost", f"the run is no longer sent to Weights & Biases: {reason}", tracker="wandb")
 
 
 class _Tolerance:

@@ -170,7 +170,7 @@ def _move(function: str, wanted: list[str], done: str, as_json: bool) -> None:
                 with said_plainly():
                     answer = _call(connection, function, job_id)
             except CommandFailed as error:
-                refused.append(CommandFailed(f"{job_id}: {error.message}", error.hint))
+                refused.append(CommandFailed(f"job {job_id}: {error.message}", error.hint))
                 continue
             if as_json:
                 print_json(answer)

@@ -106,7 +106,7 @@ def said_plainly() -> Iterator[None]:
         raise CommandFailed(f"the database took longer than {STATEMENT_SECONDS} s and was stopped") from error
     except psycopg.errors.InsufficientPrivilege as error:
         hint = error.diag.message_hint or "use a DATABASE_URL whose login may: training_daemon, or the project's owner"
-        raise CommandFailed(f"this login may not: {first_line(error)}", hint) from error
+        raise CommandFailed(f"this login lacks a right: {first_line(error)}", hint) from error
     except (psycopg.OperationalError, psycopg.InterfaceError) as error:
         raise DatabaseAway(first_line(error)) from error
     except psycopg.Error as error:

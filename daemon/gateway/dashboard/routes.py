@@ -103,7 +103,7 @@ def _add_session(app: FastAPI, ring: KeyRing, sessions: Sessions) -> None:
         if place is None:
             log.warning("dashboard_login_refused", client=request.client.host if request.client else None)
             raise Refused(
-                401, "This key is not one of the gateway's.", "The operator set them as TRAINER_GATEWAY_KEYS."
+                401, "This key is not one of the gateway's.", "The operator sets the keys in TRAINER_GATEWAY_KEYS."
             )
         answer = Response(status_code=204)
         answer.set_cookie(
@@ -192,7 +192,7 @@ def _add_downloads(app: FastAPI, settings: Settings, rows: GatewayRows) -> None:
         except JobFailed:
             raise Refused(
                 404,
-                f"{bucket}/{path} is not in this gateway's storage.",
+                f"the object {bucket}/{path} is not in this gateway's storage.",
                 "The gateway needs the GPU hosts' storage settings: SUPABASE_URL and its key, or the same folder.",
             ) from None
         except JobDelayed as error:
@@ -217,7 +217,7 @@ def _sent_by_the_page(
 ) -> None:
     """Refuse a write that another site made the browser send: it cannot set this header, nor hide where it is."""
     if x_dashboard != "1" or sec_fetch_site != "same-origin":
-        raise Refused(403, "This is for the dashboard's own page.", "Callers with a key use /cancel and /run.")
+        raise Refused(403, "Only the dashboard page may send this request.", "Callers with a key use /cancel and /run.")
 
 
 def _came_by_https(request: Request) -> bool:

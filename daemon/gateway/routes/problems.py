@@ -40,7 +40,7 @@ def _answer_errors(app: FastAPI) -> None:
         found = error.errors()
         if any(item["type"] == "json_invalid" for item in found):
             return answer(
-                400, Problem(error="The body is no JSON.", hint=str(found[0].get("ctx", {}).get("error", "")))
+                400, Problem(error="The body is not JSON.", hint=str(found[0].get("ctx", {}).get("error", "")))
             )
         faults = [{"field": ".".join(str(part) for part in item["loc"][1:]), "message": item["msg"]} for item in found]
         return answer(422, Problem(error="The request cannot be read.", faults=faults))
