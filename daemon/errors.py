@@ -2,16 +2,16 @@
 
     TrainerError
     ├── JobError           this job's attempt ends here
-        │   ├── JobFailed      permanent: the user must change something
-        │   └── JobDelayed     transient: another attempt may succeed
-        │       └── HostFault  the host's fault, not the job's: return it uncounted, claim nothing until the host works
-        ├── LeaseLost          another host may own the job now: stop, write nothing
-        ├── DatabaseAway       Postgres does not answer: training goes on, try again
-        │   ├── DatabaseUnprepared   a table or grant that was there is missing for now: treated as away
-        │   └── RowsHidden           the row exists but this role cannot see it: treated as away
-        ├── StatementRefused   Postgres answers but refuses: a constraint, a trigger of the app: skip the row, go on
-        ├── PointsRefused      the app's metrics_points accepts no points: training goes on without them
-        └── HostUnfit          this host cannot work as configured: exit 78, do not restart
+    │   ├── JobFailed      permanent: the user must change something
+    │   └── JobDelayed     transient: another attempt may succeed
+    │       └── HostFault  the host's fault, not the job's: return it uncounted, claim nothing until the host works
+    ├── LeaseLost          another host may own the job now: stop, write nothing
+    ├── DatabaseAway       Postgres does not answer: training goes on, try again
+    │   ├── DatabaseUnprepared   a table or grant that was there is missing for now: treated as away
+    │   └── RowsHidden           the row exists but this role cannot see it: treated as away
+    ├── StatementRefused   Postgres answers but refuses: a constraint, a trigger of the app: skip the row, go on
+    ├── PointsRefused      the app's metrics_points accepts no points: training goes on without them
+    └── HostUnfit          this host cannot work as configured: exit 78, do not restart
 
 Cancelling and shutting down are outcomes, not errors (see daemon.queue.job).
 """

@@ -31,7 +31,7 @@ def load_settings(**given: Any) -> Settings:
 
 
 def dotenv_unreadable(error: OSError | UnicodeDecodeError) -> HostUnfit:
-    """The error for a .env file that cannot be read; its text is not quoted."""
+    """Returns the error for a .env file that cannot be read; its text is not quoted."""
     why = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"cannot be read ({error.strerror})"
     return HostUnfit(f"the file .env in this folder {why}: correct it, or remove it")
 
@@ -50,7 +50,7 @@ def secrets_of(settings: BaseSettings) -> Iterator[str]:
 
 
 def notices_of(settings: BaseSettings) -> tuple[str, ...]:
-    """What was left out of a setting, to be logged once."""
+    """Lists what was left out of a setting, to be logged once."""
     url = getattr(settings, "database_url", None)
     return url.notices if isinstance(url, DatabaseUrl) else ()
 

@@ -61,7 +61,7 @@ def run_service(trainer_command: tuple[str, ...] = TRAINER_COMMAND) -> None:
 
 
 def _outlast_the_start(began: float) -> None:
-    """Waits until startsecs is over: supervisord takes an earlier exit for a failed start and retries it.
+    """Waits until startsecs is over: supervisord retries an earlier exit as a failed start, whatever its code.
 
     Only a stop by supervisord itself may end the process sooner; its SIGTERM cuts this wait short."""
     if "SUPERVISOR_ENABLED" in os.environ:

@@ -328,7 +328,7 @@ class Settings(BaseSettings):
             is_whole = False
         if not is_whole:
             raise ValueError("must be a web address, https://HOST")
-        # The address is shown in messages; credentials travel in headers of their own.
+        # The address is shown in messages; credentials are sent in headers of their own.
         if "@" in parts.netloc:
             raise ValueError("must hold no user and no password: keys have settings of their own")
         return value.strip()
@@ -362,5 +362,5 @@ class Settings(BaseSettings):
 
 
 def quantized_dir(settings: Settings) -> Path:
-    """The folder of 4-bit copies of base models: beside the models, on the same volume."""
+    """Returns the folder of 4-bit copies of base models: beside the models, on the same volume."""
     return settings.models_dir / ".quantized"

@@ -1,4 +1,4 @@
-"""Why an attempt is asked to end early: a stop request, one of the two signals from daemon to trainer."""
+"""Stop requests: why an attempt is asked to end early. One of the two signals that move against the flow of events."""
 
 from __future__ import annotations
 

@@ -206,7 +206,7 @@ class Worker:
             return await self._claim_past_a_refusal(limits)
 
     async def _claim_past_a_refusal(self, limits: Limits) -> Claim:
-        """The database refused a claim without naming the job: claims the first job in line by its id.
+        """Claims the first job in line by its id, after the database refused a claim without naming the job.
 
         If that is refused too, the job is set aside and the next one may be claimed."""
         first = await self._queue.store.peek_next_job(limits)
@@ -234,7 +234,7 @@ class Worker:
             self._answer_lost = False
 
     async def _leave_no_claim(self) -> None:
-        """Returns jobs that were claimed during shutdown and whose answer was lost; a reaper would count an attempt."""
+        """Gives back jobs claimed during shutdown whose answer was lost; a reaper would count them as attempts."""
         try:
             await self._return_unanswered()
         except (DatabaseAway, StatementRefused) as error:
@@ -258,7 +258,7 @@ class Worker:
         return self._limits(self._pool.free_gpus, self._with.trainers.bases())
 
     async def _look_ahead(self) -> None:
-        """When every slot is taken and one will soon be free, prefetches the data of the likely next job.
+        """Prefetches the data of the likely next job, when every slot is taken and one will soon be free.
 
         The guess may be wrong: it skips a user whose cap is full only because of the job that is about to end."""
         if not self._near_end or not self._prefetch.wants_a_job or self._paused or self._closing.is_set():
@@ -273,7 +273,7 @@ class Worker:
             self._prefetch.guess(dataset)
 
     def _limits(self, free_gpus: int | None, warm_models: Sequence[str]) -> Limits:
-        """What this host serves and what of it is free; the same rules for a claim and for a prefetch."""
+        """Returns what this host serves and what of it is free; the same rules for a claim and for a prefetch."""
         settings = self._settings
         return Limits(
             free_gpus=free_gpus,
@@ -339,7 +339,7 @@ class Worker:
     # -- signals: wake-ups and stops ----------------------------------------------------------------------------
 
     def wake(self) -> None:
-        """Something may be claimable. At rest, the claim is sent at once, before this worker's own task runs."""
+        """Wakes the worker for a possible claim. At rest, the claim is sent before the worker's own task runs."""
         resting = time.monotonic() < self._rest_until
         if self._at_rest and not self._wake.is_set() and self._may_claim and not self._answer_lost and not resting:
             limits = self._limits_now()
@@ -350,7 +350,7 @@ class Worker:
         self._wake.set()
 
     def cancelled(self, job_id: object) -> None:
-        """The job was cancelled in the database. This stops it sooner than its next heartbeat would."""
+        """Stops a job that was cancelled in the database, sooner than its next heartbeat would."""
         for job, stop in self._attempts.values():
             if job.id == job_id:
                 stop.request(StopReason.CANCELLED)

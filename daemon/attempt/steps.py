@@ -223,7 +223,7 @@ class Attempt:
                 known.path.unlink(missing_ok=True)
 
     async def _seen_dataset(self) -> JobDataset:
-        """The job's dataset. Waits while its row is hidden from us, which is not the job's fault."""
+        """Returns the job's dataset. Waits while its row is hidden from us, which is not the job's fault."""
         dataset = self._job.dataset
         while dataset.dataset_url is None and dataset.dataset_user_id is None:
             seen = await retry_until_database_is_back(
@@ -372,7 +372,7 @@ def _asked_price(job: ClaimedJob) -> tuple[float | None, int]:
 
 
 def _manifest_facts(spec: JobSpec, summary: dict[str, Any]) -> dict[str, Any]:
-    """Facts for whoever serves the adapter, stored beside it: what it was made from, and how training went."""
+    """Returns facts for serving the adapter, stored beside it: what it was made from, and how training went."""
     return {
         "job_id": spec.job_id,
         "base_model": spec.base_model,

@@ -69,7 +69,7 @@ def read_manifest(text: bytes) -> CheckpointManifest:
 
 
 def newest_whole_step(folder: Path) -> int:
-    """The step of the newest checkpoint in the folder whose files match its manifest; -1 without one."""
+    """Returns the step of the newest checkpoint in the folder whose files match its manifest; -1 without one."""
     steps = {int(match[1]): path for path in folder.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))}
     for step in sorted(steps, reverse=True):
         try:
@@ -155,7 +155,7 @@ class CheckpointStore:
     # -- to Storage -----------------------------------------------------------------------------------------------
 
     def offer(self, step: int) -> None:
-        """The trainer saved a checkpoint. Never waits; the newest one offered is stored next."""
+        """Offers a checkpoint that the trainer saved. Never waits; the newest one offered is stored next."""
         self._newest = step
         if not self._given_up and (self._task is None or self._task.done()):
             self._task = asyncio.create_task(self._keep_newest(), name=f"checkpoints {self._job.id}")

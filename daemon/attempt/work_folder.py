@@ -111,7 +111,7 @@ class WorkFolder:
 
 
 def lease_folder(lease: Lease) -> str:
-    """The name of a lease's own folder on the volume."""
+    """Returns the name of a lease's own folder on the volume."""
     return f"e{lease.epoch}-{lease.token.hex[:8]}"
 
 

@@ -116,7 +116,7 @@ class Prefetch:
         return None
 
     def forget(self, job_id: object) -> None:
-        """This job will not run."""
+        """Drops the guess if it is this job's: the job will not run."""
         if self._early is not None and self._early.dataset.job_id == job_id:
             self.drop()
 
@@ -197,7 +197,7 @@ async def _read_through(job_id: UUID, fetching: asyncio.Task[FetchedDataset | No
 
 
 def _result(fetching: asyncio.Task[FetchedDataset | None]) -> FetchedDataset | None:
-    """The result of a finished task; None if it was cancelled or failed."""
+    """Returns the result of a finished task; None if it was cancelled or failed."""
     return None if fetching.cancelled() or fetching.exception() is not None else fetching.result()
 
 

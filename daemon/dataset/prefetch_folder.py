@@ -28,7 +28,7 @@ def early_dataset_name(host: Host, job_id: UUID) -> str:
 
 
 def remove_early_datasets(work_dir: Path, host: Host) -> None:
-    """Deletes what this host's earlier daemons left, and what other hosts on the volume left an hour ago.
+    """Deletes what this host's earlier daemons left, and what other hosts on the volume left over an hour ago.
 
     A host that is still running downloads such a file again."""
     folder = work_dir / _EARLY

@@ -261,13 +261,13 @@ async def _head_of(response: httpx.Response) -> bytes:
 
 
 def _storage_code(body: bytes) -> str | None:
-    """The error code in the body: Supabase Storage answers with HTTP 400 and puts the real reason there."""
+    """Finds the error code in the body: Supabase Storage answers with HTTP 400 and puts the real reason there."""
     found = re.search(rb'"error"\s*:\s*"([A-Za-z_ ]{1,40})"', body)
     return found.group(1).decode() if found else None
 
 
 def _strong_validator(response: httpx.Response) -> str | None:
-    """The validator that If-Range needs. With a weak tag or a compressed body a download cannot be resumed."""
+    """Returns the validator that If-Range needs. With a weak tag or a compressed body a download cannot be resumed."""
     if response.headers.get("content-encoding", "identity") != "identity":
         return None
     tag = response.headers.get("etag")

@@ -35,7 +35,7 @@ class FencedStatements:
         return rows
 
     async def why_no_row(self, name: str, lease: Lease) -> LeaseLost | RowsHidden:
-        """Why a fenced write found no row: the lease is lost, or row security hides it."""
+        """Finds out why a fenced write found no row: the lease is lost, or row security hides it."""
         found = await self.find_job(lease.job_id)
         if not found.can_tell:
             return RowsHidden(f"whether the lease of job {lease.job_id} is still there is not known: {_HIDDEN}")
@@ -46,5 +46,5 @@ class FencedStatements:
         )
 
     async def find_job(self, job_id: UUID) -> FoundJob:
-        """What exists of a job, even if row security hides it from us."""
+        """Returns what exists of a job, even if row security hides it from us."""
         return FoundJob(**(await self.run("find_job", {"job_id": job_id}))[0])

@@ -30,7 +30,7 @@ class Lease:
 
 @dataclass(frozen=True)
 class JobDataset:
-    """Everything that a job's row and its dataset's row say of the data. Equal ones name the same data and owner."""
+    """All facts about the data in a job's row and its dataset's row. Equal ones mean the same data and owner."""
 
     job_id: UUID
     user_id: UUID

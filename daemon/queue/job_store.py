@@ -34,13 +34,13 @@ class JobStore(Protocol):
         A retry cannot be claimed before it is due. The lease has a higher epoch than any before, and a new token."""
 
     async def find_job(self, job_id: UUID) -> FoundJob:
-        """What exists of a job, even if row security hides it from us."""
+        """Returns what exists of a job, even if row security hides it from us."""
 
     async def read_limits(self, job_id: UUID) -> tuple[float | None, float | None] | None:
-        """The job's cost limit and the seconds it may still take; None when the job was deleted."""
+        """Returns the job's cost limit and the seconds it may still take; None when the job was deleted."""
 
     async def read_dataset(self, dataset: JobDataset) -> JobDataset | None:
-        """The dataset as its row describes it now. None where that row is hidden."""
+        """Returns the dataset as its row describes it now; None if that row is hidden."""
 
     # Writes under a lease. Each raises LeaseLost, and writes nothing, when the job no longer has this lease.
 
@@ -48,7 +48,7 @@ class JobStore(Protocol):
         """Extends the lease from now. Returns the job's state: a cancelled job keeps its lease until it is ended."""
 
     async def start_job(self, lease: Lease) -> None:
-        """The first optimizer step is done. A second call changes nothing. A cancelled job raises LeaseLost."""
+        """Marks the job as running. A second call changes nothing. A cancelled job raises LeaseLost."""
 
     async def record_plan(
         self, lease: Lease, *, total_steps: int, total_epochs: int, estimated_total_cost: float | None
@@ -96,7 +96,7 @@ class JobStore(Protocol):
         """Requeues the job at once, without counting the attempt."""
 
     async def return_job(self, lease: Lease, returned: Returned, *, cost: float | None) -> Ending:
-        """Returns a job that this host cannot work on. `state` says whether it waits for another host or has failed."""
+        """Gives back a job that this host cannot do. `state` says whether it waits for another host or has failed."""
 
     async def end_cancelled_job(self, lease: Lease, *, cost: float | None, data: Mapping[str, Any]) -> Ending:
         """Ends a cancelled job whose child is gone. `state` queued: it was not cancelled after all, and is requeued."""

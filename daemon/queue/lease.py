@@ -30,7 +30,7 @@ RENEWALS_A_LEASE = 3
 
 
 def heartbeat_database(settings: Settings) -> Database:
-    """The connection that renews leases, and does nothing else.
+    """Creates the connection that renews leases, and does nothing else.
 
     A renewal without an answer is abandoned after a third of the lease: a half-open connection is replaced before the
     lease expires."""

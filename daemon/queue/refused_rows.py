@@ -25,7 +25,7 @@ class RefusedRows:
         self._until: dict[UUID, float] = {}
 
     def note(self, row_id: UUID, error: StatementRefused) -> None:
-        """The database refused this row: skips it for LEFT_ALONE_SECONDS."""
+        """Skips a row for LEFT_ALONE_SECONDS because the database refused it."""
         log.error("row_refused", kind=self._kind, id=str(row_id), error=str(error))
         self._until[row_id] = time.monotonic() + LEFT_ALONE_SECONDS
         self._troubles.begin(
@@ -36,7 +36,7 @@ class RefusedRows:
 
     @property
     def skip(self) -> list[UUID]:
-        """The rows that are skipped now."""
+        """Lists the rows that are skipped now."""
         if self._until:
             now = time.monotonic()
             self._until = {row_id: until for row_id, until in self._until.items() if until > now}

@@ -90,7 +90,7 @@ async def watch_row_visibility(visibility: RowVisibility, troubles: Troubles) ->
 
 
 async def is_blind(visibility: RowVisibility) -> bool:
-    """Whether rows are hidden from us now, or may be hidden and it is unknown."""
+    """Whether rows are hidden from us now, or may be, which is unknown."""
     sight = await visibility.read_row_visibility()
     return bool(sight.hidden) or (not sight.can_tell and bool(await visibility.read_hiding_policies()))
 
@@ -104,7 +104,7 @@ async def what_is_hidden(visibility: RowVisibility) -> str | None:
 
 
 def in_words(sight: VisibilityReport, policies: list[HidingPolicy]) -> str | None:
-    """None if nothing is hidden: we see each sampled row, or no policy could hide one."""
+    """Describes what is hidden; None if nothing is: we see each sampled row, or no policy could hide one."""
     if sight.can_tell:
         if not sight.hidden:
             return None
@@ -121,7 +121,7 @@ def in_words(sight: VisibilityReport, policies: list[HidingPolicy]) -> str | Non
 
 
 def cure(policy: HidingPolicy) -> str:
-    """What the operator should do about one policy."""
+    """Returns what the operator should do about one policy."""
     if policy.policy is None:
         return f"no policy lets training_daemon see all of {policy.relation}: see the operator's guide on row security"
     name = f'"{policy.policy}"'

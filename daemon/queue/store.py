@@ -107,7 +107,7 @@ class SqlJobStore:
             await self._statements.run("tell_refused_claim", {"job_id": job_id, "reason": reason})
 
     async def return_unanswered_claims(self, worker_id: UUID, known: Sequence[UUID]) -> int:
-        """After a claim's answer was lost, returns the jobs that this worker holds beside `known`. Returns how many."""
+        """Requeues the jobs that this worker holds beside `known`, after an answer was lost. Returns how many."""
         try:
             return len(
                 await self._statements.run("return_unanswered_claims", {"worker_id": worker_id, "known": list(known)})
@@ -149,7 +149,7 @@ class SqlJobStore:
     # While this host holds a job.
 
     async def read_limits(self, job_id: UUID) -> tuple[float | None, float | None] | None:
-        """The job's cost limit and the seconds it may still take, as its row says now; None when the row was deleted.
+        """Returns the job's cost limit and its seconds left, as the row has them now; None when the row was deleted.
 
         Raises RowsHidden if row security only hides the row."""
         rows = await self._statements.run("read_limits", {"job_id": job_id})
@@ -160,7 +160,7 @@ class SqlJobStore:
         return None
 
     async def read_dataset(self, dataset: JobDataset) -> JobDataset | None:
-        """The dataset as its row describes it now. None if that row is hidden from us."""
+        """Returns the dataset as its row describes it now; None if that row is hidden from us."""
         rows = await self._statements.run("read_dataset", {"dataset_id": dataset.dataset_id})
         if rows:
             return replace(dataset, **rows[0])
@@ -168,11 +168,11 @@ class SqlJobStore:
         return dataset if found.can_tell and not found.dataset_exists else None
 
     async def find_job(self, job_id: UUID) -> FoundJob:
-        """What exists of a job, even if row security hides it from us."""
+        """Returns what exists of a job, even if row security hides it from us."""
         return await self._statements.find_job(job_id)
 
     async def start_job(self, lease: Lease) -> None:
-        """The first optimizer step is done."""
+        """Marks the job as running: the first optimizer step is done."""
         await self._statements.fenced("start_job", lease, {})
 
     async def record_plan(
@@ -331,7 +331,7 @@ class SqlJobStore:
         raise await self._statements.why_no_row(name, lease)
 
     async def _hidden_state(self, lease: Lease) -> State | None:
-        """The state of a job whose row is hidden; None if it is not under our epoch any more, or unknown."""
+        """Returns the state of a job whose row is hidden; None if another epoch holds it, or the state is unknown."""
         if await self._statements.run("read_last_claim", {"job_id": lease.job_id}):
             return None  # visible, but another host's: its epoch or token differs
         found = await self._statements.find_job(lease.job_id)

@@ -84,7 +84,7 @@ class WorkerRegistry:
         return "drain" if rows[0]["drain"] else "serve"
 
     async def end_worker(self, worker_id: UUID) -> None:
-        """The daemon has shut down cleanly."""
+        """Marks the daemon as cleanly shut down."""
         await self._database.fetch(statement("end_worker"), {"id": worker_id})
 
 
@@ -130,7 +130,7 @@ async def keep_registered(
 
 
 async def unregister(registry: WorkerRegistry, host: Host) -> None:
-    """The host has shut down cleanly. If the database is away, its row simply becomes stale."""
+    """Marks the host as cleanly shut down. If the database is away, its row simply becomes stale."""
     try:
         await registry.end_worker(host.worker_id)
     except (DatabaseAway, StatementRefused) as error:

@@ -22,5 +22,5 @@ class CostMeter:
 
 
 def price_per_gpu_hour(platform: float | None, operator: float | None, asked: float | None) -> float | None:
-    """The platform's price, else the operator's setting, else the price in gpu_config, which a tenant wrote."""
+    """Returns the platform's price, else the operator's setting, else the price in gpu_config, which a tenant wrote."""
     return next((price for price in (platform, operator, asked) if price is not None), None)

@@ -40,7 +40,7 @@ JITTER = 0.1
 TIMEOUT = httpx.Timeout(15.0, connect=5.0)
 TOTAL_SECONDS = 20.0
 MAX_IN_FLIGHT = 32
-# Longer than one message may take. If a daemon dies, the messages of a host are delayed for so long.
+# Longer than one message may take. If a daemon dies, a receiving host's messages are delayed this long.
 LOCK_SECONDS = 60.0
 POLL_SECONDS = 15.0
 MAX_PROGRESS_IN_FLIGHT = 8
@@ -105,7 +105,7 @@ class CallbackCourier:
         self._muted: set[UUID] = set()
 
     def wake(self) -> None:
-        """A callback was added to the outbox."""
+        """Wakes the courier: a callback was added to the outbox."""
         self._idle.clear()
         self._wake.set()
 
@@ -172,7 +172,7 @@ class CallbackCourier:
             task.add_done_callback(_log_a_crash)
 
     def forget(self, job_id: UUID) -> None:
-        """The attempt is over: sends no more progress of this job. Its final state comes from the outbox."""
+        """Sends no more progress of this job: the attempt is over. Its final state comes from the outbox."""
         self._newest_progress.pop(job_id, None)
         self._muted.discard(job_id)
 

@@ -77,7 +77,7 @@ class SqlOutbox:
         return taken
 
     async def deliver_callback(self, callback_id: UUID, token: UUID, status: int | None) -> bool:
-        """The receiver accepted it."""
+        """Marks the callback as delivered."""
         return bool(await self._run("deliver_callback", {"id": callback_id, "token": token, "status": status}))
 
     async def postpone_callback(

@@ -27,7 +27,7 @@ from training.events import Event, Stage
 
 log = structlog.get_logger()
 
-# Supabase's Realtime is single-threaded and handles one write a second per job (its Postgres Changes guide).
+# One write per second and job: Supabase's Realtime runs on a single thread (its Postgres Changes guide).
 WRITE_SECONDS = 1.0
 # After an outage the backlog is written in one go, so there is no hurry.
 AWAY_SECONDS = 2.0
@@ -134,7 +134,7 @@ class Reporter:
         self._dirty.set()
 
     def enter(self, stage: Stage, detail: str | None = None) -> None:
-        """The attempt entered a stage, of the trainer or of the daemon."""
+        """Enters a stage, of the trainer or of the daemon."""
         self._status.enter(stage)
         self.tell("stage", f"Stage {stage}: {detail}." if detail else f"Stage {stage}.", {"stage": stage.value})
 

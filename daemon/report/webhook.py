@@ -59,7 +59,7 @@ def signed_headers(keys: Sequence[bytes], message_id: str, timestamp: int, body:
 
 
 def message_body(payload: Mapping[str, Any]) -> bytes:
-    """The payload as JSON under MAX_BODY_BYTES. Fields that were dropped are listed in `truncated`."""
+    """Returns the payload as JSON under MAX_BODY_BYTES. Fields that were dropped are listed in `truncated`."""
     kept = dict(payload)
     body = _json(kept)
     left_out: list[str] = []

@@ -83,7 +83,7 @@ class ServerlessHost:
         self._closing = False
 
     def shut_down(self) -> None:
-        """SIGTERM: saves a checkpoint and requeues the job; RunPod gets no result. A second one does not wait."""
+        """Handles SIGTERM: saves a checkpoint and requeues the job; RunPod gets no result. A second one hurries."""
         if self._closing:
             self._worker.hurry()
         self._closing = True

@@ -22,7 +22,7 @@ class MemoryOutbox:
         self._sequence = 0
 
     def next_sequence(self) -> int:
-        """The number of the next message, whether a callback or a progress report."""
+        """Returns the number of the next message, whether a callback or a progress report."""
         self._sequence += 1
         return self._sequence
 

@@ -314,7 +314,7 @@ class MemoryJobStore:
         return job
 
     def _running(self, lease: Lease) -> _Job:
-        """The job of a lease that is held, unless it was cancelled: then its columns are final."""
+        """Returns the job of a lease that is held, unless it was cancelled: then its columns are final."""
         job = self._held(lease)
         if job.state not in HELD:
             raise _lost(lease)
@@ -355,7 +355,7 @@ class MemoryJobStore:
             self._outbox.add(job.id, url, event, self._contract(job))
 
     def _contract(self, job: _Job) -> dict[str, Any]:
-        """The keys of training_status_json (sql/migrations)."""
+        """Returns the keys of training_status_json (sql/migrations)."""
         return {
             "status": _WORDS.get(job.state, "running"),
             "state": job.state.value,
@@ -380,7 +380,7 @@ def _lost(lease: Lease) -> LeaseLost:
 
 
 def _lacking(host: Host, allowed_models: Collection[str], wanted: ParsedRow) -> list[str]:
-    """What the job asks for and this host lacks, by the conditions and in the words of claim_job_by_id.sql."""
+    """Lists what the job asks for and this host lacks, by the conditions and in the words of claim_job_by_id.sql."""
     gpu, model = wanted.gpu_config, wanted.hyperparameters.base_model
     lacking = []
     if host.device == "cuda" and gpu.num_gpus > len(host.gpus):

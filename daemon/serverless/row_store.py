@@ -50,7 +50,7 @@ class ServerlessRows(GatewayRows):
 
 
 def cannot_serve(lacking: Sequence[str], remark: str | None = None) -> Refused:
-    """The error when this host lacks what the job asks for; `lacking` is in the words of claim_job_by_id."""
+    """Returns the error when this host lacks what the job asks for; `lacking` is in the words of claim_job_by_id."""
     advice = "Send it where the hosts have it, or ask for less in gpu_config."
     return Refused(
         422,

@@ -177,7 +177,7 @@ def _read_manifest(file: Path, unpacked: Mapping[str, PackedFile]) -> dict[str, 
 
 
 def _names_to_pack(adapter_dir: Path) -> list[str]:
-    """The folder's files in the archive's order, without a manifest of its own: we write that."""
+    """Lists the folder's files in the archive's order. A manifest in the folder is skipped: we write our own."""
     if not adapter_dir.is_dir():
         raise _not_an_adapter(f"there is no adapter folder at {adapter_dir.name}")
     names = []

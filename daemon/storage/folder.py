@@ -142,7 +142,7 @@ def _copy_atomically(source: Path, target: Path, into: HostPart, given_up: threa
 
 
 def _identity_of(root: Path) -> str:
-    """The folder's identity, stored in it: all hosts that mount it agree on it, whatever their names and paths."""
+    """Returns the identity stored in the folder: all hosts that mount it agree on it, under whatever path."""
     file = root / IDENTITY_FILE
     try:
         if not file.exists():

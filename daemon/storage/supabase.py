@@ -372,7 +372,7 @@ def _job_error(
 
 
 def _direct_host(url: str) -> str:
-    """The host for large files, which bypasses the API gateway of a hosted project: <ref>.storage.supabase.co."""
+    """Returns the host for large files, which bypasses a hosted project's API gateway: <ref>.storage.supabase.co."""
     parsed = httpx.URL(url)
     project, _, domain = parsed.host.partition(".")
     return f"https://{project}.storage.{domain}" if domain in ("supabase.co", "supabase.in") else url

@@ -30,7 +30,7 @@ async def sweep_forever(uploads: UploadLog, visibility: RowVisibility, storage: 
     """Deletes what dead hosts left and what has been kept long enough, until cancelled.
 
     A job without a row counts as deleted only if the table is the same as at the previous sweep: if it was recreated,
-    its rows may not be restored yet, from a backup say."""
+    its rows may not be restored yet, from a backup for instance."""
     tables: str | None = None
     while True:
         before, tables = tables, await _tables(visibility)

@@ -35,7 +35,7 @@ PIECE_BYTES = 256 * 1024
 # After the last chunk the server assembles the object before it answers.
 TIMEOUT = httpx.Timeout(60.0, connect=10.0, read=180.0)
 
-# Tries in a row after which the server has no more bytes than before; a try that makes progress resets the count.
+# Give up after this many tries in a row that brought the server no new byte; any progress resets the count.
 FRUITLESS_TRIES = 8
 FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 30.0

@@ -78,7 +78,7 @@ class SqlUploadLog:
         await self._statements.fenced("record_upload", lease, values)
 
     async def finish_checkpoint_upload(self, lease: Lease, step: int, *, manifest_sha256: str, size: int) -> None:
-        """The checkpoint is stored and was read back, its manifest last. `size` in bytes."""
+        """Marks a checkpoint as whole: it is stored and was read back, its manifest last. `size` in bytes."""
         values = {"step": step, "manifest_sha256": manifest_sha256, "bytes": size}
         await self._statements.fenced("finish_checkpoint_upload", lease, values)
 

@@ -27,7 +27,7 @@ INHERITED = (
 
 
 def child_environment(environment: Mapping[str, str], gpus: tuple[int, ...]) -> dict[str, str]:
-    """The child's whole environment: the allow list, its GPUs, and the hub switched off."""
+    """Returns the child's whole environment: the allow list, its GPUs, and the hub switched off."""
     kept = {name: environment[name] for name in INHERITED if name in environment}
     return kept | {
         "CUDA_VISIBLE_DEVICES": ",".join(str(index) for index in gpus),

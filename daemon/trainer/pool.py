@@ -91,7 +91,7 @@ class TrainerPool:
                 if not _was_lost(waiting.child, verdict, stop):
                     await self._put_back(slot, waiting.child)
                     return verdict
-                # It died while idle, or before it began the job: the job is run on another one.
+                # It died while idle, or before it began the job: run the job on another one.
                 log.warning("warm_trainer_lost", slot=slot)
             await self._clear(slots)
             try:
@@ -119,17 +119,17 @@ class TrainerPool:
             self._changed.set()
 
     def bases(self) -> list[str]:
-        """Base models loaded in idle trainers; an empty name stands for jobs that name none."""
+        """Lists the base models loaded in idle trainers; an empty name stands for jobs that name none."""
         return self._named({base for slot in self._waiting if (base := self._held(slot)) is not None})
 
     def bases_after(self, ending: Iterable[str | None]) -> list[str]:
-        """What `bases` will return once jobs on these base models (None: the default one) have succeeded."""
+        """Returns what `bases` will return once jobs on these base models (None: the default one) have succeeded."""
         if self._settings.warm != "model" or self._on_gpu:
             return self.bases()
         return self._named({*self.bases(), *(base or self._settings.default_model for base in ending)})
 
     def preferred(self, free: Iterable[int], base_model: str | None) -> int | None:
-        """The free slot whose trainer holds this base model (None: the default one)."""
+        """Finds the free slot whose trainer holds this base model (None: the default one)."""
         wanted = base_model or self._settings.default_model
         return next((slot for slot in free if self._held(slot) == wanted), None)
 

@@ -313,7 +313,7 @@ class _Output(asyncio.Protocol):
 
     async def drained(self) -> None:
         """Returns when nothing that was printed so far is left in the pipe."""
-        while not self.closed.done() and self._waiting_bytes():  # noqa: ASYNC110 - a pipe tells nobody that it is empty
+        while not self.closed.done() and self._waiting_bytes():  # noqa: ASYNC110 - a pipe does not signal that it is empty
             await asyncio.sleep(0)
 
     def close(self) -> None:
