@@ -1,7 +1,7 @@
-"""What a claim costs as history grows, with a capped user's rows at the head, idle daemons and an old snapshot.
+"""Measures the cost of a claim as history grows, with a capped user's rows at the head, idle daemons, an old snapshot.
 
-The real statement through the real store, one claim after the other, on a server without fsync: what is left is the
-work of the claim itself. Finished rows are written in bulk past the triggers; waiting rows go through the guard.
+It runs the real statement through the real store, one claim after the other, on a server without fsync, so that only
+the work of the claim remains. Finished rows are written in bulk past the triggers; waiting rows go through the guard.
 
     python benchmarks/claim_scaling.py [--sizes 1000 100000 1000000] [--claims 300]
 """
@@ -38,7 +38,7 @@ Table = list[tuple[str, float, float, float]]
 
 
 class App:
-    """The side that fills the table."""
+    """The application that fills the table."""
 
     def __init__(self, dsn: str) -> None:
         self.connection = psycopg.connect(dsn, autocommit=True)
@@ -55,7 +55,7 @@ class App:
         return user
 
     def finish(self, count: int) -> None:
-        """History: completed rows, in bulk, past the triggers."""
+        """Adds history: completed rows, in bulk, past the triggers."""
         with self.connection.transaction():
             self.connection.execute("SET LOCAL session_replication_role = 'replica'")
             self.connection.execute(
@@ -67,7 +67,7 @@ class App:
             )
 
     def wait_in_line(self, count: int, user: UUID | None = None, priority: int = 0) -> None:
-        """Queued rows, as the app inserts them."""
+        """Adds queued rows as the app inserts them."""
         self.connection.execute(
             "INSERT INTO training_jobs (user_id, dataset_id, hyperparameters, priority) "
             'SELECT %s, %s, \'{"base_model": "tiny"}\', %s FROM generate_series(1, %s)',
@@ -83,7 +83,7 @@ async def claim(store: SqlJobStore, *, user_cap: int | None = None) -> Claim:
 
 
 async def timed_claims(store: SqlJobStore, count: int, *, user_cap: int | None = None) -> list[float]:
-    """Milliseconds of each claim, in order. Each job is ended at once, outside the time taken."""
+    """Milliseconds of each claim, in order. Each job is ended at once, outside the measured time."""
     taken = []
     for _ in range(count):
         begun = time.perf_counter()
@@ -100,7 +100,7 @@ def percentiles(taken: list[float]) -> tuple[float, float]:
 
 
 async def by_history(apps: dict[int, App], stores: dict[int, SqlJobStore], claims: int) -> Table:
-    """The sizes in turn, claim by claim, so that whatever else the machine does meets all of them alike."""
+    """Alternates between the sizes, claim by claim, so that other load on the machine affects all of them alike."""
     taken: dict[int, list[float]] = {size: [] for size in stores}
     for size, app in apps.items():
         app.finish(size)
@@ -149,8 +149,8 @@ async def under_an_old_snapshot(app: App, store: SqlJobStore, dsn: str, claims: 
 
 
 async def among_idle_daemons(app: App, dsn: str, daemons: int, jobs: int) -> tuple[str, float, float, float]:
-    """From the commit to the first claim, when each of so many daemons wakes up and tries."""
-    # The insert blocks this loop: nobody can claim before its future is here.
+    """From the commit to the first claim, when all these daemons wake up and try."""
+    # The insert blocks this loop: no claim can come before its future is stored.
     claimed: dict[UUID, asyncio.Future[float]] = {}
 
     async def daemon(store: SqlJobStore, ears: psycopg.AsyncConnection[Any]) -> None:
@@ -186,7 +186,7 @@ async def among_idle_daemons(app: App, dsn: str, daemons: int, jobs: int) -> tup
 
 
 def plan(app: App) -> str:
-    """What Postgres does for one claim, by EXPLAIN ANALYZE, rolled back."""
+    """EXPLAIN ANALYZE of one claim, rolled back."""
     values = Limits().parameters(window=8) | {"worker_id": uuid4(), "lease_seconds": 60.0}
     with app.connection.transaction(force_rollback=True):
         app.connection.execute("SET LOCAL ROLE training_daemon")
@@ -230,7 +230,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 100_000, 1_000_000])
     parser.add_argument("--claims", type=int, default=300)
     given = parser.parse_args()
-    # Autovacuum off: the numbers are of the state that each line names, not of a vacuum that happened to run.
+    # Autovacuum off: the numbers belong to the state that each line names, not to a vacuum that happened to run.
     settings = {"autovacuum": "off", "shared_buffers": "256MB", "max_connections": "300", "max_wal_size": "2GB"}
     with EmbeddedPostgres(settings=settings) as server:
         print(

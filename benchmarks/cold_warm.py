@@ -1,9 +1,9 @@
-"""From the claim to the spec in the trainer's hands and to the first optimizer step, and jobs an hour: trainers that
-start cold, and trainers that wait.
+"""Compares cold and warm trainers: from the claim to the spec on the trainer's stdin, to the first optimizer step, and
+jobs an hour.
 
-The real daemon, a real Postgres, a stream of small jobs on one base model, one after another on one place:
-`off` starts a process for each job, `libraries` has them imported, `model` has the base model in memory as well.
-Every job of the stream has the same data and the same seed; their adapters must be equal, bit for bit, in all three.
+The real daemon, a real Postgres, a stream of small jobs on one base model, one after another in one slot: `off` starts
+a process for each job, `libraries` has them imported, `model` also has the base model in memory. Every job has the same
+data and the same seed; their adapters must be equal, bit for bit, in all three modes.
 
     python benchmarks/cold_warm.py [--jobs 20] [--model tiny | smollm2] [--minutes 6]
 """
@@ -35,14 +35,14 @@ from tests.lifecycle.queue import FINAL, Queue
 from tests.paths import ROOT
 
 MODES = ("off", "libraries", "model")
-# Small on purpose: what is measured is everything but the training.
+# Small on purpose: everything except the training is measured.
 HYPERPARAMETERS = {"num_epochs": 1, "lora_rank": 4, "batch_size": 8, "seed": 1}
 CONVERSATIONS = 16
 
 
 @dataclass(frozen=True)
 class Stream:
-    """One mode's stream of jobs, in seconds; `told` and `first_step` are from the claim to it, one value a job."""
+    """One mode's stream of jobs, in seconds; `told` and `first_step` are counted from the claim, one value per job."""
 
     mode: str
     jobs: int
@@ -57,7 +57,7 @@ class Stream:
 
 
 def run_stream(mode: str, dsn: str, models: Path, base_model: str, jobs: int, deadline: float) -> Stream:
-    """The clock runs from the first claim of the stream to its last ending."""
+    """The clock runs from the stream's first claim until its last job has finished."""
     with tempfile.TemporaryDirectory(prefix=f"cold-warm-{mode}-") as temporary:
         folder = Path(temporary)
         folder.chmod(0o755)
@@ -68,7 +68,7 @@ def run_stream(mode: str, dsn: str, models: Path, base_model: str, jobs: int, de
         with queue.daemon(folder, name=mode, command=REAL, **settings) as daemon:
             daemon.wait_for_log("daemon_started", seconds=60)
             if mode != "off":
-                # Warm is what a host is in the middle of its day.
+                # A host is warm in the middle of its day.
                 _wait(queue, [queue.insert(lines=lines, hyperparameters=chosen)], deadline)
             ids = [queue.insert(lines=lines, hyperparameters=chosen) for _ in range(jobs)]
             _wait(queue, ids, deadline)
@@ -110,7 +110,7 @@ def _adapter(storage: Path, queue: Queue, job: UUID) -> str:
 
 
 def make_model(models: Path, which: str) -> str:
-    """Put the base model below `models`, in a process of its own: this one stays light. Returns its name."""
+    """Puts the base model under `models` in a separate process, so that this one stays light. Returns its name."""
     name = "tiny" if which == "tiny" else MODEL_NAME
     if which == "tiny":
         program = f"make_model(Path({str(models / name)!r}), 'qwen3')"

@@ -1,9 +1,9 @@
 """From a commit to the page: a real Chromium, two hundred jobs listed and ten running, and what watching costs.
 
-Ten trainings are written once a second each, as daemons write them, at random moments; now and then a job is inserted
-at the head of the queue. A MutationObserver in the page notes when the new words stand in the document (one machine,
-one clock). More browsers are streams that are read to their end. Of the database: connections by name, transactions a
-second without those of this script, and the processor time of the one that reads.
+Ten training jobs are updated once a second each, as daemons do it, at random moments; now and then a job is inserted
+at the head of the queue. A MutationObserver in the page records when the new text is in the document (one machine, one
+clock). The other browsers are streams that are read to their end. Of the database it measures connections by name,
+transactions a second without those of this script, and the processor time of the reader's connections.
 
     python benchmarks/dashboard.py [--seconds 60] [--browsers 1 20 100] [--waiting 90 50000]
 
@@ -42,11 +42,11 @@ from tests.postgres import Server, migrated, open_server  # noqa: E402
 RUNNING = 10
 LISTED = 200
 INSERT_EVERY_SECONDS = 3.0
-# A change that has not come by then never will.
+# A change that has not arrived by then never will.
 PATIENCE_SECONDS = 15.0
 READERS = ("brightrun-trainer dashboard", "brightrun-trainer listener")
 
-# Words of a training's row, and each row of the queue, with the moment at which they were there.
+# The text of a job's row and of each row of the queue, with the time at which it appeared.
 OBSERVE = """
 window.seen = [];
 new MutationObserver(() => {
@@ -62,7 +62,7 @@ new MutationObserver(() => {
 
 @dataclass
 class Turn:
-    """Seconds from commit to page, and what the database did meanwhile."""
+    """Seconds from commit to page, and the database's work meanwhile."""
 
     progress: list[float] = field(default_factory=list)
     inserts: list[float] = field(default_factory=list)
@@ -74,11 +74,11 @@ class Turn:
 
 
 class Writer:
-    """What ten daemons and an app would write, with the moment after each commit."""
+    """Writes what ten daemons and an app would write, and records the time after each commit."""
 
     def __init__(self, dsn: str, running: Sequence[UUID]) -> None:
         self._connection = psycopg.connect(dsn, autocommit=True)
-        # Progress passes no trigger when a daemon writes it; these hands are a superuser's.
+        # When a daemon writes progress, no trigger fires; this connection is a superuser's.
         self._connection.execute("SET session_replication_role = replica")
         self._apps = psycopg.connect(dsn, autocommit=True)
         self._running = running
@@ -87,7 +87,7 @@ class Writer:
         self.transactions = 0
 
     def write(self, seconds: float) -> None:
-        """One write a job a second, not in step with anybody's looks."""
+        """One write per second and job, at times independent of the readers' polls."""
         end, insert_at = time.monotonic() + seconds, time.monotonic()
         while time.monotonic() < end:
             job = random.choice(self._running)
@@ -152,7 +152,7 @@ def measure(server: Server, waiting: int, browsers: int, seconds: float) -> Turn
 
 
 def judge(turn: Turn, page: Browser, watchers: list[Watcher], writer: Writer) -> None:
-    """When each commit was seen. A training that was written twice between two looks shows the later step: that counts
+    """When each commit was seen. A job that was written twice between two polls shows only the later step: that counts
     for the earlier one, too."""
     last = max(writer.committed, key=lambda key: writer.committed[key])
 
@@ -170,7 +170,7 @@ def judge(turn: Turn, page: Browser, watchers: list[Watcher], writer: Writer) ->
             goal.append(min(moments) - committed)
         else:
             turn.lost += 1
-    # The streams' clock is monotonic.
+    # The streams use the monotonic clock.
     offset = time.time() - time.monotonic()
     for watcher in watchers:
         for told in list(watcher.told):
@@ -187,7 +187,7 @@ def _reached(shown: str, words: str) -> bool:
 
 
 def lengthen(dsn: str, waiting: int) -> None:
-    """Let so many wait in all: the seeded ninety, and more behind them."""
+    """Makes this many jobs wait in all: the seeded ninety, and more behind them."""
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute("SET session_replication_role = replica")
         connection.execute(
@@ -210,7 +210,7 @@ def readers(dsn: str) -> list[dict[str, Any]]:
 
 
 def reader_cpu(dsn: str) -> float:
-    """Seconds on a core, of the connections that watching opened."""
+    """CPU seconds of the connections opened for watching."""
     ticks = 0
     for reader in readers(dsn):
         fields = Path(f"/proc/{reader['pid']}/stat").read_text().rpartition(")")[2].split()

@@ -1,6 +1,6 @@
-"""A day of the fleet loop in about half a minute: every decision with its reason, what the jobs waited, what it cost.
+"""A day of the fleet loop in about half a minute: every decision with its reason, the jobs' waiting times, the cost.
 
-The same day that tests/fleet/test_day.py holds to its promises, printed.
+It prints the same day that tests/fleet/test_day.py checks.
 
     python benchmarks/fleet_day.py
 """

@@ -1,7 +1,7 @@
 """What an hour of training costs the database: WAL, HOT share and bloat of heartbeats, progress and points.
 
-The real statements, an hour's worth of them (a heartbeat every 20 s, progress and a point every second, each job)
-without the waiting. Once on a quiet server with autovacuum, once with somebody's old snapshot held open.
+It runs an hour's worth of the real statements (a heartbeat every 20 s, progress and a point every second, for each job)
+without the waiting: once on a quiet server with autovacuum, once with an old snapshot held open.
 
     python benchmarks/heartbeat_cost.py [--jobs 4] [--seconds 3600]
 """
@@ -126,7 +126,7 @@ def main() -> None:
     given = parser.parse_args()
     lines = []
     for old_snapshot in (False, True):
-        # full_page_writes as in production: the first write to a page after a checkpoint carries the page.
+        # full_page_writes as in production: the first write to a page after a checkpoint logs the whole page.
         settings = {"full_page_writes": "on", "autovacuum_naptime": "5s"}
         with EmbeddedPostgres(settings=settings) as server:
             migrate(server.dsn(), local=True)

@@ -1,17 +1,18 @@
-"""Loading a mixture of experts into 4 bits: seconds, peak memory, bytes a parameter, beside what they may be.
+"""Loads a mixture of experts in 4 bits: seconds, peak memory, bytes per parameter, compared with their bounds.
 
     python benchmarks/load_model.py                         4 and 8 layers of the real 80B's dimensions, 32 experts each
-    python benchmarks/load_model.py --layers 4 --experts 512    whole layers, where disk and patience allow
+    python benchmarks/load_model.py --layers 4 --experts 512    whole layers, if disk and time allow
 
-A checkpoint in the hub's layout (one tensor an expert and projection, bf16) is written to --folder and loaded three
-times, each time in a fresh process: from bf16; from bf16, leaving the 4-bit copy behind; from that copy.
+A checkpoint in the hub's layout (one tensor per expert and projection, bf16) is written to --folder and loaded three
+times, each time in a new process: from bf16; from bf16, writing the 4-bit copy; from that copy.
 
-Peaks are what a load adds to a process that has loaded a tiny model before, so that libraries are not counted:
-- `peak`: of all resident memory (VmHWM, reset before the load). The bound is for this one: tensors are read into
-  memory of their own, so that no page of checkpoint or copy is ever mapped and counted.
+Peaks are what a load adds to a process that has already loaded a tiny model, so that libraries are not counted:
+- `peak`: of all resident memory (VmHWM, reset before the load). The bound applies to this one: tensors are read into
+  their own memory, so that no page of checkpoint or copy is ever mapped and counted.
 - `anonymous`: of the memory that the kernel cannot take back (RssAnon, sampled every 5 ms).
-The bound is what the load leaves behind + one layer in bf16 + 0.5 GiB, and 0.53 byte a parameter of the experts. On a
-card the host's memory is shown beside the card's own peak, which the bound is then for. Exit 1 when one is broken.
+The bound is the memory in use after the load + one layer in bf16 + 0.5 GiB, and 0.53 byte per parameter of the experts.
+On a GPU the host's memory is shown beside the GPU's own peak, and the bound applies to the latter. Exit status 1 if a
+bound is broken.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from typing import Any
 _GIB = 2**30
 _SPARE_BYTES = _GIB // 2
 _MOST_BYTES_PER_PARAMETER = 0.53
-# Where only the code matters: a model of a few thousand parameters.
+# For testing the code alone: a model of a few thousand parameters.
 TINY = {
     "hidden_size": 64,
     "moe_intermediate_size": 64,
@@ -77,7 +78,7 @@ def main() -> None:
 
 
 def write_checkpoint(folder: Path, *, layers: int, experts: int, **config: Any) -> Path:
-    """A model folder in the layout of the hub's, its numbers random. `config` overrides the real 80B's dimensions."""
+    """A model folder in the hub's layout with random numbers. `config` overrides the real 80B's dimensions."""
     import torch
     from safetensors.torch import save_file
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
@@ -89,7 +90,7 @@ def write_checkpoint(folder: Path, *, layers: int, experts: int, **config: Any) 
     folder.mkdir(parents=True)
     settings.save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
-    # Every tensor is cut out of one pool of numbers: drawing billions of them would take minutes.
+    # All tensors are cut from one pool of numbers: drawing billions of them would take minutes.
     pool = torch.empty(1 << 24, dtype=torch.float32).normal_(0, 0.02).bfloat16()
     weight_map: dict[str, str] = {}
     shards: dict[str, dict[str, torch.Tensor]] = {}
@@ -128,7 +129,7 @@ def _cut(pool: Any, shape: tuple[int, ...], number: int) -> Any:
 
 
 def measure(checkpoint: Path, copies: Path, way: str, device: str) -> dict[str, float]:
-    """One load in a process of its own: what it left, its peaks and its bound, in bytes."""
+    """One load in a separate process: memory left in use, peaks and bound, in bytes."""
     ended = subprocess.run(
         [sys.executable, __file__, "--child", str(checkpoint), str(copies), way, device],
         stdout=subprocess.PIPE, cwd=Path(__file__).parents[1], check=True, text=True,
@@ -138,7 +139,7 @@ def measure(checkpoint: Path, copies: Path, way: str, device: str) -> dict[str, 
 
 
 def load_once(checkpoint: Path, copies: Path, way: str, device: str) -> dict[str, float]:
-    """Load in this process. The way with the copy must come after the one that writes it."""
+    """Loads in this process. The way that uses the copy must come after the one that writes it."""
     from training.quick_imports import quick_imports
 
     with quick_imports():
@@ -193,14 +194,14 @@ def load_once(checkpoint: Path, copies: Path, way: str, device: str) -> dict[str
 
 
 def weight_bytes(model: Any) -> int:
-    """Bytes of everything that the model holds: packed weights, their states, what stayed in 16 or 32 bits."""
+    """Bytes of everything that the model holds: packed weights, their states, weights left in 16 or 32 bits."""
     from training.quantization.disk_copy import _tensors
 
     return sum(tensor.numel() * tensor.element_size() for _, tensor in _tensors(model))
 
 
 class _Memory:
-    """Peaks of this process between entering and leaving, beyond what it had at the beginning, in bytes."""
+    """Peaks of this process between entering and leaving, above its memory at the start, in bytes."""
 
     def __init__(self) -> None:
         self.peak = self.anonymous = 0

@@ -1,12 +1,12 @@
 """The real Qwen3-Next-80B-A3B architecture with random 4-bit weights: build time, memory, tokens a second.
 
     python benchmarks/moe_80b.py --device cuda            all 48 layers, 512 experts, 2k to 16k tokens a micro-batch
-    python benchmarks/moe_80b.py                          a rehearsal on a CPU: 2 layers, 32 experts, 64 to 256 tokens
+    python benchmarks/moe_80b.py                          a dry run on a CPU: 2 layers, 32 experts, 64 to 256 tokens
 
-No weights are needed: the skeleton is made without memory and filled layer by layer with random NF4 bytes, as many
-as the real model has. Time and memory do not depend on what the numbers are. The dtype is the trainer's: bf16 on a
-card, float32 on a CPU without bf16 units, where a grouped product of bf16 is sixty times slower (measured: 0.24
-against 15 GFLOP/s on two cores without AVX512-BF16; a step did not end).
+No weights are needed: the skeleton is made without memory and filled layer by layer with random NF4 bytes, as many as
+the real model has. Time and memory do not depend on their values. The dtype is the trainer's: bf16 on a GPU, float32 on
+a CPU without bf16 units, where a grouped product of bf16 is sixty times slower (measured: 0.24 against 15 GFLOP/s on
+two cores without AVX512-BF16; a step did not end).
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def build(layers: int, experts: int, device: str) -> Any:
-    """The model with random 4-bit weights on the device, frozen; no expert of it was ever in 16 bits."""
+    """The model with random 4-bit weights on the device, frozen; no expert is ever in 16 bits."""
     config = Qwen3NextConfig(
         num_hidden_layers=layers, num_experts=experts, num_experts_per_tok=min(10, experts), pad_token_id=0
     )
@@ -122,7 +122,7 @@ def _fill(model: Any, path: str, module: Any, device: str) -> None:
 
 
 def _initialise(value: torch.Tensor, path: str, name: str, kind: str) -> None:
-    """Numbers of the size that the real ones have, so that nothing overflows on the way through 48 layers."""
+    """Numbers as large as the real ones, so that nothing overflows on the way through 48 layers."""
     if name == "A_log":
         value.uniform_(0.01, 16).log_()
     elif name == "dt_bias" or ("norm" in path and kind != "Qwen3NextRMSNorm"):
@@ -134,7 +134,7 @@ def _initialise(value: torch.Tensor, path: str, name: str, kind: str) -> None:
 
 
 def _random_nf4(shape: torch.Size, device: str) -> tuple[torch.Tensor, bnb_functional.QuantState]:
-    """Random bytes and the state of a double quantisation whose weights have a deviation of about 0.02."""
+    """Random bytes and the state of a double quantisation whose weights have a standard deviation of about 0.02."""
     blocks = shape.numel() // 64
     second = bnb_functional.QuantState(
         absmax=torch.full((-(-blocks // 256),), 0.01, device=device),
@@ -156,7 +156,7 @@ def _random_nf4(shape: torch.Size, device: str) -> tuple[torch.Tensor, bnb_funct
 
 
 def _time_steps(loss: AnswerLoss, optimizer: Any, tokens: int, arguments: argparse.Namespace) -> float:
-    """Seconds of an optimizer step over one sequence of so many tokens, half of them trained."""
+    """Seconds of an optimizer step over one sequence of this many tokens, half of them trained."""
     ids_BT = torch.randint(0, 50_000, (1, tokens), device=arguments.device)
     labels_BT = ids_BT.clone()
     labels_BT[:, : tokens // 2] = -100
@@ -167,7 +167,7 @@ def _time_steps(loss: AnswerLoss, optimizer: Any, tokens: int, arguments: argpar
         if step == 1:
             _wait(arguments.device)
             began = time.perf_counter()
-        # As the trainer does: its adapter is float32, the arithmetic bf16 where the hardware has it.
+        # As in the trainer: the adapter is float32, the arithmetic bf16 where the hardware has it.
         with torch.autocast(
             arguments.device, dtype=torch.bfloat16, enabled=compute_dtype(arguments.device) is torch.bfloat16
         ):

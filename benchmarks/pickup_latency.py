@@ -1,13 +1,13 @@
 """From the commit of the insert to the claim: this service, a bare LISTEN + claim loop as the floor, and the peers.
 
-Every contestant works in a process of its own on the same durable server (fsync and synchronous_commit on), in a
-database of its own, and is the only one running in its turn. The producer is the same for all: BEGIN, insert as the
-contestant's own API does, note the time, COMMIT. The other end is the first line of the job (wall clock, one machine).
-Turns are interleaved; ratios to the floor are taken within a round, and their median is reported.
+Every contestant runs in its own process and its own database on the same durable server (fsync and synchronous_commit
+on), and only one runs at a time. The producer is the same for all: BEGIN, insert through the contestant's own API, note
+the time, COMMIT. The clock stops at the first line of the job (wall clock, one machine). Turns are interleaved; ratios
+to the floor are taken within a round, and their median is reported.
 
     python benchmarks/pickup_latency.py [--rounds 5] [--jobs 150] [--burst 100]
 
-The peers (benchmarks/requirements.txt) are left out, by name, where they are not installed.
+Peers (benchmarks/requirements.txt) that are not installed are skipped and named.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Insert = Callable[[psycopg.AsyncConnection[Any]], Awaitable[str]]
 
 
 def work_floor(dsn: str, told: Path) -> None:
-    """No less can be done: LISTEN, and one statement with SKIP LOCKED until nothing is left."""
+    """The least possible work: LISTEN, and one statement with SKIP LOCKED until nothing is left."""
     claim = (
         "UPDATE floor SET status = 'taken' WHERE id = (SELECT id FROM floor WHERE status = 'waiting' ORDER BY id "
         "FOR UPDATE SKIP LOCKED LIMIT 1) RETURNING id"
@@ -116,7 +116,7 @@ WORKERS: dict[str, Callable[[str, Path], None]] = {
 }
 
 
-# -- the contestants seen from the producer ------------------------------------------------------------------------
+# -- the contestants as the producer sees them ---------------------------------------------------------------------
 
 
 @dataclass
@@ -168,7 +168,7 @@ def make_floor(dsn: str, told: Path) -> Contestant:
 
 
 def make_ours(dsn: str, told: Path) -> Contestant:
-    """The real daemon. Its job is refused at the first look (no child): what is timed is claim and nothing else."""
+    """The real daemon. Its job is refused at once (no trainer): only the claim is measured."""
     migrate(dsn, local=True)
     user, dataset = uuid4(), uuid4()
     with psycopg.connect(dsn, autocommit=True) as connection:
@@ -260,7 +260,7 @@ async def committed(connection: psycopg.AsyncConnection[Any], insert: Insert) ->
 
 
 async def all_claimed(contestant: Contestant, told: Path, jobs: dict[str, float], seconds: float) -> list[float]:
-    """Milliseconds of each job, sorted, once every one was claimed."""
+    """Milliseconds of each job, sorted, once all are claimed."""
     deadline = time.monotonic() + seconds
     while True:
         claimed = contestant.read(told)
@@ -275,9 +275,9 @@ async def all_claimed(contestant: Contestant, told: Path, jobs: dict[str, float]
 
 
 async def at_rest(pid: int) -> None:
-    """Until the worker and all that it started used less than a twentieth of a core for a second.
+    """Waits until the worker and its children used less than a twentieth of a core for a second.
 
-    Our daemon begins by importing torch for the first job, for some ten seconds; what is timed is one that waits."""
+    Our daemon first imports torch for the first job, for some ten seconds; an idle daemon is measured."""
     worker = psutil.Process(pid)
 
     def used() -> float:
@@ -295,7 +295,7 @@ async def at_rest(pid: int) -> None:
 
 async def one_turn(contestant: Contestant, told: Path, pid: int, jobs: int, burst: int, order: random.Random) -> None:
     async with await psycopg.AsyncConnection.connect(contestant.dsn, autocommit=True) as connection:
-        # Warm: caches, prepared statements, and proof that it listens.
+        # Warm-up: caches, prepared statements, and proof that it listens.
         for _ in range(5):
             await all_claimed(contestant, told, dict([await committed(connection, contestant.insert)]), 30)
         await at_rest(pid)
@@ -303,7 +303,7 @@ async def one_turn(contestant: Contestant, told: Path, pid: int, jobs: int, burs
         for _ in range(jobs):
             job, at = await committed(connection, contestant.insert)
             single[job] = at
-            # Long enough to be idle again: what ended before is settled.
+            # Long enough to be idle again: the last job is settled.
             await asyncio.sleep(order.uniform(0.1, 0.2))
         waits = await all_claimed(contestant, told, single, 60)
         contestant.p50.append(statistics.median(waits))

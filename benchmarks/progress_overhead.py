@@ -1,12 +1,12 @@
-"""What telling costs the training: one run with nobody listening, with the daemon, with its database slow or away.
+"""What reporting costs the training: one run without a reader, with the daemon, with its database slow or away.
 
-The seconds are the trainer's own, from its first step to its last (`training_seconds` of its summary): loading, saving
-and uploading are not in them. The order is drawn anew for each round; ratios to the bare trainer are taken within a
-round. The model is tiny and a step takes tens of milliseconds, so that there is far more to tell in a second than any
-real run has. The trainer computes with one thread: on a host with a card, too, the daemon has cores to itself.
+The seconds are the trainer's own, from its first step to its last (`training_seconds` of its summary), without loading,
+saving and uploading. Each round has a new random order; ratios to the bare trainer are taken within a round. The model
+is tiny and a step takes tens of milliseconds, so that it reports far more per second than any real run. The trainer
+computes on one thread; the daemon has the other cores, as on a host with a GPU.
 
-Two equal runs differ by more than telling can cost, so the last column shows it without them: the seconds that the
-trainer itself spent in writing its steps' events, waiting for a reader included, and their share of its training.
+Two equal runs differ by more than reporting can cost, so the last column isolates it: the seconds that the trainer
+spent writing its steps' events, waiting for a reader included, and their share of its training time.
 
     python benchmarks/progress_overhead.py [--rounds 5] [--epochs 12]
 """
@@ -54,7 +54,7 @@ SLOW_SECONDS = 0.4
 
 @dataclass(frozen=True)
 class Took:
-    """Seconds between the first and the last step, and those of them in which the trainer told of its steps."""
+    """Seconds from the first step to the last, and how many of them went into reporting the steps."""
 
     training: float
     telling: float
@@ -65,7 +65,7 @@ class Took:
 
 
 def train_and_time_the_telling() -> None:
-    """The trainer as it is, except that its summary says how long it took to write the events of its steps."""
+    """The real trainer, except that its summary has the time spent on writing the events of its steps."""
     say = EventWriter.say
     seconds = 0.0
 
@@ -83,7 +83,7 @@ def train_and_time_the_telling() -> None:
 
 
 def train_bare(folder: Path, models: Path, chosen: dict[str, int]) -> Took:
-    """The trainer alone."""
+    """Runs only the trainer."""
     spec = JobSpec(
         job_id="bare",
         base_model="tiny",
@@ -107,7 +107,7 @@ def train_with_daemon(
     server: EmbeddedPostgres,
     trouble: Callable[[TcpProxy], AbstractContextManager[None]],
 ) -> Took:
-    """The whole service, its database behind a proxy that makes trouble from the first step on."""
+    """The whole service, with a proxy in front of its database that makes trouble from the first step on."""
     queue = Queue(server.dsn(), folder)
     lines = (models / "data.jsonl").read_text().splitlines()
     with TcpProxy(urlsplit(server.dsn()).port or 5432) as proxy:
@@ -126,7 +126,7 @@ def train_with_daemon(
 
 @contextmanager
 def slow(proxy: TcpProxy) -> Iterator[None]:
-    """Nearly every answer takes most of half a second."""
+    """Delays nearly every answer by most of half a second."""
     over = threading.Event()
 
     def hold() -> None:
@@ -147,7 +147,7 @@ def slow(proxy: TcpProxy) -> Iterator[None]:
 
 @contextmanager
 def away(proxy: TcpProxy) -> Iterator[None]:
-    """Nothing comes through until training is over."""
+    """Lets nothing through until training is over."""
     proxy.partition()
     try:
         yield

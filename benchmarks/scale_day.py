@@ -1,10 +1,10 @@
-"""What a day of jobs costs one Postgres: bytes of WAL, statements and milliseconds of its CPU for each job.
+"""What a day of jobs costs one Postgres: bytes of WAL, statements and milliseconds of its CPU per job.
 
-The daemon's real statements through its real store, each job's whole life (insert, claim, start, plan, story, progress
-and a point a second, heartbeats, completion with its callback) without the waiting in between. The server's CPU is read
-from /proc for the backend that served them. From the cost of one job follows that of a day with any number of them:
-arithmetic, printed as such. Then the two costs that grow with the number of hosts: a wake-up for nothing, and an insert
-whose NOTIFY is heard by so many listeners.
+It runs the daemon's real statements through its real store, for each job's whole life (insert, claim, start, plan,
+events, progress and a point a second, heartbeats, completion with its callback) without the waiting in between. The
+server's CPU time is read from /proc for the backend that served them. The cost of a day with any number of jobs is
+computed from the cost of one, and printed as such. Then the two costs that grow with the number of hosts: a wake-up for
+nothing, and an insert whose NOTIFY goes to many listeners.
 
     python benchmarks/scale_day.py [--jobs 50] [--seconds 86] [--listeners 0 10 100] [--inserts 300]
 """
@@ -49,7 +49,7 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 @dataclass
 class Spent:
-    """Of one kind of statement, over all jobs."""
+    """The cost of one kind of statement, over all jobs."""
 
     count: int = 0
     milliseconds: float = 0.0
@@ -58,7 +58,7 @@ class Spent:
 
 
 class CostMeter:
-    """What each kind of statement takes, at the client, in the backend's CPU and in the WAL."""
+    """Measures each kind of statement: at the client, in the backend's CPU and in the WAL."""
 
     def __init__(self, operator: psycopg.Connection[Any], backends: list[int]) -> None:
         self._operator = operator
@@ -139,7 +139,7 @@ async def lives(dsn: str, jobs: int, seconds: int) -> dict[str, Spent]:
     operator = psycopg.connect(dsn, autocommit=True)
     async with Database(dsn, application_name="scale_day") as database:
         store = SqlJobStore(database)
-        await one_life(app, store, 2, CostMeter(operator, []))  # connects; plans and caches
+        await one_life(app, store, 2, CostMeter(operator, []))  # connects; fills plans and caches
         meter = CostMeter(operator, [backend_named(operator, "scale_day"), app.connection.info.backend_pid])
         for _ in range(jobs):
             await one_life(app, store, seconds, meter)
@@ -148,7 +148,7 @@ async def lives(dsn: str, jobs: int, seconds: int) -> dict[str, Spent]:
 
 
 async def fruitless_wakes(dsn: str, count: int) -> dict[str, tuple[float, float]]:
-    """Milliseconds at the client, and of the server's CPU, of a wake-up that another host was faster at."""
+    """Milliseconds at the client, and of the server's CPU, of a wake-up after which another host claimed first."""
     operator = psycopg.connect(dsn, autocommit=True)
     async with Database(dsn, application_name="scale_day wakes") as database:
         store = SqlJobStore(database)
@@ -169,7 +169,7 @@ async def fruitless_wakes(dsn: str, count: int) -> dict[str, tuple[float, float]
 
 
 def inserts_with_listeners(dsn: str, listeners: int, inserts: int) -> tuple[float, float]:
-    """Milliseconds of an insert (p50, p99) while so many sessions LISTEN to what its trigger announces."""
+    """Milliseconds of an insert (p50, p99) while this many sessions LISTEN to its trigger's channel."""
     app = App(dsn)
     sessions = [psycopg.connect(dsn, autocommit=True) for _ in range(listeners)]
     try:

@@ -1,27 +1,26 @@
-"""Training tokens a second: our trainer beside plain TRL, interleaved, on a dense model and on a mixture of experts.
+"""Training tokens a second: our trainer and plain TRL, interleaved, on a dense model and on a mixture of experts.
 
     python benchmarks/train_throughput.py                  both models, every dataset; up to five rounds, 5 minutes each
     python benchmarks/train_throughput.py --device cuda --dense MODEL_FOLDER --conversations 2000
 
 The dense model is the demo's (SmolLM2-135M-Instruct, converted on first use), the mixture a small Qwen3-MoE with random
 weights. A contestant makes one pass over a dataset; two are compared on the same tokenised conversations, the same
-NF4 weights, the same adapter (rank, targets, dropout, first values) and the same conversations held out:
-- defaults: what a user of each gets who chooses nothing. There SFTConfig's values: 8 conversations a batch, padded,
-  activations recomputed, learning rate 2e-5, every token scored. Here ours: 4 a batch, end to end, the answers scored;
-- equal settings: batch, learning rate and its schedule, scored tokens, optimizer, padding and activations as ours.
-Plain TRL cannot load experts in 4 bits: it is given ours, which it unpacks anew in every pass. Our trainer, as in every
+NF4 weights, the same adapter (rank, targets, dropout, initial values) and the same held-out conversations:
+- defaults: what a user of each gets without choosing anything. TRL has SFTConfig's values: 8 conversations a batch,
+  padded, activations recomputed, learning rate 2e-5, loss on every token. Ours: 4 a batch, end to end, loss on answers;
+- equal settings: batch, learning rate and its schedule, trained tokens, optimizer, padding and activations as ours.
+Plain TRL cannot load experts in 4 bits: it gets ours, which it unpacks again in every pass. Our trainer, as in every
 job, unpacks frozen weights once where the host has memory to spare (training/quantization/dequantized_cache.py): the
-clock and the peak show what that takes.
+clock and the peak show the cost of that.
 
-Each model has a process of its own, as jobs have: a heap that has held the one slows the other by a fifth. Only the
-training is timed, from its first to its last step, one run of everything in each round; rounds begin with the
-one and the other contestant in turn, so that a busy machine slows both. Speeds are medians; a ratio is the median of
-the rounds' ratios. `held out` is the mean loss
-of the answers' tokens in conversations that none has seen, measured in one way for all. Peak is the process's resident
-memory while it trains (the card's, on a card).
+Each model has a separate process, as jobs have: a heap that has held one model slows the other by a fifth. Only the
+training is timed, from its first to its last step. Each round runs everything once, and rounds start with the two
+contestants in turn, so that a busy machine slows both. Speeds are medians; a ratio is the median of the rounds' ratios.
+`held out` is the mean loss of the answers' tokens in conversations that neither was trained on, measured in the same
+way for both. Peak is the process's resident memory while it trains (on a GPU, the GPU's).
 
-One thing is not TRL's default: it would compute in bf16 everywhere, which a CPU without bf16 units does sixty times
-slower; there both compute in float32. Exit 1 when a promise of the last lines is broken.
+One thing is not TRL's default: it would compute in bf16 everywhere, which is sixty times slower on a CPU without bf16
+units; there both compute in float32. Exit status 1 if a promise of the last lines is broken.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ from training.results.history import RunHistory
 from training.spec import Hyperparameters, JobSpec
 from training.stop_switch import StopSwitch
 
-# Large enough that the experts' products weigh more than Python around them, small enough for two cores.
+# Large enough that the experts' products outweigh the Python around them, small enough for two cores.
 _MIXTURE: dict[str, Any] = {
     "hidden_size": 256,
     "num_hidden_layers": 4,
@@ -89,7 +88,7 @@ _MIXTURE: dict[str, Any] = {
 _COLOURS = dict(zip(("cat", "dog", "ship", "tree", "star", "lamp", "book", "road", "fish", "bird"),
                     ("red", "blue", "green", "black", "white") * 2, strict=True))  # fmt: skip
 _HELD_OUT = 8
-# A mixture so small is so quick that four steps would show little but what a beginning costs.
+# So small a mixture is so fast that four steps would mostly show the cost of starting.
 _TIMES = {"dense": 1, "mixture": 6}
 
 
@@ -99,7 +98,7 @@ class _Silent(EventWriter):
 
 
 class _Clock(TrainerCallback):
-    """Seconds of the training loop: what comes before its first step and after its last is not counted."""
+    """Seconds of the training loop, from its first step to its last."""
 
     def __init__(self) -> None:
         self._began = 0.0
@@ -115,7 +114,7 @@ class _Clock(TrainerCallback):
 
 
 class _UnpackOnTheClock(TrainerCallback):
-    """What a job does before its first evaluation, done here in the first step, so that it is timed."""
+    """Does in the first step what a job does before its first evaluation, so that it is timed."""
 
     def __init__(self, model: Any, spare: int) -> None:
         self._model = model
@@ -140,7 +139,7 @@ Contestant = Callable[[JobSpec, Corpus, Any, Any], SFTTrainer]
 
 @dataclass(frozen=True)
 class Match:
-    """Two contestants on one dataset, a run of each in every round."""
+    """Two contestants on one dataset, with one run of each in every round."""
 
     model: str
     settings: str
@@ -210,7 +209,7 @@ def main() -> None:
             for settings, contest in _CONTESTS.items()
             for name in contest.datasets
         ]
-        # Once, untimed: the quantised copies are written, and libraries reach their working size.
+        # Once, untimed: this writes the quantised copies and brings libraries to their working size.
         run(_ours_by_default, _spec(model, datasets["warm-up"], arguments.device, root))
         for number in range(arguments.rounds):
             round_began = time.monotonic()
@@ -238,7 +237,7 @@ _HEAD = (
 
 def broken_promises(matches: Iterable[Match]) -> Iterable[str]:
     for match in matches:
-        # Equal work differs by what a machine does beside it; five in a hundred is what two equal runs differ by.
+        # Runs of equal work differ with other load on the machine: by five in a hundred.
         least = 0.95 if match.settings == "equal settings" else 1.5 if match.dataset == "short" else 1.0
         if match.ratio < least:
             yield f"{match.name}: {match.ratio:.2f} times TRL's tokens a second, at least {least} promised"
@@ -248,7 +247,7 @@ def broken_promises(matches: Iterable[Match]) -> Iterable[str]:
 
 
 def demo_model() -> Path:
-    """The demo's own copy, or one made where the demo would look for it."""
+    """The demo's own copy, made now if it does not exist."""
     folder = models_folder() / MODEL_NAME
     if not model_is_ready():
         import_gguf(find_gguf(), folder)
@@ -256,11 +255,11 @@ def demo_model() -> Path:
 
 
 def write_datasets(root: Path, conversations: int) -> dict[str, Path]:
-    """Questions for the colours of things, which never change; they differ in how many things are asked for."""
+    """Questions about the colours of things, which never change; they differ in how many things they ask about."""
     lengths = random.Random(0)
     counts = {
         "short": [lengths.randint(1, 5) for _ in range(conversations)],
-        # Most are as short as those above, one in sixteen is ten times as long.
+        # Most are as short as those above; one in sixteen is ten times as long.
         "long-tailed": [30 if n % 16 == 0 else lengths.randint(1, 5) for n in range(conversations)],
         "long": [lengths.randint(18, 24) for _ in range(conversations // 2)],
         "warm-up": [1, 1, 1, 1],
@@ -308,7 +307,7 @@ def run(contestant: Contestant, spec: JobSpec) -> Run:
     model = attach_adapter(load_base_model(spec, folder), spec.hyperparameters)
     trainer = contestant(spec, corpus, model, tokenizer)
     if compute_dtype(spec.device) is torch.float32:
-        # TRL gives the adapter of a quantised model bf16.
+        # TRL makes the adapter of a quantised model bf16.
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()

@@ -1,11 +1,11 @@
-"""What uploading an adapter costs in memory, while the connection is cut again and again.
+"""What uploading an adapter costs in memory while the connection is cut again and again.
 
     python benchmarks/upload_memory.py [MEGABYTES] [CUTS]
 
-Uploads to the double of Supabase Storage, which runs as a process of its own, and prints a table: the uploader's
-memory before and at its peak, the time, and whether what arrived is what was sent. The floor beside it is plain httpx:
-the same bytes to the same server in one request that no cut may touch, then the same with the object read back and
-hashed, which ours always does.
+It uploads to the double of Supabase Storage, which runs in a separate process, and prints a table: the uploader's
+memory before and at its peak, the time, and whether the stored bytes are those that were sent. The floor beside it is
+plain httpx: the same bytes to the same server in one request that is never cut; then the same with the object read back
+and hashed, as ours always does.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MIB = 1024 * 1024
 KEY = {"apikey": SERVICE_KEY}
 BUCKET = "lora-models"
 
-# (url of the project, file, name in the bucket, sha256, where to remember an interrupted upload)
+# (URL of the project, file, name in the bucket, sha256, folder for the state of an interrupted upload)
 Upload = Callable[[str, Path, str, str, Path], Coroutine[Any, Any, None]]
 
 
@@ -63,7 +63,7 @@ async def ours(url: str, local: Path, name: str, sha256: str, resume_dir: Path) 
 
 
 async def one_request(url: str, local: Path, name: str, _sha256: str, _resume_dir: Path) -> None:
-    """No less can be done: the file in one stream, believed to have arrived."""
+    """The least possible work: the file in one stream, without verifying it."""
 
     async def pieces() -> AsyncIterator[bytes]:
         with local.open("rb") as file:
@@ -100,7 +100,7 @@ async def one_request_read_back(url: str, local: Path, name: str, sha256: str, r
 
 
 def measure(megabytes: int, cuts: int, upload: Upload = ours) -> Measured:
-    """One upload in this process, its peak read from the kernel."""
+    """One upload in this process, with its peak read from the kernel."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(40))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -111,7 +111,7 @@ def measure(megabytes: int, cuts: int, upload: Upload = ours) -> Measured:
             assert double.stdin is not None
             assert double.stdout is not None
             url = double.stdout.readline().strip()
-            # The first, small upload loads what is loaded once.
+            # A first, small upload loads everything that is loaded only once.
             small = folder / "small.tar.gz"
             small_sha256 = _write_random(small, 7)
             asyncio.run(upload(url, small, "adapters/small.tar.gz", small_sha256, folder))
@@ -146,7 +146,7 @@ def _hash(file: Path) -> str:
 
 
 def _reset_peak() -> None:
-    # Linux: VmHWM starts again from what is in use now.
+    # Linux: VmHWM restarts from what is in use now.
     Path("/proc/self/clear_refs").write_text("5")
 
 
