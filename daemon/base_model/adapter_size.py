@@ -1,4 +1,4 @@
-"""How large an adapter's upload will be: asked of the storage before hours of training."""
+"""Estimates the size of an adapter's upload, so that the storage limit is checked before hours of training."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ BESIDE_BYTES = 20_000_000
 
 
 def expected_adapter_bytes(model_dir: Path, hyperparameters: Hyperparameters) -> int:
-    """What the storage must have room for, in bytes. `model_dir` holds a whole model."""
+    """The bytes that the storage must accept. `model_dir` contains a whole model."""
     parameters = adapter_parameters(ModelFolder.of(model_dir).tensors(), hyperparameters)
     return parameters * ADAPTER_BYTES + BESIDE_BYTES

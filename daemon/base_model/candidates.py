@@ -1,4 +1,4 @@
-"""Where a base model may lie on this host: the models folder, MODEL_PATH, the Hugging Face cache."""
+"""Lists the places on this host where a base model may be: the models folder, MODEL_PATH, the Hugging Face cache."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from training.spec import MODEL_NAME
 Where = Literal["models_dir", "model_path", "cache", "hub"]
 
 
-Progress = Callable[[int, int], None]  # bytes on disk, bytes in all
+Progress = Callable[[int, int], None]  # bytes on disk, total bytes
 
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A whole model on this host. `revision` is the hub's commit where that is known."""
+    """A whole model on this host. `revision` is the hub's commit, if known."""
 
     name: str
     path: Path
@@ -39,7 +39,7 @@ class _Candidate:
 
 
 def checked_name(name: str, settings: Settings) -> str:
-    """The name itself, if it is one (never a path) and the operator allows it."""
+    """Returns the name if it is valid (never a path) and the operator allows it."""
     if not re.fullmatch(MODEL_NAME, name) or ".." in name or "--" in name:
         raise JobFailed(
             ErrorCode.INVALID_SPEC,
@@ -56,7 +56,7 @@ def checked_name(name: str, settings: Settings) -> str:
 
 
 def _candidates(name: str, settings: Settings) -> Iterator[_Candidate]:
-    """Folders that hold this model, whole or not, in the order of the head of this file."""
+    """Folders that contain this model, whole or not, in the order that resolve.py gives."""
     short = name.rpartition("/")[2]
     for path in dict.fromkeys((settings.models_dir / name, settings.models_dir / short)):
         if _looks_like_model(path) and _marked_as(path) in (None, name):
@@ -71,7 +71,7 @@ def _candidates(name: str, settings: Settings) -> Iterator[_Candidate]:
 
 
 def _looks_like_model(path: Path) -> bool:
-    """A folder with anything of a model in it; `<org>` itself, which holds only folders, is none."""
+    """Whether a folder contains any file of a model. `<org>` itself, which has only folders, does not."""
     if not path.is_dir() or (path.name == KEPT_COPY and (path.parent / "config.json").is_file()):
         return False
     return any(
@@ -93,7 +93,7 @@ def _model_path_holds(path: Path, name: str) -> bool:
         return marked == name
     org, _, short = name.rpartition("/")
     if org and path.name == short and path.parent.name not in ("", org):
-        # …/<name>: believed unless config.json says that it is another's.
+        # …/<name> is accepted unless config.json names another model.
         return read_config(path).get("_name_or_path") in (None, "", name, short)
     flat_names = (short, name.replace("/", "--"), name.replace("/", "_"), f"models--{name.replace('/', '--')}")
     return path.name in flat_names or read_config(path).get("_name_or_path") == name
@@ -107,7 +107,7 @@ def _cache_roots(settings: Settings) -> Iterator[Path]:
 
 
 def _snapshot_of(repo: Path) -> Path | None:
-    """The snapshot that refs/main names; without it the only one there is."""
+    """The snapshot that refs/main names; without refs/main, the only one there is."""
     snapshots = repo / "snapshots"
     with contextlib.suppress(OSError):
         named = snapshots / (repo / "refs" / "main").read_text().strip()
@@ -127,7 +127,7 @@ def _revision_of(candidate: _Candidate) -> str | None:
     marker = read_marker(candidate.path)
     if marker is not None:
         return marker.revision
-    # What the hub's own client leaves beside files that it put into a flat folder.
+    # The hub's own client writes this beside files that it downloads into a flat folder.
     with contextlib.suppress(OSError, IndexError):
         note = candidate.path / ".cache" / "huggingface" / "download" / "config.json.metadata"
         return note.read_text().splitlines()[0]

@@ -1,7 +1,7 @@
-"""What we know of a model's folder beside what is in it: the marker that says which model it is, and its files' hashes.
+"""Reads and writes the marker of a model's folder, which says which model it is, and verifies the files' hashes.
 
-Hashes are compared where the folder knows them: our own marker, or a Hugging Face cache, whose blobs are named by their
-sha256. Whether a folder is whole is `training.files.model_folder`'s to say, for the trainer must say the same.
+Hashes are known from our own marker, or in a Hugging Face cache, whose blobs are named by their sha256.
+`training.files.model_folder` decides whether a folder is whole, so that daemon and trainer agree.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SHA256 = re.compile(r"^[0-9a-f]{64}$")
 
 @dataclass(frozen=True)
 class Marker:
-    """What we wrote into a folder that we filled: which model it is, and the hash of each file if known."""
+    """Our note in a folder that we filled: which model it is, and the hash of each file if known."""
 
     model: str
     revision: str | None = None
@@ -34,7 +34,7 @@ class Marker:
 
 
 def read_marker(folder: Path) -> Marker | None:
-    """None when there is none, or none that can be read."""
+    """Reads the marker. None if there is none, or it cannot be read."""
     try:
         return Marker(**json.loads((folder / MARKER).read_text()))
     except (OSError, ValueError, TypeError):
@@ -42,7 +42,7 @@ def read_marker(folder: Path) -> Marker | None:
 
 
 def verify_hashes(folder: Path, on_file: Callable[[str, int], None] = lambda _name, _bytes: None) -> list[str]:
-    """Read every file whose hash is known and name those that differ. `on_file` gets each name and size first."""
+    """Reads every file whose hash is known and names those that differ. `on_file` gets each name and size first."""
     faults = []
     for name, expected in sorted(_known_hashes(folder).items()):
         file = folder / name
@@ -56,7 +56,7 @@ def verify_hashes(folder: Path, on_file: Callable[[str, int], None] = lambda _na
 
 
 def model_bytes(folder: Path) -> int:
-    """Size of the weights, links followed."""
+    """Size of the weights in bytes, following links."""
     weights = [*folder.glob("*.safetensors"), *(folder / KEPT_COPY).glob("*.safetensors")]
     return sum(file.stat().st_size for file in weights if file.is_file())
 

@@ -1,9 +1,9 @@
-"""Downloads one model from the Hugging Face hub, as a process of its own: `python -m daemon.base_model.hub_download`.
+"""Downloads one model from the Hugging Face hub, as its own process: `python -m daemon.base_model.hub_download`.
 
-A process, so that a cancelled job or a shutdown ends it at once, and so that the hub's client and its
-threads stay out of the daemon's memory. It reads one JSON order from stdin (the token comes this way, not
-by arguments or environment), and answers with JSON lines: plan, then done or failed. What it has
-downloaded stays; the next call goes on from there.
+It is a process, so that a cancelled job or a shutdown ends it immediately, and so that the hub's client and
+its threads stay out of the daemon's memory. It reads one JSON order from stdin (the token comes this way, not
+in arguments or the environment), and answers with JSON lines: plan, then done or failed. Downloaded files
+stay, and the next call continues from them.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from typing import Any, Literal
 from daemon.base_model.files import Marker
 from training.death_signal import end_with_parent
 
-# What a causal language model needs, and nothing that runs code or repeats the weights in another form.
+# The files that a causal language model needs; no code, and no second format of the weights.
 WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 UNWANTED = ("consolidated*.safetensors", "*/*", ".*")
-# Room for checkpoints and everything else that lives on the volume.
+# Reserved for checkpoints and everything else on the volume.
 SPARE_BYTES = 2 * 1024**3
 
 
 @dataclass(frozen=True)
 class Order:
-    """What to download and where to."""
+    """What to download, and into which folder."""
 
     model: str
     target: str
@@ -39,7 +39,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is about to happen: bytes in all, bytes still missing."""
+    """What will be downloaded: total bytes, and bytes still missing."""
 
     revision: str
     total_bytes: int
@@ -55,7 +55,7 @@ class Done:
 
 @dataclass(frozen=True)
 class NotDone:
-    """`why` decides what happens next: absent and unusable are for good, disk and network may pass."""
+    """`why` decides what happens next: absent and unusable are permanent, disk and network may pass."""
 
     why: Literal["absent", "unusable", "disk", "network"]
     message: str
@@ -63,7 +63,7 @@ class NotDone:
 
 
 def download(order: Order) -> Done | NotDone:
-    """Plan, check the disk, download, mark. Says the plan on stdout as soon as it is known."""
+    """Plans, checks the disk, downloads and writes the marker. Prints the plan as soon as it is known."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -82,7 +82,7 @@ def download(order: Order) -> Done | NotDone:
         if plan.missing_bytes + SPARE_BYTES > free:
             needed = f"{plan.missing_bytes / 1e9:.1f} GB (and {SPARE_BYTES / 1e9:.0f} GB to spare)"
             return NotDone("disk", f"{order.model} needs {needed}; {target} has {free / 1e9:.1f} GB left")
-        # From now on the folder says whose it is, also when we are killed half way.
+        # From now on the folder says which model it is, even if we are killed half-way.
         Marker(order.model, revision, complete=False).write(target)
         snapshot_download(
             order.model,
@@ -114,7 +114,7 @@ def is_wanted(name: str) -> bool:
 
 
 def bytes_on_disk(folder: Path) -> int:
-    """Bytes of a folder, those of half-downloaded files too."""
+    """Bytes of a folder, including half-downloaded files."""
     total = 0
     for parent, _folders, names in os.walk(folder):
         for name in names:
@@ -130,7 +130,7 @@ def _say(answer: Plan | Done | NotDone) -> None:
 
 
 def main() -> int:
-    # The daemon's death is ours: nobody would wait for the answer.
+    # End with the daemon: without it, no process waits for the answer.
     end_with_parent()
     order: dict[str, Any] = json.loads(sys.stdin.readline())
     answer = download(Order(**order))

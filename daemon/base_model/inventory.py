@@ -1,4 +1,4 @@
-"""Which base models this host has, and whether each is whole."""
+"""Lists the base models of this host, and whether each is whole."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from training.files.model_folder import faults_of_model, read_config
 
 @dataclass(frozen=True)
 class FoundModel:
-    """A line of `models list`: a folder, whole or with its faults."""
+    """A line of `models list`: a folder and its faults, if any."""
 
     name: str
     path: Path
@@ -36,7 +36,7 @@ class FoundModel:
 
 
 def list_models(settings: Settings) -> list[FoundModel]:
-    """Every model folder that resolution would look at, by name."""
+    """Lists every model folder that `resolve_model` would look at, by name."""
     found: dict[Path, FoundModel] = {}
     for name, candidate in _all_folders(settings):
         path = candidate.path
@@ -52,9 +52,9 @@ def list_models(settings: Settings) -> list[FoundModel]:
 def verify_model(
     name: str, settings: Settings, on_file: Callable[[str, int], None] = lambda _name, _bytes: None
 ) -> list[str]:
-    """Every fault of the folder that this name resolves to, hashes read where they are known.
+    """Lists every fault of the folder that this name resolves to, and verifies the hashes that are known.
 
-    Raises JobFailed(model_not_found) when there is no such folder.
+    Raises JobFailed(model_not_found) if there is no such folder.
     """
     checked_name(name, settings)
     for candidate in _candidates(name, settings):

@@ -1,4 +1,4 @@
-"""Downloads a base model from the hub, in a process of its own that can be stopped."""
+"""Downloads a base model from the hub, in a separate process that can be stopped."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ log = structlog.get_logger()
 PROGRESS_SECONDS = 1.0
 
 
-# What the download process needs of our environment; none of it is secret.
+# What the download process needs from our environment; none of it is secret.
 _INHERITED = re.compile(r"^(PATH|HOME|LANG|LC_.*|TMPDIR|PYTHONPATH|VIRTUAL_ENV|HF_ENDPOINT|HF_HUB_.*|SSL_CERT_.*"
                         r"|HTTPS?_PROXY|NO_PROXY|https?_proxy|no_proxy)$")  # fmt: skip
 
@@ -44,11 +44,13 @@ _downloads: dict[Path, asyncio.Lock] = {}
 async def pull_model(
     name: str, settings: Settings, on_progress: Progress = lambda _done, _total: None
 ) -> ResolvedModel:
-    """Download from the hub into TRAINER_MODELS_DIR/<org>/<name>, going on from what is there. Raises as above."""
+    """Downloads from the hub into TRAINER_MODELS_DIR/<org>/<name>, continuing what is there.
+
+    Raises like `resolve_model`."""
     checked_name(name, settings)
     target = settings.models_dir / name
     async with _downloads.setdefault(target, asyncio.Lock()):
-        # Another job may have waited for the same model before us.
+        # Another job may have downloaded the same model while we waited.
         if await asyncio.to_thread(_is_pulled, target, name):
             return _resolved(name, _Candidate(target, "models_dir"))
         log.info("model_download_started", model=name, target=str(target))
@@ -66,7 +68,7 @@ def _is_pulled(target: Path, name: str) -> bool:
 
 
 async def _run_download(name: str, target: Path, settings: Settings, on_progress: Progress) -> dict[str, object]:
-    """Run daemon.base_model.hub_download to its answer; cancelling ends the process, what it downloaded stays."""
+    """Runs daemon.base_model.hub_download until it answers. Cancelling ends the process; what it downloaded stays."""
     token = settings.hf_token.get_secret_value() if settings.hf_token else None
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "daemon.base_model.hub_download",
@@ -105,7 +107,7 @@ async def _watch(target: Path, total: int, on_progress: Progress) -> None:
         try:
             on_progress(min(await asyncio.to_thread(bytes_on_disk, target), total), total)
         except OSError as error:
-            log.debug("model_download_not_measured", error=str(error))  # a file was moved to its place meanwhile
+            log.debug("model_download_not_measured", error=str(error))  # a file was moved to its final name meanwhile
         await asyncio.sleep(PROGRESS_SECONDS)
 
 

@@ -1,8 +1,8 @@
-"""Keeps a model's 4-bit copy alone: checked to its last byte, moved into the model's folder, and only then is the rest
-deleted.
+"""Replaces a model's 16-bit weights by its 4-bit copy: verifies every byte of the copy, moves it into the model's
+folder, and only then deletes the 16-bit weights.
 
-Killed at any moment it leaves a folder that is whole: the 16-bit weights count as long as their index is there, the
-index goes first, and the copy is in its place before that. Called again it finishes what was begun.
+The folder stays whole if this is killed at any moment: the 16-bit weights count as long as their index exists. The
+copy is moved in first, and then the index is deleted before the shards. Calling it again finishes the work.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from training.files.model_folder import INDEX, KEPT_COPY, WEIGHTS, faults_of_cop
 
 
 def weights_of(folder: Path) -> list[Path]:
-    """The 16-bit weights that a replacement deletes, the one first that makes them count."""
+    """The 16-bit files that a replacement deletes; first the index, without which the weights do not count."""
     first = [path for path in (folder / INDEX, folder / WEIGHTS) if path.is_file()]
     return first + sorted(path for path in folder.glob("*.safetensors") if path not in first)
 
 
 def replace_weights(folder: Path, copy: Path) -> int:
-    """Put the copy in the weights' place. Returns the bytes that were freed.
+    """Replaces the weights by the copy. Returns the bytes that were freed.
 
-    Raises JobFailed(model_incomplete), with nothing deleted, when the copy is not what was written or the folder is
-    the hub's cache, whose files other snapshots share.
+    Raises JobFailed(model_incomplete), and deletes nothing, if the copy differs from what was written or the folder is
+    in the hub's cache, whose files other snapshots share.
     """
     if any(path.is_symlink() for path in weights_of(folder)):
         raise _refused(
@@ -40,7 +40,7 @@ def replace_weights(folder: Path, copy: Path) -> int:
         _check(copy)
         arriving = folder / f".{KEPT_COPY}.partial"
         shutil.rmtree(arriving, ignore_errors=True)
-        # A rename on one volume, else a copy that is checked like its source.
+        # A rename on one volume, else a copy, which is verified like its source.
         shutil.move(copy, arriving)
         _check(arriving)
         put_in_place(arriving, kept)
@@ -55,13 +55,13 @@ def replace_weights(folder: Path, copy: Path) -> int:
     for path in doomed:
         freed += path.stat().st_size
         path.unlink()
-        # The index must be gone from the disk before the first shard is.
+        # The index must be deleted on disk before the first shard.
         sync(folder)
     return freed
 
 
 def _check(copy: Path) -> None:
-    """Every byte: after this there is nothing left to make it anew from."""
+    """Verifies every byte: afterwards the weights to make it again from are gone."""
     faults = faults_of_copy(copy)
     if not faults:
         files = read_copy_manifest(copy)["files"]

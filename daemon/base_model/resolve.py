@@ -1,16 +1,16 @@
 """Finds the base model that a job asked for, exactly that one and never another.
 
-Looked for in this order; the first folder that holds the model decides:
+It searches in this order, and uses the first folder that has the model:
 
 1. `TRAINER_MODELS_DIR/<org>/<name>`, then `…/<name>`
-2. `MODEL_PATH`, when it holds the requested model
+2. `MODEL_PATH`, if it has the requested model
 3. the Hugging Face cache under TRANSFORMERS_CACHE and HF_HOME: `[hub/]models--ORG--NAME/snapshots/HASH`
-4. the hub, when TRAINER_MODEL_DOWNLOADS allows it and the disk has room
+4. the hub, if TRAINER_MODEL_DOWNLOADS allows it and the disk has room
 
-How a folder says what it holds: by the marker that `models pull` writes (it outweighs everything), else by
-its path ending in `<org>/<name>` (or being named `<org>--<name>`), else, for MODEL_PATH, by its own name or
-by `_name_or_path` in config.json. `…/<name>` without an org is taken by its name, as the operator put it
-there. A folder that is found but not whole is an error that names the shard, not a reason to look elsewhere:
+How we know which model a folder has: from the marker that `models pull` writes (it overrides everything), else
+from a path that ends in `<org>/<name>` (or a name `<org>--<name>`), else, for MODEL_PATH, from its own name or
+`_name_or_path` in config.json. `…/<name>` without an org is accepted by its name, because the operator put it
+there. A folder that is found but not whole is an error that names the shard, not a reason to search elsewhere:
 silently downloading 160 GB beside an interrupted copy has filled disks before.
 """
 
@@ -41,11 +41,11 @@ log = structlog.get_logger()
 async def resolve_model(
     name: str | None, settings: Settings, on_progress: Progress = lambda _done, _total: None
 ) -> ResolvedModel:
-    """The model, on disk and whole; the default model when `name` is None.
+    """Returns the model, on disk and whole; the default model if `name` is None.
 
-    Raises JobFailed: invalid_spec (no model's name), model_not_found (not allowed, or nowhere),
-    model_incomplete (found, with a shard or file missing or cut); JobDelayed: disk_full, or
-    model_not_found when the hub does not answer.
+    Raises JobFailed: invalid_spec (not a model name), model_not_found (not allowed, or not found),
+    model_incomplete (a shard or file is missing or truncated); JobDelayed: disk_full, or
+    model_not_found if the hub does not answer.
     """
     name = checked_name(name or settings.default_model, settings)
     found = await asyncio.to_thread(_find, name, settings)
@@ -61,7 +61,7 @@ def _find(name: str, settings: Settings) -> ResolvedModel | None:
     for candidate in _candidates(name, settings):
         marker = read_marker(candidate.path)
         if marker is not None and not marker.complete and settings.model_downloads:
-            # Our own pull, interrupted: it is resumed, not reported.
+            # Our own download was interrupted: continue it instead of reporting it.
             return None
         _raise_if_incomplete(name, candidate.path, faults_of_model(candidate.path))
         return _resolved(name, candidate)
@@ -69,7 +69,6 @@ def _find(name: str, settings: Settings) -> ResolvedModel | None:
 
 
 def folders_exist(settings: Settings) -> bool:
-    """Whether any of the folders is there that models may lie in. Without one it is no model that is missing, but the
-    volume."""
+    """Whether any folder that may contain models exists. If none does, the volume is missing, not a model."""
     places = (settings.models_dir, settings.model_path, *_cache_roots(settings))
     return any(place is not None and place.is_dir() for place in places)
