@@ -1,2 +1,2 @@
-"""Starts pods when jobs wait and ends those that nobody needs. The rules are plain functions of what was seen;
+"""Starts pods when jobs wait and ends pods that are not needed. The rules are plain functions of the observed state;
 `brightrun-trainer fleet` runs the loop."""

@@ -1,8 +1,8 @@
-"""The fleet loop: starts pods when due jobs wait and nobody can take them, ends those that are no use.
+"""The fleet loop: starts pods when due jobs wait that no host can take, and ends pods that are not useful.
 
-For any cheap host. It owns no truth: what is wanted stands in the queue, what there is in RunPod's list, and each
-decision in a table before it is carried out. So it may die anywhere, and two of it may run at once. Beside that it
-does for hosts that died what they cannot do any more: their leases are reaped and their callbacks delivered.
+It runs on any small host and keeps no state: the queue says what is needed, RunPod's list says what exists, and each
+decision is in a table before it is carried out. So it may die at any moment, and two may run at once. It also cleans up
+for dead hosts: it reaps their leases and delivers their callbacks.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from daemon.troubles import Troubles
 log = structlog.get_logger()
 
 MAX_COOL_SECONDS = 900.0
-# After our own reconnect: longer than it takes every daemon to reconnect and touch its row.
+# After we reconnect: longer than every daemon needs to reconnect and touch its row.
 SETTLE_SECONDS = 120.0
 # Pods come and go by the minute.
 AWAY_SECONDS = 5.0
@@ -55,7 +55,7 @@ MAX_WAIT_SECONDS = 300.0
 
 
 def run_fleet(settings: Settings) -> None:
-    """Keep the fleet until a signal says otherwise. Raises HostUnfit where the settings are not enough for it."""
+    """Runs the fleet loop until a signal. Raises HostUnfit if the settings are not enough for it."""
     asyncio.run(serve_fleet(settings))
 
 
@@ -64,7 +64,7 @@ async def serve_fleet(settings: Settings) -> None:
     configure_logs_by(settings, plan.secrets)
     dsn = settings.database_url.get_secret_value()
     async with AsyncExitStack() as stack:
-        # Two connections: one holds the turn and decides, one works for hosts that died.
+        # Two connections: one holds the lock and decides, one cleans up for dead hosts.
         deciding = await stack.enter_async_context(Database(dsn, application_name="brightrun-trainer fleet"))
         helping = await stack.enter_async_context(Database(dsn, application_name="brightrun-trainer fleet outbox"))
         runpod = await stack.enter_async_context(RunPod(keys, api=settings.runpod_api))
@@ -90,7 +90,7 @@ async def serve_fleet(settings: Settings) -> None:
 
 
 class Fleet:
-    """`look` is one look at everything and what follows from it; `run` looks again and again."""
+    """`look` reads everything once and acts on it; `run` does so again and again."""
 
     def __init__(
         self,
@@ -124,20 +124,20 @@ class Fleet:
         self._wake = asyncio.Event()
         self._leaving = False
         self._away_at = 0.0
-        # What was said once and still holds: a decision a change, not a decision a look.
+        # Decisions that are recorded and still hold: record changes only, not every look.
         self._said: set[tuple[str, str]] = set()
 
     def wake(self) -> None:
         self._wake.set()
 
     def leave(self) -> None:
-        """End after the look at hand. The pods stay: they end themselves."""
+        """Ends the loop after the current look. The pods keep running and end themselves."""
         self._leaving = True
         self._wake.set()
 
     async def run(self) -> None:
         while not self._leaving:
-            # Cleared before looking: a wake-up that comes meanwhile is not lost.
+            # Clear before looking, so that a wake-up during the look is not lost.
             self._wake.clear()
             seconds = await self._look_safely()
             if not self._leaving:
@@ -147,12 +147,12 @@ class Fleet:
                     continue
 
     async def _look_safely(self) -> float:
-        """One look; whatever is away is looked for again later. Seconds until the next."""
+        """Looks once; if the database or RunPod is away, tries again later. Returns seconds until the next look."""
         try:
             return await self.look()
         except DatabaseAway as error:
             log.warning("fleet_database_away", error=str(error))
-            # A table or a right that was missing to us was missing to the daemons: their rows are as old as that.
+            # The daemons lacked the same table or right: their rows are as old as after an outage.
             self._away_at = time.monotonic()
             return AWAY_SECONDS
         except StatementRefused as error:
@@ -160,12 +160,12 @@ class Fleet:
             self._store.troubles.begin("fleet", f"the database refuses what the fleet writes: {error}")
             return AWAY_SECONDS
         except RunPodError as error:
-            # Without a sight of the pods nothing is decided: neither that one is missing nor that one is needed.
+            # Without RunPod's list we cannot decide that a pod is missing or needed.
             log.warning("fleet_runpod_away", fault=error.fault, error=str(error))
             return min(max(error.wait_seconds, self._settings.fleet_poll_seconds), MAX_WAIT_SECONDS)
 
     async def look(self) -> float:
-        """See, put in order what went wrong, end what is no use, start what is needed. Seconds until the next look."""
+        """Reads the state, corrects rows, ends and starts pods. Returns seconds until the next look."""
         ours, now = await self._fleet.take_turn()
         if not ours:
             log.debug("fleet_standby", reason="another fleet loop has the turn")
@@ -181,7 +181,7 @@ class Fleet:
         try:
             await self._fleet.end_turn()
         except (DatabaseAway, StatementRefused) as error:
-            # The lock went with the connection.
+            # The lock was lost with the connection.
             log.debug("fleet_turn_lost", error=str(error))
 
     async def _decide(self, now: datetime) -> float:
@@ -194,11 +194,11 @@ class Fleet:
                 elif (stray := view.listed.get(row.id)) is not None:
                     await self._end_stray(row, stray, view)
             except StatementRefused as error:
-                # A row of the fleet's own that the database refuses keeps no other pod from its end.
+                # If the database refuses one fleet row, the other pods must still be ended.
                 log.error("fleet_pod_refused_by_database", pod=row.pod, row=str(row.id), error=str(error))
         patient = False
         if view.jobs:
-            # Looked at again: what has ended just now makes room, what was adopted is known.
+            # Read again: pods that have just ended free slots, and adopted ones are known now.
             patient = await self._start_what_is_needed(await self._see(now, view))
         else:
             self._said.clear()
@@ -206,7 +206,7 @@ class Fleet:
         waits = [self._settings.fleet_poll_seconds, self._limits.patience_seconds if patient else None, due_in]
         return max(min(wait for wait in waits if wait is not None), 0.05)
 
-    # -- seeing -------------------------------------------------------------------------------------------------
+    # -- reading the state --------------------------------------------------------------------------------------
 
     async def _see(self, now: datetime, before: View | None = None) -> View:
         listed = before.listed if before else _by_row(await self._runpod.list_pods())
@@ -215,7 +215,7 @@ class Fleet:
         workers = await self._fleet.workers(now - timedelta(seconds=ALIVE_AFTER_OUTAGE_SECONDS), pod_ids)
         blind = await is_blind(self._visibility)
         if blind:
-            # A pod whose daemon's row is hidden looks like one that never reported in; and so it does a while longer.
+            # A pod whose daemon's row is hidden looks as if it never reported in, also for a while afterwards.
             self._away_at = time.monotonic()
             log.error(
                 "fleet_blind", advice="row security hides rows from training_daemon: see brightrun-trainer doctor"
@@ -227,13 +227,13 @@ class Fleet:
         unplaced = await self._fleet.unplaced_leases()
         return View(now, jobs, workers, pods, listed, settled, blind, unplaced)
 
-    # -- pods that there are ------------------------------------------------------------------------------------
+    # -- existing pods ------------------------------------------------------------------------------------------
 
     async def _put_in_order(self, row: PodRow, view: View) -> None:
-        """Note what became of a pod, and end it where it is no use."""
+        """Records what happened to a pod, and ends it if it is not useful."""
         now, listed = view.now, view.listed.get(row.id)
         if row.pod is None and listed is not None:
-            # We, or another loop, died between asking and noting.
+            # We, or another loop, died between creating the pod and recording it.
             await self._fleet.record_pod(now, row.id, listed, "adopt", "found by its name: the answer had been lost")
             log.warning("fleet_pod_adopted", pod=listed.id, row=str(row.id))
             return
@@ -261,7 +261,7 @@ class Fleet:
         try:
             await self._runpod.end_pod(str(row.pod), "terminate")
         except RunPodError as error:
-            # Its row stays: the next look tries again, and it keeps its slot while it may cost.
+            # The row stays: the next look tries again, and the pod keeps its slot while it may cost money.
             log.error("fleet_pod_not_ended", pod=row.pod, doom=row.doom, fault=error.fault, error=str(error))
             return
         del view.listed[row.id]
@@ -272,7 +272,7 @@ class Fleet:
             log.info("fleet_pod_ended", pod=row.pod, gpu_type=row.gpu_type, ending=ending)
 
     async def _end_stray(self, row: PodRow, stray: Pod, view: View) -> None:
-        """A pod whose row has ended came to be after all: nobody waits for it."""
+        """Ends a pod that was created after its row had ended: no job needs it."""
         try:
             await self._runpod.end_pod(stray.id, "terminate")
         except RunPodError as error:
@@ -283,10 +283,10 @@ class Fleet:
         reason = "it came to be after it had been given up"
         await self._fleet.record_decision(view.now, "terminate", reason, pod_row=row.id, pod=stray.id)
 
-    # -- pods that are needed -----------------------------------------------------------------------------------
+    # -- new pods -----------------------------------------------------------------------------------------------
 
     async def _start_what_is_needed(self, view: View) -> bool:
-        """Start pods for jobs that nobody can take. True when a job may need one a moment later."""
+        """Starts pods for jobs that no host can take. True if a job may need one a moment later."""
         cooling = await self._cooling(view.now)
         demand = weigh(view, self._plan.gpus, cooling, self._limits)
         while demand.starts:
@@ -302,7 +302,7 @@ class Fleet:
         return demand.patient
 
     async def _start(self, view: View, kind: GpuKind, job: WaitingJob, waiting: int) -> bool:
-        """Ask for one pod. False: no more in this look."""
+        """Asks for one pod. False: ask for no more in this look."""
         now = view.now
         seconds = round(view.age(job.queued_at))
         reason = f"{waiting} waiting, the first unserved for {seconds} s (job {job.id}), and no host has room"
@@ -322,16 +322,16 @@ class Fleet:
 
     async def _not_started(self, now: datetime, row_id: UUID, kind: GpuKind, error: RunPodError) -> bool:
         if not error.certain:
-            # It may exist: the row keeps its slot until RunPod's list tells.
+            # The pod may exist: the row keeps its slot until RunPod's list shows it or not.
             log.warning("fleet_pod_in_doubt", row=str(row_id), gpu_type=kind.id, error=str(error))
             return False
         await self._fleet.end_pod(now, row_id, error.fault, str(error))
         log.warning("fleet_pod_refused", row=str(row_id), gpu_type=kind.id, fault=error.fault, error=str(error))
-        # Another kind may be had. A key or a request that is refused is so for each of them.
+        # Another GPU type may be available. A refused key or request is refused for every type.
         return error.fault is Fault.NO_CAPACITY
 
     async def _cooling(self, now: datetime) -> set[str]:
-        """Kinds of cards whose last pods failed: left alone for a while, longer after each failure."""
+        """GPU types whose last pods failed. We avoid them for a while, longer after each failure."""
         cooling = set()
         for kind in await self._fleet.failures(now):
             pause = min(self._settings.fleet_cooldown_seconds * 2.0 ** (kind.failures - 1), MAX_COOL_SECONDS)
@@ -349,7 +349,7 @@ class Fleet:
     async def _explain(
         self, now: datetime, decision: str, jobs: list[WaitingJob], reason: Callable[[WaitingJob], str]
     ) -> None:
-        """Say once why a job gets no pod; again only when the reason has changed or had gone."""
+        """Records why a job gets no pod, once, and again only if the reason has changed or had gone."""
         texts = {reason(job) for job in jobs}
         self._said = {said for said in self._said if said[0] != decision or said[1] in texts}
         for text in sorted(texts):
@@ -366,7 +366,7 @@ def _no_card_fits(job: WaitingJob) -> str:
 
 
 def _by_row(pods: list[Pod]) -> dict[UUID, Pod]:
-    """The pods that carry a row's id in their name; all others are none of our business."""
+    """The pods with a row's id in their name. All others are not ours."""
     found = {}
     for pod in pods:
         if pod.name.startswith(NAME_PREFIX):

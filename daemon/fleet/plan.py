@@ -1,4 +1,4 @@
-"""What the fleet may start: one pod as RunPod's API takes it, and the kinds of cards that it may have.
+"""What the fleet may start: one pod as RunPod's API takes it, and the GPU types that it may have.
 
 {"pod":  {"image": "…", "disk": 50, "mounts": {…}, "env": {…}},        body of POST /v2/pods
  "gpus": [{"id": "NVIDIA H100 80GB HBM3", "memory_gb": 80, "max_pods": 2}, …]}   tried in this order
@@ -22,7 +22,7 @@ _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|DATABASE_URL|AUTHORIZATION", 
 
 
 class GpuKind(BaseModel):
-    """One kind of card that a pod may have. `memory_gb` is of one card."""
+    """A GPU type that a pod may have. `memory_gb` is per GPU."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -53,19 +53,19 @@ class FleetPlan(BaseModel):
 
     @property
     def secrets(self) -> Iterator[str]:
-        """Values of the pod's env that no output may hold, by their names."""
+        """Values of the pod's env that no output may contain, recognised by their names."""
         for name, value in (self.pod.get("env") or {}).items():
             if isinstance(value, str) and _SECRET_NAME.search(name) and not value.startswith("{{"):
                 yield value
 
     @property
     def ends_itself(self) -> bool:
-        """Whether the pod is told to end itself when idle; a template of RunPod's may say so too, unseen by us."""
+        """Whether the pod's env tells it to end itself when idle. A RunPod template may do so too; we cannot see it."""
         return "TRAINER_IDLE_MINUTES" in (self.pod.get("env") or {}) or "templateId" in self.pod
 
 
 def read_plan(given: str | None) -> FleetPlan:
-    """Parse TRAINER_FLEET_POD: JSON, or the path of a file with it. Raises HostUnfit listing every fault."""
+    """Parses TRAINER_FLEET_POD: JSON, or the path of a file with it. Raises HostUnfit, which lists every fault."""
     if not given:
         raise HostUnfit("the fleet needs TRAINER_FLEET_POD: the pod to start, as JSON or a file (operator's guide)")
     text = given
@@ -73,7 +73,7 @@ def read_plan(given: str | None) -> FleetPlan:
         try:
             text = Path(given).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            # Anything but a plain path may be the plan itself, in quotes, with the secrets of its env.
+            # Anything that is not a plain path may be the quoted plan itself, with secrets in its env.
             what = given if _PLAIN_PATH.fullmatch(given) else "what it holds is neither JSON nor the path of a file:"
             why = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
             raise HostUnfit(f"TRAINER_FLEET_POD: {what} cannot be read: {why}") from None
@@ -82,6 +82,6 @@ def read_plan(given: str | None) -> FleetPlan:
     except ValueError as error:
         if not isinstance(error, ValidationError):
             raise HostUnfit(f"TRAINER_FLEET_POD is not JSON: {error}") from error
-        # Values may be secrets: fields and messages only.
+        # Values may be secrets: show fields and messages only.
         faults = [f"  {'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_input=False)]
         raise HostUnfit("TRAINER_FLEET_POD is not usable:\n" + "\n".join(faults)) from None

@@ -1,7 +1,7 @@
-"""The fleet's judgement, without a connection to anything: from what is seen to what is to be started and ended.
+"""Decides which pods to start and to end, as plain functions of the observed state.
 
-Pods are started when due jobs wait that no host has room for, and only so many; a pod that never reports in, that
-fell silent, that stopped itself or that idles for too long is ended.
+The fleet starts pods, up to a limit, when due jobs wait that no host has room for. It ends a pod that never reports in,
+falls silent, has stopped itself, or is idle for too long.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from daemon.pod.runpod_api import STOPPED, TERMINATED, Pod
 
 # A daemon touches its row every ten seconds.
 ALIVE_SECONDS = 120.0
-# After an outage of the database all rows are old: until each host had its turn, these count as alive.
+# After an outage of the database all rows are old: until each host has touched its row, such hosts count as alive.
 ALIVE_AFTER_OUTAGE_SECONDS = 3600.0
-# How long a pod may be missing from RunPod's list after it was asked for.
+# How long a new pod may be missing from RunPod's list after we asked for it.
 CREATE_GRACE_SECONDS = 120.0
-# A drained daemon leaves at once; whatever does not leave by then does not listen.
+# A drained daemon leaves immediately; one that has not left by then does not respond.
 DRAIN_GRACE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Limits:
-    """TRAINER_FLEET_*, in seconds."""
+    """The TRAINER_FLEET_* settings, times in seconds."""
 
     max_pods: int
     patience_seconds: float
@@ -53,7 +53,7 @@ class WaitingJob:
 
 @dataclass(frozen=True)
 class WorkerSeen:
-    """A daemon's row, with the leases that it holds."""
+    """A daemon's row and the leases that it holds."""
 
     id: UUID
     pod: str | None
@@ -92,18 +92,18 @@ class PodRow:
 
 @dataclass(frozen=True)
 class View:
-    """Everything that one look saw. `listed` are RunPod's pods by our row's id."""
+    """Everything that one look has read. `listed` are RunPod's pods by the id of our row."""
 
     now: datetime
     jobs: Sequence[WaitingJob]
     workers: Sequence[WorkerSeen]
     pods: Sequence[PodRow]
     listed: dict[UUID, Pod]
-    # False for a while after our own reconnect: then a silent host may only not have had its turn yet.
+    # False for a while after we reconnect: a silent host may only not have reconnected yet.
     may_judge_silence: bool = True
-    # Row security hides rows from us: neither a silent host nor an idle one is judged.
+    # Row security hides rows from us: we cannot tell whether a host is silent or idle.
     is_blind: bool = False
-    # Live leases of hosts without a row: each may be on a pod that seems never to have reported.
+    # Live leases of hosts without a row. Their pods may look as if they never reported in.
     unplaced_leases: int = 0
 
     @property
@@ -114,20 +114,20 @@ class View:
         return (self.now - since).total_seconds()
 
     def works(self, row: PodRow) -> bool:
-        """A daemon on this pod keeps a lease alive: this one, or one that was started before it."""
+        """Whether any daemon on this pod, the current or an earlier one, keeps a lease alive."""
         return any(
             worker.live_leases > 0 for worker in self.workers if worker.pod is not None and worker.pod == row.pod
         )
 
     def worker_of(self, row: PodRow) -> WorkerSeen | None:
-        """The daemon that was seen last on this pod."""
+        """The most recently seen daemon on this pod."""
         found = [worker for worker in self.workers if worker.pod is not None and worker.pod == row.pod]
         return max(found, key=lambda worker: worker.last_seen_at, default=None)
 
 
 @dataclass(frozen=True)
 class Doom:
-    """A pod is to be ended: the short word is kept, the reason is for people."""
+    """Why to end a pod: a short word that is stored, and a reason for people."""
 
     row: PodRow
     word: str
@@ -135,7 +135,7 @@ class Doom:
 
 
 def judge_pod(row: PodRow, view: View, limits: Limits) -> Doom | None:
-    """Whether this pod, which RunPod still lists, is to be ended."""
+    """Decides whether to end this pod, which RunPod still lists."""
     listed = view.listed.get(row.id)
     if row.doomed_at is not None or listed is None:
         return None
@@ -148,7 +148,7 @@ def judge_pod(row: PodRow, view: View, limits: Limits) -> Doom | None:
             return Doom(row, "never_reported", f"no daemon reported in for {_minutes(age)} min")
         return None
     if view.works(row):
-        # Its row may be old all the same: then what writes the row has failed, not the host.
+        # Its row may still be old: then the code that touches the row has failed, not the host.
         return None
     silent = view.age(worker.last_seen_at)
     if worker.state == "gone":
@@ -172,7 +172,7 @@ def judge_pod(row: PodRow, view: View, limits: Limits) -> Doom | None:
 
 
 def may_terminate(row: PodRow, view: View) -> bool:
-    """A doomed pod that still works on a job is left to drain: its daemon was asked to claim nothing more."""
+    """Whether a doomed pod can be terminated now. One that still has a job drains: its daemon claims nothing more."""
     assert row.doomed_at is not None
     worker = view.worker_of(row)
     if view.works(row) and row.doom != "stopped":
@@ -186,7 +186,7 @@ def may_terminate(row: PodRow, view: View) -> bool:
 
 @dataclass
 class _Room:
-    """Room for jobs on one host: that lives, is on its way, or could be started."""
+    """Room for jobs on one host: a live one, one that is starting, or one that could be started."""
 
     gpu_count: int | None
     gpu_memory_gb: float | None
@@ -195,7 +195,7 @@ class _Room:
     slots: int
 
     def fits(self, job: WaitingJob) -> bool:
-        """The condition of sql/queries/queue/_candidates.sql, asked of hosts that may not exist yet."""
+        """The condition of sql/queries/queue/_candidates.sql, for hosts that may not exist yet."""
         return (
             (self.gpu_count is None or job.need_gpus <= self.gpu_count)
             and (
@@ -212,7 +212,7 @@ class _Room:
 
 @dataclass
 class Demand:
-    """What one look wants: a pod for each job of `starts`; `unservable` fit no card of the plan, `over` no limit."""
+    """What one look asks for: a pod per job of `starts`. `unservable` jobs fit no GPU type, `over` are over a limit."""
 
     starts: list[tuple[GpuKind, WaitingJob, int]] = field(default_factory=list)
     unservable: list[WaitingJob] = field(default_factory=list)
@@ -221,7 +221,7 @@ class Demand:
 
 
 def weigh(view: View, kinds: Sequence[GpuKind], cooling: Collection[str], limits: Limits) -> Demand:
-    """Give every waiting job a slot: on a living host, on a pod that is starting, else on a pod to be started."""
+    """Assigns every waiting job to a live host, a pod that is starting, or a pod to be started."""
     by_id = {kind.id: kind for kind in kinds}
     open_rows = [row for row in view.pods if row.ended_at is None]
     of_kind = Counter(row.gpu_type for row in open_rows)
@@ -256,7 +256,7 @@ def weigh(view: View, kinds: Sequence[GpuKind], cooling: Collection[str], limits
 def _choose(
     job: WaitingJob, kinds: Iterable[GpuKind], cooling: Collection[str], of_kind: Counter[str], limits: Limits
 ) -> GpuKind | None:
-    """The first kind in the plan's order that fits, is below its own limit and is not cooling down."""
+    """The first GPU type in the plan's order that fits, is below its own limit and is not cooling down."""
     for kind in kinds:
         below = kind.max_pods is None or of_kind[kind.id] < kind.max_pods
         if below and kind.id not in cooling and _room(kind, limits).fits(job):
@@ -265,7 +265,7 @@ def _choose(
 
 
 def _living(view: View, limits: Limits) -> list[_Room]:
-    # A host whose pod RunPod does not list any more died without a word: its row says alive for two minutes yet.
+    # A host is dead if RunPod no longer lists its pod, though its row still counts as alive for two minutes.
     lost = {row.pod for row in view.pods if row.pod is not None and (row.id not in view.listed or row.doomed_at)}
     rooms = []
     for worker in view.workers:
@@ -286,12 +286,12 @@ def _starting(rows: Iterable[PodRow], kinds: dict[str, GpuKind], limits: Limits)
 
 
 def _room(kind: GpuKind, limits: Limits) -> _Room:
-    # One job for each card, as a daemon without TRAINER_SLOTS takes them.
+    # One job per GPU, like a daemon without TRAINER_SLOTS.
     return _Room(kind.count, kind.memory_gb, kind.id, limits.models or None, kind.count * limits.jobs_per_pod)
 
 
 def is_gone(row: PodRow, view: View) -> bool:
-    """RunPod does not list it (any more); not judged while it may not be listed yet."""
+    """Whether RunPod no longer lists the pod. False while a new pod may not be listed yet."""
     listed = view.listed.get(row.id)
     if listed is not None:
         return listed.status in TERMINATED

@@ -1,4 +1,4 @@
-"""The fleet's statements: what it sees in the database, and its decisions as they are made."""
+"""The fleet's statements: reads the database, and records each decision."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from daemon.fleet.plan import GpuKind
 from daemon.fleet.rules import PodRow, WaitingJob, WorkerSeen
 from daemon.pod.runpod_api import Pod
 
-# More waiting jobs than any fleet has pods for; the queue itself may hold millions.
+# More waiting jobs than any fleet has pods for; the queue may have millions.
 MOST_JOBS = 200
 
 
 @dataclass(frozen=True)
 class Failures:
-    """Pods of one kind of card that ended in a row without reporting in."""
+    """How many pods of one GPU type in a row ended without reporting in."""
 
     gpu_type: str
     failures: int
@@ -29,7 +29,7 @@ class Failures:
 
 
 class FleetStore:
-    """Over one Database, whose session holds the turn. Raises what Database raises."""
+    """Uses one Database, whose session holds the fleet's lock. Raises what Database raises."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
@@ -49,7 +49,7 @@ class FleetStore:
         return [WorkerSeen(**row) for row in await self._run("read_fleet_workers", since=since, pods=list(pods))]
 
     async def unplaced_leases(self) -> int:
-        """Live leases whose host has no row: it may be on any pod."""
+        """Counts live leases whose host has no row: it may be on any pod."""
         return int((await self._run("read_unplaced_leases"))[0]["leases"])
 
     async def pods(self, listed: Sequence[UUID]) -> list[PodRow]:
@@ -60,7 +60,7 @@ class FleetStore:
         return [Failures(**row) for row in rows]
 
     async def ask_for_pod(self, now: datetime, kind: GpuKind, max_pods: int, reason: str) -> UUID | None:
-        """The new row's id; None when every slot is taken, whoever took the last."""
+        """Returns the new row's id; None if every slot is taken, also by another loop."""
         rows = await self._run(
             "ask_for_pod", now=now, gpu_type=kind.id, gpu_count=kind.count, max_pods=max_pods, reason=reason
         )
