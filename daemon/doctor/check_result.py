@@ -1,4 +1,4 @@
-"""One line of the doctor's screen: a name, a light, what was seen, and what to do about it."""
+"""One line of the doctor's screen: a name, a status, what was found, and what to do about it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One line of the screen. `advice` says what to do where the light is not green."""
+    """One line of the screen. `advice` says what to do if the status is not green."""
 
     name: str
     light: Status

@@ -1,4 +1,4 @@
-"""What the doctor looks at on this machine: libraries, cards, models, disks."""
+"""The doctor's checks of this machine: libraries, GPUs, models, disks."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ async def check_trainer(settings: Settings) -> AsyncIterator[CheckResult]:
 
 
 def findings_of(checked: Selfcheck, device: str) -> Iterator[CheckResult]:
-    """A selfcheck's answer, line by line of the screen."""
+    """Turns the result of a selfcheck into lines of the screen."""
     if checked.crash is not None:
         yield red("trainer", checked.crash[:200], "the libraries do not fit together: install with constraints.txt")
         return
@@ -85,7 +85,7 @@ def findings_of(checked: Selfcheck, device: str) -> Iterator[CheckResult]:
 
 
 async def check_model(settings: Settings) -> AsyncIterator[CheckResult]:
-    """The default model, whole or not, and its 4-bit copy."""
+    """Checks whether the default model is whole, and its 4-bit copy."""
     offline = settings.model_copy(update={"model_downloads": False})
     name = settings.default_model
     try:
@@ -105,7 +105,7 @@ async def check_model(settings: Settings) -> AsyncIterator[CheckResult]:
 
 
 def _check_copy(settings: Settings, name: str) -> CheckResult:
-    """Whether the 4-bit copy was made by these libraries and has all its files; the trainer reads their hashes."""
+    """Checks whether these libraries made the 4-bit copy and all files are there; the trainer checks the hashes."""
     advice = f"run `brightrun-trainer models quantize {name}`, or the first job loads the whole model and makes it"
     problem = "none yet"
     for manifest in sorted(quantized_dir(settings).glob(f"{name.replace('/', '--')}-nf4-*/manifest.json")):

@@ -1,7 +1,7 @@
-"""One screen that says whether this host can work, and for each fault what to do.
+"""Runs all checks and shows whether this host can work, and for each fault what to do.
 
-Every check really does what the daemon will do: it listens, claims nothing, writes and deletes a file,
-multiplies through a 4-bit layer. A check that cannot run says so; none is skipped in silence.
+Every check really does what the daemon will do: listen, write and delete a file, multiply through a 4-bit
+layer; only a claim is left out. A check that cannot run says so; none is skipped silently.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from daemon.settings import Settings
 
 
 async def examine(settings: Settings) -> AsyncIterator[CheckResult]:
-    """All findings, in the order of the screen, each as soon as it is known."""
+    """Yields all results in the order of the screen, each as soon as it is known."""
     yield check_python()
     yield check_device(settings)
     async for finding in check_trainer(settings):
@@ -37,7 +37,7 @@ Show = Callable[[CheckResult], None]
 
 
 def run_doctor(settings: Settings, show: Show) -> int:
-    """Show each finding as it comes. Exit status: 1 when anything is red."""
+    """Shows each result as it comes. Exit status 1 if anything is red."""
 
     async def all_findings() -> int:
         worst = 0

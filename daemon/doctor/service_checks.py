@@ -1,4 +1,4 @@
-"""What the doctor looks at beyond this machine: the database, the storage, callbacks, RunPod."""
+"""The doctor's checks beyond this machine: the database, the storage, callbacks, RunPod."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from daemon.settings import Settings
 from daemon.storage.open import open_storage
 
 HEARS_SECONDS = 15.0
-# A rank 64 adapter of the default 80B model: what most jobs stay under, and some free plans' limit of 50 MB does not.
+# A rank 64 adapter of the default 80B model. Most jobs stay below it; the 50 MB limit of some free plans is too small.
 LARGE_ADAPTER_BYTES = 500_000_000
 RIGHTS = {
     "training_jobs": ("SELECT", "UPDATE"),
@@ -102,7 +102,7 @@ async def _check_role(database: Database) -> CheckResult:
 
 
 def _kind_of_connection(dsn: str) -> str:
-    """What Supabase's address says it is. Whether notifications come through is LISTEN's own line."""
+    """The kind of connection according to Supabase's URL. Another line checks whether notifications arrive."""
     given = conninfo_to_dict(dsn)
     host, port = str(given.get("host") or "local socket"), str(given.get("port") or "5432")
     if port == "6543":
@@ -111,7 +111,7 @@ def _kind_of_connection(dsn: str) -> str:
 
 
 async def _check_rights(database: Database) -> CheckResult:
-    """What the daemon's statements need, asked of the database for the role that it works as."""
+    """Checks that the daemon's role has the rights that its statements need."""
     rows = await database.fetch(
         "SELECT relation, verb FROM (VALUES "
         + ", ".join(f"('public.{relation}', '{verb}')" for relation, verbs in RIGHTS.items() for verb in verbs)
@@ -126,7 +126,7 @@ async def _check_rights(database: Database) -> CheckResult:
 
 
 def _check_installation(dsn: str) -> CheckResult:
-    """Whether all is as `migrate` left it: after a restore the record of what was applied says so, and it is not."""
+    """Checks that everything is as `migrate` left it: after a restore, the record of migrations alone is not enough."""
     name, advice = "installation", "run `brightrun-trainer migrate` as the administrator, which repairs it"
     try:
         wrong = faults(dsn)
@@ -140,7 +140,7 @@ def _check_installation(dsn: str) -> CheckResult:
 
 
 async def _check_sight(visibility: RowVisibility) -> CheckResult:
-    """A policy of the app's that binds the daemon's role hides rows without a word: jobs would wait for ever."""
+    """Checks for policies of the app that silently hide rows from the daemon's role: jobs would wait for ever."""
     name = "row security"
     sight, policies = await visibility.read_row_visibility(), await visibility.read_hiding_policies()
     cures = "; ".join(cure(policy) for policy in policies)
@@ -156,7 +156,7 @@ async def _check_clock(database: Database) -> CheckResult:
     rows = await database.fetch("SELECT clock_timestamp() AS now")
     skew = abs((rows[0]["now"] - datetime.now(UTC)).total_seconds())
     if skew > MAX_SKEW_SECONDS:
-        # Leases run on the database's clock; signatures of callbacks carry this host's.
+        # Leases use the database's clock, but callback signatures use this host's.
         return yellow(
             "clock",
             f"the clock is {skew:.1f} s away from the database's",
@@ -166,7 +166,7 @@ async def _check_clock(database: Database) -> CheckResult:
 
 
 async def _check_older_dispatcher(database: Database) -> CheckResult:
-    # By the catalogue, which everybody may read: to_regclass fails where the schema is not ours to use.
+    # From the catalogue, which every role may read: to_regclass fails without a right on the schema.
     found = await database.fetch(
         "SELECT EXISTS (SELECT FROM pg_class WHERE relname = 'job' AND relnamespace = "
         "(SELECT oid FROM pg_namespace WHERE nspname = 'cron')) AS has_cron"
@@ -191,7 +191,7 @@ async def _check_older_dispatcher(database: Database) -> CheckResult:
 
 
 async def _check_hosts(database: Database) -> AsyncIterator[CheckResult]:
-    """What the daemons that live now say of themselves."""
+    """Reports what the live daemons say about themselves."""
     rows = await database.fetch(
         "SELECT host, state, coalesce(data -> 'troubles', '[]') AS troubles FROM training_workers "
         "WHERE state NOT IN ('gone') AND last_seen_at > clock_timestamp() - interval '2 minutes' ORDER BY started_at"
@@ -226,7 +226,7 @@ async def _check_listen(dsn: str) -> CheckResult:
 
 
 async def check_storage(settings: Settings) -> CheckResult:
-    """Write, read back and delete a real object, in the bucket that adapters go to."""
+    """Writes, reads back and deletes a real object in the bucket for adapters."""
     name = f"storage ({settings.effective_storage})"
     storage = open_storage(settings)
     probe = Path(settings.work_dir) / f".doctor-{uuid4().hex}"
@@ -268,7 +268,7 @@ def check_callbacks(settings: Settings) -> CheckResult:
 
 
 async def check_pod(settings: Settings) -> CheckResult:
-    """Whether this pod can see itself by the API, and so learn its price and end itself when idle."""
+    """Checks that this pod can read itself from the API, so that it knows its price and can end itself when idle."""
     if settings.pod_id is None:
         return green("RunPod", "not a pod")
     advice = "set TRAINER_RUNPOD_API_KEY to a key that may read and end pods: else an idle pod may go on billing"

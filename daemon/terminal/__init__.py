@@ -1,1 +1,1 @@
-"""How text, numbers and curves look on a terminal. Knows nothing of jobs; the command line and the demo call it."""
+"""How text, numbers and curves look on a terminal. It knows nothing about jobs. The CLI and the demo use it."""

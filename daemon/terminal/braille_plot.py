@@ -1,4 +1,4 @@
-"""A loss curve in text: braille dots, eight to a character, so that a small panel shows a real line."""
+"""Draws a loss curve in braille dots, eight per character, so that a small panel shows a real line."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _BLANK = 0x2800
 
 
 def draw_curve(values: Sequence[float], *, width: int, height: int, low: float, high: float, of: int) -> list[str]:
-    """`height` lines of `width` characters: `values` from left to right, `of` of them filling the width.
+    """Draws `values` from left to right in `height` lines of `width` characters; `of` values fill the width.
 
-    Values outside `low`–`high` are drawn at the border; consecutive ones are joined.
+    Values outside `low`–`high` are drawn at the border; consecutive values are joined.
     """
     columns, rows = width * 2, height * 4
     cells = [[0] * width for _ in range(height)]

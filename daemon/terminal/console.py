@@ -1,4 +1,4 @@
-"""Where a command's words go: a console that reads no markup, and JSON that any program reads."""
+"""Prints a command's output: to a console without markup, or as JSON for programs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from daemon.terminal.sanitize import plain
 
 AsJson = Annotated[bool, typer.Option("--json", help="JSON, one object a line, instead of a screen.")]
 
-# Nobody looks at a pipe's width: rows stay whole for grep.
+# A pipe has no width: keep rows whole for grep.
 _PIPE_WIDTH = 200
 
 STATE_STYLE = {
@@ -35,39 +35,39 @@ STATE_STYLE = {
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A console that takes every text literally."""
+    """A console that prints every text literally."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
     return Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
 
 
 def say(words: str | Text) -> None:
-    """One line, wrapped by the terminal and not by us, so that it can be copied whole."""
+    """Prints one line, wrapped by the terminal and not by us, so that it can be copied whole."""
     console().print(words, soft_wrap=True)
 
 
 def say_done(words: str) -> None:
-    """One line about something that was done."""
+    """Prints one line about something that was done."""
     say(Text.assemble(("✓ ", "bold green"), words))
 
 
 def say_aside(words: str) -> None:
-    """One line beside the answer, on stderr: it never ends up in a pipe."""
+    """Prints one line beside the answer, on stderr, so that it never ends up in a pipe."""
     console(stderr=True).print(Text(words, style="dim"), soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
-    """One object on one line. Escapes every control character, so that it is safe to look at, too."""
+    """Prints one object on one line. Escapes every control character, so that it is safe on a terminal, too."""
     typer.echo(json.dumps(value, default=_as_json, allow_nan=False))
 
 
 def columns_table() -> Table:
-    """A table of aligned columns and nothing else: reads well, copies well."""
+    """A table of aligned columns without borders, easy to read and to copy."""
     return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", collapse_padding=True)
 
 
 def facts_table() -> Table:
-    """Two columns, name and value."""
+    """A table of two columns, name and value."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")

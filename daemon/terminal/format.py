@@ -1,4 +1,4 @@
-"""How numbers and instants are said to a person: short, with their unit, never more digits than one reads."""
+"""Formats numbers and times for people: short, with their unit, and no more digits than useful."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ _UNKNOWN = "–"
 
 
 def short_id(value: object) -> str:
-    """The first eight characters: what every command takes in place of the whole id."""
+    """The first eight characters, which every command accepts in place of the whole id."""
     return str(value)[:8]
 
 
 def span(seconds: float | None) -> str:
-    """A length of time in two units at most: 8s, 4m 05s, 3h 12m, 5d 2h."""
+    """A duration in at most two units: 8s, 4m 05s, 3h 12m, 5d 2h."""
     if seconds is None:
         return _UNKNOWN
     seconds = max(seconds, 0.0)
@@ -28,7 +28,7 @@ def span(seconds: float | None) -> str:
 
 
 def age(seconds: float | None) -> str:
-    """How long ago, in one unit: fits a narrow column."""
+    """How long ago, in one unit, for a narrow column."""
     return _UNKNOWN if seconds is None else span(seconds).split(" ", 1)[0]
 
 
@@ -49,7 +49,7 @@ def size(num_bytes: float | None) -> str:
 
 
 def clock(instant: datetime | None) -> str:
-    """The reader's own wall clock; the date only when it is not today."""
+    """The local time; with the date only if it is not today."""
     if instant is None:
         return _UNKNOWN
     here = instant.astimezone()
@@ -63,5 +63,5 @@ def count(number: int, noun: str) -> str:
 
 
 def loss(value: float | None) -> str:
-    """A loss to three digits after the point; – when it is unknown."""
+    """A loss with three digits after the point; – if unknown."""
     return _UNKNOWN if value is None else f"{value:.3f}"

@@ -1,4 +1,4 @@
-"""A progress bar of bytes for whatever takes long: on a terminal a bar, elsewhere a line at each tenth."""
+"""Shows the progress of long transfers in bytes: a bar on a terminal, elsewhere a line at each tenth."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from daemon.terminal.console import console, say_aside
 from daemon.terminal.format import size
 from daemon.terminal.sanitize import plain
 
-OnBytes = Callable[[int, int], None]  # bytes done, bytes in all
+OnBytes = Callable[[int, int], None]  # bytes done, total bytes
 
 
 @contextmanager
 def transfer_bar(name: str, *, shown: bool, verb: str = "fetching") -> Iterator[OnBytes]:
-    """What it yields takes (done, total); on stderr, so that the answer on stdout stays clean."""
+    """Yields a function that takes (done, total). Writes to stderr, so that the answer on stdout stays clean."""
     if not shown:
         yield lambda _done, _total: None
         return

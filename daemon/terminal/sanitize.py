@@ -1,25 +1,25 @@
-"""Text from rows, files and servers as a terminal may be given it: no escape codes, no tricks with direction.
+"""Makes text from rows, files and servers safe for a terminal: no escape codes, no changes of text direction.
 
-A dataset's name, a model's name and an error text are written by strangers. Everything of theirs that is
-printed goes through here, and rich never reads markup in it (terminal.console turns markup off).
+Strangers write the names of datasets and models and error texts. All such text goes through here before
+it is printed, and rich never reads markup in it (terminal.console turns markup off).
 """
 
 from __future__ import annotations
 
 import unicodedata
 
-# Emoji of several parts are joined by it; every other invisible format character is dropped (bidi overrides first).
+# It joins the parts of an emoji. Every other invisible format character is dropped (above all bidi overrides).
 _JOINER = "\u200d"
 _DELETE = 0x7F
 
 
 def plain(value: object) -> str:
-    """One line: line ends and tabs become spaces, control characters visible pictures (ESC is ␛)."""
+    """One line: line ends and tabs become spaces, control characters become visible symbols (ESC is ␛)."""
     return " ".join("".join(_letter(letter) for letter in str(value)).split())
 
 
 def plain_lines(value: object) -> str:
-    """As plain, keeping line ends and indentation; a progress bar's carriage return keeps its last state only."""
+    """Like `plain`, but keeps line ends and indentation. After a carriage return only the last state is kept."""
     lines = str(value).replace("\r\n", "\n").expandtabs(4).split("\n")
     return "\n".join("".join(_letter(letter) for letter in line.rstrip("\r").rpartition("\r")[2]) for line in lines)
 
