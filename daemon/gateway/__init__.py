@@ -1,2 +1,2 @@
-"""HTTP for whoever cannot insert a row: the older contract, the serverless shape, metrics and the dashboard, all over
-the same rows. `brightrun-trainer serve` runs it; nothing else imports it."""
+"""HTTP for callers that cannot insert a row: the older contract, the serverless API, metrics and the dashboard, all
+over the same rows. `brightrun-trainer serve` runs it; nothing else imports it."""

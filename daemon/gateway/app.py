@@ -1,4 +1,4 @@
-"""The gateway's routes: each asks the rows one question and answers in the caller's words."""
+"""Builds the gateway's application from its routes. Each reads or writes rows and answers in the caller's format."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ under the serverless paths.
 def build_app(
     settings: Settings, rows: GatewayRows, metrics: ServiceMetrics, feed: Feed, closing: asyncio.Event
 ) -> FastAPI:
-    """The whole application. `closing` set: whoever waits for an ending is answered with what is known."""
+    """Builds the whole application. Once `closing` is set, callers that wait for a job get its current state."""
     app = FastAPI(title="brightrun-trainer", description=DESCRIPTION, version="1", docs_url=None, redoc_url=None)
     keys = [key.get_secret_value() for key in settings.gateway_keys]
     sessions = Sessions(keys)

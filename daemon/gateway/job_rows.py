@@ -1,9 +1,9 @@
-"""The gateway's statements: it inserts rows and reads them, and keeps nothing of its own.
+"""The gateway's statements: it inserts and reads rows, and keeps no state of its own.
 
-A few connections, each serving one request at a time; whoever finds all of them taken waits his turn,
-so that a thousand callers never cost the database more than these. psycopg_pool 3.3.3 was tried in place of the queue:
-it connects in the background, so that with Postgres away a request waits out its timeout (20 s, where it is refused at
-once here) and is not given the reason, a wrong password included; after 45 s away it served again 11 s later than this.
+It has a few connections, each for one request at a time. Other requests wait, so that a thousand callers cost the
+database no more than these. We tried psycopg_pool 3.3.3 instead of the queue. It connects in the background: while
+Postgres is away, a request waits for its timeout (20 s; here it is refused immediately) and does not get the reason,
+such as a wrong password. After 45 s away, it served again 11 s later than this.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from daemon.settings import Settings
 from training.spec import Fault, SpecInvalid, parse_row
 
 CONNECTIONS = 4
-# Shorter than any caller's patience; a proxy gives up after 100 s.
+# Shorter than any caller waits; a proxy gives up after 100 s.
 STATEMENT_SECONDS = 5.0
 TURN_SECONDS = 20.0
 
 
 class Refused(Exception):
-    """The request cannot be served as it is. `status` is HTTP's."""
+    """The request cannot be served. `status` is the HTTP status."""
 
     def __init__(self, status: int, message: str, hint: str | None = None, faults: tuple[Fault, ...] = ()) -> None:
         super().__init__(message)
@@ -46,7 +46,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Standing:
-    """A job as its row says it now: its state (or lost), and the status JSON of the contract."""
+    """A job's current status from its row: its state (or lost), and the status JSON of the contract."""
 
     job_id: UUID
     state: str
@@ -59,7 +59,7 @@ class Standing:
 
 
 class GatewayRows:
-    """Raises Refused for what a caller can mend, DatabaseAway and HostUnfit as Database does."""
+    """Reads and writes job rows. Raises Refused for faults of the caller, DatabaseAway and HostUnfit like Database."""
 
     def __init__(self, settings: Settings) -> None:
         self._dsn = settings.database_url.get_secret_value()
@@ -68,7 +68,7 @@ class GatewayRows:
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[GatewayRows]:
-        """Connections are made when first needed and closed at the end."""
+        """Opens connections when they are first needed and closes them at the end."""
         async with AsyncExitStack() as stack:
             for _ in range(CONNECTIONS):
                 database = Database(
@@ -78,7 +78,7 @@ class GatewayRows:
             yield self
 
     async def fetch(self, name: str, parameters: Mapping[str, Any], folder: str = "queries") -> list[dict[str, Any]]:
-        """Run a statement of sql/<folder> on the next free connection."""
+        """Runs a statement of sql/<folder> on the next free connection."""
         try:
             database = await asyncio.wait_for(self._free.get(), TURN_SECONDS)
         except TimeoutError:
@@ -91,9 +91,9 @@ class GatewayRows:
             self._free.put_nowait(database)
 
     async def submit(self, submission: Submission, hold_seconds: float | None = None) -> UUID:
-        """The job of this submission: the row it names, or one that is made for it.
+        """Returns the job of this submission: the row it names, or a new one.
 
-        With `hold_seconds` the daemons leave a row that is made here alone for so long."""
+        With `hold_seconds`, daemons do not claim a new row for that long."""
         if submission.row_id is not None:
             known = await self._adopt(submission.row_id, submission.callback_url)
             if known is not None:
@@ -125,11 +125,11 @@ class GatewayRows:
         return Standing(job_id, **rows[0])
 
     async def cancel(self, job_id: UUID) -> None:
-        """Cancelling twice is no error; a job that completed or failed is refused."""
+        """Cancels a job. Cancelling twice is no error; a job that completed or failed is refused."""
         await self._call("cancel_job", {"job_id": job_id})
 
     async def retry(self, job_id: UUID) -> None:
-        """A failed or cancelled job begins again, from zero; any other is refused."""
+        """Restarts a failed or cancelled job from zero; any other is refused."""
         await self._call("resubmit_job", {"job_id": job_id})
 
     async def _adopt(self, job_id: UUID, callback_url: str | None) -> UUID | None:
@@ -153,14 +153,14 @@ class GatewayRows:
         return job_id
 
     async def _why_unknown(self, job_id: UUID) -> Refused | RowsHidden:
-        """A caller who is told that his job does not exist gives it up: only where that is certain."""
+        """Refuses a job as unknown only if that is certain, because the caller then gives it up."""
         found = (await self.fetch("find_job", {"job_id": job_id}))[0]
         if found["can_tell"] and not found["job_exists"]:
             return unknown_job()
         return RowsHidden(f"the row of job {job_id} is hidden from training_daemon by row security")
 
     async def _call(self, name: str, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """As fetch; what the database's functions refuse becomes the caller's answer."""
+        """Like `fetch`, but turns a refusal of the database's functions into the caller's response."""
         try:
             return await self.fetch(name, parameters)
         except StatementRefused as refused:

@@ -1,7 +1,7 @@
-"""Prometheus metrics of the whole service, from one cheap query a scrape.
+"""Prometheus metrics of the whole service, from one cheap query per scrape.
 
-Gauges are the rows as they stand. Counters and the pick-up histogram follow the jobs' stories from the
-moment this process began to look; Prometheus knows how to read counters that begin at zero again.
+Gauges show the current rows. Counters and the pick-up histogram follow the jobs' events from the moment
+this process began to read them; Prometheus handles counters that restart at zero.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["CONTENT_TYPE", "ServiceMetrics"]
 
 # Scrapes, probes and health checks within a second share one answer.
 FRESH_SECONDS = 1.0
-# From the wake-up's milliseconds to a queue that waits for a pod to start.
+# From milliseconds for an idle daemon to a queue that waits for a pod to start.
 PICKUP_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 60, 300, 1800, 7200)
 
 _GAUGES: Mapping[str, str] = {
@@ -48,7 +48,7 @@ class Reader(Protocol):
 
 
 class ServiceMetrics:
-    """Asks at most once a second, whoever asks it."""
+    """The metrics. Queries the database at most once a second, however often it is called."""
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
@@ -91,11 +91,11 @@ class ServiceMetrics:
         self.now: dict[str, Any] = {}
 
     def count_chore_failure(self, name: str) -> None:
-        """A chore of this process has failed and is begun again."""
+        """Counts a failure of a background task of this process, which is restarted."""
         self._chore_failures.labels(name).inc()
 
     async def exposition(self) -> bytes:
-        """The text that Prometheus scrapes. While the database is away, trainer_database_up says 0."""
+        """Returns the text that Prometheus scrapes. While the database is away, trainer_database_up is 0."""
         try:
             await self.refresh()
         except DatabaseAway as error:
@@ -103,7 +103,7 @@ class ServiceMetrics:
         return generate_latest(self._registry)
 
     async def refresh(self) -> None:
-        """Bring everything up to date unless that was done within the last second. Raises DatabaseAway."""
+        """Updates everything unless that was done within the last second. Raises DatabaseAway."""
         async with self._turn:
             if time.monotonic() - self._asked_at < FRESH_SECONDS:
                 return

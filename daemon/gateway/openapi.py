@@ -1,7 +1,7 @@
-"""The gateway's `/docs`: its OpenAPI description as one page of plain HTML.
+"""Serves `/docs`: the gateway's OpenAPI description as one page of plain HTML.
 
-FastAPI's own page loads its script and style from a public CDN, which a private network does not reach and which
-then runs in the browser of whoever holds a key. This one needs nothing but itself: no script, no other host.
+FastAPI's own page loads its script and style from a public CDN. A private network cannot reach that, and the script
+would run in the browser of a user with a key. This page uses no script and no other host.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
 
-# The browser holds us to the promise above.
+# Makes the browser enforce that.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 STYLE = """
@@ -30,12 +30,12 @@ pre { overflow-x: auto } table { border-collapse: collapse; width: 100% } h4 { m
 td, th { border-bottom: 1px solid var(--soft); padding: .25rem .6rem .25rem 0; text-align: left; vertical-align: top }
 """
 
-# What stands in an example for a value of this type.
+# The value that an example shows for each type.
 _EXAMPLES: Mapping[str, Any] = {"string": "…", "integer": 1, "number": 1.0, "boolean": True, "array": [], "object": {}}
 
 
 def add_docs(app: FastAPI) -> None:
-    """Serve the page for all routes of `app`, those added later included; made at its first call."""
+    """Serves the page for all routes of `app`, including later ones; it is rendered at the first request."""
 
     @cache
     def page() -> str:
@@ -47,7 +47,7 @@ def add_docs(app: FastAPI) -> None:
 
 
 def render_page(description: Mapping[str, Any]) -> str:
-    """One OpenAPI document as HTML."""
+    """Renders one OpenAPI document as HTML."""
     info = description["info"]
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
@@ -137,7 +137,7 @@ def _shapes(description: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _type(schema: Mapping[str, Any]) -> str:
-    """A schema in a few words, linked where it has a name."""
+    """Describes a schema in a few words, with a link if it has a name."""
     if "$ref" in schema:
         name = escape(schema["$ref"].rpartition("/")[2])
         return f"<a href='#{name}'>{name}</a>"
@@ -164,7 +164,7 @@ def _type(schema: Mapping[str, Any]) -> str:
 
 
 def _example(description: Mapping[str, Any], schema: Mapping[str, Any]) -> Any:
-    """The smallest body of this shape: its required fields."""
+    """The smallest body of this schema: its required fields."""
     if "$ref" in schema:
         named = description["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
         return _example(description, named)
@@ -179,6 +179,6 @@ def _example(description: Mapping[str, Any], schema: Mapping[str, Any]) -> Any:
 
 
 def _prose(text: str) -> str:
-    """Text with its `code` marked, on one line."""
+    """Renders text on one line, with `code` marked up."""
     pieces = escape(" ".join(text.split())).split("`")
     return "".join(f"<code>{piece}</code>" if index % 2 else piece for index, piece in enumerate(pieces))

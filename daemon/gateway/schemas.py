@@ -1,7 +1,7 @@
-"""The words of the two older HTTP contracts: what callers send, and how a row's standing reads in each.
+"""The requests and responses of the two older HTTP contracts, and how each shows a job's status.
 
-Callers of the first submit to /training/… and read running, completed or failed; callers of the second
-speak as RunPod's serverless API does. The external id of a job is its own id in both.
+Callers of the first submit to /training/… and read running, completed or failed. The second is RunPod's
+serverless API. In both, the external id of a job is its own id.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from daemon.sentence import as_sentence
 
-# Nothing that a job may say nests deeper; without a bound a body of brackets would cost us the stack.
+# No valid job nests deeper. Without a limit, a body of nested brackets would overflow the stack.
 MAX_DEPTH = 16
 _HTTP_URL = r"^[Hh][Tt][Tt][Pp][Ss]?://[^\s/]"
 
@@ -34,7 +34,7 @@ _SERVERLESS: Mapping[str, ServerlessStatus] = {
 
 
 class Submission(BaseModel):
-    """A job as a caller sends it. Keys beside these are left alone: older callers send some."""
+    """A job as a caller sends it. Other keys are ignored: older callers send some."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -71,12 +71,12 @@ class Submission(BaseModel):
 
     @property
     def row_id(self) -> UUID | None:
-        """The job's own id where job_id has the shape of one."""
+        """The job's own id, if job_id is a valid id."""
         return as_job_id(self.job_id or "")
 
 
 class RunRequest(BaseModel):
-    """RunPod's envelope. Its `policy` changes nothing here: a job's limits are its row's."""
+    """RunPod's envelope. Its `policy` has no effect: a job's limits are in its row."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -151,14 +151,14 @@ class WorkerCounts(BaseModel):
 
 
 class Health(BaseModel):
-    """In RunPod's words. The ended ones are counted since this gateway started."""
+    """Health in RunPod's terms. Ended jobs are counted since this gateway started."""
 
     jobs: JobCounts
     workers: WorkerCounts
 
 
 class Problem(BaseModel):
-    """Every refusal."""
+    """The body of every error."""
 
     error: Annotated[str, AfterValidator(as_sentence)]
     hint: Annotated[str, AfterValidator(as_sentence)] | None = None
@@ -166,7 +166,7 @@ class Problem(BaseModel):
 
 
 def as_job_id(text: str) -> UUID | None:
-    """A job's own id, in its usual shape; None for any other text."""
+    """Parses a job's own id in its usual form; None for any other text."""
     if len(text) != 36:
         return None
     try:
@@ -176,7 +176,7 @@ def as_job_id(text: str) -> UUID | None:
 
 
 def training_status(state: str, contract: Mapping[str, Any]) -> TrainingStatus:
-    """A row's standing in the first contract's words."""
+    """A job's status in the first contract."""
     return TrainingStatus(
         status=contract["status"],
         progress=contract["progress"],
@@ -189,7 +189,7 @@ def training_status(state: str, contract: Mapping[str, Any]) -> TrainingStatus:
 
 
 def run_status(job_id: UUID, state: str, contract: Mapping[str, Any]) -> RunStatus:
-    """A row's standing in the serverless words."""
+    """A job's status in the serverless API."""
     return RunStatus(
         id=str(job_id),
         status=_SERVERLESS[state],
@@ -215,7 +215,7 @@ def _metrics(contract: Mapping[str, Any]) -> Metrics:
 
 
 def _error(contract: Mapping[str, Any]) -> str | None:
-    # A failed attempt that is retried leaves its error in the row: no news for who waits for the job's end.
+    # A failed attempt that is retried leaves its error in the row; callers only want the error of the whole job.
     if contract["status"] != "failed":
         return None
     parts = [contract.get("error_message"), contract.get("error_hint")]
@@ -223,7 +223,7 @@ def _error(contract: Mapping[str, Any]) -> str | None:
 
 
 def _require_storable(value: Any, depth: int) -> None:
-    """Refuse what jsonb and text columns cannot hold: NUL, lone surrogates, NaN, bottomless nesting."""
+    """Refuses what jsonb and text columns cannot store: NUL, lone surrogates, NaN, too deep nesting."""
     if depth > MAX_DEPTH:
         raise ValueError(f"nested more than {MAX_DEPTH} deep")
     if isinstance(value, str):

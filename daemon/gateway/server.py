@@ -1,7 +1,7 @@
-"""The HTTP gateway as a process: the older contracts for callers that cannot insert a row.
+"""Runs the HTTP gateway: the older contracts for callers that cannot insert a row.
 
-It also does what any process beside the GPU hosts can do for them: takes back the jobs of dead hosts
-and, where it has their callback settings, delivers the callbacks that they left.
+It also cleans up for dead hosts: it requeues their jobs and, if it has their callback settings,
+delivers the callbacks that they left.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from daemon.troubles import Troubles
 
 log = structlog.get_logger()
 
-# Beyond so many open connections the answer is 503 at once.
+# With more open connections than this, it answers 503 immediately.
 MAX_CONNECTIONS = 4000
 BACKLOG = 4096
-# Answers under way when the signal comes; /runsync is answered with what is known.
+# How long requests may continue after the signal; /runsync answers with the job's current state.
 GRACE_SECONDS = 10
 
 
 async def serve_gateway(settings: Settings) -> None:
-    """Serve until TERM or INT. Raises HostUnfit where the settings make that impossible."""
+    """Serves until TERM or INT. Raises HostUnfit if the settings make that impossible."""
     configure_logs_by(settings)
     closing = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -51,7 +51,7 @@ async def serve_gateway(settings: Settings) -> None:
 
 
 async def run_gateway(settings: Settings, closing: asyncio.Event) -> None:
-    """Serve until `closing` is set; for whoever has signals and logs in hand already."""
+    """Serves until `closing` is set; for callers that have set up signals and logs."""
     if not settings.gateway_keys:
         raise HostUnfit(
             "TRAINER_GATEWAY_KEYS is empty, so every call would be refused. `openssl rand -hex 32` makes a good key."
@@ -91,7 +91,7 @@ async def run_gateway(settings: Settings, closing: asyncio.Event) -> None:
             async with Chores(troubles, on_failure=metrics.count_chore_failure) as watched:
                 watched.start("reaper", lambda: reap_forever(store, visibility, settings.lease_seconds))
                 watched.start("dashboard", feed.run)
-                # Without the secrets it would send unsigned what the daemons would sign.
+                # Without the secrets it would send callbacks unsigned that the daemons would sign.
                 if settings.callback_secrets:
                     courier = CallbackCourier(settings)
                     watched.start("callbacks", lambda: courier.run(outbox))
@@ -104,7 +104,7 @@ async def run_gateway(settings: Settings, closing: asyncio.Event) -> None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its own signal handlers: who runs us has the signals, and ends us by `should_exit`."""
+    """uvicorn without its own signal handlers: the caller handles signals and ends it by `should_exit`."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -113,13 +113,13 @@ class _Server(uvicorn.Server):
 
 async def _end_when(closing: asyncio.Event, server: uvicorn.Server, feed: Feed) -> None:
     await closing.wait()
-    # Streams have no end of their own: the server would wait its whole grace for them.
+    # Streams never end by themselves: the server would wait its whole grace period for them.
     feed.close()
     server.should_exit = True
 
 
 async def _first_look(metrics: ServiceMetrics) -> None:
-    """Fail at once where waiting cannot help (no migration, no right); wait where it can."""
+    """Fails immediately if waiting cannot help (no migration, no right); waits if it can."""
     try:
         await metrics.refresh()
     except DatabaseAway as error:

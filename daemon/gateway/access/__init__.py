@@ -1,1 +1,1 @@
-"""Who may ask and how often: keys, sessions, rate limits. Every route is behind it."""
+"""Decides who may call and how often: keys, sessions, rate limits. Every route is behind it."""

@@ -1,7 +1,7 @@
-"""What every request passes before a route sees it: a key, a rate, a body of bounded size that arrives in time.
+"""Checks every request before a route sees it: its key, its rate, and the size and arrival time of its body.
 
-In this order, so that a stranger costs one hash and no body. Plain ASGI, because a body must be
-refused while it is still arriving.
+In this order, so that a caller without a key costs one hash and no body. It is plain ASGI, because it must
+refuse a body that is still arriving.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from daemon.gateway.access.rate_limit import Bucket
 from daemon.gateway.access.sessions import COOKIE_PATH, Sessions, cookie_value
 from daemon.gateway.schemas import Problem
 
-# Read by load balancers and by people; nothing in them is anybody's.
+# For load balancers and people; they contain no user's data.
 OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/docs", "/openapi.json", "/dashboard"})
-# The page itself holds no data.
+# The page itself contains no data.
 OPEN_FOLDER = "/dashboard/static/"
-# Brings its key in the body: counted as a stranger's try, whoever sends it.
+# The key is in the body, so every login counts as a call without a key.
 LOGIN_PATH = "/dashboard/login"
 BODY_SECONDS = 10.0
-# Strangers share one bucket: guessing keys is slow for all of them together and costs a caller with a key nothing.
+# Callers without a key share one bucket: guessing keys is slow for all together, and callers with a key are unaffected.
 STRANGERS_PER_SECOND = 20.0
 
 
@@ -76,7 +76,7 @@ class Gate:
             413,
             f"The body is larger than {self._max_body_bytes} bytes.",
             "Datasets are named by dataset_url, never sent along.",
-            # What is still arriving is not read: this connection cannot carry another request.
+            # The rest of the body is not read, so this connection cannot be reused.
             {"Connection": "close"},
         )
         announced = _header(scope, b"content-length")
@@ -111,7 +111,7 @@ def _header(scope: Scope, name: bytes) -> str:
 
 
 def _as_json(scope: Scope) -> Scope:
-    # Older callers leave Content-Type out, or let their library write text/plain: a body here is always JSON.
+    # Older callers send no Content-Type, or their library's text/plain. A body here is always JSON.
     others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
     return {**scope, "headers": [*others, (b"content-type", b"application/json")]}
 

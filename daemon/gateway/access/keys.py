@@ -14,7 +14,7 @@ class KeyRing:
         self._digests = [sha256(key.encode()).digest() for key in keys]
 
     def find(self, authorization: str) -> int | None:
-        """Which key this header carries. Every key is compared, each in constant time."""
+        """Finds which key this header carries. Compares every key, each in constant time."""
         scheme, _, given = authorization.partition(" ")
         digest = sha256(given.strip().encode("utf-8", "surrogateescape")).digest()
         found = None

@@ -1,4 +1,4 @@
-"""A token bucket for each key."""
+"""Limits the rate of calls with one token bucket per key."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Bucket:
-    """Tokens that come back at a steady rate, up to twice as many as a second brings."""
+    """A token bucket that refills at a steady rate, up to the tokens of two seconds."""
 
     rate: float
     clock: Callable[[], float] = time.monotonic
@@ -20,7 +20,7 @@ class Bucket:
         self._filled_at = self.clock()
 
     def take(self) -> float:
-        """Take one token. Returns 0, or the seconds until there is one."""
+        """Takes one token. Returns 0, or the seconds until there is one."""
         now = self.clock()
         self._left = min(self._size, self._left + (now - self._filled_at) * self.rate)
         self._filled_at = now

@@ -1,15 +1,15 @@
-"""One reader of the database for all browsers: it looks, finds what changed, and tells each of them.
+"""One database reader for all browsers: it reads, finds what changed, and sends the changes to each of them.
 
-What it costs the database, however many browsers watch: nothing while none does; else one connection that
-LISTENs and one that reads. A read every half second, sooner when a NOTIFY says that something was queued or
-cancelled, never more than four a second. It follows leases, of which there are as few as running jobs, and the
-end of the story, so no table is scanned and no index was added to what moves (one on `updated_at` would end HOT
-updates: each progress write would cost its row's every index). Beside it: the hosts every two seconds; the
-queue's head with its reasons when a job moved, at most twice a second and for at most a twentieth of the time,
-because the order is found among all that waits; and everything anew every fifteen seconds, for changes that leave
-no trace (a priority, a deleted row). Curves of jobs under way are read once; then they grow from the rows' own steps.
+Its cost for the database does not depend on the number of browsers. Without any, it is nothing; else one connection
+that LISTENs and one that reads. It reads every half second, sooner after a NOTIFY that a job was queued or cancelled,
+and at most four times a second. It reads leases, which are as few as running jobs, and the newest events, so it scans
+no table and needs no index on changing columns (one on `updated_at` would prevent HOT updates: each progress write
+would have to update every index). It also reads the hosts every two seconds; the head of the queue with the reasons
+for waiting when a job moved, at most twice a second and for at most a twentieth of the time, because that sorts all
+waiting jobs; and everything every fifteen seconds, for changes that leave no event (a priority, a deleted row). The
+curve of a running job is read once and then extended from the steps in the job's row.
 
-NOTIFY is not sent on progress (it takes a database-wide lock at commit), therefore the steady look.
+Progress sends no NOTIFY (which takes a database-wide lock at commit), so the reader polls.
 """
 
 from __future__ import annotations
@@ -44,23 +44,23 @@ SHORTEST_SECONDS = 0.25
 WORKERS_SECONDS = 2.0
 QUEUE_SECONDS = 10.0
 QUEUE_SHORTEST_SECONDS = 0.5
-# One part in so many of the time is what reading the queue may take: its head is found by sorting all that waits.
+# Reading the queue may take one part in this many of the time: its head is found by sorting all waiting jobs.
 QUEUE_SHARE = 20
 WHOLE_SECONDS = 15.0
 BEAT_SECONDS = 5.0
-# A page that is loaded anew finds the reader warm.
+# So that a reloaded page finds the reader still running.
 LINGER_SECONDS = 3.0
 STATEMENT_SECONDS = 5.0
 MOST_QUEUED = 200
 MOST_NEWS = 1000
 CURVE_POINTS = 240
-# Changes kept for browsers that lost their connection for a moment.
+# Changes kept for browsers that lose their connection for a moment.
 KEPT_CHANGES = 120
 MOST_CLIENTS = 500
 
 
 class TooManyWatchers(Exception):
-    """No further browser can be served."""
+    """No more browsers can be served."""
 
 
 class Feed:
@@ -75,7 +75,7 @@ class Feed:
         self._board = Board()
         self._known = False
         self._away: str | None = None
-        # Numbers of another run of this process mean nothing here.
+        # Message numbers of an earlier run of this process are not valid here.
         self._run = uuid4().hex[:8]
         self._number = 0
         self._kept: deque[tuple[int, bytes]] = deque(maxlen=KEPT_CHANGES)
@@ -84,7 +84,7 @@ class Feed:
     # -- browsers ----------------------------------------------------------------------------------------------
 
     def join(self, last_event_id: str, is_welcome: Callable[[], bool]) -> Client:
-        """A browser comes, or comes back after the message of this id, for as long as it is welcome.
+        """Connects a browser, or reconnects it after the message of this id, for as long as `is_welcome` holds.
 
         Raises TooManyWatchers."""
         if self._closed or len(self._clients) >= MOST_CLIENTS:
@@ -112,13 +112,13 @@ class Feed:
         return len(self._clients)
 
     def close(self) -> None:
-        """End every stream; nobody joins any more."""
+        """Ends every stream; no browser can join any more."""
         self._closed = True
         for client in self._clients:
             client.end()
 
     def _missed(self, last_event_id: str) -> list[bytes] | None:
-        """The changes after this message; None when they are not all known any more."""
+        """The changes after this message; None if some of them are no longer kept."""
         run, _, number = last_event_id.partition("-")
         if run != self._run or not (number.isascii() and number.isdigit() and len(number) < 19):
             return None
@@ -142,7 +142,7 @@ class Feed:
     # -- the reader --------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Read while somebody watches, until cancelled."""
+        """Reads while any browser is connected, until cancelled."""
         try:
             while True:
                 await self._watched.wait()
@@ -158,7 +158,7 @@ class Feed:
                             log.debug("dashboard_watched")
                             await self._read_while_watched(_Reader(database, self._board))
                     finally:
-                        # Also where the reader broke: it begins anew, and so does what the browsers are told.
+                        # Also after the reader failed: it starts again, and browsers get everything again.
                         self._forget()
                 log.debug("dashboard_unwatched")
         except asyncio.CancelledError:
@@ -187,7 +187,7 @@ class Feed:
                 reader.begin_anew()
                 if self._away is None:
                     log.warning("dashboard_without_database", error=str(error))
-                    # What exactly is wrong is for the log, not for a page.
+                    # The exact error belongs in the log, not on the page.
                     self._away = datetime.now(UTC).isoformat()
                     self._tell(self._beat())
             else:
@@ -215,7 +215,7 @@ class Feed:
 
 
 class _Reader:
-    """What is read when."""
+    """Decides what to read at each look."""
 
     def __init__(self, database: Database, board: Board) -> None:
         self._database = database
@@ -223,14 +223,14 @@ class _Reader:
         self.begin_anew()
 
     def begin_anew(self) -> None:
-        """Read everything at the next look: after the first, and after the database was away."""
+        """Makes the next look read everything: at the start, and after the database was away."""
         self._after: int | None = None
         self._whole_at = self._workers_at = self._queue_at = float("-inf")
         self._queue_read_at = self._queue_seconds = 0.0
         self._day_is_old = True
 
     async def look(self) -> None:
-        """Bring the board up to date. Raises what Database raises."""
+        """Brings the board up to date. Raises what Database raises."""
         now = time.monotonic()
         whole = now - self._whole_at >= WHOLE_SECONDS
         if now >= self._queue_at:
@@ -241,7 +241,7 @@ class _Reader:
         await self._read_jobs(whole=whole)
         if whole:
             self._whole_at = now
-        # What has just moved has moved the queue: told with it, where the queue may be read again.
+        # The jobs that moved have changed the queue: send it with them, if it may be read again now.
         if time.monotonic() >= self._queue_at:
             await self._read_queue()
             if self._board.missing_jobs():
@@ -268,7 +268,7 @@ class _Reader:
             board.take_curves(missing, await self._fetch("read_curves", ids=missing, most=CURVE_POINTS))
         moved = board.take_story(row["news"], row["settled"])
         if moved:
-            # The order of the queue and its reasons have changed: soon, but no oftener than it may cost.
+            # The queue's order and reasons have changed: read it soon, but within its share of the time.
             self._queue_at = min(self._queue_at, self._queue_read_at + self._queue_gap)
         if with_day:
             board.take_day(row["day"])
@@ -290,5 +290,5 @@ class _Reader:
 
 
 def _json(value: dict[str, Any]) -> str:
-    """With the gateway's own time, by which a page tells ages whatever its own clock says."""
+    """Adds the gateway's time, so that the page can compute ages even if the browser's clock is wrong."""
     return json.dumps({"now": datetime.now(UTC).isoformat(), **value}, separators=(",", ":"), default=str)

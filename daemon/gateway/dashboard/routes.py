@@ -1,8 +1,8 @@
-"""The dashboard's routes: the page and its files, signing in and out, the stream, a job whole, cancel and retry.
+"""The dashboard's routes: the page and its files, login, logout, the event stream, a job's details, cancel and retry.
 
-The page is static and holds no data; every row arrives as JSON and is put into the document as text.
-The policy below lets the browser enforce that: no script, style or request of anybody else's, and no
-assignment of markup at all (Trusted Types).
+The page is static and contains no data; rows arrive as JSON and go into the document as text. The policy
+below makes the browser enforce that: no script, style or request from elsewhere, and no assignment of
+markup at all (Trusted Types).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ PAGE_HEADERS: Mapping[str, str] = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
-    # Looked after by its ETag: a new version is seen at once.
+    # The browser revalidates by ETag, so a new version shows immediately.
     "Cache-Control": "no-cache",
 }
 _TYPES = {
@@ -73,7 +73,7 @@ class _File:
 
 
 def add_dashboard(app: FastAPI, settings: Settings, rows: GatewayRows, feed: Feed, sessions: Sessions) -> None:
-    """None of these is part of the gateway's described contract: they belong to the page that it serves."""
+    """Adds the dashboard's routes. They serve its page only, and are not part of the documented API."""
     _add_files(app)
     _add_session(app, KeyRing([key.get_secret_value() for key in settings.gateway_keys]), sessions)
     _add_stream(app, feed, sessions)
@@ -119,7 +119,7 @@ def _add_session(app: FastAPI, ring: KeyRing, sessions: Sessions) -> None:
 
     @app.get("/dashboard/session", include_in_schema=False)
     async def session() -> Response:
-        """204 for who is signed in; the gate has answered everybody else."""
+        """Answers 204 to a signed-in user; the gate answers everyone else."""
         return Response(status_code=204)
 
     @app.post("/dashboard/logout", include_in_schema=False, dependencies=[Depends(_sent_by_the_page)])
@@ -133,7 +133,7 @@ def _add_session(app: FastAPI, ring: KeyRing, sessions: Sessions) -> None:
 def _add_stream(app: FastAPI, feed: Feed, sessions: Sessions) -> None:
     @app.get("/dashboard/stream", include_in_schema=False)
     async def stream(request: Request, last_event_id: Annotated[str, Header(max_length=64)] = "") -> Response:
-        """As long as the session that opened it; a caller who sends a key has none."""
+        """Streams events for as long as the session lasts; a caller who sends a key has no session."""
         cookie = "" if "authorization" in request.headers else cookie_value(request.headers.get("cookie", ""))
         try:
             client = feed.join(last_event_id, lambda: not cookie or sessions.find(cookie) is not None)
@@ -145,7 +145,7 @@ def _add_stream(app: FastAPI, feed: Feed, sessions: Sessions) -> None:
 def _add_reads(app: FastAPI, rows: GatewayRows) -> None:
     @app.get("/dashboard/jobs/{job_id}", include_in_schema=False)
     async def job(job_id: JobId) -> Response:
-        """One job whole: its row, what was asked for, its story, its curve. Four reads when a job is opened."""
+        """Answers one job with its row, spec, events and curve: four reads when a job is opened."""
         ids = [job_id]
         parameters = {"ids": ids, "states": None, "user_id": None, "model": None, "limit": 1}
         lines, details, story, curve = await asyncio.gather(
@@ -172,7 +172,7 @@ def _add_reads(app: FastAPI, rows: GatewayRows) -> None:
 def _add_writes(app: FastAPI, rows: GatewayRows) -> None:
     @app.post("/dashboard/jobs/{job_id}/{move}", include_in_schema=False, dependencies=[Depends(_sent_by_the_page)])
     async def move(job_id: JobId, move: Literal["cancel", "retry"]) -> Response:
-        """The database's own functions decide; what they refuse is said in their words."""
+        """Cancels or retries a job. The database's functions decide; a refusal has their message."""
         await (rows.cancel(job_id) if move == "cancel" else rows.retry(job_id))
         log.info("job_cancelled" if move == "cancel" else "job_resubmitted", job_id=str(job_id), by="dashboard")
         return Response(status_code=204)
@@ -181,7 +181,7 @@ def _add_writes(app: FastAPI, rows: GatewayRows) -> None:
 def _add_downloads(app: FastAPI, settings: Settings, rows: GatewayRows) -> None:
     @app.get("/dashboard/jobs/{job_id}/files/{name}", include_in_schema=False)
     async def download(job_id: JobId, name: Annotated[str, Path(pattern="^[a-z_]{1,40}$")]) -> Response:
-        """A file of a completed job: from a folder through the gateway, from Supabase by a signed address."""
+        """Downloads a file of a completed job: from a folder through the gateway, from Supabase by a signed URL."""
         found = await rows.fetch("read_artifact", {"job_id": job_id, "name": name}, "reads")
         if not found:
             raise Refused(404, "The job has no such file.", "Only a completed job has files.")
@@ -207,7 +207,7 @@ def _add_downloads(app: FastAPI, settings: Settings, rows: GatewayRows) -> None:
                 filename=filename,
                 headers={"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"},
             )
-        # Supabase names the download as it is told; the rest of the address is its signature.
+        # Supabase takes the file's name from `download`. The URL contains the signature, so it is never a referrer.
         headers = {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}
         return RedirectResponse(f"{source.url}&download={filename}", headers=headers)
 
@@ -215,13 +215,13 @@ def _add_downloads(app: FastAPI, settings: Settings, rows: GatewayRows) -> None:
 def _sent_by_the_page(
     x_dashboard: Annotated[str, Header()] = "", sec_fetch_site: Annotated[str, Header()] = "same-origin"
 ) -> None:
-    """Refuse a write that another site made the browser send: it cannot set this header, nor hide where it is."""
+    """Refuses writes that another site made the browser send: it cannot set this header, nor hide its origin."""
     if x_dashboard != "1" or sec_fetch_site != "same-origin":
         raise Refused(403, "Only the dashboard page may send this request.", "Callers with a key use /cancel and /run.")
 
 
 def _came_by_https(request: Request) -> bool:
-    # Behind a proxy that ends TLS; a caller who lies about it keeps the cookie from himself.
+    # A proxy that terminates TLS sets this header; a caller who forges it only loses his own cookie.
     return request.url.scheme == "https" or request.headers.get("x-forwarded-proto", "").startswith("https")
 
 
@@ -237,7 +237,7 @@ def _file_answer(request: Request, name: str) -> Response:
 
 @cache
 def _files() -> Mapping[str, _File]:
-    """All of static/, by path: a few hundred kilobytes, read once. What is not here is not served."""
+    """Reads all of static/ once (a few hundred kilobytes), by path. Nothing else is served."""
     found: dict[str, _File] = {}
 
     def collect(folder: Traversable, prefix: str) -> None:

@@ -1,6 +1,6 @@
-"""One browser's stream of server-sent events: a bounded queue, and an answer that ends when it should.
+"""Server-sent events for one browser: a bounded queue, and a response that ends when the stream does.
 
-A browser that does not keep up is let go, never waited for: it comes back by itself and is given everything anew.
+A browser that does not keep up is disconnected. It reconnects by itself and gets everything again.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ HEADERS = {
 
 
 def message(event: str, data: str, number: str | None = None) -> bytes:
-    """One event as it goes over the wire. `data` is JSON, which holds no line break."""
+    """Encodes one event. `data` is JSON, which contains no line break."""
     head = f"id: {number}\n" if number is not None else ""
     return f"{head}event: {event}\ndata: {data}\n\n".encode()
 
 
 class Client:
-    """What one browser was not sent yet. `is_welcome` is asked before it is told anything more."""
+    """The messages that wait for one browser. `is_welcome` is checked before each send."""
 
     def __init__(self, is_welcome: Callable[[], bool]) -> None:
         self.is_welcome = is_welcome
@@ -39,7 +39,7 @@ class Client:
         self.ended = asyncio.Event()
 
     def offer(self, text: bytes) -> None:
-        """Queue a message; one too many ends the stream."""
+        """Queues a message; ends the stream if too many wait."""
         if self.ended.is_set():
             return
         if len(self._waiting) >= MOST_WAITING:
@@ -53,7 +53,7 @@ class Client:
         self._news.set()
 
     async def take(self) -> bytes | None:
-        """All that waits, as one piece; None when the stream has ended."""
+        """Returns all waiting messages together; None if the stream has ended."""
         await self._news.wait()
         if self.ended.is_set():
             return None
@@ -64,11 +64,11 @@ class Client:
 
 
 class EventStream(Response):
-    """Sends a client's messages until he leaves, falls behind, or the stream is ended."""
+    """Sends a client's messages until it leaves, falls behind, or the stream is ended."""
 
     def __init__(self, client: Client, leave: Callable[[Client], None]) -> None:
         super().__init__(headers=HEADERS)
-        # An answer without an end has no length.
+        # A streaming response has no Content-Length.
         del self.headers["content-length"]
         self._client = client
         self._leave = leave
@@ -83,7 +83,7 @@ class EventStream(Response):
         try:
             await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
             if self._client.ended.is_set():
-                # A moment to end in good order; a browser that takes nothing is not waited for.
+                # A moment to finish cleanly; do not wait for a browser that reads nothing.
                 await asyncio.wait(work[:2], timeout=0.5, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._leave(self._client)

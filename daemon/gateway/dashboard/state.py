@@ -1,8 +1,8 @@
-"""What the dashboard knows at one moment, and what has changed since it was last told.
+"""The dashboard's current state, and what has changed since browsers last received it.
 
-Plain values, no clock and no database: the feed brings what it read, the board says what is new.
-A curve is kept for each job under way; its live points come from the job's row (step and loss change in
-the same write), so that a growing curve costs no read of its own.
+It uses plain values, no clock and no database: the feed passes in what it read, the board returns what is new.
+It keeps a curve for each running job. Live points come from the job's row (step and loss change in the same
+write), so that a growing curve needs no extra read.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ Row = dict[str, Any]
 
 UNDER_WAY = frozenset({"initializing", "running", "lost"})
 MOST_ENDED = 200
-# Beyond it every other point of a live curve is dropped: more than a screen has pixels for.
+# Beyond this, every other point of a live curve is dropped: a screen has fewer pixels.
 MOST_POINTS = 600
 MOST_EVENT_BYTES = 16_000
 
 
 @dataclass
 class Curve:
-    """The loss of one attempt: (step, loss) in the order of steps, and (step, validation loss)."""
+    """The losses of one attempt: (step, loss) in the order of steps, and (step, validation loss)."""
 
     attempt: int
-    # Where the row stood when it was last looked at.
+    # The row's step when it was last read.
     row_step: int = 0
     points: list[tuple[int, float]] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
@@ -38,7 +38,7 @@ class Curve:
 
 @dataclass
 class _News:
-    """What was not told yet."""
+    """Changes that were not sent yet."""
 
     jobs: set[str] = field(default_factory=set)
     gone: set[str] = field(default_factory=set)
@@ -59,10 +59,10 @@ class Board:
         self._told: set[int] = set()
         self._news = _News()
 
-    # -- what was read -----------------------------------------------------------------------------------------
+    # -- updates from reads ------------------------------------------------------------------------------------
 
     def take_jobs(self, rows: Iterable[Row], *, whole: bool) -> None:
-        """Lines of jobs; with `whole` they are all that is to be shown, and what is not among them is gone."""
+        """Takes jobs that were read. With `whole` these are all jobs to show, and others are removed."""
         seen = set()
         for row in rows:
             job_id = row["job_id"]
@@ -77,7 +77,7 @@ class Board:
         self._forget_old_endings()
 
     def take_story(self, events: Iterable[Row], settled: int) -> set[str]:
-        """New lines of the story, some of which were told before. Returns the states that jobs moved to."""
+        """Takes new events, some of which may be known already. Returns the states that jobs moved to."""
         moved = set()
         for event in events:
             if event["id"] in self._told:
@@ -89,14 +89,14 @@ class Board:
             if event["kind"] == "evaluated":
                 self._take_validation(event["job_id"], event["data"])
             elif event["kind"] == "resumed":
-                # The points after the checkpoint are gone from the rows.
+                # The points after the checkpoint were deleted from the database.
                 self.curves.pop(event["job_id"], None)
-        # What is settled is not read again.
+        # Events up to `settled` are not read again.
         self._told = {number for number in self._told if number > settled}
         return moved
 
     def take_queue(self, rows: list[Row]) -> None:
-        """The head of the queue in its order. Waiting jobs beyond it are not shown."""
+        """Takes the head of the queue in its order. Jobs that wait beyond it are not shown."""
         waiting: int = rows[0]["waiting"] if rows else 0
         queue: Row = {
             "waiting": waiting,
@@ -121,7 +121,7 @@ class Board:
             self._news.parts.add("day")
 
     def take_curves(self, job_ids: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
-        """The curves of these jobs from the beginning; a job without rows has an empty one."""
+        """Takes whole curves of these jobs; a job without rows gets an empty one."""
         for job_id in job_ids:
             if job_id in self.jobs:
                 row = self.jobs[job_id]
@@ -139,17 +139,17 @@ class Board:
             if held_out is not None and math.isfinite(held_out):
                 curve.validation.append((point["step"], held_out))
 
-    # -- what is asked -----------------------------------------------------------------------------------------
+    # -- answers -----------------------------------------------------------------------------------------------
 
     def missing_jobs(self) -> list[str]:
-        """Jobs of the queue whose lines were not read yet."""
+        """Jobs of the queue whose rows were not read yet."""
         return [job_id for job_id, _ in self.queue["order"] if job_id not in self.jobs]
 
     def missing_curves(self) -> list[str]:
         return [key for key, row in self.jobs.items() if row["state"] in UNDER_WAY and key not in self.curves]
 
     def snapshot(self) -> Row:
-        """Everything, for a browser that comes."""
+        """Everything, for a browser that connects."""
         return {
             "jobs": list(self.jobs.values()),
             "queue": self.queue,
@@ -159,7 +159,7 @@ class Board:
         }
 
     def changes(self) -> Row:
-        """What is new since the last call; empty when nothing is."""
+        """What is new since the last call; empty if nothing is."""
         news, self._news = self._news, _News()
         told: Row = {
             "jobs": [self.jobs[job_id] for job_id in news.jobs if job_id in self.jobs],
@@ -178,7 +178,7 @@ class Board:
         curve = self.curves.get(job_id)
         if curve is None:
             return
-        # Another attempt, or steps that are trained again: the curve is read anew.
+        # Another attempt, or steps that are trained again: read the curve again.
         if row["state"] not in UNDER_WAY or row["attempt"] != curve.attempt or row["step"] < curve.row_step:
             del self.curves[job_id]
             return
@@ -205,7 +205,7 @@ class Board:
         self._forget(set(ended[MOST_ENDED:]))
 
     def _ended_at(self, job_id: str) -> str:
-        # All from one database in one time zone: their texts sort as their instants do, to the second.
+        # All come from one database in one time zone, so the texts sort by time, to the second.
         return self.jobs[job_id]["completed_at"] or ""
 
     def _forget(self, job_ids: set[str]) -> None:
@@ -216,7 +216,7 @@ class Board:
         self._news.gone |= job_ids
 
 
-# They change with each look, and a browser can tell them from the instants beside them.
+# They change with each look, and a browser can compute them from the times beside them.
 _AGES = frozenset({"up_seconds", "silent_seconds"})
 
 
@@ -225,7 +225,7 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 
 def plain(value: Any) -> Any:
-    """As JSON has it: instants and ids as text, what is no number as null."""
+    """Converts a value for JSON: times and ids become text, NaN and infinity become null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, bool | int | str):
@@ -238,7 +238,7 @@ def plain(value: Any) -> Any:
 
 
 def _bounded(event: Row) -> Row:
-    """What every browser is sent of a line; whoever looks at the job reads the rest."""
+    """Shortens an event for all browsers; the rest is read when a job is opened."""
     if len(json.dumps(event["data"])) > MOST_EVENT_BYTES:
         event = event | {"data": {}, "cut": True}
     return event | {"message": event["message"][:2000]}

@@ -1,1 +1,1 @@
-"""The routes of the HTTP API, by who calls them, and the errors that all of them answer with."""
+"""The routes of the HTTP API, grouped by their callers, and the errors of all routes."""

@@ -1,4 +1,4 @@
-"""What the operator's tools ask: health, readiness, metrics."""
+"""The routes for the operator's tools: health, readiness, metrics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from daemon.gateway.schemas import (
 READY_SECONDS = 3.0
 
 
-# The version in Prometheus' content type is the exposition format's.
+# The version in Prometheus' content type is that of the exposition format.
 _METRICS_ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
     **{status: {"model": Problem} for status in (400, 401, 408, 413, 429)},
@@ -32,7 +32,7 @@ _METRICS_ANSWERS: dict[int | str, dict[str, Any]] = {
 def _add_operator_routes(app: FastAPI, metrics: ServiceMetrics, locked: Sequence[Depends]) -> None:
     @app.get("/health", dependencies=locked, tags=["operator"], responses=_problems())
     async def health() -> Health:
-        """Queue and hosts in RunPod's words; what has ended is counted since this gateway started."""
+        """Queue and hosts in RunPod's terms; ended jobs are counted since this gateway started."""
         await metrics.refresh()
         now, totals = metrics.now, metrics.totals
         return Health(
@@ -48,7 +48,7 @@ def _add_operator_routes(app: FastAPI, metrics: ServiceMetrics, locked: Sequence
 
     @app.get("/metrics", dependencies=locked, tags=["operator"], response_class=Response, responses=_METRICS_ANSWERS)
     async def prometheus() -> Response:
-        """For Prometheus; it sends the key as its `authorization`."""
+        """Metrics for Prometheus, which sends the key as its `authorization`."""
         return Response(await metrics.exposition(), media_type=CONTENT_TYPE)
 
     @app.get("/healthz", tags=["operator"])
@@ -58,7 +58,7 @@ def _add_operator_routes(app: FastAPI, metrics: ServiceMetrics, locked: Sequence
 
     @app.get("/readyz", tags=["operator"], responses={503: {"model": Problem}})
     async def ready() -> dict[str, str]:
-        """The database answers as well."""
+        """This process and the database answer."""
         try:
             await asyncio.wait_for(metrics.refresh(), READY_SECONDS)
         except TimeoutError:

@@ -25,7 +25,7 @@ JobId = Annotated[str, Path(description="as the submit returned it")]
 
 
 def _answer_errors(app: FastAPI) -> None:
-    """One shape for every refusal, and no word in it about what is inside."""
+    """Gives every error the same format, without internal details."""
 
     def answer(status: int, problem: Problem, headers: dict[str, str] | None = None) -> JSONResponse:
         return JSONResponse(problem.model_dump(exclude_none=True), status, headers)
@@ -71,7 +71,7 @@ def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def _next(name: str, *operations: str) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI links: what a caller does next with the id that he was given."""
+    """OpenAPI links: what a caller can do next with the returned id."""
     parameter = {"id": "job_id"}.get(name, name)
     links = {
         operation: {"operationId": operation, "parameters": {parameter: f"$response.body#/{name}"}}

@@ -1,4 +1,4 @@
-"""The serverless shape: /run, /runsync, /status, /cancel."""
+"""The routes of RunPod's serverless API: /run, /runsync, /status, /cancel."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from daemon.tasks import wait_at_most
 log = structlog.get_logger()
 
 
-# Callers of /runsync who wait at one time; one more is answered at once, as if his time had run out.
+# Most callers of /runsync that wait at one time; one more gets the job's state immediately.
 MAX_WAITING = 64
 
 
@@ -33,7 +33,7 @@ WAIT_STEP_SECONDS = 0.5
 
 
 def _add_serverless_routes(app: FastAPI, rows: GatewayRows, waiting: _Waiting, locked: Sequence[Depends]) -> None:
-    """The shape of RunPod's serverless API."""
+    """Adds the routes of RunPod's serverless API."""
 
     @app.post(
         "/run",
@@ -42,7 +42,7 @@ def _add_serverless_routes(app: FastAPI, rows: GatewayRows, waiting: _Waiting, l
         responses=_problems(409) | _next("id", "status", "cancel"),
     )
     async def run(request: RunRequest) -> Accepted:
-        """Submit a job and return at once."""
+        """Submit a job and return immediately."""
         job_id = await rows.submit(request.input)
         log.info("job_submitted", job_id=str(job_id), by="serverless")
         standing = await rows.standing(job_id)
@@ -59,7 +59,7 @@ def _add_serverless_routes(app: FastAPI, rows: GatewayRows, waiting: _Waiting, l
         request: RunRequest,
         wait: Annotated[int | None, Query(ge=0, le=300_000, description="milliseconds, as RunPod counts")] = None,
     ) -> Response:
-        """Submit a job and wait a while for its end; still unfinished, ask /status with its id."""
+        """Submit a job and wait a while for its end. If it is still unfinished, call /status with its id."""
         job_id = await rows.submit(request.input)
         log.info("job_submitted", job_id=str(job_id), by="serverless")
         return _run_answer(await waiting.for_end(job_id, None if wait is None else wait / 1000.0))
@@ -73,7 +73,7 @@ def _add_serverless_routes(app: FastAPI, rows: GatewayRows, waiting: _Waiting, l
         response_model=RunStatus,
     )
     async def status(job_id: JobId) -> Response:
-        """Where the job stands."""
+        """The job's status."""
         return _run_answer(await rows.standing(_known_shape(job_id)))
 
     @app.post(
@@ -84,7 +84,7 @@ def _add_serverless_routes(app: FastAPI, rows: GatewayRows, waiting: _Waiting, l
         responses=_problems(404, 409),
     )
     async def cancel(job_id: JobId) -> Accepted:
-        """Cancel the job; twice is no error, and a job that has ended is refused with 409."""
+        """Cancel the job. Cancelling twice is no error; a job that has ended is refused with 409."""
         known = _known_shape(job_id)
         await rows.cancel(known)
         log.info("job_cancelled", job_id=str(known), by="serverless")
@@ -92,7 +92,7 @@ def _add_serverless_routes(app: FastAPI, rows: GatewayRows, waiting: _Waiting, l
 
 
 class _Waiting:
-    """Callers of /runsync. Endings are not announced by NOTIFY, so each waiting job is looked at now and then."""
+    """The waiting callers of /runsync. The end of a job sends no NOTIFY, so each waiting job is polled."""
 
     def __init__(self, rows: GatewayRows, closing: asyncio.Event, longest_seconds: float) -> None:
         self._rows = rows
@@ -101,7 +101,7 @@ class _Waiting:
         self._waiting = 0
 
     async def for_end(self, job_id: UUID, seconds: float | None) -> Standing:
-        """The job when it has ended or the time is over."""
+        """Returns the job once it has ended or the time is over."""
         clock = asyncio.get_running_loop().time
         allowed = self._longest_seconds if seconds is None else min(seconds, self._longest_seconds)
         until = clock() + (allowed if self._waiting < MAX_WAITING else 0.0)
@@ -123,5 +123,5 @@ def _run_status(standing: Standing) -> RunStatus:
 
 def _run_answer(standing: Standing) -> JSONResponse:
     answer = _run_status(standing)
-    # `error` is absent, not null, while there is none: older callers ask whether the key is there.
+    # Without an error, leave `error` out instead of null: older callers check whether the key exists.
     return JSONResponse(answer.model_dump(exclude={"error"} if answer.error is None else None))

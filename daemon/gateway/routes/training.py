@@ -22,7 +22,7 @@ log = structlog.get_logger()
 
 
 def _add_training_routes(app: FastAPI, rows: GatewayRows, locked: Sequence[Depends]) -> None:
-    """The first contract."""
+    """Adds the routes of the older contract."""
 
     @app.post(
         "/training/submit",
@@ -31,7 +31,7 @@ def _add_training_routes(app: FastAPI, rows: GatewayRows, locked: Sequence[Depen
         responses=_problems(409) | _next("external_job_id", "trainingStatus", "trainingCancel"),
     )
     async def submit(submission: Submission) -> Submitted:
-        """Submit a job. A job_id that names a row is that job; any other is made one, once."""
+        """Submit a job. A job_id that names a row submits that job; any other creates one job, also when repeated."""
         job_id = await rows.submit(submission)
         log.info("job_submitted", job_id=str(job_id), by="training")
         return Submitted(external_job_id=str(job_id))
@@ -44,7 +44,7 @@ def _add_training_routes(app: FastAPI, rows: GatewayRows, locked: Sequence[Depen
         responses=_problems(404),
     )
     async def status(external_job_id: JobId) -> TrainingStatus:
-        """Where the job stands."""
+        """The job's status."""
         standing = await rows.standing(_known_shape(external_job_id))
         return training_status(standing.state, standing.contract)
 
@@ -56,7 +56,7 @@ def _add_training_routes(app: FastAPI, rows: GatewayRows, locked: Sequence[Depen
         responses=_problems(404, 409),
     )
     async def cancel(external_job_id: JobId) -> TrainingCancelled:
-        """Cancel the job; twice is no error, and a job that has ended is refused with 409."""
+        """Cancel the job. Cancelling twice is no error; a job that has ended is refused with 409."""
         job_id = _known_shape(external_job_id)
         await rows.cancel(job_id)
         log.info("job_cancelled", job_id=str(job_id), by="training")
