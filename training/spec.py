@@ -198,7 +198,7 @@ class JobSpec(BaseModel):
     output_dir: Path = Field(description="the finished adapter folder; absent until it is whole")
     quantized_dir: Path | None = Field(default=None, description="where 4-bit copies of base models are kept")
     hyperparameters: Hyperparameters
-    num_gpus: int = Field(default=1, ge=1, le=64, description="cards, or places of a CPU host: a process on each")
+    num_gpus: int = Field(default=1, ge=1, le=64, description="GPUs, or slots of a CPU host: one process on each")
     device: Literal["cpu", "cuda"] = "cpu"
     compute_type: ComputeType | None = Field(default=None, description="found from the hardware when absent")
     quantize: bool = Field(default=True, description="NF4 with double quantisation; bf16 when false")
