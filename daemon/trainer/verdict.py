@@ -72,7 +72,7 @@ def verdict_of(
         )
     return Failed(
         ErrorCode.INTERNAL,
-        f"The trainer exited with code {returncode} and reported no error.",
+        f"The trainer ended with exit code {returncode} and reported no error.",
         hint="This is a fault of the service, not of your job. The job is tried again.",
         stack=log_tail,
         transient=True,

@@ -65,7 +65,7 @@ async def test_a_job_whose_claim_is_refused_is_set_aside_and_the_next_is_taken(
             good = queue.insert()
             queue.wait_for(good, "completed")
             said = eventually(lambda: reason(queue, bad) if "held" in (reason(queue, bad) or "") else None)
-            assert said.startswith("held: the database refuses the claim: ") and "app_objects" in said
+            assert said.startswith("held: The database refuses the claim: ") and "app_objects" in said
             assert "migrate" not in said and queue.story(bad)[-1] == "set_aside"
             assert bad not in [lease["job_id"] for lease in queue.leases()]
             assert [line["job_id"] for line in daemon.logged("claim_refused")] == [str(bad)]

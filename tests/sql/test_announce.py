@@ -117,7 +117,7 @@ async def test_each_change_of_state_is_told_in_a_sentence(
     assert [(line["kind"], line["message"]) for line in told] == [
         ("queued", "Waits for a host."),
         claim_again,
-        ("notice", "the host is shutting down"),
+        ("notice", "The host is shutting down."),
         ("released", "Back in the queue unharmed: this attempt does not count."),
         claim_again,
         ("started", "Training has begun: the first step is done."),

@@ -22,6 +22,7 @@ from daemon.database.login import CONNECT_SECONDS, KEEPALIVE, login_fault
 from daemon.database.refusal import NOT_MIGRATED, first_line
 from daemon.database.url import DatabaseUrlInvalid, is_transaction_pooler, read_database_url
 from daemon.errors import DatabaseAway, HostUnfit
+from daemon.sentence import as_sentence
 
 Connection = psycopg.Connection[dict[str, Any]]
 
@@ -56,7 +57,7 @@ def database_url() -> str:
     except DatabaseUrlInvalid as error:
         raise HostUnfit(f"DATABASE_URL {error}") from None
     for notice in read.notices:
-        sys.stderr.write(f"brightrun-trainer: DATABASE_URL: {plain(notice)}\n")
+        sys.stderr.write(f"brightrun-trainer: {as_sentence(f'DATABASE_URL: {plain(notice)}')}\n")
     return read.get_secret_value()
 
 
