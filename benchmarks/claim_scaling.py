@@ -29,7 +29,7 @@ from daemon.database.embedded_server import EmbeddedPostgres
 from daemon.database.statements import statement
 from daemon.queue.outcome import Failed
 from daemon.queue.rows import Claim, Limits
-from daemon.queue.store import SqlJobStore
+from daemon.queue.sql_job_store import SqlJobStore
 from daemon.schema.migrations import migrate
 from training.events import ErrorCode
 

@@ -28,7 +28,7 @@ from daemon.database.connection import Database
 from daemon.database.embedded_server import EmbeddedPostgres
 from daemon.queue.job import Lease
 from daemon.queue.rows import Limits, MetricPoint
-from daemon.queue.store import SqlJobStore
+from daemon.queue.sql_job_store import SqlJobStore
 from daemon.schema.migrations import migrate
 
 HEARTBEAT_SECONDS = 20

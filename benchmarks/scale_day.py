@@ -34,7 +34,7 @@ from daemon.database.connection import Database
 from daemon.database.embedded_server import EmbeddedPostgres
 from daemon.queue.outcome import Completed
 from daemon.queue.rows import Limits, MetricPoint
-from daemon.queue.store import SqlJobStore
+from daemon.queue.sql_job_store import SqlJobStore
 from daemon.schema.migrations import migrate
 
 T = TypeVar("T")

@@ -58,7 +58,7 @@ from training.adapter.lora import attach_adapter
 from training.base.dtype import compute_dtype
 from training.base.gguf_import import import_gguf
 from training.base.load import load_base_model
-from training.base.packing import packs_without_leaks
+from training.base.sequence_packing import packs_without_leaks
 from training.data.chat_template import ChatTemplate, Example
 from training.data.corpus import Corpus, gather
 from training.data.plan import make_plan

@@ -25,7 +25,7 @@ from daemon.pod.price import PodPrice
 from daemon.pod.shutdown import chosen_end, end_own_pod, keys_of
 from daemon.queue.lease import heartbeat_database
 from daemon.queue.row_visibility import RowVisibility
-from daemon.queue.store import SqlJobStore
+from daemon.queue.sql_job_store import SqlJobStore
 from daemon.queue.worker_registry import WorkerRegistry
 from daemon.read_settings import load_settings
 from daemon.report.courier import CallbackCourier

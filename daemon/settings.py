@@ -1,4 +1,4 @@
-"""Every setting of the service, read once from the environment and a .env file.
+"""Every setting of the service with its default and its meaning; daemon/read_settings.py reads them.
 
 Names that platforms use stay as they are; ours begin with TRAINER_. All errors are reported
 together, and an invalid configuration exits with 78 so that no supervisor restarts it in a loop.

@@ -26,7 +26,7 @@ from daemon.queue.job import ClaimedJob
 from daemon.queue.reaper import reap_forever
 from daemon.queue.row_visibility import RowVisibility, watch_row_visibility
 from daemon.queue.rows import Claim, Limits
-from daemon.queue.store import SqlJobStore
+from daemon.queue.sql_job_store import SqlJobStore
 from daemon.queue.worker_registry import Load, WorkerRegistry, keep_registered, unregister
 from daemon.stop_request import Stop, StopReason
 

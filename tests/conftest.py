@@ -1,4 +1,4 @@
-"""Fixtures for all tests: one Postgres per run, one freshly migrated database per test. And the order of the tests.
+"""Fixtures for all tests: one Postgres per run, one freshly migrated database per test, the doubles. And the order.
 
 `--shuffle` runs the files, and the tests in each file, in a random order and prints the seed; `--shuffle SEED` repeats
 that order.
@@ -17,9 +17,9 @@ import pytest
 import structlog
 
 from daemon.database.connection import Database
-from daemon.queue.store import SqlJobStore
+from daemon.queue.sql_job_store import SqlJobStore
 from tests.database_pool import DatabasePool
-from tests.doubles.files import FileServer
+from tests.doubles.file_server import FileServer
 from tests.doubles.receiver import Receiver
 from tests.doubles.runpod_api import RunPodDouble
 from tests.doubles.storage import StorageDouble

@@ -18,7 +18,7 @@ from training.adapter.lora import attach_adapter, trainable_parameters
 from training.adapter.sampling import answer, choose_prompts
 from training.adapter.save import save_adapter
 from training.base.load import load_base_model, warn_of_missing_kernels
-from training.base.packing import why_not_packed
+from training.base.sequence_packing import why_not_packed
 from training.base.sharded import cut, memory_of_a_rank, must_be_cut
 from training.data.chat_template import ChatTemplate
 from training.data.corpus import Corpus, gather

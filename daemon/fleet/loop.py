@@ -38,7 +38,7 @@ from daemon.logs import configure_logs_by
 from daemon.pod.runpod_api import Fault, Key, Pod, RunPod, RunPodError
 from daemon.queue.reaper import reap_forever
 from daemon.queue.row_visibility import RowVisibility, is_blind
-from daemon.queue.store import SqlJobStore
+from daemon.queue.sql_job_store import SqlJobStore
 from daemon.report.courier import CallbackCourier
 from daemon.report.outbox import SqlOutbox
 from daemon.settings import Settings

@@ -25,7 +25,7 @@ from daemon.gateway.metrics import ServiceMetrics
 from daemon.logs import configure_logs_by
 from daemon.queue.reaper import reap_forever
 from daemon.queue.row_visibility import RowVisibility
-from daemon.queue.store import SqlJobStore
+from daemon.queue.sql_job_store import SqlJobStore
 from daemon.report.courier import CallbackCourier
 from daemon.report.outbox import SqlOutbox
 from daemon.settings import Settings

@@ -1,4 +1,4 @@
-"""Reads the price of the pod we run on from RunPod and keeps it current."""
+"""Reads the hourly price of our pod from RunPod and keeps it current. What a job costs: daemon/report/cost.py."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from daemon.chores import worked
 from daemon.errors import DatabaseAway
 from daemon.queue.row_visibility import RowVisibility, is_blind
 from daemon.queue.rows import Reaped
+from daemon.queue.sql_job_store import SqlJobStore
 from daemon.queue.states import HELD
-from daemon.queue.store import SqlJobStore
 
 log = structlog.get_logger()
 

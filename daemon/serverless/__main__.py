@@ -30,13 +30,13 @@ from daemon.queue.job_store import JobStore
 from daemon.queue.lease import heartbeat_database
 from daemon.queue.reaper import reap_forever
 from daemon.queue.row_visibility import RowVisibility
-from daemon.queue.store import SqlJobStore
+from daemon.queue.sql_job_store import SqlJobStore
 from daemon.read_settings import dotenv_unreadable, load_settings
 from daemon.report.outbox import Outbox, SqlOutbox
 from daemon.sentence import as_sentence
 from daemon.serverless.host import Herald, Jobs, ServerlessHost
+from daemon.serverless.memory_job_store import MemoryJobStore
 from daemon.serverless.memory_outbox import MemoryOutbox
-from daemon.serverless.memory_store import MemoryJobStore
 from daemon.serverless.row_store import ServerlessRows
 from daemon.service import TRAINER_COMMAND
 from daemon.settings import Settings

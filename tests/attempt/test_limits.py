@@ -15,11 +15,11 @@ from daemon.gateway.schemas import Submission
 from daemon.host.inspect import Host
 from daemon.queue.job import ClaimedJob
 from daemon.queue.rows import Limits
-from daemon.queue.store import SqlJobStore
+from daemon.queue.sql_job_store import SqlJobStore
 from daemon.report.cost import CostMeter
 from daemon.report.reporter import Reporter
+from daemon.serverless.memory_job_store import MemoryJobStore
 from daemon.serverless.memory_outbox import MemoryOutbox
-from daemon.serverless.memory_store import MemoryJobStore
 from daemon.stop_request import Stop, StopReason
 from tests.postgres import AppDatabase
 

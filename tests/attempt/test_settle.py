@@ -18,8 +18,8 @@ from daemon.database.connection import Database
 from daemon.database.statements import statement
 from daemon.queue.job import Lease
 from daemon.queue.outcome import Cancelled, Completed, Failed, Released, Superseded
+from daemon.queue.sql_job_store import SqlJobStore
 from daemon.queue.states import State
-from daemon.queue.store import SqlJobStore
 from daemon.report.cost import CostMeter
 from daemon.report.reporter import Reporter
 from daemon.settings import Settings

@@ -16,7 +16,7 @@ from daemon.attempt.work_folder import WorkFolder
 from daemon.database.connection import Database
 from daemon.errors import JobFailed
 from daemon.queue.job import ClaimedJob
-from daemon.queue.store import SqlJobStore
+from daemon.queue.sql_job_store import SqlJobStore
 from daemon.stop_request import Stop
 from daemon.storage.folder import FolderStorage
 from daemon.storage.interface import StoredObject

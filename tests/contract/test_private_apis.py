@@ -38,14 +38,14 @@ IN_USE = {
     # Keeps transformers from initialising weights that we have put in their place.
     "_is_hf_initialized": {"training/quantization/experts.py"},
     # What an architecture itself keeps in 32 bits.
-    "_keep_in_fp32_modules": {"training/quantization/packed_weights.py"},
+    "_keep_in_fp32_modules": {"training/quantization/weights_to_pack.py"},
     # The base class of all convolutions, and a module's own parameters: as old as torch, without another way.
-    "_ConvNd": {"training/quantization/packed_weights.py"},
+    "_ConvNd": {"training/quantization/weights_to_pack.py"},
     "_parameters": {
         "training/quantization/dequantized_cache.py",
         "training/quantization/disk_copy.py",
         "training/quantization/experts.py",
-        "training/quantization/packed_weights.py",
+        "training/quantization/weights_to_pack.py",
     },
     "_buffers": {"training/quantization/disk_copy.py"},
 }

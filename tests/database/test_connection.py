@@ -16,7 +16,7 @@ from daemon.database.connection import Database
 from daemon.database.embedded_server import EmbeddedPostgres
 from daemon.errors import DatabaseAway, DatabaseUnprepared, HostUnfit
 from daemon.queue.rows import Limits
-from daemon.queue.store import SqlJobStore
+from daemon.queue.sql_job_store import SqlJobStore
 from daemon.schema.migrations import migrate
 from tests.postgres import AppDatabase, Server
 

@@ -23,7 +23,7 @@ from typer.main import get_command
 from daemon.__main__ import app
 from daemon.database.connection import Database
 from daemon.demo.model import MODEL_NAME
-from daemon.queue.store import SqlJobStore
+from daemon.queue.sql_job_store import SqlJobStore
 from tests.docs.blocks import COMPARED, ELSEWHERE, REASONS, RUN, Block, blocks, runnable
 from tests.docs.render import DOCS, PAGES
 from tests.docs.test_cookbook import as_psql, furnish, run_as

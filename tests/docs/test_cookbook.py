@@ -12,7 +12,7 @@ import psycopg.sql
 import pytest
 
 from daemon.database.connection import Database
-from daemon.queue.store import SqlJobStore
+from daemon.queue.sql_job_store import SqlJobStore
 from tests.paths import ROOT
 from tests.postgres import AppDatabase
 from tests.queue.claiming import claimed

@@ -19,7 +19,7 @@ from daemon.pod.runpod_api import RunPodError
 from daemon.queue.job import Lease
 from daemon.queue.outcome import Completed
 from daemon.queue.rows import Limits
-from daemon.queue.store import SqlJobStore
+from daemon.queue.sql_job_store import SqlJobStore
 from tests.doubles.runpod_api import PodRow
 from tests.fleet.yard import H100, Yard
 

@@ -15,7 +15,7 @@ from daemon.fleet.plan import read_plan
 from daemon.fleet.store import FleetStore
 from daemon.pod.runpod_api import Key, RunPod
 from daemon.queue.row_visibility import RowVisibility
-from daemon.queue.store import SqlJobStore
+from daemon.queue.sql_job_store import SqlJobStore
 from daemon.read_settings import load_settings
 from daemon.settings import Settings
 from tests.doubles.runpod_api import PodRow, RunPodDouble

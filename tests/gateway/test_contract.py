@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 from tests.daemon_process import eventually
-from tests.doubles.files import FileServer, script_file
+from tests.doubles.file_server import FileServer, script_file
 from tests.gateway.conftest import Gateway
 from tests.lifecycle.queue import Queue
 

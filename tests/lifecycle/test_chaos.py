@@ -34,7 +34,7 @@ from daemon.database.embedded_server import EmbeddedPostgres
 from daemon.database.statements import statement
 from daemon.errors import DatabaseAway, LeaseLost
 from daemon.queue.rows import MetricPoint
-from daemon.queue.store import SqlJobStore
+from daemon.queue.sql_job_store import SqlJobStore
 from daemon.schema.migrations import migrate
 from daemon.storage.interface import Location
 from daemon.storage.upload_log import SqlUploadLog

@@ -16,7 +16,7 @@ from daemon.attempt.collaborators import Collaborators
 from daemon.database.connection import Database
 from daemon.host.inspect import Host
 from daemon.queue.row_visibility import RowVisibility
-from daemon.queue.store import SqlJobStore
+from daemon.queue.sql_job_store import SqlJobStore
 from daemon.queue.worker_registry import WorkerRegistry
 from daemon.read_settings import load_settings
 from daemon.report.courier import CallbackCourier

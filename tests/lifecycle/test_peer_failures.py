@@ -28,8 +28,8 @@ from daemon.errors import LeaseLost
 from daemon.queue.job import Lease, Returned
 from daemon.queue.outcome import Completed, Failed
 from daemon.queue.rows import Ending, Limits, MetricPoint
+from daemon.queue.sql_job_store import SqlJobStore
 from daemon.queue.states import State
-from daemon.queue.store import SqlJobStore
 from daemon.storage.interface import Location
 from daemon.storage.upload_log import SqlUploadLog
 from tests.daemon_process import DaemonProcess, alive, eventually

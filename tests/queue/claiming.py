@@ -7,7 +7,7 @@ from uuid import UUID, uuid4
 
 from daemon.queue.job import ClaimedJob
 from daemon.queue.rows import Claim, Limits
-from daemon.queue.store import SqlJobStore
+from daemon.queue.sql_job_store import SqlJobStore
 
 
 async def claim(store: SqlJobStore, worker: UUID | None = None, *, lease_seconds: float = 60.0, **limits: Any) -> Claim:

@@ -12,7 +12,7 @@ import pytest
 from daemon.database.connection import Database
 from daemon.errors import RowsHidden
 from daemon.queue.rows import Claim
-from daemon.queue.store import SqlJobStore
+from daemon.queue.sql_job_store import SqlJobStore
 from tests.postgres import AppDatabase
 from tests.queue.claiming import claim, claimed
 

@@ -14,10 +14,10 @@ from daemon.gateway.schemas import Submission
 from daemon.host.inspect import Gpu, Host
 from daemon.queue.job import ClaimedJob
 from daemon.queue.outcome import Failed
-from daemon.queue.store import SqlJobStore
+from daemon.queue.sql_job_store import SqlJobStore
 from daemon.read_settings import load_settings
+from daemon.serverless.memory_job_store import MemoryJobStore
 from daemon.serverless.memory_outbox import MemoryOutbox
-from daemon.serverless.memory_store import MemoryJobStore
 from daemon.serverless.row_store import ServerlessRows
 from tests.postgres import AppDatabase
 from tests.queue.claiming import claim

@@ -8,7 +8,7 @@ import pytest
 from psycopg.types.json import Jsonb
 
 from daemon.database.connection import Database
-from daemon.queue.store import SqlJobStore
+from daemon.queue.sql_job_store import SqlJobStore
 from tests.postgres import AppDatabase
 from tests.queue.claiming import claimed
 

@@ -22,11 +22,11 @@ from daemon.queue.job import ClaimedJob, Lease, Returned
 from daemon.queue.job_store import JobStore
 from daemon.queue.outcome import Completed, Failed
 from daemon.queue.rows import Ending, Limits, MetricPoint
+from daemon.queue.sql_job_store import SqlJobStore
 from daemon.queue.states import State
-from daemon.queue.store import SqlJobStore
 from daemon.report.outbox import SqlOutbox
+from daemon.serverless.memory_job_store import MAX_ATTEMPTS, MemoryJobStore
 from daemon.serverless.memory_outbox import MemoryOutbox
-from daemon.serverless.memory_store import MAX_ATTEMPTS, MemoryJobStore
 from daemon.storage.interface import Location
 from daemon.storage.upload_log import SqlUploadLog, UploadLog
 from tests.postgres import AppDatabase

@@ -8,7 +8,7 @@ from uuid import uuid4
 from daemon.database.connection import Database
 from daemon.queue.lease import LeaseKeeper
 from daemon.queue.rows import Limits
-from daemon.queue.store import SqlJobStore
+from daemon.queue.sql_job_store import SqlJobStore
 from daemon.stop_request import Stop, StopReason
 from tests.postgres import AppDatabase
 

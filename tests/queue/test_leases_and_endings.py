@@ -14,8 +14,8 @@ from daemon.errors import LeaseLost
 from daemon.queue.job import Lease, Returned
 from daemon.queue.outcome import Completed, Failed
 from daemon.queue.rows import Ending, MetricPoint, Reaped
+from daemon.queue.sql_job_store import MAX_RETURNS, SqlJobStore
 from daemon.queue.states import State
-from daemon.queue.store import MAX_RETURNS, SqlJobStore
 from tests.postgres import AppDatabase
 from tests.queue.claiming import claim, claimed
 from training.events import ErrorCode

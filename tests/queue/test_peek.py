@@ -13,7 +13,7 @@ from psycopg.types.json import Jsonb
 from daemon.database.statements import statement
 from daemon.queue.job import JobDataset
 from daemon.queue.rows import Limits
-from daemon.queue.store import SqlJobStore
+from daemon.queue.sql_job_store import SqlJobStore
 from tests.postgres import AppDatabase
 from tests.queue.claiming import claim, claimed
 

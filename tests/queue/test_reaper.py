@@ -14,8 +14,8 @@ from daemon.database.connection import Database
 from daemon.queue.job import Lease
 from daemon.queue.reaper import reap_forever
 from daemon.queue.row_visibility import RowVisibility
+from daemon.queue.sql_job_store import SqlJobStore
 from daemon.queue.states import State
-from daemon.queue.store import SqlJobStore
 from tests.doubles.tcp_proxy import TcpProxy
 from tests.postgres import AppDatabase
 from tests.queue.claiming import claimed

@@ -9,7 +9,7 @@ import pytest
 from daemon.database.connection import Database
 from daemon.errors import HostUnfit, StatementRefused
 from daemon.queue.rows import Limits
-from daemon.queue.store import SqlJobStore
+from daemon.queue.sql_job_store import SqlJobStore
 from daemon.report.outbox import SqlOutbox
 from tests.postgres import AppDatabase
 from tests.sql.world import held

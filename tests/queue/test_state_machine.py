@@ -27,8 +27,8 @@ from daemon.errors import LeaseLost, StatementRefused
 from daemon.queue.job import ClaimedJob, Lease, Returned
 from daemon.queue.outcome import Completed, Failed
 from daemon.queue.rows import Ending, Limits, MetricPoint
+from daemon.queue.sql_job_store import MAX_RETURNS, SqlJobStore
 from daemon.queue.states import FINAL, HELD, UNFINISHED, State
-from daemon.queue.store import MAX_RETURNS, SqlJobStore
 from daemon.storage.interface import Location
 from daemon.storage.upload_log import SqlUploadLog
 from tests.lifecycle.test_peer_failures import READS, STALE_WRITES

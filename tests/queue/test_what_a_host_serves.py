@@ -15,10 +15,10 @@ from daemon.gateway.job_rows import Refused
 from daemon.gateway.schemas import Submission
 from daemon.host.inspect import Gpu, Host
 from daemon.queue.rows import Limits
-from daemon.queue.store import SqlJobStore
+from daemon.queue.sql_job_store import SqlJobStore
 from daemon.queue.worker_registry import WorkerRegistry, WorkerRow
+from daemon.serverless.memory_job_store import MemoryJobStore
 from daemon.serverless.memory_outbox import MemoryOutbox
-from daemon.serverless.memory_store import MemoryJobStore
 from tests.postgres import AppDatabase
 
 H100 = Gpu(0, "NVIDIA H100 80GB HBM3", 79.6)

@@ -13,7 +13,7 @@ from daemon.database.connection import Database
 from daemon.host.gpu_load import read_load
 from daemon.queue.job import ClaimedJob
 from daemon.queue.rows import Limits
-from daemon.queue.store import SqlJobStore
+from daemon.queue.sql_job_store import SqlJobStore
 from daemon.report.cost import CostMeter
 from daemon.report.reporter import Reporter
 from tests.postgres import AppDatabase

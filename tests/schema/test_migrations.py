@@ -19,7 +19,7 @@ from daemon.database.connection import Database
 from daemon.database.embedded_server import EmbeddedPostgres
 from daemon.errors import DatabaseAway, HostUnfit
 from daemon.queue.rows import Claim
-from daemon.queue.store import SqlJobStore
+from daemon.queue.sql_job_store import SqlJobStore
 from daemon.schema.migrations import migrate, migrations, pending
 from daemon.schema.sql_script import split_statements
 from tests.paths import ROOT

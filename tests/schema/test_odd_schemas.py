@@ -12,7 +12,7 @@ from daemon.database.connection import Database
 from daemon.errors import HostUnfit
 from daemon.queue.outcome import Completed, Failed
 from daemon.queue.rows import MetricPoint
-from daemon.queue.store import SqlJobStore
+from daemon.queue.sql_job_store import SqlJobStore
 from daemon.schema.migrations import faults, migrate
 from daemon.schema.sql_script import split_statements
 from tests.paths import ROOT

@@ -12,8 +12,8 @@ import pytest
 from daemon.database.connection import Database
 from daemon.database.embedded_server import EmbeddedPostgres, installed_binaries, wheel_binaries
 from daemon.errors import HostUnfit
+from daemon.queue.sql_job_store import SqlJobStore
 from daemon.queue.states import State
-from daemon.queue.store import SqlJobStore
 from daemon.schema.migrations import bring_up_to_date, faults
 from daemon.schema.sql_script import split_statements
 from tests.paths import ROOT

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from tests.daemon_process import DaemonProcess, alive, eventually
-from tests.doubles.files import FileServer, script_file
+from tests.doubles.file_server import FileServer, script_file
 from tests.doubles.runpod_api import RunPodDouble as PodsApi
 from tests.doubles.runpod_serverless import RunPodDouble
 from tests.lifecycle.queue import Queue, write_model_folder

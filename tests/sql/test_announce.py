@@ -15,8 +15,8 @@ from daemon.database.connection import Database
 from daemon.queue.job import Lease
 from daemon.queue.outcome import Completed, Failed
 from daemon.queue.rows import MetricPoint
+from daemon.queue.sql_job_store import SqlJobStore
 from daemon.queue.states import State
-from daemon.queue.store import SqlJobStore
 from daemon.report.outbox import Callback, SqlOutbox
 from tests.postgres import AppDatabase
 from tests.queue.claiming import claim, claimed

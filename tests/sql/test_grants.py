@@ -11,7 +11,7 @@ from psycopg.types.json import Jsonb
 
 from daemon.queue.outcome import Completed
 from daemon.queue.rows import MetricPoint
-from daemon.queue.store import SqlJobStore
+from daemon.queue.sql_job_store import SqlJobStore
 from daemon.queue.worker_registry import WorkerRegistry, WorkerRow
 from tests.postgres import AppDatabase
 from tests.queue.claiming import claimed

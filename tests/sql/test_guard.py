@@ -11,8 +11,8 @@ import psycopg
 import pytest
 from psycopg.types.json import Jsonb
 
+from daemon.queue.sql_job_store import SqlJobStore
 from daemon.queue.states import FINAL, HELD, MOVES, UNFINISHED, State
-from daemon.queue.store import SqlJobStore
 from tests.postgres import AppDatabase, Server, app_job, insert_statement
 from tests.sql.world import orphan
 

@@ -15,7 +15,7 @@ from psycopg import sql
 
 from daemon.database.connection import Database
 from daemon.database.statements import statement
-from daemon.queue.store import SqlJobStore
+from daemon.queue.sql_job_store import SqlJobStore
 from tests.daemon_process import eventually
 from tests.postgres import AppDatabase
 from tests.queue.claiming import claim

@@ -19,7 +19,7 @@ import psycopg
 import pytest
 from psycopg.rows import dict_row
 
-from daemon.queue.store import SqlJobStore
+from daemon.queue.sql_job_store import SqlJobStore
 from daemon.schema.migrations import migrate
 from tests.postgres import AppDatabase, Server
 from tests.sql.security_matrix import CALLERS, Prober, Target, World, heading, row, table_lines

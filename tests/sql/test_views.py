@@ -8,7 +8,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from daemon.queue.store import SqlJobStore
+from daemon.queue.sql_job_store import SqlJobStore
 from daemon.queue.worker_registry import WorkerRegistry, WorkerRow
 from tests.postgres import AppDatabase
 from tests.queue.claiming import claimed

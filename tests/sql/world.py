@@ -8,7 +8,7 @@ from uuid import UUID, uuid4
 
 from daemon.queue.outcome import Completed, Failed
 from daemon.queue.rows import MetricPoint
-from daemon.queue.store import SqlJobStore
+from daemon.queue.sql_job_store import SqlJobStore
 from daemon.queue.worker_registry import WorkerRegistry, WorkerRow
 from daemon.report.outbox import SqlOutbox
 from tests.postgres import AppDatabase

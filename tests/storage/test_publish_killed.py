@@ -13,7 +13,7 @@ from daemon.storage.archive import unpack_adapter
 from daemon.storage.publish import object_names
 from daemon.storage.tus import CHUNK_BYTES
 from tests.doubles.storage import SERVICE_KEY, Bucket, StorageDouble
-from tests.storage.publishing import JOB
+from tests.storage.publishing_process import JOB
 
 # The weights do not shrink: the archive has four chunks.
 WEIGHTS = 3 * CHUNK_BYTES + 1000
@@ -21,7 +21,7 @@ WEIGHTS = 3 * CHUNK_BYTES + 1000
 
 async def start(double: StorageDouble, folder: Path) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "tests.storage.publishing", double.url, SERVICE_KEY, str(folder), str(WEIGHTS)
+        sys.executable, "-m", "tests.storage.publishing_process", double.url, SERVICE_KEY, str(folder), str(WEIGHTS)
     )
 
 

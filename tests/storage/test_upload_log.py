@@ -19,7 +19,7 @@ from daemon.errors import JobDelayed, LeaseLost
 from daemon.queue.job import ClaimedJob
 from daemon.queue.outcome import Completed, Failed
 from daemon.queue.row_visibility import RowVisibility
-from daemon.queue.store import SqlJobStore
+from daemon.queue.sql_job_store import SqlJobStore
 from daemon.settings import Settings
 from daemon.storage.folder import FolderStorage
 from daemon.storage.publish import object_names

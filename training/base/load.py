@@ -24,7 +24,7 @@ from training.files.module_names import UNQUANTISED_MODULES
 from training.kernels import Capability, capability_by_nvml, fault_of_kernels
 from training.quantization.disk_copy import CopyUnusable, QuantizedCopy
 from training.quantization.experts import EXPERTS_FUNCTION, Nf4Config
-from training.quantization.packed_weights import is_in_bytes, refuse_what_is_left
+from training.quantization.weights_to_pack import is_in_bytes, refuse_what_is_left
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,4 +1,4 @@
-"""Names of a model's modules: which get an adapter, which are never trained, which are not quantised."""
+"""The rules for names of modules that adapter/lora.py chooses by, and the names that are never trained or quantised."""
 
 from __future__ import annotations
 

@@ -25,12 +25,12 @@ from training.event_writer import EventWriter
 from training.events import CheckpointSaved, ErrorCode, Evaluated, Stage
 from training.failures import TrainingFailed, is_out_of_memory, memory_advice
 from training.loop.arguments import training_arguments
-from training.loop.callback import ProgressCallback
 from training.loop.checkpoint import CheckpointShelf
 from training.loop.layout import BLANK, CheaperLayout, EpochLoader, as_row, token_count
 from training.loop.loss import AnswerLoss
 from training.loop.memory_probe import MemoryGauge, tokens_that_fit
 from training.loop.trained_tensors import restore_tensors, trained_tensors
+from training.loop.trainer_callback import ProgressCallback
 from training.quantization.experts import unpack_once_for_backward
 from training.ranks import ALONE, Ranks
 from training.results.history import EvaluationRecord, RunHistory

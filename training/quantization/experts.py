@@ -59,7 +59,7 @@ class Nf4Quantizer(Bnb4BitHfQuantizer):
         """Refuses a model that would not become 4-bit before hundreds of gigabytes are read, while it is a skeleton."""
         super()._process_model_before_weight_loading(model, *arguments, **options)
         # Imported here because it asks this module what experts are.
-        from training.quantization.packed_weights import refuse_what_is_left
+        from training.quantization.weights_to_pack import refuse_what_is_left
 
         refuse_what_is_left(
             model, type(model).__name__, lambda _module, _name, path: self.param_needs_quantization(model, path)

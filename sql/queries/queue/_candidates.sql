@@ -1,6 +1,6 @@
 -- Included by claim_job and peek_next_job: the first due jobs that this host can serve, in claiming order.
 -- Four other places say in their own way what a host can serve, and cannot include this: claim_job_by_id and
--- daemon/serverless/memory_store.py (what the host lacks, in words), the view training_queue (why a job waits) and
+-- daemon/serverless/memory_job_store.py (what the host lacks, in words), the view training_queue (why a job waits) and
 -- daemon/fleet/rules.py (whether a host or a pod has room for a job). tests/queue/test_what_a_host_serves.py compares.
 -- Every column here is in the index training_jobs_due. Memory with 5 percent tolerance: an 80 GB card says 79.6.
 SELECT job.id, job.priority, job.queued_at, job.base_model

@@ -16,7 +16,7 @@ import training.recipe
 from tests.tiny_models import ARCHITECTURES
 from tests.training.conftest import IN_BOTH_TYPES, ROUNDING, ModelOf, SpecOf, train
 from training.base.dtype import compute_dtype
-from training.base.packing import packs_without_leaks
+from training.base.sequence_packing import packs_without_leaks
 from training.compute import ComputeType
 from training.data.micro_batches import halve, in_groups, micro_batches, pack, packing_pays, tokens_in
 from training.loop.loss import AnswerLoss

@@ -20,7 +20,7 @@ from training.failures import TrainingFailed
 from training.files.model_folder import open_model_folder
 from training.quantization.experts import expert_states, has_fused_experts
 from training.quantization.nf4 import pack
-from training.quantization.packed_weights import is_in_bytes, refuse_what_is_left
+from training.quantization.weights_to_pack import is_in_bytes, refuse_what_is_left
 
 
 def _load(spec: Any) -> Any:

@@ -14,7 +14,7 @@ from tests.tiny_models import make_model
 from tests.training.conftest import IN_BOTH_TYPES, ModelOf, RecordedEvents, SpecOf
 from training.base.dtype import compute_dtype
 from training.base.load import load_base_model
-from training.base.packing import why_not_packed
+from training.base.sequence_packing import why_not_packed
 from training.compute import ComputeType
 from training.data.micro_batches import pack
 from training.files.model_folder import open_model_folder

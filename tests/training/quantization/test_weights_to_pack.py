@@ -11,7 +11,7 @@ from tests.real_shapes import REAL_SHAPES, skeleton
 from training.failures import TrainingFailed
 from training.files.module_names import UNQUANTISED_MODULES
 from training.quantization.experts import EXPERTS_FUNCTION, Nf4Config, Nf4Quantizer
-from training.quantization.packed_weights import left_in_16_bits
+from training.quantization.weights_to_pack import left_in_16_bits
 
 MIXTURES = [name for name, values in REAL_SHAPES.items() if "num_experts_per_tok" in values]
 
