@@ -83,7 +83,7 @@ async def claim(store: SqlJobStore, *, user_cap: int | None = None) -> Claim:
 
 
 async def timed_claims(store: SqlJobStore, count: int, *, user_cap: int | None = None) -> list[float]:
-    """Milliseconds of each claim, in order. Each job is ended at once, outside the measured time."""
+    """Returns the milliseconds of each claim, in order. Each job is ended at once, outside the measured time."""
     taken = []
     for _ in range(count):
         begun = time.perf_counter()

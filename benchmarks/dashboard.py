@@ -210,7 +210,7 @@ def readers(dsn: str) -> list[dict[str, Any]]:
 
 
 def reader_cpu(dsn: str) -> float:
-    """CPU seconds of the connections opened for watching."""
+    """Returns the CPU seconds of the connections opened for watching."""
     ticks = 0
     for reader in readers(dsn):
         fields = Path(f"/proc/{reader['pid']}/stat").read_text().rpartition(")")[2].split()

@@ -194,7 +194,7 @@ def load_once(checkpoint: Path, copies: Path, way: str, device: str) -> dict[str
 
 
 def weight_bytes(model: Any) -> int:
-    """Bytes of everything that the model holds: packed weights, their states, weights left in 16 or 32 bits."""
+    """Counts the bytes that the model holds: packed weights, their states, weights left in 16 or 32 bits."""
     from training.quantization.disk_copy import _tensors
 
     return sum(tensor.numel() * tensor.element_size() for _, tensor in _tensors(model))

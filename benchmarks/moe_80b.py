@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def build(layers: int, experts: int, device: str) -> Any:
-    """The model with random 4-bit weights on the device, frozen; no expert is ever in 16 bits."""
+    """Returns the model with random 4-bit weights on the device, frozen; no expert is ever in 16 bits."""
     config = Qwen3NextConfig(
         num_hidden_layers=layers, num_experts=experts, num_experts_per_tok=min(10, experts), pad_token_id=0
     )
@@ -156,7 +156,7 @@ def _random_nf4(shape: torch.Size, device: str) -> tuple[torch.Tensor, bnb_funct
 
 
 def _time_steps(loss: AnswerLoss, optimizer: Any, tokens: int, arguments: argparse.Namespace) -> float:
-    """Seconds of an optimizer step over one sequence of this many tokens, half of them trained."""
+    """Returns the seconds of an optimizer step over one sequence of this many tokens, half of them trained."""
     ids_BT = torch.randint(0, 50_000, (1, tokens), device=arguments.device)
     labels_BT = ids_BT.clone()
     labels_BT[:, : tokens // 2] = -100

@@ -260,7 +260,7 @@ async def committed(connection: psycopg.AsyncConnection[Any], insert: Insert) ->
 
 
 async def all_claimed(contestant: Contestant, told: Path, jobs: dict[str, float], seconds: float) -> list[float]:
-    """Milliseconds of each job, sorted, once all are claimed."""
+    """Returns the milliseconds of each job, sorted, once all are claimed."""
     deadline = time.monotonic() + seconds
     while True:
         claimed = contestant.read(told)

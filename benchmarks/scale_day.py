@@ -169,7 +169,7 @@ async def fruitless_wakes(dsn: str, count: int) -> dict[str, tuple[float, float]
 
 
 def inserts_with_listeners(dsn: str, listeners: int, inserts: int) -> tuple[float, float]:
-    """Milliseconds of an insert (p50, p99) while this many sessions LISTEN to its trigger's channel."""
+    """Returns the milliseconds of an insert (p50, p99) while this many sessions LISTEN to its trigger's channel."""
     app = App(dsn)
     sessions = [psycopg.connect(dsn, autocommit=True) for _ in range(listeners)]
     try:

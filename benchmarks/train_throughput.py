@@ -247,7 +247,7 @@ def broken_promises(matches: Iterable[Match]) -> Iterable[str]:
 
 
 def demo_model() -> Path:
-    """The demo's own copy, made now if it does not exist."""
+    """Returns the demo's own copy, made now if it does not exist."""
     folder = models_folder() / MODEL_NAME
     if not model_is_ready():
         import_gguf(find_gguf(), folder)
@@ -401,7 +401,7 @@ _CONTESTS = {
 
 
 def _held_out_loss(trainer: SFTTrainer, examples: Iterable[Example]) -> float:
-    """Mean over the answers' tokens, one conversation at a time."""
+    """Returns the mean over the answers' tokens, one conversation at a time."""
     model: Any = trainer.model
     model.eval()
     loss = AnswerLoss(model.get_base_model())

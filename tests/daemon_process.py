@@ -126,7 +126,7 @@ class DaemonProcess:
 
 
 def children_of(pid: int) -> list[int]:
-    """Live processes whose parent is `pid`."""
+    """Returns the live processes whose parent is `pid`."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

@@ -1,4 +1,4 @@
-"""A pool of databases that tests reuse: emptied after each test, and made anew if a test changed more than rows.
+"""A pool of databases that tests reuse: emptied after each test, and replaced if a test changed more than rows.
 
 Making one takes ten times as long as emptying one. Any change in the database's whole catalogue counts, so that each
 test finds the database as fresh as one copied for it alone.
@@ -160,7 +160,7 @@ def _tables(admin: psycopg.Connection) -> list[str]:
 
 
 def _content(admin: psycopg.Connection, table: str) -> str | None:
-    """A digest of the table's rows; None if it has none."""
+    """Returns a digest of the table's rows; None if it has none."""
     query = f"SELECT md5(string_agg(one::text, E'\\n' ORDER BY one::text)) FROM {table} AS one"
     row = admin.execute(query.encode()).fetchone()
     assert row is not None

@@ -56,7 +56,7 @@ class Forker:
                     return ForkedProcess(self, line["pid"])
 
     def status(self, pid: int, seconds: float) -> int | None:
-        """The exit status of a process that has ended; None if it runs longer than `seconds`."""
+        """Returns the exit status of a process that has ended; None if it runs longer than `seconds`."""
         deadline = time.monotonic() + seconds
         while True:
             with self._one_reader:

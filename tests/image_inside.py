@@ -108,7 +108,7 @@ def _storage(folder: Path) -> Iterator[StorageDouble]:
 
 
 def _environment(postgres: EmbeddedPostgres, storage_url: str) -> dict[str, str]:
-    """Only what a pod's template sets; nothing added by this test."""
+    """Returns only what a pod's template sets; nothing added by this test."""
     own = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE"}}
     return own | {
         "DATABASE_URL": postgres.dsn(user="training_daemon"),

@@ -106,7 +106,7 @@ class AppDatabase:
         self._connection: psycopg.Connection[dict[str, Any]] | None = None
 
     def connect(self) -> psycopg.Connection[dict[str, Any]]:
-        """A new superuser connection: autocommit, rows as dicts; the caller closes it."""
+        """Returns a new superuser connection: autocommit, rows as dicts; the caller closes it."""
         return psycopg.connect(self.dsn, autocommit=True, row_factory=dict_row)
 
     @property
@@ -179,7 +179,7 @@ class AppDatabase:
 
 
 def app_job(user_id: UUID, dataset_id: UUID) -> dict[str, Any]:
-    """The columns that the app sends, in the longer of its two spellings."""
+    """Returns the columns that the app sends, in the longer of its two spellings."""
     return {
         "user_id": user_id,
         "dataset_id": dataset_id,
@@ -204,7 +204,7 @@ def app_job(user_id: UUID, dataset_id: UUID) -> dict[str, Any]:
 
 
 def insert_statement(table: str, columns: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """`INSERT … RETURNING id` and its parameters; dicts and lists become jsonb."""
+    """Returns `INSERT … RETURNING id` and its parameters; dicts and lists become jsonb."""
     names = ", ".join(columns)
     marks = ", ".join(f"%({name})s" for name in columns)
     values = {name: Jsonb(value) if isinstance(value, dict | list) else value for name, value in columns.items()}

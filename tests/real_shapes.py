@@ -60,7 +60,7 @@ REAL_SHAPES: dict[str, dict[str, Any]] = {
 
 
 def skeleton(name: str, **options: Any) -> Any:
-    """The model on the meta device, with few layers."""
+    """Returns the model on the meta device, with few layers."""
     values = dict(REAL_SHAPES[name])
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     with torch.device("meta"):

@@ -27,7 +27,7 @@ _SHAPE = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
 
 
 def conversation(number: int, *, system: bool = False, exchanges: int = 1) -> dict[str, Any]:
-    """One chat row, different for each number."""
+    """Returns one chat row, different for each number."""
     chosen = random.Random(number)
     messages = [{"role": "system", "content": "You answer tersely."}] if system else []
     for exchange in range(exchanges):
@@ -48,7 +48,7 @@ def write_conversations(path: Path, count: int, **options: Any) -> Path:
 
 
 def make_tokenizer(template: str | None = CHATML, *, extra_tokens: Sequence[str] = ()) -> Any:
-    """A byte-level BPE tokenizer with 512 words; `<|im_end|>` ends a text, as in Qwen's models."""
+    """Returns a byte-level BPE tokenizer with 512 words; `<|im_end|>` ends a text, as in Qwen's models."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

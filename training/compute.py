@@ -28,7 +28,7 @@ def compute_type(device: str, asked: ComputeType | None = None) -> ComputeType:
 
 @cache
 def cpu_multiplies_bf16() -> bool:
-    """True if this CPU has bfloat16 units that torch uses."""
+    """Returns True if this CPU has bfloat16 units that torch uses."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -32,7 +32,7 @@ class EventWriter:
         self.job_id = job_id
 
     def say(self, event: AnyEvent) -> None:
-        """Writes one event as one line. Exits the process if the daemon is gone: nobody would collect the result."""
+        """Writes one event as one line. Exits the process if the daemon is gone: the result would be lost."""
         line = event.model_dump_json().encode() + b"\n"
         try:
             # A pipe takes up to PIPE_BUF bytes atomically; a longer line may be split when the pipe is nearly full.

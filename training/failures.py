@@ -75,14 +75,14 @@ class Diagnosis:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True for torch.OutOfMemoryError and for the RuntimeErrors that mean the same."""
+    """Returns True for torch.OutOfMemoryError and for the RuntimeErrors that mean the same."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _OUT_OF_MEMORY_SIGNS)
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """True for ENOSPC and EDQUOT, also where a library wrapped them in its own exception."""
+    """Returns True for ENOSPC and EDQUOT, also where a library wrapped them in its own exception."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     return any(sign in str(error).lower() for sign in _DISK_FULL_SIGNS)
@@ -124,7 +124,7 @@ def broken_part(error: BaseException) -> HostPart | None:
 
 
 def memory_advice(spec: JobSpec | None, max_length: int | None = None) -> str:
-    """The advice for running out of memory, with the values that the job has now."""
+    """Returns the advice for running out of memory, with the values that the job has now."""
     if spec is None:
         return "reduce batch_size, lora_rank or max_length"
     chosen = spec.hyperparameters
@@ -136,7 +136,7 @@ def memory_advice(spec: JobSpec | None, max_length: int | None = None) -> str:
 
 
 def failed_event(error: BaseException, spec: JobSpec | None, job_id: str) -> Failed:
-    """The last event of a failed run, with the stack for the operator."""
+    """Returns the last event of a failed run, with the stack for the operator."""
     found = diagnose(error, spec)
     return Failed(
         job_id=job_id,

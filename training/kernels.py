@@ -45,7 +45,7 @@ def hide_wrong_kernels() -> None:
 
 
 def capability_by_nvml() -> Capability | None:
-    """The compute capability of this process's first GPU, without opening the CUDA driver; None without a GPU."""
+    """Reads the compute capability of this process's first GPU without opening the CUDA driver; None without a GPU."""
     import pynvml
 
     try:

@@ -27,7 +27,7 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def adopt_orphans() -> None:
-    """From now on, makes the kernel give our children's orphans to us instead of to init."""
+    """Makes the kernel give our children's orphans to us, from now on, instead of to init."""
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl")
 

@@ -43,7 +43,7 @@ class Ranks:
         return things[self.index :: self.count]
 
     def exchange(self, numbers: Iterable[float]) -> list[list[float]]:
-        """Every rank's numbers, in rank order; the same on all ranks."""
+        """Returns every rank's numbers, in rank order; the same on all ranks."""
         mine = torch.tensor(list(numbers), dtype=torch.float64)
         if self.count == 1:
             return [mine.tolist()]
@@ -52,11 +52,11 @@ class Ranks:
         return [numbers.tolist() for numbers in everyones]
 
     def total(self, *numbers: float) -> list[float]:
-        """Sums over all ranks, added up in the same order everywhere."""
+        """Returns the sums over all ranks, added up in the same order everywhere."""
         return [sum(column) for column in zip(*self.exchange(numbers), strict=True)]
 
     def agree_to_stop(self, stop: StopSwitch) -> bool:
-        """True on every rank as soon as any rank has been asked to stop."""
+        """Returns True on every rank as soon as any rank has been asked to stop."""
         if any(asked for (asked,) in self.exchange([stop.requested])):
             stop.requested = True
         return stop.requested

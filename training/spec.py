@@ -137,7 +137,7 @@ class ParsedRow:
 
 
 def parse_row(hyperparameters: object, gpu_config: object) -> ParsedRow:
-    """Parse both JSON columns of a row. Raises SpecInvalid with every fault of both."""
+    """Parses both JSON columns of a row. Raises SpecInvalid with every fault of both."""
     faults: list[Fault] = []
     unknown: list[str] = []
     parsed: dict[str, Any] = {}
@@ -159,7 +159,7 @@ def parse_row(hyperparameters: object, gpu_config: object) -> ParsedRow:
 
 
 def faults_of(error: ValidationError, prefix: str = "") -> list[Fault]:
-    """One Fault for each error that pydantic found, with the offending value in the message."""
+    """Returns one Fault for each error that pydantic found, with the offending value in the message."""
     faults = []
     for item in error.errors(include_url=False):
         path = ".".join(str(part) for part in ((prefix,) if prefix else ()) + item["loc"])

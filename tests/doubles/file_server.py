@@ -62,5 +62,5 @@ class FileServer:
 
 
 def script_file(*actions: list[object]) -> bytes:
-    """A dataset that tells the scripted trainer what to do."""
+    """Returns a dataset that tells the scripted trainer what to do."""
     return (json.dumps({"script": actions}) + "\n").encode()

@@ -31,7 +31,7 @@ class Exchange:
     answered: bool = False
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """The body as it arrives. Ends early if the client disconnects."""
+        """Yields the body as it arrives. Ends early if the client disconnects."""
         while self.body_left:
             piece = await self.reader.read(min(PIECE_BYTES, self.body_left))
             if not piece:

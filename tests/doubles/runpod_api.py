@@ -222,7 +222,7 @@ class Answer:
 
 
 def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> Answer:
-    """An RFC 9457 problem document."""
+    """Returns an RFC 9457 problem document."""
     return Answer(status, {"title": "Problem", "status": status, "detail": detail}, headers or {})
 
 

@@ -444,7 +444,7 @@ async def _refuse(
 
 
 def _file_of_form(content_type: str, form: bytes) -> tuple[str, bytes]:
-    """The MIME type and content of the part named "file" in a multipart form."""
+    """Returns the MIME type and content of the part named "file" in a multipart form."""
     found = re.search(r"boundary=([^;]+)", content_type)
     assert found is not None, content_type
     for part in form.split(b"--" + found.group(1).encode()):

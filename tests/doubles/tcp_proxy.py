@@ -59,7 +59,7 @@ class TcpProxy:
         self._loop.close()
 
     def dsn(self, dsn: str) -> str:
-        """The same URL, through this proxy."""
+        """Returns the same URL, through this proxy."""
         parts = urlsplit(dsn)
         login = parts.netloc.rpartition("@")[0]
         return urlunsplit(parts._replace(netloc=f"{login}@127.0.0.1:{self.port}"))
@@ -87,7 +87,7 @@ class TcpProxy:
         return self._call(self._each(_Connection.cut, application))
 
     def connected(self, application: str | None = None) -> int:
-        """The number of connections."""
+        """Returns the number of connections."""
         return self._call(self._each(lambda _connection: None, application))
 
     def partition(self) -> None:

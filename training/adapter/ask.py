@@ -14,7 +14,7 @@ from typing import Any
 
 
 def answer(model_dir: Path, adapter_dir: Path | None, question: str, max_new_tokens: int = 60) -> str:
-    """The model's answer, decoded greedily: always the same. Without an adapter, the base model's answer."""
+    """Returns the model's answer, decoded greedily: always the same. Without an adapter, the base model's answer."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer

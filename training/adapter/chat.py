@@ -65,7 +65,7 @@ class Pair:
             say({"kind": "answer", "who": who, "text": text})
 
     def _answer(self, turns: tuple[Turn, ...]) -> str:
-        """Greedy: the same conversation gives the same words."""
+        """Answers greedily: the same conversation gives the same words."""
         import torch
 
         encoded = self._tokenizer(self._template.prompt(turns), add_special_tokens=False, return_tensors="pt")
@@ -126,7 +126,7 @@ def _own_stdout() -> Say:
 
 
 def _spec(model_dir: Path, device: str) -> JobSpec:
-    """The part of a spec that loading a model reads. Nothing is trained or written."""
+    """Returns the part of a spec that loading a model reads. Nothing is trained or written."""
     nowhere = Path(os.devnull)
     return JobSpec(
         job_id="chat",

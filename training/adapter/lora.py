@@ -44,7 +44,7 @@ def attach_adapter(model: PreTrainedModel, chosen: Hyperparameters) -> PeftModel
 
 
 def choose_targets(model: PreTrainedModel, asked: tuple[str, ...] | None) -> tuple[str, ...]:
-    """Names for LoraConfig, each matching at least one linear layer of this model and no router.
+    """Returns names for LoraConfig, each matching at least one linear layer of this model and no router.
 
     On a model with fused experts `gate_proj`, `up_proj`, `down_proj` mean the shared expert; the experts stay frozen.
     """
@@ -73,7 +73,7 @@ def trainable_parameters(model: torch.nn.Module) -> int:
 
 
 def _linear_layers(model: PreTrainedModel) -> set[str]:
-    """Paths of linear layers inside the repeated blocks, without the block number: `self_attn.q_proj`."""
+    """Returns the paths of linear layers inside the repeated blocks, without the block number: `self_attn.q_proj`."""
     found = set()
     for path, module in model.named_modules():
         if not isinstance(module, torch.nn.Linear):
@@ -90,7 +90,7 @@ def _names(paths: set[str]) -> str:
 
 
 def openable_config(model: PeftModel) -> LoraConfig:
-    """The adapter's config, written so that plain `PeftModel.from_pretrained` adapts the intended layers.
+    """Returns the adapter's config, written so that plain `PeftModel.from_pretrained` adapts the intended layers.
 
     For mixture models PEFT rewrites gate/up/down_proj in target_modules to the fused experts, and fails. Listed as
     target_parameters, the shared expert's weights are left alone and the stored tensors keep their names. PEFT allows

@@ -21,7 +21,7 @@ _NEW_TOKENS = {"cuda": 96, "cpu": 32}
 
 
 def choose_prompts(spec: JobSpec, corpus: Corpus) -> tuple[tuple[Turn, ...], ...]:
-    """The job's own prompts, or else the beginnings of the first held-out conversations."""
+    """Returns the job's own prompts, or else the beginnings of the first held-out conversations."""
     asked = spec.hyperparameters.sample_prompts
     if asked is not None:
         return tuple((Turn("user", prompt, trained=False),) for prompt in asked)
@@ -39,7 +39,7 @@ def answer(
     template: ChatTemplate,
     prompts: tuple[tuple[Turn, ...], ...],
 ) -> list[tuple[str, str]]:
-    """(last words of the prompt, answer) for each prompt, in order. Restores the model's mode."""
+    """Returns (last words of the prompt, answer) for each prompt, in order. Restores the model's mode."""
     if not prompts:
         return []
     texts = [template.prompt(prompt) for prompt in prompts]

@@ -15,7 +15,7 @@ def compute_dtype(device: str, asked: ComputeType | None = None) -> torch.dtype:
 
 
 def device_memory_bytes(device: str) -> int:
-    """Total memory of the GPU, or of the host."""
+    """Returns the total memory of the GPU, or of the host."""
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[1])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

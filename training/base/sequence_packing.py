@@ -18,7 +18,7 @@ _MOST_MOVEMENT_OF_EXPERTS = 0.01
 
 
 def packs_without_leaks(model: Any) -> bool:
-    """True if the model gives two texts laid end to end the same logits as each text alone."""
+    """Returns True if the model gives two texts laid end to end the same logits as each text alone."""
     return why_not_packed(model) is None
 
 
@@ -59,7 +59,7 @@ def why_not_packed(model: Any) -> str | None:
 
 
 def _most_movement(model: Any) -> float:
-    """How far a text may change when only the one before it changes: not at all, unless something leaks.
+    """Returns how far a text may change when only the one before it changes: not at all, unless something leaks.
 
     Experts are the exception: they multiply the rows of all texts together, and a product of other rows may round
     differently. A leak changes the logits by as much as their own size.
@@ -68,7 +68,7 @@ def _most_movement(model: Any) -> float:
 
 
 def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The difference, as a share of `wanted`. NaN if either contains NaN; NaN never counts as close."""
+    """Returns the difference, as a share of `wanted`. NaN if either contains NaN; NaN never counts as close."""
     return float((found - wanted).norm() / wanted.norm())
 
 

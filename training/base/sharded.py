@@ -36,12 +36,12 @@ _WEIGHTS_SHARE = 0.75
 
 
 def memory_of_a_rank(spec: JobSpec) -> int:
-    """A GPU's memory; on a CPU host this rank's share of the total."""
+    """Returns a GPU's memory; on a CPU host this rank's share of the total."""
     return device_memory_bytes(spec.device) // (spec.num_gpus if spec.device == "cpu" else 1)
 
 
 def must_be_cut(spec: JobSpec, folder: ModelFolder, estimate: Estimate, memory_bytes: int) -> bool:
-    """True if the whole model is too large for one GPU but fits on all of them together.
+    """Returns True if the whole model is too large for one GPU but fits on all of them together.
 
     Raises TrainingFailed for a mixture of experts that would have to be cut: its packed experts are our own parameters,
     and cutting them has never been tested.
@@ -86,5 +86,5 @@ def cut(model: PreTrainedModel, ranks: Ranks, device: torch.device) -> PreTraine
 
 
 def _layers(model: PreTrainedModel) -> torch.nn.ModuleList:
-    """The decoder's repeated blocks: the first list of modules found."""
+    """Returns the decoder's repeated blocks: the first list of modules found."""
     return next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))

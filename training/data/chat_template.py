@@ -98,7 +98,7 @@ class ChatTemplate:
         return Example(input_ids, labels, conversation.place)
 
     def prompt(self, turns: Sequence[Turn]) -> str:
-        """The text that the model continues with its answer."""
+        """Returns the text that the model continues with its answer."""
         return self._render(self.fold(turns), add_generation_prompt=True)
 
     def fold(self, turns: Sequence[Turn]) -> tuple[Turn, ...]:
@@ -113,7 +113,7 @@ class ChatTemplate:
         return tuple(rest)
 
     def _takes_system(self) -> bool:
-        """Some templates refuse a system role, others drop it silently: look for its words in the rendering."""
+        """Looks for the system text in a rendering: some templates refuse the role, others drop it silently."""
         probe = (
             Turn("system", f"{_MARK}s", trained=False),
             Turn("user", "q", trained=False),
@@ -135,7 +135,7 @@ class ChatTemplate:
         return rendered
 
     def _render_with_spans(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
-        """The whole conversation as text, and the character span of each trained answer, end mark included."""
+        """Returns the whole conversation as text, and the character span of each trained answer, end mark included."""
         text = self._render(turns)
         spans = []
         for index, turn in enumerate(turns):

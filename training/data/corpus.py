@@ -55,7 +55,7 @@ class Corpus:
         return sum(len(example.input_ids) for example in self.validation)
 
     def digest(self) -> str:
-        """SHA-256 over the training and validation tokens: equal digests mean equal data."""
+        """Returns the SHA-256 over the training and validation tokens: equal digests mean equal data."""
         seen = hashlib.sha256()
         for part in (self.train, self.validation):
             for example in part:
@@ -64,7 +64,7 @@ class Corpus:
         return seen.hexdigest()
 
     def statistics(self) -> dict[str, Any]:
-        """Tokens per conversation, as numbers that a dashboard can show."""
+        """Returns the tokens per conversation, as numbers that a dashboard can show."""
         lengths = sorted(len(example.input_ids) for example in self.train)
         return {
             "format": self.format,
@@ -205,7 +205,7 @@ def _encode(conversations: Sequence[Conversation], template: ChatTemplate) -> li
 
 
 def _choose_length(longest: int, asked: int | None, context_length: int) -> int:
-    """The requested length, else what the data need; never more than the model reads."""
+    """Returns the requested length, or else what the data need; never more than the model reads."""
     needed = -(-longest // LENGTH_STEP) * LENGTH_STEP
     return min(asked if asked is not None else min(needed, DEFAULT_LENGTH_CAP), context_length)
 

@@ -132,7 +132,7 @@ def _decode(path: Path) -> str:
 
 
 def _whole_document(text: str) -> Any | None:
-    """The file as one JSON document (a list, or brightrun-lora-v4), or None if it is JSONL."""
+    """Returns the file as one JSON document (a list, or brightrun-lora-v4), or None if it is JSONL."""
     start = text.lstrip()[:1]
     if start not in ("[", "{"):
         return None
@@ -210,7 +210,7 @@ def _rows_of_lines(text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _parse(text: str) -> Any:
-    """Strict JSON: no NaN, no infinity, no key twice. Raises _BadRow."""
+    """Parses strict JSON: no NaN, no infinity, no duplicate keys. Raises _BadRow."""
     try:
         return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicate_keys)
     except json.JSONDecodeError as error:
@@ -298,7 +298,7 @@ def _read_turns(row: Mapping[str, Any]) -> tuple[Turn, ...]:
 
 
 def _read_pair(row: Mapping[str, Any]) -> tuple[Turn, ...]:
-    """System prompt, history, the user's message and the target; only the target carries loss."""
+    """Reads system prompt, history, the user's message and the target; only the target carries loss."""
     if row.get("target_response") is None:
         raise _NoExample("target_response is null")
     turns: list[Turn] = []
@@ -352,7 +352,7 @@ def _check_turns(turns: list[Turn]) -> tuple[Turn, ...]:
 
 
 def _text(value: Any, where: str, *, may_be_empty: bool = False) -> str:
-    """A string, or the joined text parts of the multi-part form."""
+    """Returns a string, or the joined text parts of the multi-part form."""
     if (
         isinstance(value, list)
         and value

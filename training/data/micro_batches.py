@@ -41,7 +41,7 @@ def in_groups(lengths: Sequence[int], most_tokens: int, *, padded: bool) -> list
 
 
 def packing_pays(lengths: Sequence[int], hidden_size: int, most_tokens: int) -> bool:
-    """True if laying texts end to end costs less than padding them side by side.
+    """Returns True if laying texts end to end costs less than padding them side by side.
 
     Padding is wasted computation; end to end, attention computes all texts against each other and masks most of it.
     A token costs 12 × hidden² products a layer, and 2 × hidden for each position that its attention looks at.
@@ -72,12 +72,12 @@ def is_packed(inputs: dict[str, Any]) -> bool:
 
 
 def tokens_in(inputs: dict[str, Any]) -> int:
-    """Tokens including padding: what memory is needed for."""
+    """Returns the tokens including padding: what memory is needed for."""
     return int(inputs["input_ids"].numel())
 
 
 def pack(texts: list[torch.Tensor]) -> dict[str, Any]:
-    """The inputs that keep texts apart when they lie end to end, the same as from TRL's collator."""
+    """Returns the inputs that keep texts apart when they lie end to end, the same as from TRL's collator."""
     lengths = torch.tensor([len(text) for text in texts])
     ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(torch.int32)
     device = texts[0].device

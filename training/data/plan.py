@@ -43,7 +43,7 @@ class Plan:
         return math.ceil(self.batch_size / self.ranks)
 
     def heaviest_tokens(self, max_length: int) -> int:
-        """Tokens of the largest possible micro-batch, padding included."""
+        """Returns the tokens of the largest possible micro-batch, padding included."""
         return min(self.share * max_length, max(self.micro_batch_tokens, max_length))
 
     @property

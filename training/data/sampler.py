@@ -46,7 +46,7 @@ class StepOrder(Sampler[list[int]]):
 
 
 def mixed_seed(seed: int, *numbers: int) -> int:
-    """A separate seed for each combination: seeds that differ by one must not give shifted copies of one stream."""
+    """Mixes a seed for each combination: seeds that differ by one must not give shifted copies of one stream."""
     state = seed & _MASK
     for number in numbers:
         # SplitMix64 (Steele, Lea, Flood 2014).

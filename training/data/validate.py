@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def _step_back() -> None:
-    """Running training goes first, for the processor and when memory runs out."""
+    """Gives running training precedence, for the processor and when memory runs out."""
     os.nice(19)
     Path("/proc/self/oom_score_adj").write_text("1000")
 

@@ -12,7 +12,7 @@ ADAPTER_BYTES = 4
 
 
 def adapter_parameters(tensors: Iterable[tuple[str, tuple[int, ...]]], chosen: Hyperparameters) -> int:
-    """The number of LoRA weights: rank × (in + out) for each adapted linear layer of a block. Experts stay frozen."""
+    """Counts LoRA weights: rank × (in + out) for each adapted linear layer of a block. Experts stay frozen."""
     targets = {target.rpartition(".")[2] for target in chosen.target_modules or DEFAULT_TARGETS}
     width = 0
     for name, shape in tensors:

@@ -18,7 +18,7 @@ _FOLDER_CANNOT_BE_SYNCED = (errno.EBADF, errno.EINVAL)
 
 
 def sha256_of(path: Path) -> str:
-    """The file's SHA-256 in hex, read in pieces. Raises OSError."""
+    """Returns the file's SHA-256 in hex, read in pieces. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

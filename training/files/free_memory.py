@@ -9,7 +9,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes() -> int:
-    """Memory available without swapping or being killed; the page cache counts as free."""
+    """Returns the memory available without swapping or being killed; the page cache counts as free."""
     free = 1024 * _number("/proc/meminfo", "MemAvailable:")
     # No limit, or another version of cgroups: use the host's memory.
     with contextlib.suppress(OSError, ValueError):

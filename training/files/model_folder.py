@@ -70,7 +70,7 @@ class ModelFolder:
         return nested if isinstance(nested, dict) else self.config
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Name and shape of every tensor of the checkpoint, from the files' headers or the copy's manifest."""
+        """Yields the name and shape of each tensor of the model, from the files' headers or the copy's manifest."""
         if self.kept_copy is not None:
             yield from read_copy_manifest(self.kept_copy)["tensors"].items()
         for shard in self.shards:
@@ -103,7 +103,7 @@ def open_model_folder(path: Path, name: str) -> ModelFolder:
 
 
 def faults_of_model(path: Path) -> list[str]:
-    """Everything that makes the folder incomplete, in words, shard by name; [] if it is a whole model."""
+    """Returns everything that makes the folder incomplete, in words, shard by name; [] if it is a whole model."""
     faults = []
     if not (path / CONFIG).is_file():
         faults.append(f"{CONFIG} is missing")
@@ -115,7 +115,7 @@ def faults_of_model(path: Path) -> list[str]:
 
 
 def faults_of_copy(copy: Path) -> list[str]:
-    """Why a 4-bit copy cannot be used: a file missing or cut, or other library versions than those that made it."""
+    """Lists why a 4-bit copy cannot be used: a file missing or cut, or other library versions than when it was made."""
     try:
         manifest = read_copy_manifest(copy)
     except _UNREADABLE as error:
@@ -129,12 +129,12 @@ def faults_of_copy(copy: Path) -> list[str]:
 
 
 def in_one_line(faults: list[str]) -> str:
-    """The first faults for an error message, and how many more there are."""
+    """Returns the first faults for an error message, and how many more there are."""
     return "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json, or {} if it cannot be read (`faults_of_model` reports that)."""
+    """Returns config.json, or {} if it cannot be read (`faults_of_model` reports that)."""
     try:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -143,13 +143,13 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def keeps_copy_only(path: Path) -> bool:
-    """True if a 4-bit copy stands in place of the weights. 16-bit weights beside it take precedence."""
+    """Returns True if a 4-bit copy stands in place of the weights. 16-bit weights beside it take precedence."""
     has_weights = (path / INDEX).exists() or (path / WEIGHTS).exists()
     return not has_weights and (path / KEPT_COPY / COPY_MANIFEST).is_file()
 
 
 def read_copy_manifest(copy: Path) -> dict[str, Any]:
-    """The manifest of a 4-bit copy. Raises OSError, ValueError, KeyError, TypeError or AttributeError."""
+    """Returns the manifest of a 4-bit copy. Raises OSError, ValueError, KeyError, TypeError or AttributeError."""
     manifest = dict(json.loads((copy / COPY_MANIFEST).read_text(encoding="utf-8")))
     return {
         "files": {str(name): str(digest) for name, digest in manifest["files"].items()},
@@ -159,7 +159,7 @@ def read_copy_manifest(copy: Path) -> dict[str, Any]:
 
 
 def read_header(shard: Path) -> dict[str, Any]:
-    """The JSON header of a safetensors file. Raises OSError, or ValueError if there is none."""
+    """Returns the JSON header of a safetensors file. Raises OSError, or ValueError if there is none."""
     with shard.open("rb") as file:
         length = _header_bytes(file.read(8))
         header = json.loads(file.read(length))
@@ -208,7 +208,7 @@ def _faults_of_shards(path: Path) -> list[str]:
 
 
 def _tensors_by_shard(path: Path) -> dict[str, set[str]]:
-    """The weight files by name, and the tensors that the index promises in each; a single file promises none."""
+    """Returns the weight files by name, with the tensors that the index promises in each; a single file has none."""
     if not (path / INDEX).exists():
         return {WEIGHTS: set()}
     by_shard: dict[str, set[str]] = {}

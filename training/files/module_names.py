@@ -38,5 +38,5 @@ _BLOCK_LISTS = ("layers", "h", "blocks")
 
 
 def is_in_block(tensor: str) -> bool:
-    """True if a tensor belongs to one of the model's repeated blocks, by its full name."""
+    """Returns True if a tensor belongs to one of the model's repeated blocks, by its full name."""
     return any(part in _BLOCK_LISTS for part in tensor.split("."))

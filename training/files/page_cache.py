@@ -29,7 +29,7 @@ def read_ahead(spec: JobSpec) -> threading.Thread:
 
 
 def weights_of(spec: JobSpec) -> list[Path]:
-    """The files that loading will most likely read: the newest 4-bit copy, else the model's own. A guess is enough."""
+    """Guesses the files that loading will read: the newest 4-bit copy, else the model's own."""
     folders = [spec.model_path / KEPT_COPY, spec.model_path]
     if spec.quantize and spec.quantized_dir is not None:
         copies = spec.quantized_dir.glob(f"{spec.base_model.replace('/', '--')}-nf4-*")

@@ -88,12 +88,12 @@ def _run(spec: JobSpec, desk: RankFolder, events_fd: int) -> ProcessFailure | No
 
 
 def _was_killed(failure: ProcessFailure) -> bool:
-    """True if killed by a signal other than the one with which the engine ends the others."""
+    """Returns True if killed by a signal other than the one with which the engine ends the others."""
     return failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
 
 
 def launch_config(spec: JobSpec) -> LaunchConfig:
-    """What `torchrun --standalone` would use, on the loopback interface, with options that torch 2.9 knows."""
+    """Returns what `torchrun --standalone` would use, on the loopback interface, with options that torch 2.9 knows."""
     from torch.distributed.launcher.api import LaunchConfig
 
     return LaunchConfig(

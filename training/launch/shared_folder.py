@@ -57,7 +57,7 @@ class RankFolder:
         (self.folder / f"failed-{rank}.json").write_text(report.model_dump_json(), encoding="utf-8")
 
     def cause(self) -> Failed | None:
-        """The failure that came first, if any was written.
+        """Returns the failure that came first, if any was written.
 
         A specific error code comes before `internal`: a rank whose neighbour has gone fails with `internal`, and may be
         quicker.

@@ -67,7 +67,7 @@ class CheckpointShelf:
         return Checkpoint(final, step, total)
 
     def newest(self) -> tuple[Checkpoint | None, list[Damaged]]:
-        """The newest complete checkpoint of this run, and the damaged ones that were skipped."""
+        """Returns the newest complete checkpoint of this run, and the damaged ones that were skipped."""
         passed_over: list[Damaged] = []
         for path in self._stored():
             found = self._check(path)

@@ -93,7 +93,7 @@ class _SlicedCrossEntropy(torch.autograd.Function):
 
 
 def _logit_scale(config: Any) -> float:
-    """The factors by which some architectures multiply logits (Cohere, Falcon-H1) or divide them (Granite)."""
+    """Returns the factors by which some architectures multiply logits (Cohere, Falcon-H1) or divide them (Granite)."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         value = getattr(config, name, None)
         if value is not None:

@@ -25,10 +25,10 @@ class MemoryGauge(Protocol):
         """Memory in use now; starts measuring the peak."""
 
     def peak(self) -> int:
-        """The most memory in use at once since `begin`."""
+        """Returns the most memory in use at once since `begin`."""
 
     def capacity(self) -> int:
-        """The most memory that this process could use."""
+        """Returns the most memory that this process could use."""
 
 
 class CardGauge:

@@ -264,7 +264,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         return summed / share
 
     def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:
-        """Mean loss over every trained token of the held-out conversations, however they are batched.
+        """Returns the mean loss over every trained token of the held-out conversations, however they are batched.
 
         (The library's own loop averages the means of batches, which gives a short answer the weight of a long one, and
         draws from dropout's random generator.) If interrupted by a stop request it records nothing.
@@ -332,7 +332,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         return sum(record.step > best.step for record in self.journal.evaluations) >= patience
 
     def _summed_loss(self, batch: list[Example]) -> tuple[float, int]:
-        """Summed loss of some conversations and the number of tokens in the sum."""
+        """Returns the summed loss of some conversations and the number of tokens in the sum."""
         inputs = self._collate(batch)
         with torch.no_grad(), self.compute_loss_context_manager():
             summed, count = self._answer_loss(inputs)

@@ -72,7 +72,7 @@ def check_resources(spec: JobSpec, estimate: Estimate, memory_bytes: int | None)
 
 
 def memory_remark(spec: JobSpec, estimate: Estimate, memory_bytes: int | None) -> str | None:
-    """A warning if the whole run may not fit; out-of-memory recovery will try smaller micro-batches."""
+    """Returns a warning if the whole run may not fit; out-of-memory recovery will try smaller micro-batches."""
     if memory_bytes is None or estimate.memory_bytes <= memory_bytes:
         return None
     return (
@@ -144,7 +144,7 @@ def _refused(error: TrainingFailed) -> Verdict:
 
 
 def _read_spec(text: str) -> JobSpec | None:
-    """A JobSpec, or None if the file is something else (then a dataset). Raises TrainingFailed for a broken spec."""
+    """Parses a JobSpec; None if the file is something else, a dataset. Raises TrainingFailed for a broken spec."""
     try:
         raw = json.loads(text)
     except ValueError:

@@ -60,7 +60,7 @@ class Estimate:
 
 
 def model_bytes(folder: ModelFolder, *, quantize: bool, compute_type: ComputeType) -> int:
-    """The memory that a base model's weights take once loaded."""
+    """Returns the memory that a base model's weights take once loaded."""
     return int(sum(_bytes_of(name, shape, quantize, compute_type) for name, shape in folder.tensors()))
 
 

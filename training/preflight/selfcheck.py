@@ -17,7 +17,7 @@ from training.quick_imports import quick_imports
 
 
 def examine(device: str) -> dict[str, Any]:
-    """Versions, the GPU's capabilities, and one real pass through a 4-bit layer on `device` ("cpu" or "cuda")."""
+    """Reads versions and the GPU's capabilities, and runs a 4-bit layer once on `device` ("cpu" or "cuda")."""
     with quick_imports():
         import bitsandbytes
         import torch
@@ -41,7 +41,7 @@ def examine(device: str) -> dict[str, Any]:
 
 
 def _four_bit_error(device: str) -> str | None:
-    """None if a 4-bit layer matches its bf16 original within NF4's own error; else what is wrong."""
+    """Returns None if a 4-bit layer matches its bf16 original within NF4's own error; else what is wrong."""
     import torch
     from bitsandbytes.nn import Linear4bit
 

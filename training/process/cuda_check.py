@@ -26,7 +26,7 @@ def _card_unopened() -> Iterator[None]:
 
 
 def _card_opens(spec: JobSpec) -> bool:
-    """False if a library has opened the driver before the fork after all."""
+    """Returns False if a library has opened the driver before the fork after all."""
     if spec.device != "cuda":
         return True
     import torch

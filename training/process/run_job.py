@@ -19,7 +19,7 @@ _LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerat
 
 
 def read_spec(line: str, events_fd: int) -> JobSpec | None:
-    """The spec, or None after reporting to the daemon what is wrong with it."""
+    """Returns the spec, or None after reporting to the daemon what is wrong with it."""
     try:
         return JobSpec.model_validate_json(line)
     except ValidationError as error:

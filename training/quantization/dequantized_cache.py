@@ -44,7 +44,7 @@ class _Weight:
 
 
 def spare_bytes(spec: JobSpec, estimate: Estimate) -> int:
-    """Memory that one process of the run may use for this, once its model is loaded.
+    """Returns the memory that one process of the run may use for this, once its model is loaded.
 
     Half of what is free beyond the run's own need. None on a GPU: its memory gains more as tokens per micro-batch
     (training.loop.memory_probe), which share one unpacking.
@@ -87,7 +87,7 @@ def _keep_experts(module: torch.nn.Module, name: str) -> None:
 
 
 def _keep_linear(module: Linear4bit) -> None:
-    """The module's product, with the conversions of its own `forward`."""
+    """Replaces `forward` by the product with the kept weight, with the same conversions."""
     state = module.weight.quant_state
     weight = bnb.dequantize_4bit(module.weight.data, state)
     bias = None if module.bias is None else module.bias.to(weight.dtype)

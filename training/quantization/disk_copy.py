@@ -1,7 +1,7 @@
 """A 4-bit copy of a base model on the volume: written once after the first load, a quarter of the bytes to read later.
 
 It is named by a fingerprint of everything that could change the model: the source files, the settings, the library
-versions. Its files are hashed before each use. If anything differs, it is not used but written anew.
+versions. Its files are hashed before each use. If anything differs, it is not used but written again.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class QuantizedCopy:
 
     @classmethod
     def kept(cls, folder: ModelFolder, name: str, dtype: torch.dtype) -> QuantizedCopy:
-        """The copy whose source weights were deleted; it cannot be compared with them."""
+        """Returns the copy whose source weights were deleted; it cannot be compared with them."""
         assert folder.kept_copy is not None
         return cls(folder.kept_copy, _fingerprint(folder, name, dtype), folder)
 
@@ -173,7 +173,7 @@ def _fingerprint(folder: ModelFolder, name: str, dtype: torch.dtype) -> dict[str
 
 
 def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Everything that the model consists of, by kind and path; buffers too, since loading does not recompute them."""
+    """Yields all tensors of the model, by kind and path; buffers too, since loading does not recompute them."""
     for path, parameter in model.named_parameters():
         yield f"parameter:{path}", parameter.detach()
     for path, buffer in model.named_buffers():
@@ -188,7 +188,7 @@ def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _shards(model: Any) -> Iterator[dict[str, torch.Tensor]]:
-    """Tensors on the CPU in shards of about a GiB; never the whole model at once."""
+    """Yields tensors on the CPU in shards of about a GiB; never the whole model at once."""
     shard: dict[str, torch.Tensor] = {}
     memories: set[int] = set()
     size = 0

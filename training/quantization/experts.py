@@ -115,7 +115,7 @@ class PackExperts(ConversionOps):
 
 
 def _read_experts(readers: list[list[Callable[[], torch.Tensor]]]) -> Iterator[torch.Tensor]:
-    """Whole experts in order, several at a time if they are small."""
+    """Yields whole experts in order, several at a time if they are small."""
     waiting: list[torch.Tensor] = []
     for parts in zip(*readers, strict=True):
         waiting.append(torch.cat([read() for read in parts]))
@@ -127,7 +127,7 @@ def _read_experts(readers: list[list[Callable[[], torch.Tensor]]]) -> Iterator[t
 
 
 def _packing(conversion: Any, model: Any) -> Any:
-    """The conversion itself, or one that packs if it would fuse single experts."""
+    """Returns the conversion itself, or one that packs if it would fuse single experts."""
     kinds = [type(operation) for operation in getattr(conversion, "operations", ())]
     if kinds not in ([MergeModulelist], [MergeModulelist, Concatenate]) or not _targets_experts(conversion, model):
         return conversion
@@ -139,7 +139,7 @@ def _packing(conversion: Any, model: Any) -> Any:
 
 
 def _targets_experts(conversion: Any, model: Any) -> bool:
-    """True if the conversion makes fused experts and each single expert fills whole blocks."""
+    """Returns True if the conversion makes fused experts and each single expert fills whole blocks."""
     names = {target.rpartition(".")[2] for target in conversion.target_patterns}
     modules = [module for module in model.modules() if has_fused_experts(module)]
     weights = [module._parameters[name] for module in modules for name in names if name in module._parameters]
@@ -172,7 +172,7 @@ class Nf4Quantize(Bnb4bitQuantize):
 
 
 def has_fused_experts(module: torch.nn.Module) -> bool:
-    """True for modules that `use_experts_implementation` decorates: all experts of a layer in 3-D parameters."""
+    """True for a module decorated by `use_experts_implementation`: all experts of a layer in 3-D parameters."""
     return hasattr(module, "is_transposed") and hasattr(module, "_apply_gate") and "down_proj" in module._parameters
 
 
@@ -185,13 +185,13 @@ def is_expert_weight(module: torch.nn.Module, name: str) -> bool:
 
 
 def expert_states(module: torch.nn.Module) -> dict[str, bnb.QuantState]:
-    """How to unpack a module's experts, by parameter name; empty before they are quantised."""
+    """Returns how to unpack a module's experts, by parameter name; empty before they are quantised."""
     states: dict[str, bnb.QuantState] = module.__dict__.setdefault(_STATES, {})
     return states
 
 
 def unpacked_experts(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A module's experts that stay unpacked (training.quantization.dequantized_cache), by parameter name."""
+    """Returns a module's experts that stay unpacked (training.quantization.dequantized_cache), by parameter name."""
     weights: dict[str, torch.Tensor] = module.__dict__.setdefault(_UNPACKED, {})
     return weights
 

@@ -26,7 +26,7 @@ IsPacked = Callable[[torch.nn.Module, str, str], bool]
 
 
 def is_in_bytes(module: torch.nn.Module, name: str, _path: str) -> bool:
-    """True if this weight of a loaded model was packed."""
+    """Returns True if this weight of a loaded model was packed."""
     parameter = module._parameters[name]
     return parameter is not None and parameter.dtype is torch.uint8
 
@@ -46,7 +46,7 @@ def refuse_what_is_left(model: Any, name: str, is_packed: IsPacked) -> None:
 
 
 def left_in_16_bits(model: Any, is_packed: IsPacked) -> Iterator[tuple[str, int]]:
-    """Path and size of each weight that should have been packed: of linear layers, of experts, and unknown large ones.
+    """Finds weights that should have been packed: of linear layers, of experts, and unknown large ones. Path and size.
 
     Kept on purpose: embeddings and head, routers, convolutions, and those named in UNQUANTISED_MODULES or by the
     architecture itself, which knows what must stay exact.

@@ -29,7 +29,7 @@ _WANDB_FINISH_SECONDS = 60.0
 
 
 def tracking_callbacks(spec: JobSpec, journal: RunHistory, voice: EventWriter) -> Iterator[TrainerCallback]:
-    """One callback for each tracker of the job. They run after the one that fills the run's history."""
+    """Yields one callback for each tracker of the job. They run after the one that fills the run's history."""
     if "tensorboard" in spec.trackers:
         yield TensorBoardFile(journal, spec.work_dir)
     if "wandb" in spec.trackers:
@@ -37,7 +37,7 @@ def tracking_callbacks(spec: JobSpec, journal: RunHistory, voice: EventWriter) -
 
 
 def tracked_files(spec: JobSpec) -> tuple[Path, ...]:
-    """The trackers' files for the adapter's folder, once training is over."""
+    """Returns the trackers' files for the adapter's folder, once training is over."""
     path = spec.work_dir / TENSORBOARD_FILE
     return (path,) if path.exists() else ()
 

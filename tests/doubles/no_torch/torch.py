@@ -1,3 +1,3 @@
-"""A machine without torch, for what asks after it and is not about it: importing the real one takes six seconds."""
+"""Hides torch from tests that check for it without needing it: importing the real one takes six seconds."""
 
 raise ImportError("no torch in this test")

@@ -1,6 +1,6 @@
-"""NVML of a host with four cards, for a machine without one: put its folder first on PYTHONPATH.
+"""The NVML of a host with four GPUs, for a machine without one: put its folder first on PYTHONPATH.
 
-It answers what the daemon asks of NVIDIA's library (nvidia-ml-py, whose names these are) and nothing about load."""
+It has the functions of NVIDIA's library (nvidia-ml-py) that the daemon calls, except those about load."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ CARDS = 4
 
 
 class NVMLError(Exception):
-    """What NVIDIA's library raises for a question that a card does not answer."""
+    """Raised by NVIDIA's library for a query that a GPU does not support."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """In bytes."""
+    """Memory in bytes."""
 
     total: int = 79 * 1024**3
     used: int = 0
@@ -28,7 +28,7 @@ class Handle:
 
 
 def nvmlInit() -> None:
-    """There is a driver."""
+    """Does nothing: there is a driver."""
 
 
 def nvmlSystemGetDriverVersion() -> str:

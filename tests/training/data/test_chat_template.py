@@ -79,7 +79,7 @@ def _template(name: str) -> tuple[ChatTemplate, object]:
 
 
 def _trained_pieces(tokenizer: object, input_ids: list[int], labels: list[int]) -> list[str]:
-    """The texts of the contiguous pieces that carry loss."""
+    """Returns the texts of the contiguous pieces that carry loss."""
     pieces: list[list[int]] = [[]]
     for token, label in zip(input_ids, labels, strict=True):
         if label != IGNORED:

@@ -192,7 +192,7 @@ def test_every_step_holds_the_same_conversations_for_any_number_of_ranks(
         return Plan(batch_size, count, 2048, math.ceil(examples / batch_size), 1, 0, "float32")
 
     def steps(count: int) -> list[set[int]]:
-        """The conversations of each optimizer step, each of them used once."""
+        """Returns the conversations of each optimizer step, each of them used once."""
         orders = [StepOrder(examples, plan(count), Ranks(index, count), seed=3) for index in range(count)]
         for order in orders:
             order.set_epoch(1)
@@ -307,7 +307,7 @@ def _in_every_rank(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> 
 
 
 def _ranks_of(child: Child) -> dict[int, int]:
-    """The processes that this trainer's engine has started, as {pid: rank}."""
+    """Returns the processes that this trainer's engine has started, as {pid: rank}."""
     found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

@@ -249,7 +249,7 @@ def _state_of(pid: int) -> dict[str, object]:
 
 
 def _found(pid: int, marks: Set[bytes]) -> set[bytes]:
-    """Those of `marks` that occur anywhere in a process's writable memory."""
+    """Returns those of `marks` that occur anywhere in a process's writable memory."""
     found: set[bytes] = set()
     for piece in _memory(pid, overlap=max(map(len, marks))):
         found |= {mark for mark in marks - found if mark in piece}

@@ -28,7 +28,7 @@ def _load(spec: Any) -> Any:
 
 
 def _dequantised(folder: Path, quantised: Any) -> Any:
-    """The same architecture in 16 bits, with exactly the values that the 4-bit weights represent."""
+    """Returns the same architecture in 16 bits, with exactly the values that the 4-bit weights represent."""
     first = next(quantised.parameters())
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=first.dtype).to(first.device)
     modules = dict(reference.named_modules())
@@ -43,7 +43,7 @@ def _dequantised(folder: Path, quantised: Any) -> Any:
 
 
 def _loss_and_gradient(model: Any, ids_BT: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """The loss, and its gradient at the embeddings, which has passed through every layer."""
+    """Returns the loss, and its gradient at the embeddings, which has passed through every layer."""
     embedded = model.get_input_embeddings()(ids_BT).detach().requires_grad_(True)
     loss = model(inputs_embeds=embedded, labels=ids_BT).loss
     loss.backward()

@@ -25,7 +25,7 @@ KEY = "0123456789abcdef0123456789abcdef01234567"
 
 
 def curves(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) by tag, read from the file's records: length, its crc, payload, its crc (TFRecord)."""
+    """Returns (step, value) by tag, read from the file's records: length, its crc, payload, its crc (TFRecord)."""
     content, found = path.read_bytes(), dict[str, list[tuple[int, float]]]()
     while content:
         (length,) = struct.unpack_from("<Q", content)
