@@ -6,6 +6,7 @@ that order.
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 from collections.abc import AsyncIterator, Iterator
@@ -26,6 +27,11 @@ from tests.doubles.storage import StorageDouble
 from tests.lifecycle.project import Project
 from tests.lifecycle.queue import Queue
 from tests.postgres import AppDatabase, Server, migrated, open_server
+
+# Before any test file imports torch, which reads them once: for models this small one thread is fastest, and none may
+# spin while others work: beside three spinning workers a training of two seconds took seventy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _POSTGRES = pytest.StashKey[str]()
 

@@ -41,7 +41,7 @@ class DaemonProcess:
             "PATH": os.environ["PATH"],
             "HOME": str(folder),
             "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "2",
+            "OMP_NUM_THREADS": "1",
             "DATABASE_URL": dsn,
             "TRAINER_DEVICE": "cpu",
             "TRAINER_STORAGE": "folder",

@@ -35,7 +35,7 @@ class Forker:
         # A separate session: Control-C must reach only the tests.
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.forked_process", script],
-            env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"},
+            env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         atexit.register(self._end)

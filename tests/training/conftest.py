@@ -16,9 +16,6 @@ from training.quick_imports import quick_imports
 from training.spec import Hyperparameters, JobSpec
 from training.stop_switch import StopSwitch
 
-# Before torch is imported: for models this small one thread is fastest, and none may spin while others work.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # As the trainer imports them; each test file needs some of this.
 with quick_imports():
     import training.recipe
