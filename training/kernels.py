@@ -32,7 +32,7 @@ def fault_of_kernels(capability: Capability | None) -> str | None:
     if not _WRONG_FROM <= Version(Version(triton).public) < _WRONG_BEFORE:
         return None
     return (
-        f"flash-linear-attention {fla} cannot be used with Triton {triton} on this card (compute capability "
+        f"flash-linear-attention {fla} cannot be used with Triton {triton} on this GPU (compute capability "
         f"{capability[0]}.{capability[1]}): its backward would be wrong. Take a torch that brings Triton "
         f"{_WRONG_BEFORE} or newer, 2.13.0 say"
     )

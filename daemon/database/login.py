@@ -86,7 +86,7 @@ _WAITING: tuple[tuple[str, str], ...] = (
         r"failed to resolve host|could not translate host name|Name or service not known|No address associated",
         "check the host's name in DATABASE_URL and the DNS of this machine; a paused project's own name vanishes",
     ),
-    (r"\(ECIRCUITBREAKER\)", "the pooler lets nobody in for a while after too many failures: check the password"),
+    (r"\(ECIRCUITBREAKER\)", "the pooler refuses every login for a while after too many failures: check the password"),
 )
 _UNREACHABLE = re.compile(r"Network is unreachable|Cannot assign requested address")
 _ATTEMPT = re.compile(r'(?:at|host(?:addr)?:) "?\'?(?P<address>[0-9A-Fa-f:.]+)"?\'?')

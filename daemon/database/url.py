@@ -99,7 +99,7 @@ def read_database_url(text: str) -> DatabaseUrl:
     if not bare:
         raise DatabaseUrlInvalid(f"is empty: it needs {_SHAPE}")
     if any(ord(character) < 32 or ord(character) == 127 for character in bare):
-        raise DatabaseUrlInvalid("holds a line break or another control character: write it on one line")
+        raise DatabaseUrlInvalid("contains a line break or another control character: write it on one line")
     scheme = _SCHEME.match(bare)
     if scheme is not None:
         given, written = _from_url(bare[scheme.end() :])
@@ -153,7 +153,7 @@ def _from_url(rest: str) -> tuple[dict[str, str], list[str]]:
     login, host, written = "", rest, []
     if (at := rest.find("@")) != -1:
         if "/" in rest[:at] or "@" in rest[at + 1 :]:
-            raise DatabaseUrlInvalid(f"cannot be told apart into its parts: in user and password {ENCODE}")
+            raise DatabaseUrlInvalid(f"cannot be split into its parts: in user and password {ENCODE}")
         login, host = rest[:at], rest[at + 1 :]
     host, has_query, query = host.partition("?")
     host, _, database = host.partition("/")
@@ -175,7 +175,7 @@ def _from_url(rest: str) -> tuple[dict[str, str], list[str]]:
             name, is_pair, value = pair.partition("=")
             name = _decoded(name, "name of a parameter").removeprefix("amp;")
             if not is_pair or not _PARAMETER.fullmatch(name):
-                raise DatabaseUrlInvalid(f"has something behind its ? that is no name=value: in the password {ENCODE}")
+                raise DatabaseUrlInvalid(f"has something behind its ? that is not name=value: in the password {ENCODE}")
             given[name] = _decoded(value, "value of a parameter")
             if name == "password":
                 written.append(value)
@@ -191,9 +191,11 @@ def _hosts(text: str, *, has_login: bool) -> dict[str, str]:
             host, port = one, ""
         elif not (port.isascii() and port.isdigit() and 0 < int(port) < 65536) and port:
             missing = "" if has_login else "; if it is the password that stands there, its @ and the host are missing"
-            raise DatabaseUrlInvalid(f"has a port that is no number from 1 to 65535{missing}")
+            raise DatabaseUrlInvalid(f"has a port that is not a number from 1 to 65535{missing}")
         if not _HOST.fullmatch(host):
-            raise DatabaseUrlInvalid(f"has a host with characters that no host name has: in the password {ENCODE}")
+            raise DatabaseUrlInvalid(
+                f"has a host with characters that host names cannot have: in the password {ENCODE}"
+            )
         hosts.append(_decoded(host, "host").strip("[]"))
         ports.append(port)
     found = {"host": ",".join(hosts)} if any(hosts) else {}
@@ -207,7 +209,7 @@ def _from_pairs(text: str) -> dict[str, str]:
     while position < len(text):
         pair = _PAIR.match(text, position)
         if pair is None:
-            raise DatabaseUrlInvalid("is no list of name=value: put a value with spaces or quotes between '…'")
+            raise DatabaseUrlInvalid("is not a list of name=value: put a value with spaces or quotes between '…'")
         value = pair[2]
         if value.startswith("'"):
             value = value[1:-1]
@@ -220,13 +222,13 @@ def _from_pairs(text: str) -> dict[str, str]:
 
 def _decoded(text: str, part: str) -> str:
     if _BAD_PERCENT.search(text):
-        raise DatabaseUrlInvalid(f"has a % in its {part} that begins no code: {ENCODE}")
+        raise DatabaseUrlInvalid(f"has a % in its {part} that does not begin a code: {ENCODE}")
     if " " in text:
         raise DatabaseUrlInvalid(f"has a space in its {part}: {ENCODE}")
     try:
         decoded = unquote_to_bytes(text).decode()
     except UnicodeDecodeError:
-        raise DatabaseUrlInvalid(f"has percent codes in its {part} that are no UTF-8") from None
+        raise DatabaseUrlInvalid(f"has percent codes in its {part} that are not UTF-8") from None
     if "\0" in decoded:
         raise DatabaseUrlInvalid(f"has a %00 in its {part}, which Postgres never takes")
     return decoded
@@ -273,13 +275,13 @@ def _ssl_mode(value: str) -> str:
     known = {"true": "require", "1": "require", "on": "require", "false": "disable", "0": "disable", "off": "disable"}
     mode = known.get(value.lower(), value)
     if mode not in _SSL_MODES:
-        raise DatabaseUrlInvalid(f"has an sslmode that there is not: it is one of {', '.join(_SSL_MODES)}")
+        raise DatabaseUrlInvalid(f"has an unknown sslmode: it must be one of {', '.join(_SSL_MODES)}")
     return mode
 
 
 def _number(name: str, value: str) -> str:
     if not re.fullmatch(r"-?[0-9]{1,9}", value):
-        raise DatabaseUrlInvalid(f"has a {name} that is no number")
+        raise DatabaseUrlInvalid(f"has a {name} that is not a number")
     return value
 
 

@@ -65,7 +65,7 @@ def findings_of(checked: Selfcheck, device: str) -> Iterator[CheckResult]:
     if device == "cpu":
         return
     if not found["cuda_available"]:
-        yield red("CUDA", f"torch {found['torch']} sees no GPU", "install the torch build for this CUDA driver")
+        yield red("CUDA", f"PyTorch {found['torch']} sees no GPU", "install the torch build for this CUDA driver")
         return
     yield green("CUDA", f"{found['cuda']}, compute capability {found['capability']}")
     if found["bf16"]:

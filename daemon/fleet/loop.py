@@ -280,7 +280,7 @@ class Fleet:
             return
         del view.listed[row.id]
         log.warning("fleet_stray_ended", pod=stray.id, row=str(row.id))
-        reason = "it came to be after it had been given up"
+        reason = "it was created after the fleet had given it up"
         await self._fleet.record_decision(view.now, "terminate", reason, pod_row=row.id, pod=stray.id)
 
     # -- new pods -----------------------------------------------------------------------------------------------
@@ -344,7 +344,7 @@ class Fleet:
             return f"jobs wait, and all {self._limits.max_pods} pods are in use (TRAINER_FLEET_MAX_PODS)"
         if cooling:
             return f"jobs wait, and pods with {', '.join(sorted(cooling))} failed a moment ago: cooling down"
-        return "jobs wait, and each kind of card has its max_pods"
+        return "jobs wait, and each kind of GPU has reached its max_pods"
 
     async def _explain(
         self, now: datetime, decision: str, jobs: list[WaitingJob], reason: Callable[[WaitingJob], str]
@@ -362,7 +362,7 @@ class Fleet:
 def _no_card_fits(job: WaitingJob) -> str:
     needs = [f"{job.need_gpus} GPUs", f"{job.need_gpu_memory_gb:g} GB" if job.need_gpu_memory_gb else None]
     needs += [job.need_gpu_type, job.base_model]
-    return f"no kind of card of the plan serves job {job.id} ({', '.join(need for need in needs if need)})"
+    return f"no kind of GPU in the plan serves job {job.id} ({', '.join(need for need in needs if need)})"
 
 
 def _by_row(pods: list[Pod]) -> dict[UUID, Pod]:

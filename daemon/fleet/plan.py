@@ -45,7 +45,7 @@ class FleetPlan(BaseModel):
             raise ValueError("needs an image (or a templateId)")
         taken = sorted({"name", "gpu", "cpu"} & pod.keys())
         if taken:
-            raise ValueError(f"the fleet fills in {', '.join(taken)}: leave it out, and list the cards under gpus")
+            raise ValueError(f"the fleet fills in {', '.join(taken)}: leave it out, and list the GPUs under gpus")
         return pod
 
     def body(self, name: str, kind: GpuKind) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def read_plan(given: str | None) -> FleetPlan:
         except (OSError, ValueError) as error:
             # Anything that is not a plain path may be the quoted plan itself, with secrets in its env.
             what = given if _PLAIN_PATH.fullmatch(given) else "what it holds is neither JSON nor the path of a file:"
-            why = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+            why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise HostUnfit(f"TRAINER_FLEET_POD: {what} cannot be read: {why}") from None
     try:
         return FleetPlan.model_validate(json.loads(text))

@@ -108,7 +108,7 @@ class RunPod:
             page = await self._call("GET", "/pods", params={"cursor": cursor} if cursor else None)
             listed = page.get("pods")
             if not isinstance(listed, list):
-                raise RunPodError(Fault.AWAY, "the list of pods came in a shape that is not understood")
+                raise RunPodError(Fault.AWAY, "the list of pods has an unknown format")
             pods.extend(_pod(item) for item in listed)
             pagination = page.get("pagination") or {}
             if not pagination.get("hasNextPage"):
@@ -174,9 +174,9 @@ def _content(answer: httpx.Response) -> dict[str, Any]:
     try:
         content = answer.json()
     except ValueError as error:
-        raise RunPodError(Fault.AWAY, "the answer is no JSON", status=answer.status_code) from error
+        raise RunPodError(Fault.AWAY, "the answer is not JSON", status=answer.status_code) from error
     if not isinstance(content, dict):
-        raise RunPodError(Fault.AWAY, "the answer is no JSON object", status=answer.status_code)
+        raise RunPodError(Fault.AWAY, "the answer is not a JSON object", status=answer.status_code)
     return content
 
 

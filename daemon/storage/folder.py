@@ -10,13 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from uuid import uuid4
 
-from daemon.errors import HostFault, JobFailed, disk_fault
+from daemon.errors import HostFault, disk_fault
 from daemon.storage.interface import (
     DatasetSource,
     LocalFile,
     Location,
     StoredObject,
     dataset_absent,
+    object_absent,
     safe_object_path,
     upload_mismatch,
 )
@@ -71,9 +72,7 @@ class FolderStorage:
     async def download(self, object_path: str, to: Path) -> StoredObject:
         file = self._locate(self._bucket, object_path)
         if not file.is_file():
-            raise JobFailed(
-                ErrorCode.UPLOAD_FAILED, f"the object {self._bucket}/{object_path} is not in storage ({self._root})"
-            )
+            raise object_absent(self._bucket, object_path)
         size = await _copy(file, to, into="work folder")
         return StoredObject(object_path, size, await asyncio.to_thread(sha256_of, to))
 

@@ -115,6 +115,14 @@ def dataset_absent(bucket: str, path: str) -> JobFailed:
     )
 
 
+def object_absent(bucket: str, path: str) -> JobFailed:
+    return JobFailed(
+        ErrorCode.UPLOAD_FAILED,
+        f"the object {bucket}/{path} is not in storage",
+        "check that it was not deleted, and that this host uses the storage in which it was stored",
+    )
+
+
 def upload_mismatch(name: str, size: int, sha256: str) -> JobDelayed:
     return JobDelayed(
         ErrorCode.UPLOAD_FAILED,

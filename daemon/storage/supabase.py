@@ -30,6 +30,7 @@ from daemon.storage.interface import (
     SignedUrl,
     StoredObject,
     dataset_absent,
+    object_absent,
     safe_object_path,
     upload_mismatch,
 )
@@ -141,9 +142,7 @@ class SupabaseStorage:
                 await asyncio.to_thread(sync, hidden)
                 put_in_place(hidden, to)
         except _Absent as error:
-            raise JobFailed(
-                ErrorCode.UPLOAD_FAILED, f"the object {self._bucket}/{object_path} is not in storage"
-            ) from error
+            raise object_absent(self._bucket, object_path) from error
         except OSError as error:
             raise disk_fault("work folder", to.parent, error) from error
         return fetched

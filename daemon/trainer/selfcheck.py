@@ -45,6 +45,6 @@ async def run_selfcheck(device: str, gpus: tuple[int, ...], seconds: float) -> S
 def read_selfcheck(exit_code: int, output: str, errors: str) -> Selfcheck:
     """Parses its one line of JSON, or takes the last line of its error output."""
     if exit_code != 0:
-        last = errors.strip().splitlines()[-1:] or [f"exit code {exit_code} without a word"]
+        last = errors.strip().splitlines()[-1:] or [f"exit code {exit_code} and no output"]
         return Selfcheck(crash=last[0])
     return Selfcheck(json.loads(output))

@@ -15,6 +15,7 @@ MAKERS = {
     *("JobFailed", "JobDelayed", "HostFault", "TrainingFailed", "Failed", "Diagnosis", "Released", "Remark"),
     *("HostUnfit", "DatabaseAway", "DatabaseUnprepared", "RowsHidden", "LeaseLost", "ArchiveInvalid"),
     *("AddressRefused", "AddressUnknown", "CheckpointUnusable", "CopyUnusable", "UploadInterrupted", "UploadGone"),
+    *("DatabaseUrlInvalid", "RunPodError", "ImportFailed"),
     *("CommandFailed", "Misused", "DemoFailed", "Refused", "Problem", "red", "yellow"),
     *("notice", "tell", "begin", "invalid", "_unreachable", "_not_downloaded", "_forbidden", "_Interrupted"),
 }
@@ -27,14 +28,20 @@ STRANGE = re.compile(
 
 def texts() -> Iterator[tuple[str, str]]:
     """Where it stands, and the text with § for each value. Names, codes and keys have no blank in them."""
+    for place, call in calls(MAKERS):
+        for argument in (*call.args, *(keyword.value for keyword in call.keywords)):
+            text = _text(argument)
+            if text is not None and len(text.split()) > 2:
+                yield place, text
+
+
+def calls(names: set[str]) -> Iterator[tuple[str, ast.Call]]:
+    """Every call of one of these, and where it stands."""
     for package in ("daemon", "training"):
         for file in sorted((ROOT / package).rglob("*.py")):
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.Call) and _name(node.func) in MAKERS:
-                    for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
-                        text = _text(argument)
-                        if text is not None and len(text.split()) > 2:
-                            yield f"{file.relative_to(ROOT)}:{argument.lineno}", text
+                if isinstance(node, ast.Call) and _name(node.func) in names:
+                    yield f"{file.relative_to(ROOT)}:{node.lineno}", node
 
 
 def _name(called: ast.expr) -> str:
@@ -71,6 +78,15 @@ def reads_as_a_sentence(text: str) -> bool:
     # A value, a setting, a command, a quotation or a list may begin it; a plain word has a capital.
     begins = text[0].isupper() or text[0] in f"{VALUE}`'\"-" or re.match(r"[\w-]*[_\d/.]", text)
     return bool(begins and re.search(rf"[.!?…{VALUE}][\"'”’`)\]]*$", text) and not re.search(r"\w\.\.$", text))
+
+
+def test_an_error_that_names_its_code_says_what_to_do_next() -> None:
+    silent = []
+    for place, call in calls({"JobFailed", "JobDelayed", "TrainingFailed", "Failed", "Diagnosis"}):
+        names_code = ast.unparse(call.args[0] if call.args else call).startswith("ErrorCode.")
+        if names_code and len(call.args) < 3 and all(keyword.arg != "hint" for keyword in call.keywords):
+            silent.append(place)
+    assert silent == []
 
 
 def test_the_guide_to_error_codes_says_of_each_what_happened_and_what_to_do() -> None:

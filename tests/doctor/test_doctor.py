@@ -80,7 +80,7 @@ def test_a_card_with_everything_is_green_line_by_line() -> None:
     ("differing", "line", "light", "words"),
     [
         ({"nf4_error": "RuntimeError: no kernel image"}, "4-bit layers", Status.RED, ["no kernel image", "reinstall"]),
-        ({"cuda_available": False}, "CUDA", Status.RED, ["2.13.0 sees no card", "CUDA driver"]),
+        ({"cuda_available": False}, "CUDA", Status.RED, ["2.13.0 sees no GPU", "CUDA driver"]),
         ({"bf16": False}, "bf16", Status.RED, ["Ampere"]),
         ({"flash_linear_attention": False}, "flash-linear-attention", Status.YELLOW, ["pip install"]),
         (
