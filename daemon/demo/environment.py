@@ -1,4 +1,4 @@
-"""What the demo and the playground stand on: the small model, a Postgres of their own, processes of this service."""
+"""What the demo and the playground need: the small model, a temporary Postgres, processes of this service."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from daemon.demo.signals import Interruption
 
 
 def prepare_model(screen: Screen, interruption: Interruption, folder: Path) -> None:
-    """Convert the model unless that was done before. Raises DemoFailed, Interrupted."""
+    """Converts the model unless that was done before. Raises DemoFailed, Interrupted."""
     if model_is_ready():
         screen.step(f"{MODEL_NAME} is ready ({models_folder()})")
         return
@@ -38,7 +38,7 @@ def open_postgres(screen: Screen) -> Iterator[EmbeddedPostgres]:
 
 
 def daemon_settings(dsn: str, folder: Path) -> dict[str, str]:
-    """Of a host that keeps everything under one folder and has the one small model."""
+    """Settings for a host that keeps everything in one folder and has only the small model."""
     return {
         "DATABASE_URL": dsn,
         "TRAINER_DEVICE": os.environ.get("TRAINER_DEVICE", "cpu"),
@@ -53,8 +53,8 @@ def daemon_settings(dsn: str, folder: Path) -> dict[str, str]:
 
 
 def start(word: str, settings: dict[str, str], folder: Path) -> OwnProcess:
-    """`brightrun-trainer WORD` as a process to be entered; it writes to WORD.log in the folder."""
-    # The folder as working folder, too: a .env in the user's own is not for it.
+    """`brightrun-trainer WORD` as a process, a context manager; it writes to WORD.log in the folder."""
+    # The folder is also the working folder: a .env in the user's own must not apply.
     return OwnProcess(
         [sys.executable, "-m", "daemon", word],
         env=python_environment(folder) | settings,

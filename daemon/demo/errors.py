@@ -1,4 +1,4 @@
-"""The one way the demo says that it cannot go on."""
+"""The error of a demo that cannot continue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo's job as plain SQL: what an app would write to start it, and what anybody may read while it runs."""
+"""The demo's job in plain SQL: the rows that an app inserts to start it, and the reads while it runs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SELECT step, training_loss::float8 AS loss FROM metrics_points WHERE job_id = %(
 SELECT_STORY = """\
 SELECT id, at, kind, message, data FROM training_events WHERE job_id = %(job_id)s ORDER BY id"""
 
-# What the finished row is shown as, in this order; lines that fit a terminal of 80 columns.
+# The columns of the finished row, in the order shown; the lines fit a terminal of 80 columns.
 SELECT_ROW = """\
 SELECT id, status, current_stage, progress, current_epoch, current_step,
     total_steps, attempt, queued_at, started_at, completed_at,
@@ -47,7 +47,7 @@ FROM training_jobs WHERE id = '{job_id}'"""
 
 @dataclass(frozen=True)
 class Standing:
-    """The row at one moment."""
+    """The row's values at one moment."""
 
     status: str
     current_stage: str
@@ -87,7 +87,7 @@ class LossPoint:
 
 @dataclass(frozen=True)
 class JobView:
-    """All that the demo shows of a job: the row, its curve, its story."""
+    """Everything that the demo shows about a job: the row, its curve, its events."""
 
     standing: Standing
     losses: tuple[LossPoint, ...]
@@ -95,7 +95,7 @@ class JobView:
 
     @property
     def held_out_losses(self) -> tuple[LossPoint, ...]:
-        """Loss on the conversations that the model never learns from, before training first."""
+        """Validation losses on held-out conversations, starting before training."""
         return tuple(
             LossPoint(int(line.data["step"]), float(line.data["validation_loss"]))
             for line in self.story
@@ -103,7 +103,7 @@ class JobView:
         )
 
     def sample(self, when: str) -> tuple[str, str] | None:
-        """Prompt and answer of the first question, `before` or `after` training."""
+        """The first question and its answer `before` or `after` training."""
         for line in self.story:
             if line.kind == "sample" and line.data.get("when") == when:
                 return str(line.data["prompt"]), str(line.data["answer"])
@@ -128,7 +128,7 @@ def insert_job(connection: Connection, user_id: UUID, dataset_id: UUID, hyperpar
 
 
 def read_job(connection: Connection, job_id: UUID) -> JobView:
-    """The job now. Three small reads; a job of the demo has at most some hundred points."""
+    """Reads the job in three small queries; a demo job has at most a few hundred points."""
     values = {"job_id": job_id}
     with connection.cursor(row_factory=class_row(Standing)) as cursor:
         standing = cursor.execute(SELECT_STANDING, values).fetchone()
@@ -141,7 +141,7 @@ def read_job(connection: Connection, job_id: UUID) -> JobView:
 
 
 def read_row(connection: Connection, job_id: UUID) -> dict[str, Any]:
-    """The row as `SELECT_ROW` gives it, for the end of the show."""
+    """Reads the row with `SELECT_ROW`, to show at the end."""
     with connection.cursor(row_factory=dict_row) as cursor:
         row = cursor.execute(SELECT_ROW.format(job_id=job_id)).fetchone()
     assert row is not None, "the demo's own row is gone"

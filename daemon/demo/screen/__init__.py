@@ -1,1 +1,1 @@
-"""What `make demo` shows: a live picture on a terminal, JSON lines elsewhere."""
+"""What `make demo` shows: a live view on a terminal, JSON lines for programs."""

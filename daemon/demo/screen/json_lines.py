@@ -1,4 +1,4 @@
-"""The demo for a program: the same story as the screen's, one JSON object a line."""
+"""The demo's output for programs: what the screen shows, as one JSON object per line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from daemon.terminal.console import console, print_json
 
 
 class JsonScreen(Screen):
-    """Each line has a `kind`: say, step, sql, row, answers, result, failure, event (the job's story) or standing."""
+    """Each line has a `kind`: say, step, sql, row, answers, result, failure, event (of the job) or standing."""
 
     def __init__(self) -> None:
         super().__init__(console())
@@ -43,7 +43,7 @@ class JsonScreen(Screen):
         _line("failure", text=as_sentence(failed.message), detail=failed.detail)
 
     def blank(self) -> None:
-        """Nothing: a program needs no air."""
+        """Prints nothing: a program needs no blank lines."""
 
     @contextmanager
     def picture(self) -> Iterator[Picture]:
@@ -51,7 +51,7 @@ class JsonScreen(Screen):
 
 
 class _JsonPicture:
-    """Each new event of the story, and the row whenever it changed."""
+    """Prints each new event, and the row whenever it changed."""
 
     def __init__(self) -> None:
         self._told = 0

@@ -1,4 +1,4 @@
-"""What the demo shows: a live picture on a terminal, plain lines everywhere else."""
+"""Shows the demo: a live view on a terminal, plain lines everywhere else."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _CURVE_HEIGHT = 6
 
 
 class Picture(Protocol):
-    """Something that a view of the job can be shown on, again and again."""
+    """Shows a job's state again and again."""
 
     def show(self, view: JobView) -> None: ...
 
 
 class Screen:
-    """The demo's words, in order. Colours and movement only where a person looks at a terminal."""
+    """Prints the demo's output in order. Colours and movement only on a terminal."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
 
     def say(self, words: str) -> None:
-        """Words that may hold a command: the terminal folds a long line, so that it is copied as one."""
+        """Prints text that may contain a command. The terminal wraps it, so that it can be copied as one line."""
         self._console.print(words, highlight=False, markup=False, soft_wrap=True)
 
     def step(self, words: str) -> None:
@@ -53,7 +53,7 @@ class Screen:
         self._console.print()
 
     def row(self, row: Mapping[str, Any]) -> None:
-        """One row, a column a line, as psql's expanded display has it; empty columns are left out."""
+        """Prints one row with a column per line, like psql's expanded display; empty columns are left out."""
         width = max(len(name) for name in row)
         for name, value in row.items():
             if shown := _shown(value):
@@ -61,7 +61,7 @@ class Screen:
                 if not self._console.is_terminal:
                     self._line(Text.assemble(label, "| ", shown))
                     continue
-                # A grid, so that a long value goes on below its own beginning.
+                # A grid, so that a long value wraps in its own column.
                 line = Table.grid()
                 line.add_row(label, "| ", Text(shown, overflow="fold"))
                 self._console.print(line)
@@ -88,7 +88,7 @@ class Screen:
 
     @contextmanager
     def picture(self) -> Iterator[Picture]:
-        """The moving part, for as long as the job runs."""
+        """The live view, for as long as the job runs."""
         if not self._console.is_terminal:
             yield _PlainPicture(self._console)
             return
@@ -96,7 +96,7 @@ class Screen:
             yield _LivePicture(live)
 
     def _line(self, words: str | Text) -> None:
-        # Soft: where nobody looks at a terminal, a line is a line however long.
+        # Soft wrap: outside a terminal, lines stay whole however long they are.
         self._console.print(words, highlight=False, markup=False, soft_wrap=not self._console.is_terminal)
 
 
@@ -109,7 +109,7 @@ class _LivePicture:
 
 
 class _PlainPicture:
-    """A line for each new event, and one for each tenth of the way."""
+    """Prints a line for each new event, and one for each tenth of the progress."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -133,7 +133,7 @@ class _PlainPicture:
 
 
 def draw_picture(view: JobView, width: int) -> RenderableType:
-    """One job at one moment: state, pace, bar, curve, the last lines of its story."""
+    """Draws one job: state, pace, bar, curve, its last events."""
     standing = view.standing
     style = STATE_STYLE.get(standing.status, "white")
     head = Table.grid(expand=True)
@@ -195,7 +195,7 @@ def _in_words(line: StoryLine) -> str:
 
 
 def _shown(value: object) -> str:
-    """A column's value in words; nothing for NULL and for an object without numbers."""
+    """Formats a column's value; empty for NULL and for an object without numbers."""
     if value is None:
         return ""
     if isinstance(value, datetime):
