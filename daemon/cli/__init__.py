@@ -1,1 +1,1 @@
-"""The words of the command line, one file a group; `daemon.__main__` puts them together."""
+"""The command line: the commands, the data they read and write, and the view of watched jobs."""

@@ -1,4 +1,4 @@
-"""What a command says when it cannot do what was asked: one line, a way on, an exit status."""
+"""Reports a command's failure: one line, what to do next, an exit status."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import sys
 from daemon.errors import EXIT_UNFIT, DatabaseAway, HostFault, HostUnfit, JobError, TrainerError
 
 EXIT_FAILED = 1
-# Click's own status for words that it does not understand; a wrong value is the same kind of mistake.
+# Click's own status for arguments that it does not understand; a wrong value is the same kind of mistake.
 EXIT_USAGE = 2
-# As a shell reports an end by SIGINT.
+# The status with which a shell reports SIGINT.
 EXIT_INTERRUPTED = 130
 
 
 class CommandFailed(TrainerError):
-    """The user can mend it, or must know it. Shown without a traceback; carries no secret."""
+    """A failure that the user can fix or must know about. Shown without a traceback; contains no secret."""
 
     def __init__(self, message: str, hint: str | None = None, *, exit_status: int = EXIT_FAILED) -> None:
         super().__init__(message)
@@ -24,20 +24,20 @@ class CommandFailed(TrainerError):
 
 
 class Misused(CommandFailed):
-    """The words of the command are wrong: an id that names no job, a file that is not there."""
+    """The command's arguments are wrong: an id of no job, a file that does not exist."""
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message, hint, exit_status=EXIT_USAGE)
 
 
 def report_failure(error: TrainerError) -> int:
-    """Say on stderr what went wrong and what to do; return the exit status that says it to a program."""
+    """Prints to stderr what went wrong and what to do; returns the exit status for programs."""
     from daemon.sentence import as_sentence
     from daemon.terminal.sanitize import plain, plain_lines
 
     match error:
         case HostFault():
-            # Whoever runs a command here is the operator: the path is what he needs.
+            # The user of a command here is the operator, who needs the path.
             words, hint = plain(error.detail), None
         case CommandFailed() | JobError():
             words, hint = plain(error.message), error.hint

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from daemon.terminal.sanitize import plain
 
-AsJson = Annotated[bool, typer.Option("--json", help="JSON, one object a line, instead of a screen.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
 
 # A pipe has no width: keep rows whole for grep.
 _PIPE_WIDTH = 200

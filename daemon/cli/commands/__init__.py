@@ -1,1 +1,1 @@
-"""The commands, one file for each subject. `daemon.__main__` puts them together."""
+"""The commands, one file per subject. `daemon.__main__` puts them together."""

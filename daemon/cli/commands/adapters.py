@@ -1,4 +1,4 @@
-"""What a completed job leaves: its adapter, fetched to this machine and verified."""
+"""Downloads and verifies the adapter of a completed job."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 def download(
     job: JobId,
-    to: Annotated[Path | None, typer.Option("--to", help="A new folder; ./adapter-ID when absent.")] = None,
+    to: Annotated[Path | None, typer.Option("--to", help="A new folder; default: ./adapter-ID.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fetch a completed job's adapter, compare its hash with the row, unpack it."""
+    """Download a completed job's adapter, compare its hash with the row and unpack it."""
     from daemon.cli.data.connection import open_database
     from daemon.cli.data.queries import find_job
     from daemon.terminal.console import console, print_json, say, say_done
@@ -42,9 +42,9 @@ def download(
 
 
 def fetch_adapter(row: JobRow, details: JobDetails, folder: Path) -> dict[str, Any]:
-    """Download, verify, unpack into a new folder; returns the manifest. Nothing is left behind on a failure.
+    """Downloads, verifies and unpacks into a new folder; returns the manifest. A failure leaves no files.
 
-    Raises CommandFailed for a hash that differs or a folder that is not empty, JobError from the storage."""
+    Raises CommandFailed if the hash differs or the folder is not empty, JobError from the storage."""
     import asyncio
     import tempfile
 
@@ -57,7 +57,7 @@ def fetch_adapter(row: JobRow, details: JobDetails, folder: Path) -> dict[str, A
     settings = load_settings()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the target: the same disk, so that what fits once is enough twice, and seen if we are killed.
+        # Beside the target: on the same disk, and the user can see what is left if we are killed.
         with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder.parent) as scratch:
             archive = Path(scratch) / "adapter.tar.gz"
             sha256 = asyncio.run(_fetch(settings, str(row.adapter_path), archive))
@@ -75,7 +75,7 @@ def fetch_adapter(row: JobRow, details: JobDetails, folder: Path) -> dict[str, A
 
 
 async def _fetch(settings: Settings, adapter_path: str, archive: Path) -> str:
-    """Download bucket/path into a file; returns its sha256."""
+    """Downloads bucket/path into a file; returns its sha256."""
     from daemon.storage.open import open_storage
 
     bucket, _, path = adapter_path.partition("/")
@@ -87,7 +87,7 @@ async def _fetch(settings: Settings, adapter_path: str, archive: Path) -> str:
 
 
 def completed_job(connection: Connection, job_id: UUID) -> tuple[JobRow, JobDetails]:
-    """Raises CommandFailed unless the job has an adapter."""
+    """Reads a job that has an adapter. Raises CommandFailed if it has none."""
     from daemon.cli.data.queries import read_details, read_job
     from daemon.cli.errors import CommandFailed
 

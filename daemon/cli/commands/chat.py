@@ -1,4 +1,4 @@
-"""Talking to a base model and its adapter side by side, in a process of the trainer's: torch never enters this one."""
+"""Chats with a base model and its adapter side by side, in a trainer process: torch is never imported here."""
 
 from __future__ import annotations
 
@@ -20,23 +20,21 @@ if TYPE_CHECKING:
 
     from daemon.settings import Settings
 
-AsJson = Annotated[bool, typer.Option("--json", help="JSON, one object an answer, instead of a screen.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object per answer.")]
 
-# Side by side needs two columns that a sentence fits in.
+# Side by side needs two columns, each wide enough for a sentence.
 _WIDE = 100
 _STDERR_TAIL_BYTES = 4000
 
 
 def chat(
     what: Annotated[str, typer.Argument(metavar="ID|FOLDER", help="A completed job, or an adapter's folder.")],
-    ask: Annotated[
-        list[str] | None, typer.Option("--ask", "-q", help="Ask this and leave; may be given again.")
-    ] = None,
-    model: Annotated[Path | None, typer.Option(help="The base model's folder; found by its name when absent.")] = None,
+    ask: Annotated[list[str] | None, typer.Option("--ask", "-q", help="Ask this and exit; may be repeated.")] = None,
+    model: Annotated[Path | None, typer.Option(help="The base model's folder; default: found by its name.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Longest answer, in tokens.")] = 200,
     as_json: AsJson = False,
 ) -> None:
-    """Talk to the base model and the adapter side by side. An empty line or Ctrl-D ends; /new begins anew."""
+    """Talk to the base model and the adapter side by side. An empty line or Ctrl-D ends it; /new starts again."""
     from daemon.terminal.console import console, say_aside
 
     adapter = _adapter_folder(what)
@@ -58,7 +56,7 @@ def chat(
 
 
 class Conversation:
-    """A line of JSON to the process, lines of JSON back. Raises CommandFailed when it is gone."""
+    """Sends a line of JSON to the process and reads lines of JSON. Raises CommandFailed if the process has ended."""
 
     def __init__(self, process: subprocess.Popen[bytes], stderr: IO[bytes]) -> None:
         self._process = process
@@ -120,19 +118,19 @@ def _conversation(model_dir: Path, adapter: Path, max_tokens: int) -> Iterator[C
         try:
             yield Conversation(process, stderr)
         finally:
-            # Nothing of it is worth saving.
+            # It has nothing to save.
             process.kill()
 
 
 def _questions(given: list[str] | None) -> Iterator[str]:
-    """What was given by --ask, else what is typed, else the lines of a pipe."""
+    """The questions from --ask, else typed ones, else the lines of a pipe."""
     if given:
         yield from given
         return
     if not sys.stdin.isatty():
         yield from (line.strip() for line in sys.stdin if line.strip())
         return
-    # Arrow keys and a history, where the platform has them.
+    # For arrow keys and a history, if the platform has readline.
     import contextlib
 
     with contextlib.suppress(ImportError):
@@ -173,7 +171,7 @@ def _show(question: str, base: str, adapted: str, as_json: bool) -> None:
 
 
 def _adapter_folder(what: str) -> Path:
-    """The folder itself, or a completed job's adapter, fetched once and kept in the cache."""
+    """The folder itself, or a completed job's adapter, downloaded once and kept in the cache."""
     folder = Path(what)
     if folder.is_dir():
         if not (folder / "adapter_config.json").is_file():
@@ -199,7 +197,7 @@ def _adapter_folder(what: str) -> Path:
 
 
 def _base_model(adapter: Path) -> Path:
-    """The folder of the model that the adapter was trained on, by the name it carries. Never downloads."""
+    """Finds the folder of the model that the adapter was trained on, by the name in its config. Never downloads."""
     import asyncio
 
     from daemon.base_model.resolve import resolve_model
@@ -215,7 +213,7 @@ def _base_model(adapter: Path) -> Path:
     try:
         return asyncio.run(resolve_model(name, settings)).path
     except JobFailed as failed:
-        # What the demo trained on lies in its own cache.
+        # The demo keeps its model in its own cache.
         demo = models_folder() / name.rpartition("/")[2]
         if (demo / "config.json").is_file():
             return demo

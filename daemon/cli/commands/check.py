@@ -1,4 +1,4 @@
-"""Whether a dataset or a job would be accepted, said without a database, a GPU or an upload."""
+"""Checks whether a dataset or a job would be accepted, without a database, a GPU or an upload."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ if TYPE_CHECKING:
     from daemon.cli.data.preflight import Verdict
     from training.spec import ParsedRow
 
-AsJson = Annotated[bool, typer.Option("--json", help="JSON, one object, instead of a screen.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def check(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="A dataset, or a job's JSON: hyperparameters, gpu_config.")
     ],
-    data: Annotated[Path | None, typer.Option("--data", help="With a job: the dataset it would train on.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="For a job: the dataset to train on.")] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="With a dataset: the base model to count for.")
+        str | None, typer.Option("--model", "-m", help="For a dataset: the base model to count tokens for.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a dataset, or a job and its dataset, before submitting. Exit status 1 when it would fail.
+    """Check a dataset, or a job and its dataset, before submitting. Exit status 1 if it would fail.
 
-    Where the base model is on this host, tokens are counted and memory and time estimated; else the data alone is read.
+    If the base model is on this host, count tokens and estimate memory and time; else check only the data.
     """
     from daemon.cli.data.preflight import judge_dataset
     from daemon.cli.errors import EXIT_FAILED, Misused
@@ -53,7 +53,7 @@ def check(
 
 
 def judge(dataset: Path, row: ParsedRow) -> Verdict:
-    """The whole job where its model is on this host, else the dataset alone."""
+    """Checks the whole job if its model is on this host, else only the dataset."""
     from daemon.cli.commands.models import local_model, model_settings
     from daemon.cli.data.preflight import judge_dataset, judge_job
 
@@ -66,7 +66,7 @@ def judge(dataset: Path, row: ParsedRow) -> Verdict:
 
 
 def print_verdict(verdict: Verdict, dataset: Path) -> None:
-    """Faults in red, remarks in yellow, counts."""
+    """Prints faults in red, warnings in yellow, and counts."""
     from rich.text import Text
 
     from daemon.sentence import as_sentence
@@ -98,7 +98,7 @@ def print_verdict(verdict: Verdict, dataset: Path) -> None:
 
 
 def _read_job(file: Path) -> dict[str, Any] | None:
-    """A job's JSON (the row's, or the older HTTP contract's); None where the file is something else, a dataset then."""
+    """Reads a job's JSON (of the row, or of the older HTTP contract). None if it is something else: a dataset."""
     from daemon.cli.errors import Misused
 
     if not file.is_file():

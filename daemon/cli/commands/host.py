@@ -1,4 +1,4 @@
-"""What an operator does: serve the queue, prepare the database, look at the hosts, empty one of its jobs."""
+"""The operator's commands: serve the queue, prepare the database, list the hosts, drain one of them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
     from daemon.cli.data.queries import WorkerRow
 
-AsJson = Annotated[bool, typer.Option("--json", help="JSON, one object a line, instead of a screen.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
 
 _WIDE = 110
 
 
 def run() -> None:
-    """Serve the queue on this host until told to stop.
+    """Serve the queue on this host until a signal stops it.
 
-    TERM drains: a checkpoint, then the jobs go back to the queue. A second TERM does not wait.
-    USR1 finishes the jobs at hand first. Where stderr is no terminal, each line of its log is JSON
+    TERM shuts down: each job saves a checkpoint and goes back to the queue. A second TERM does not wait for
+    that. USR1 finishes the running jobs first. If stderr is not a terminal, each log line is JSON
     (TRAINER_LOG_FORMAT decides).
     """
     from daemon.service import run_service
@@ -34,7 +34,7 @@ def run() -> None:
 def serve() -> None:
     """Serve the HTTP gateway: the dashboard, and the older contracts for callers that cannot insert a row.
 
-    Where stderr is no terminal, each line of its log is JSON (TRAINER_LOG_FORMAT decides).
+    If stderr is not a terminal, each log line is JSON (TRAINER_LOG_FORMAT decides).
     """
     import asyncio
 
@@ -45,10 +45,10 @@ def serve() -> None:
 
 
 def fleet() -> None:
-    """Keep a fleet: start pods when jobs wait that nobody can take, end those that are no use.
+    """Run the fleet loop: start pods when jobs wait that no host can take, and end pods that are not useful.
 
-    For any cheap host; TRAINER_FLEET_POD says which pod. TERM ends the loop, and the pods stay.
-    Where stderr is no terminal, each line of its log is JSON (TRAINER_LOG_FORMAT decides).
+    Runs on any small host. TRAINER_FLEET_POD defines the pod. SIGTERM stops the loop; pods keep running.
+    If stderr is not a terminal, each log line is JSON (TRAINER_LOG_FORMAT decides).
     """
     from daemon.fleet.loop import run_fleet
     from daemon.read_settings import load_settings
@@ -58,13 +58,13 @@ def fleet() -> None:
 
 def migrate(
     local: Annotated[
-        bool, typer.Option("--local", help="A plain Postgres: first create what Supabase would have (roles, auth).")
+        bool, typer.Option("--local", help="For a plain Postgres: first create what Supabase has (roles, auth).")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Bring the database up to date, and repair what a restore has left; safe at any time.
+    """Apply missing migrations and repair the database after a restore; safe at any time.
 
-    Keeps its record where `supabase db push` keeps it.
+    Applied migrations are recorded where `supabase db push` records them.
     """
     from daemon.cli.data.connection import database_url
     from daemon.schema.migrations import bring_up_to_date
@@ -79,7 +79,7 @@ def migrate(
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Say whether this host can work, and for each fault what to do. Exit status 1 when anything is red."""
+    """Check whether this host can work and say for each fault what to do. Exit status 1 if anything is red."""
     from dataclasses import asdict
 
     from rich.console import Console
@@ -94,7 +94,7 @@ def doctor(as_json: AsJson = False) -> None:
     configure_logs("error", secrets=secrets_of(settings))
     console = Console(soft_wrap=True)
     colours = {Status.GREEN: "green", Status.YELLOW: "yellow", Status.RED: "red"}
-    # Told apart without colours too, as in the log of a pod.
+    # Different also without colours, as in a pod's log.
     signs = {Status.GREEN: "●", Status.YELLOW: "▲", Status.RED: "✖"}
     seen = dict.fromkeys(Status, 0)
 
@@ -126,17 +126,17 @@ def demo(
 
 
 def playground(as_json: AsJson = False) -> None:
-    """The whole service here until Ctrl-C: Postgres, a host and the dashboard, to try things on."""
+    """Run the whole service here until Ctrl-C, to try things: Postgres, a host and the dashboard."""
     from daemon.demo.playground import run_playground
 
     raise typer.Exit(run_playground(as_json=as_json))
 
 
 def workers(
-    everyone: Annotated[bool, typer.Option("--all", "-a", help="Also those that have left.")] = False,
+    everyone: Annotated[bool, typer.Option("--all", "-a", help="Also list hosts that have left.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List the hosts: what each is, what it does, when it was last heard of."""
+    """List the hosts: what each is, what it does, and when it was last seen."""
     from daemon.cli.data.connection import open_database
     from daemon.cli.data.queries import list_workers
     from daemon.terminal.console import console, print_json, say
@@ -154,7 +154,7 @@ def workers(
     screen.print(_workers_table(rows, screen.width))
     for row in rows:
         if row.state in ("gone", "lost"):
-            continue  # what it said last is no news
+            continue  # its last load is out of date
         for trouble in row.troubles:
             screen.print(_trouble_line(row, trouble))
 
@@ -166,7 +166,7 @@ def drain(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Empty a host: it claims nothing more, finishes its jobs and ends. Without a name: the only host there is."""
+    """Drain a host: it claims nothing more, finishes its jobs and ends. Without a name, drain the only host."""
     from daemon.cli.data.connection import open_database
     from daemon.cli.data.queries import list_workers
     from daemon.database.statements import statement
@@ -226,7 +226,7 @@ def _workers_table(rows: list[WorkerRow], width: int) -> Table:
         table.add_column("UP", no_wrap=True, justify="right")
         table.add_column("VERSION", no_wrap=True)
     for row in rows:
-        # A lease tells of a job sooner than the daemon's own row, which is touched every ten seconds.
+        # A lease shows a job sooner than the daemon's row, which is updated every ten seconds.
         state = "busy" if row.state == "idle" and row.jobs else row.state
         style = styles.get(state, "white")
         holding = " ".join(short_id(job) for job in row.jobs[:2]) + (" …" if len(row.jobs) > 2 else "")

@@ -1,4 +1,4 @@
-"""Looking at jobs and moving them: jobs, show, events, cancel, retry, release-held."""
+"""The commands that show and move jobs: jobs, show, events, cancel, retry, release-held."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from daemon.cli.data.queries import Event, JobDetails, JobRow
 
 JobId = Annotated[str, typer.Argument(metavar="ID", help="A job's id, or its first characters (four or more).")]
-JobIds = Annotated[list[str], typer.Argument(metavar="ID...", help="Jobs' ids, or their first characters.")]
-AsJson = Annotated[bool, typer.Option("--json", help="JSON, one object a line, instead of a screen.")]
+JobIds = Annotated[list[str], typer.Argument(metavar="ID...", help="Job ids, or their first characters.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
 
 # `lost`, as the views have it: its host has not been heard of for longer than its lease.
 STATES = (*State, "lost")
 
-# Where a table has room for everything; a narrower terminal gets the columns that one decides by.
+# Wide enough for all columns; a narrower terminal gets the most important ones.
 _WIDE = 110
-# Half a split screen: the remark is worth more than a bar and a model's name cut to nothing.
+# Half a split screen: show the remark instead of a bar and a cut-off model name.
 _NARROW = 72
 _FOLLOW_SECONDS = 1.0
 
@@ -40,16 +40,20 @@ def _complete_states(incomplete: str) -> list[str]:
 def jobs(
     states: Annotated[
         list[str] | None,
-        typer.Option("--state", "-s", help="Only these; may be given again.", autocompletion=_complete_states),
+        typer.Option(
+            "--state", "-s", help="Only jobs in this state; may be repeated.", autocompletion=_complete_states
+        ),
     ] = None,
-    user: Annotated[str | None, typer.Option("--user", "-u", help="Only this owner's: id or e-mail address.")] = None,
+    user: Annotated[
+        str | None, typer.Option("--user", "-u", help="Only this owner's jobs: id or e-mail address.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Only this base model, or part of its name.")
     ] = None,
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=10_000, help="At most so many.")] = 20,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=10_000, help="Show at most this many.")] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """List jobs: what is unfinished first, then the newest, and why each waits."""
+    """List jobs: unfinished ones first, then the newest, and why each waits."""
     from daemon.cli.data.connection import open_database
     from daemon.cli.data.queries import list_jobs
     from daemon.cli.data.users import find_owner
@@ -77,7 +81,7 @@ def jobs(
 
 
 def show(job: JobId, as_json: AsJson = False) -> None:
-    """Show one job whole: row, spec, story, answers before and after, error with its hint."""
+    """Show one job: row, spec, events, answers before and after training, error with its hint."""
     from daemon.cli.data.connection import open_database
     from daemon.cli.data.queries import find_job, read_details, read_job, read_story
     from daemon.terminal.console import print_json
@@ -96,10 +100,10 @@ def show(job: JobId, as_json: AsJson = False) -> None:
 
 def events(
     job: JobId,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing until the job ends.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Tell a job's story, line by line."""
+    """List a job's events, one per line."""
     from daemon.cli.data.connection import open_database
     from daemon.cli.data.queries import EVENTS_A_READ, find_job, read_job, read_story
     from daemon.cli.watching.event_lines import event_line
@@ -111,7 +115,7 @@ def events(
         listen(connection)
         after = 0
         while True:
-            # The row before the story: an ending that is seen in the row is in the story that is read after it.
+            # Read the row before the events: if the row is final, the events read after it are complete.
             over = read_job(connection, job_id).is_final
             lines = read_story(connection, [job_id], after)
             for event in lines:
@@ -133,12 +137,12 @@ def cancel(wanted: JobIds, as_json: AsJson = False) -> None:
 
 
 def retry(wanted: JobIds, as_json: AsJson = False) -> None:
-    """Put failed or cancelled jobs back into the queue; a checkpoint that is still there is gone on from."""
+    """Put failed or cancelled jobs back into the queue. A job continues from its checkpoint if there still is one."""
     _move("retry_training_job", wanted, "queued again", as_json)
 
 
 def release_held(as_json: AsJson = False) -> None:
-    """Let the jobs in that were queued before the trainer was installed over them."""
+    """Release the jobs that were queued before the trainer was installed."""
     from daemon.cli.data.connection import open_database
     from daemon.terminal.console import print_json, say, say_done
     from daemon.terminal.format import count
@@ -155,7 +159,7 @@ def release_held(as_json: AsJson = False) -> None:
 
 
 def _move(function: str, wanted: list[str], done: str, as_json: bool) -> None:
-    """Call one of the database's own functions for each job; go on after a refusal, and say it at the end."""
+    """Calls one of the database's functions for each job. Continues after a refusal, and reports it at the end."""
     from daemon.cli.data.connection import open_database, said_plainly
     from daemon.cli.data.queries import find_job
     from daemon.cli.errors import CommandFailed
@@ -163,7 +167,7 @@ def _move(function: str, wanted: list[str], done: str, as_json: bool) -> None:
 
     refused: list[CommandFailed] = []
     with open_database() as connection:
-        # All ids first: a mistyped one moves nothing.
+        # Find all ids first: if one is mistyped, no job is moved.
         ids = dict.fromkeys(find_job(connection, one) for one in wanted)
         for job_id in ids:
             try:
@@ -202,7 +206,7 @@ def _jobs_table(rows: list[JobRow], width: int) -> Table:
 
     wide, narrow = width >= _WIDE, width < _NARROW
     table = columns_table()
-    # Fixed where a cut would hide what one looks for; model and remark share what is left.
+    # Fixed width for columns that must not be cut; model and remark share the rest.
     table.add_column("ID", no_wrap=True, style="cyan", min_width=8)
     table.add_column("STATE", no_wrap=True, min_width=14)
     if wide:
@@ -235,7 +239,7 @@ def _jobs_table(rows: list[JobRow], width: int) -> Table:
 
 
 def _remark(row: JobRow, *, with_stage: bool) -> str:
-    """What one wants to know next about a job in this state."""
+    """The most useful remark about a job in its state."""
     from daemon.terminal.format import money, span
     from daemon.terminal.sanitize import plain
 
@@ -333,14 +337,14 @@ def _validation(row: JobRow) -> str:
 
 
 def _inline(value: object) -> str:
-    """A JSON object as `key value, key value`; anything else as JSON."""
+    """Formats a JSON object as `key value, key value`, anything else as JSON."""
     if not isinstance(value, dict):
         return json.dumps(value)
     return ", ".join(f"{key} {item if isinstance(item, str) else json.dumps(item)}" for key, item in value.items())
 
 
 def _print_samples(story: list[Event]) -> None:
-    """Answers before and after training, by prompt."""
+    """Prints the answers before and after training, by prompt."""
     from daemon.terminal.console import console, facts_table
     from daemon.terminal.sanitize import plain, plain_lines
 

@@ -1,4 +1,4 @@
-"""What the trainer's libraries printed: on the host that runs the job it is a file, and this reads it."""
+"""Reads the output of a job's trainer, which is a file on the host that runs the job."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _CHUNK_BYTES = 64 * 1024
 
 def logs(
     job: JobId,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the attempt is over.")] = False,
-    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="Begin so many lines before the end.")] = 200,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing until the attempt ends.")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="Start this many lines before the end.")] = 200,
     as_json: AsJson = False,
 ) -> None:
-    """Print what a job's trainer printed, on the host that runs it; elsewhere say where that is."""
+    """Print the output of a job's trainer on the host that runs it; elsewhere, say which host that is."""
     from daemon.terminal.console import print_json
     from daemon.terminal.sanitize import plain_lines
 
@@ -40,7 +40,7 @@ def logs(
 
 
 def _find_log(wanted: str) -> Path:
-    """The newest attempt's log under TRAINER_WORK_DIR. Raises CommandFailed saying where it is, or was."""
+    """Finds the newest attempt's log in TRAINER_WORK_DIR. Raises CommandFailed, which says where it is or was."""
     from daemon.cli.commands.models import model_settings
     from daemon.cli.data.queries import job_digits
 
@@ -59,7 +59,7 @@ def _find_log(wanted: str) -> Path:
 
 
 def _elsewhere(wanted: str, work_dir: Path) -> CommandFailed:
-    """Why there is no log here, from the job's row."""
+    """Explains from the job's row why there is no log here."""
     from daemon.cli.data.connection import open_database
     from daemon.cli.data.queries import find_job, list_workers, read_details, read_job
     from daemon.cli.errors import CommandFailed
@@ -93,7 +93,7 @@ def _elsewhere(wanted: str, work_dir: Path) -> CommandFailed:
 
 
 def _read(log: Path, lines: int, follow: bool) -> Iterator[str]:
-    """The last lines, then, if asked, what comes, until the file is removed with its attempt."""
+    """Yields the last lines and, with `follow`, new ones until the file is removed with its attempt."""
     with log.open("rb") as file:
         start = _start_of_last(log, lines)
         file.seek(start)
@@ -104,7 +104,7 @@ def _read(log: Path, lines: int, follow: bool) -> Iterator[str]:
                 *whole, rest = (rest + chunk).split(b"\n")
                 yield from (line.decode(errors="replace") for line in whole)
                 continue
-            # Rotated: the same name is another file now, and this one has been read to its end.
+            # Rotated: the name now belongs to another file, and this one has been read to its end.
             gone = not log.exists() or log.stat().st_ino != _inode(file.fileno())
             if not follow or gone:
                 break
@@ -116,7 +116,7 @@ def _read(log: Path, lines: int, follow: bool) -> Iterator[str]:
 
 
 def _start_of_last(log: Path, lines: int) -> int:
-    """Where the last `lines` lines begin; the file keeps its last megabytes only, so it is read whole."""
+    """Finds where the last `lines` lines begin. The file keeps only the last megabytes, so this reads it whole."""
     content = log.read_bytes()
     position = len(content)
     for _ in range(lines + 1):

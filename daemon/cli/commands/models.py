@@ -1,4 +1,4 @@
-"""Base models on this host: pull, list, verify, quantize. None of it asks the database."""
+"""The commands for base models on this host: pull, list, verify, quantize. None of them uses the database."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(name="models", help="Base models on this host.", no_args_is_help=True)
 
-AsJson = Annotated[bool, typer.Option("--json", help="JSON, one object a line, instead of a screen.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
 
 
 def _complete_models(incomplete: str) -> list[str]:
@@ -28,15 +28,15 @@ def _complete_models(incomplete: str) -> list[str]:
 
 
 ModelName = Annotated[
-    str, typer.Argument(metavar="MODEL", help="As the hub names it: ORG/NAME.", autocompletion=_complete_models)
+    str, typer.Argument(metavar="MODEL", help="Its name on the hub: ORG/NAME.", autocompletion=_complete_models)
 ]
 
 
 @app.command()
 def pull(model: ModelName, as_json: AsJson = False) -> None:
-    """Download a model from the hub into TRAINER_MODELS_DIR, going on from what is there.
+    """Download a model from the hub into TRAINER_MODELS_DIR, continuing an interrupted download.
 
-    The disk is checked before the first byte.
+    Disk space is checked first.
     """
     import asyncio
 
@@ -55,7 +55,7 @@ def pull(model: ModelName, as_json: AsJson = False) -> None:
 
 @app.command(name="list")
 def list_(as_json: AsJson = False) -> None:
-    """List the model folders that jobs would be served from, and what is wrong with each."""
+    """List the model folders that jobs would use, and what is wrong with each."""
     from rich.text import Text
 
     from daemon.base_model.inventory import list_models
@@ -88,7 +88,7 @@ def list_(as_json: AsJson = False) -> None:
 
 @app.command()
 def verify(model: ModelName, as_json: AsJson = False) -> None:
-    """Read a model's every file and compare sizes and hashes, where they are known. Exit status 1 for any fault."""
+    """Read every file of a model and compare sizes and known hashes. Exit status 1 if there is any fault."""
     from daemon.base_model.inventory import verify_model
     from daemon.cli.errors import EXIT_FAILED
     from daemon.terminal.console import print_json, say, say_done
@@ -124,15 +124,15 @@ def quantize(
     model: ModelName,
     replace: Annotated[
         bool,
-        typer.Option("--replace", help="Delete the 16-bit weights once the copy is verified. There is no way back."),
+        typer.Option("--replace", help="Delete the 16-bit weights once the copy is verified. This cannot be undone."),
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before deleting.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make the 4-bit copy now, so that the first job loads a quarter of the bytes. Takes as long as one full load.
 
-    With --replace the copy is all that is kept: it serves this version of the libraries and this kind of device, and
-    after an update of them the model must be pulled again.
+    With --replace only the copy is kept. It works with these library versions and this kind of device; after an
+    update of the libraries the model must be pulled again.
     """
     from pathlib import Path
 
@@ -178,7 +178,7 @@ def _confirm_replacing(model: str, folder: Path) -> None:
 
 
 def _make_copy(model: str, folder: Path, settings: Settings) -> dict[str, Any]:
-    """Have the trainer load the model, which leaves the copy behind."""
+    """Lets the trainer load the model, which writes the copy."""
     import json
     import subprocess
     import sys
@@ -219,7 +219,7 @@ def _folder_of(model: str, settings: Settings) -> FoundModel | None:
 
 
 def model_settings() -> Settings:
-    """The settings without what models do not need: a host may fetch its models before it knows its database."""
+    """Loads only the settings that models need: a host may download models before it has a database."""
     from daemon.database.url import NO_DATABASE
     from daemon.read_settings import load_settings
 
@@ -227,7 +227,7 @@ def model_settings() -> Settings:
 
 
 def local_model(name: str, settings: Settings) -> Path | None:
-    """The folder of a model that is on this host and whole; None when it is not here. Never downloads."""
+    """The folder of a whole model on this host; None if there is none. Never downloads."""
     import asyncio
 
     from daemon.base_model.resolve import resolve_model

@@ -1,4 +1,4 @@
-"""From a dataset file to a queued job: checked, priced, uploaded, inserted, watched."""
+"""Submits a job from a dataset file: checks, estimates, uploads, inserts, and watches it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Wish:
-    """A job to be inserted: both JSON columns as they will stand there, and the columns beside them."""
+    """A job to be inserted: its two JSON columns, and the other columns."""
 
     hyperparameters: dict[str, Any]
     gpu_config: dict[str, Any]
@@ -29,30 +29,34 @@ class _Wish:
 def submit(
     dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Conversations: JSONL, or one JSON document.")],
     *,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Base model, as the hub names it.")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Base model: its name on the hub.")] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", "-e", help="Passes over the data.")] = None,
     lr: Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")] = None,
     rank: Annotated[int | None, typer.Option("--rank", "-r", help="Width of the adapter.")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", "-b", help="Conversations a step.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", "-b", help="Conversations per step.")] = None,
     more: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Any other hyperparameter, like max_length=2048."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Any other hyperparameter, such as max_length=2048."),
     ] = None,
-    gpu: Annotated[str | None, typer.Option("--gpu", help="Only this kind of GPU, like H100.")] = None,
-    gpus: Annotated[int | None, typer.Option("--gpus", help="How many.")] = None,
-    gpu_memory: Annotated[float | None, typer.Option("--gpu-memory", help="GB that one needs at least.")] = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", help="Only this kind of GPU, such as H100.")] = None,
+    gpus: Annotated[int | None, typer.Option("--gpus", help="Number of GPUs.")] = None,
+    gpu_memory: Annotated[float | None, typer.Option("--gpu-memory", help="Minimum memory per GPU, in GB.")] = None,
     user: Annotated[
-        str | None, typer.Option("--user", "-u", help="The owner: id or e-mail; TRAINER_SERVICE_USER_ID when absent.")
+        str | None, typer.Option("--user", "-u", help="The owner's id or e-mail; default: TRAINER_SERVICE_USER_ID.")
     ] = None,
-    name: Annotated[str | None, typer.Option("--name", help="What the dataset is called; the file's name.")] = None,
-    callback_url: Annotated[str | None, typer.Option("--callback-url", help="Told of every change.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="The dataset's name; default: the file's name.")] = None,
+    callback_url: Annotated[str | None, typer.Option("--callback-url", help="URL that receives every change.")] = None,
     priority: Annotated[int, typer.Option("--priority", help="Higher goes first.")] = 0,
-    max_cost: Annotated[float | None, typer.Option("--max-cost", help="US dollars; the job ends there.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and estimate; upload and insert nothing.")] = False,
+    max_cost: Annotated[
+        float | None, typer.Option("--max-cost", help="Stop the job at this cost in US dollars.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and estimate only; upload and insert nothing.")
+    ] = False,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Watch the job until it ends.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a screen.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Train on a dataset: check the file, say what it will take, upload it, queue the job."""
+    """Train on a dataset: check the file, estimate time and cost, upload it, queue the job."""
     from daemon.cli.commands.check import judge, print_verdict
     from daemon.cli.data.connection import open_database
     from daemon.cli.data.preflight import forecast, refuse_unless_ok
@@ -104,7 +108,7 @@ def _queue(  # noqa: PLR0917 - who, what and where, in the order of the story
     name: str,
     verdict: Verdict,
 ) -> UUID:
-    """Upload, then insert both rows in one transaction; a refused insert takes its upload back."""
+    """Uploads, then inserts both rows in one transaction. If the insert is refused, deletes the upload."""
     import asyncio
 
     from daemon.cli.data.connection import said_plainly
@@ -141,7 +145,7 @@ def _queue(  # noqa: PLR0917 - who, what and where, in the order of the story
 
 
 def _insert(connection: Connection, dataset: dict[str, Any], job: dict[str, Any]) -> UUID:
-    """Both rows or none. Raises Misused when their owner is no user."""
+    """Inserts both rows or none. Raises Misused if the owner is not a user."""
     from psycopg.errors import ForeignKeyViolation
 
     from daemon.cli.errors import Misused
@@ -191,7 +195,7 @@ async def _withdraw(settings: Settings, path: str) -> None:
 
 
 def _parsed(wish: _Wish) -> ParsedRow:
-    """Both columns as the daemon will parse them. Raises Misused with every fault."""
+    """Parses both columns as the daemon will. Raises Misused with every fault."""
     from daemon.cli.errors import Misused
     from training.spec import SpecInvalid, parse_row
 
@@ -218,7 +222,7 @@ def _owner(connection: Connection, user: str | None, settings: Settings) -> UUID
 
 
 def _settings_given(given: list[str] | None) -> dict[str, Any]:
-    """`--set key=value`, the value as JSON where it is JSON, else as text."""
+    """Parses `--set key=value`: the value as JSON if it is JSON, else as text."""
     from daemon.cli.errors import Misused
 
     values: dict[str, Any] = {}
@@ -247,7 +251,7 @@ def _forecast_words(ahead: Forecast) -> str:
 
 
 def _plain_name(file: Path) -> str:
-    """The file's name as storage takes it: ASCII, no '#'."""
+    """The file's name in a form that the storage accepts: ASCII, no '#'."""
     return "".join(
         letter if letter.isascii() and (letter.isalnum() or letter in "._-") else "_" for letter in file.name
     )

@@ -1,6 +1,6 @@
-"""Watching jobs live until they end: a picture on a terminal, lines in a pipe, JSON for a program.
+"""Watches jobs live until they end: a live view on a terminal, lines in a pipe, JSON for programs.
 
-Inserts, requeues and cancels are heard by LISTEN; progress, which is never announced, is read once a second.
+LISTEN reports inserts, requeues and cancels. Progress sends no NOTIFY, so it is read once a second.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # A daemon writes a job's progress about once a second.
 READ_SECONDS = 1.0
 AWAY_SECONDS = 2.0
-# More than a screen holds, few enough for one read a second.
+# More than fit on a screen, few enough for one read a second.
 MAX_WATCHED = 100
 LAST_WORDS = 5
 
@@ -36,13 +36,14 @@ class _Picture(Protocol):
 
 def watch(
     wanted: Annotated[
-        list[str] | None, typer.Argument(metavar="[ID]...", help="Jobs' ids or their beginnings; all unfinished ones.")
+        list[str] | None,
+        typer.Argument(metavar="[ID]...", help="Job ids, or their first characters; default: all unfinished jobs."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON, one object a line, instead of a screen.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")] = False,
 ) -> None:
-    """Watch jobs live until they end. Exit status 1 when one of them did not complete.
+    """Watch jobs live until they end. Exit status 1 if any of them did not complete.
 
-    Stopping to watch (Ctrl-C) stops nothing else.
+    Ctrl-C stops only the watching, not the jobs.
     """
     from daemon.cli.data.connection import open_database
     from daemon.cli.data.queries import find_job, list_jobs
@@ -62,7 +63,7 @@ def watch(
 
 
 def watch_jobs(ids: Sequence[UUID], *, as_json: bool = False) -> int:
-    """Show the jobs until all have ended. Returns the exit status: 0 when all completed, 130 when interrupted."""
+    """Shows the jobs until all have ended. Returns the exit status: 0 if all completed, 130 if interrupted."""
     from daemon.cli.errors import EXIT_FAILED, EXIT_INTERRUPTED
     from daemon.cli.watching.watched_jobs import Feed
     from daemon.terminal.console import console, say_aside
@@ -81,7 +82,7 @@ def watch_jobs(ids: Sequence[UUID], *, as_json: bool = False) -> int:
 
 
 def _follow(feed: Feed, picture: _Picture) -> None:
-    """Read and show until all is over. A database that goes away is waited for; the first connection must succeed."""
+    """Reads and shows until all jobs have ended. Waits if the database goes away, but the first read must succeed."""
     from daemon.cli.data.connection import connect
     from daemon.cli.watching.notifications import listen, wait_for_change
     from daemon.errors import DatabaseAway
@@ -147,7 +148,7 @@ class _LivePicture:
 
 
 class _PlainLines:
-    """A line for each new event, one for each tenth of the way, one when the reason to wait changes."""
+    """Prints a line for each new event, each tenth of the progress, and each new reason for waiting."""
 
     def __init__(self, several: bool) -> None:
         self._several = several
@@ -163,7 +164,7 @@ class _PlainLines:
         if notice is not None and not self._away:
             say(notice)
         self._away = notice is not None
-        # Whoever begins to watch late is told where things stand, not the whole story: `events` has it.
+        # Starting late, show only the last events; `events` shows all of them.
         for event in news if self._begun else news[-LAST_WORDS:]:
             say(event_line(event, with_job=self._several))
         self._begun = True
@@ -193,7 +194,7 @@ class _PlainLines:
 
 
 class _JsonLines:
-    """`{"event": …}` for each new event, `{"job": …}` whenever a job has moved."""
+    """Prints `{"event": …}` for each new event, and `{"job": …}` whenever a job has changed."""
 
     def __init__(self) -> None:
         self._shown: dict[UUID, tuple[object, ...]] = {}
@@ -216,7 +217,7 @@ class _JsonLines:
 
 
 def _say_endings(feed: Feed) -> None:
-    """One line a job that outlasts the picture: how it ended, and what to do next."""
+    """Prints one line per job after the live view is gone: how it ended, and what to do next."""
     from rich.text import Text
 
     from daemon.terminal.console import say

@@ -1,1 +1,1 @@
-"""What the commands read and write: rows, users, the trainer's preflight."""
+"""The data of the commands: rows, users, the trainer's preflight."""

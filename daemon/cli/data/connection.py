@@ -1,6 +1,6 @@
-"""One connection of a command: opened from DATABASE_URL alone, its refusals said in one line.
+"""A command's connection: needs only DATABASE_URL, and reports refusals in one line.
 
-Any login that may do what the command does will do: the daemon's own, the operator's, a reader's.
+Any login with the rights that the command needs will do: the daemon's, the operator's, a read-only one.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from daemon.sentence import as_sentence
 
 Connection = psycopg.Connection[dict[str, Any]]
 
-# A person waits at the other end.
+# A person is waiting.
 STATEMENT_SECONDS = 60
 
 
 class _DatabaseSettings(BaseSettings):
-    """The one setting that a command which only reads rows needs."""
+    """The only setting that a command needs if it only reads rows."""
 
     model_config = SettingsConfigDict(env_file=".env", env_ignore_empty=True, extra="ignore", hide_input_in_errors=True)
 
@@ -39,7 +39,7 @@ class _DatabaseSettings(BaseSettings):
 
 
 def database_url() -> str:
-    """DATABASE_URL from the environment or .env, as libpq takes it. Raises HostUnfit."""
+    """DATABASE_URL from the environment or .env, in a form that libpq accepts. Raises HostUnfit."""
     from daemon.read_settings import dotenv_unreadable
     from daemon.terminal.sanitize import plain
 
@@ -62,14 +62,14 @@ def database_url() -> str:
 
 
 def connect() -> Connection:
-    """A new connection: autocommit, rows as dicts; the caller closes it. Raises DatabaseAway, HostUnfit."""
+    """Opens a connection in autocommit, rows as dicts; the caller closes it. Raises DatabaseAway, HostUnfit."""
     dsn = database_url()
     try:
         connection = psycopg.connect(
             dsn,
             autocommit=True,
             row_factory=dict_row,
-            # A transaction pooler hands the next statement to another session.
+            # A transaction pooler may run the next statement in another session.
             prepare_threshold=None,
             connect_timeout=CONNECT_SECONDS,
             application_name="brightrun-trainer cli",
@@ -78,14 +78,14 @@ def connect() -> Connection:
     except psycopg.OperationalError as error:
         raise login_fault(error) from error
     if not is_transaction_pooler(dsn):
-        # A session that watches sleeps between two looks. Of a pooler's, the next client would inherit both.
+        # A watching session is idle between two reads. Not behind a pooler, where the next client would inherit both.
         connection.execute(f"SET statement_timeout = '{STATEMENT_SECONDS}s'; SET idle_session_timeout = 0")
     return connection
 
 
 @contextmanager
 def open_database() -> Iterator[Connection]:
-    """One connection for one command; whatever Postgres refuses inside becomes a CommandFailed."""
+    """Opens one connection for one command; a refusal by Postgres becomes a CommandFailed."""
     connection = connect()
     try:
         with said_plainly():
@@ -96,7 +96,7 @@ def open_database() -> Iterator[Connection]:
 
 @contextmanager
 def said_plainly() -> Iterator[None]:
-    """Turn Postgres' errors into ours: DatabaseAway, HostUnfit (not migrated), CommandFailed (refused)."""
+    """Turns Postgres' errors into ours: DatabaseAway, HostUnfit (not migrated), CommandFailed (refused)."""
     try:
         yield
     except NOT_MIGRATED as error:
@@ -111,7 +111,7 @@ def said_plainly() -> Iterator[None]:
     except (psycopg.OperationalError, psycopg.InterfaceError) as error:
         raise DatabaseAway(first_line(error)) from error
     except psycopg.Error as error:
-        # The guard's and the functions' own words (PT404, PT409), and constraints'.
+        # Messages of the guard and the functions (PT404, PT409), and of constraints.
         raise CommandFailed(first_line(error), error.diag.message_hint) from error
 
 

@@ -1,4 +1,4 @@
-"""Whether a job can succeed, asked of the trainer before anything is uploaded, and what it will take."""
+"""Asks the trainer, before anything is uploaded, whether a job can succeed; estimates its time and cost."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from daemon.cli.data.connection import Connection
     from training.spec import ParsedRow
 
-# A tokenizer on a slow disk and two gigabytes of conversations.
+# Enough for a tokenizer on a slow disk and two gigabytes of conversations.
 _LIMIT_SECONDS = 900
-# Of English text, over the vocabularies of the models in use.
+# For English text, on average over the vocabularies of the models in use.
 _CHARACTERS_A_TOKEN = 4.0
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `python -m training.preflight.check` said. `data` counts, `estimate` is None without the model's folder."""
+    """The output of `python -m training.preflight.check`. `data` has counts; `estimate` is None without the model."""
 
     ok: bool
     errors: tuple[dict[str, Any], ...]
@@ -40,7 +40,7 @@ class Verdict:
 
     @property
     def tokens(self) -> int:
-        """Tokens that one epoch reads: counted where the tokenizer is here, else from the characters."""
+        """Tokens in one epoch: counted if the tokenizer is here, else estimated from the characters."""
         counted = self.data.get("train_tokens")
         return int(counted) if counted is not None else round(self.data.get("characters", 0) / _CHARACTERS_A_TOKEN)
 
@@ -51,7 +51,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Time and money of a run, and what that is founded on. None: nobody knows."""
+    """Time and cost of a run, and the basis of the estimate. None if unknown."""
 
     seconds: float | None
     dollars: float | None
@@ -59,12 +59,12 @@ class Forecast:
 
 
 def judge_dataset(file: Path) -> Verdict:
-    """The dataset alone: format, lines, counts."""
+    """Checks only the dataset: format, lines, counts."""
     return _ask(file)
 
 
 def judge_job(dataset: Path, row: ParsedRow, model_name: str, model_dir: Path, device: str) -> Verdict:
-    """The whole job: data by the model's own tokenizer and template, plan, estimate."""
+    """Checks the whole job: data with the model's tokenizer and template, plan, estimate."""
     from training.spec import JobSpec
 
     with tempfile.TemporaryDirectory(prefix="brightrun-check-") as scratch:
@@ -88,7 +88,7 @@ def judge_job(dataset: Path, row: ParsedRow, model_name: str, model_dir: Path, d
 
 
 def refuse_unless_ok(verdict: Verdict, dataset: Path) -> None:
-    """Raises CommandFailed with the first fault when the job cannot succeed."""
+    """Raises CommandFailed with the first fault if the job cannot succeed."""
     if verdict.ok:
         return
     first = verdict.errors[0] if verdict.errors else {"message": "it was refused without a reason", "hint": None}
@@ -98,7 +98,7 @@ def refuse_unless_ok(verdict: Verdict, dataset: Path) -> None:
 
 
 def forecast(connection: Connection, model: str | None, verdict: Verdict, epochs: int) -> Forecast:
-    """What earlier jobs of the same model took for so many tokens; else the trainer's own estimate, if it made one."""
+    """Estimates from the pace of earlier jobs of the same model; else uses the trainer's own estimate, if any."""
     from daemon.cli.data.connection import read_statement
     from daemon.terminal.format import count
 
@@ -129,7 +129,7 @@ def _ask(file: Path, *arguments: str) -> Verdict:
         )
     except subprocess.TimeoutExpired as error:
         raise CommandFailed(f"the dataset {file.name} was not read within {_LIMIT_SECONDS} s") from error
-    # Libraries may have their say first.
+    # Libraries may print lines before the answer.
     lines = answer.stdout.strip().splitlines()
     try:
         said = json.loads(lines[-1])

@@ -1,4 +1,4 @@
-"""What a command shows of the database, typed: a job's line, its story, its curve, the hosts."""
+"""Typed reads for the commands: jobs, their events and curves, the hosts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from daemon.cli.data.connection import Connection, read_statement
 from daemon.cli.errors import Misused
 from daemon.queue.states import FINAL
 
-# Fewer characters would name too many jobs to be meant.
+# Fewer characters would match too many jobs.
 MIN_PREFIX = 4
 _HEX = re.compile(r"^[0-9a-f]{1,32}$")
 _UUID_DIGITS = 32
@@ -22,7 +22,7 @@ EVENTS_A_READ = 1000
 
 @dataclass(frozen=True)
 class JobRow:
-    """One job as `training_job_status` has it; seconds by the database's clock, cost in US dollars."""
+    """One job from `training_job_status`; seconds by the database's clock, cost in US dollars."""
 
     job_id: UUID
     user_id: UUID
@@ -57,14 +57,14 @@ class JobRow:
         return self.state in FINAL
 
     def metric(self, name: str) -> float | None:
-        """A number of the latest metrics; None when there is none, or it is no number."""
+        """A number from the latest metrics; None if it is missing or not a number."""
         value = self.metrics.get(name)
         return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 @dataclass(frozen=True)
 class JobDetails:
-    """The rest of the row: what was asked for, and what is kept of the ending."""
+    """The rest of the row: the spec and the result."""
 
     preset_id: str
     hyperparameters: Any
@@ -87,7 +87,7 @@ class JobDetails:
 
 @dataclass(frozen=True)
 class Event:
-    """One line of a job's story."""
+    """One event of a job."""
 
     id: int
     job_id: UUID
@@ -108,7 +108,7 @@ class Point:
 
 @dataclass(frozen=True)
 class WorkerRow:
-    """One boot of a daemon; memory in GB of one card."""
+    """One boot of a daemon; memory is in GB per GPU."""
 
     worker_id: UUID
     host: str
@@ -130,7 +130,7 @@ class WorkerRow:
 
 
 def job_digits(wanted: str) -> str:
-    """The hexadecimal digits that an id begins with. Raises Misused for what cannot be one, or is too short."""
+    """The hexadecimal digits that an id begins with. Raises Misused if they cannot be one, or are too few."""
     digits = wanted.strip().lower().replace("-", "")
     if not _HEX.match(digits) or len(digits) < MIN_PREFIX:
         raise Misused(
@@ -140,7 +140,7 @@ def job_digits(wanted: str) -> str:
 
 
 def find_job(connection: Connection, wanted: str) -> UUID:
-    """The job whose id begins with `wanted`. Raises Misused when that names none, or several."""
+    """Finds the job whose id begins with `wanted`. Raises Misused if there is none, or several."""
     digits = job_digits(wanted)
     bounds = {"low": digits.ljust(_UUID_DIGITS, "0"), "high": digits.ljust(_UUID_DIGITS, "f")}
     found = [row["id"] for row in connection.execute(read_statement("find_jobs"), bounds)]
@@ -161,7 +161,7 @@ def list_jobs(
     model: str | None = None,
     limit: int = 1000,
 ) -> list[JobRow]:
-    """Jobs that match, what is unfinished first. None does not filter."""
+    """Lists the jobs that match, unfinished ones first. None does not filter."""
     parameters = {
         "ids": None if ids is None else list(ids),
         "states": None if states is None else list(states),
@@ -182,7 +182,7 @@ def _why_jobs_wait(connection: Connection, ids: Sequence[UUID]) -> dict[UUID, st
 
 
 def read_job(connection: Connection, job_id: UUID) -> JobRow:
-    """One job's line. Raises Misused when it was deleted meanwhile."""
+    """Reads one job. Raises Misused if it was deleted meanwhile."""
     rows = list_jobs(connection, ids=[job_id])
     if not rows:
         raise Misused(f"there is no job {job_id} that this login may see")
@@ -197,7 +197,7 @@ def read_details(connection: Connection, job_id: UUID) -> JobDetails:
 
 
 def read_story(connection: Connection, ids: Sequence[UUID], after: int = 0, limit: int = EVENTS_A_READ) -> list[Event]:
-    """Events after an id, oldest first, at most `limit`."""
+    """Reads at most `limit` events after an id, oldest first."""
     parameters = {"ids": list(ids), "after": after, "limit": limit}
     return [Event(**row) for row in connection.execute(read_statement("read_story"), parameters)]
 
@@ -208,5 +208,5 @@ def read_points(connection: Connection, job_id: UUID, after_step: int = -1) -> l
 
 
 def list_workers(connection: Connection, *, everyone: bool = False) -> list[WorkerRow]:
-    """Hosts that live, and those that fell silent within a day; `everyone` adds those that left."""
+    """Lists live hosts, and those that fell silent within a day; `everyone` adds those that left."""
     return [WorkerRow(**row) for row in connection.execute(read_statement("list_workers"), {"all": everyone})]

@@ -1,4 +1,4 @@
-"""Whose job it is: a user named by id or e-mail address."""
+"""Finds a job's owner: a user given by id or e-mail address."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from daemon.cli.errors import CommandFailed, Misused
 
 
 def find_owner(connection: Connection, wanted: str) -> UUID:
-    """The user's id. Raises Misused when nobody has that address, CommandFailed when this login may not look."""
+    """Finds the user's id. Raises Misused if no user has that address, CommandFailed if this login may not look."""
     try:
         return UUID(wanted)
     except ValueError:

@@ -1,1 +1,1 @@
-"""How a watched job is followed and drawn."""
+"""Reads watched jobs and draws them."""

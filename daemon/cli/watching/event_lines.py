@@ -1,4 +1,4 @@
-"""A job's events in words: one line each, whoever wrote what stands in them."""
+"""Formats a job's events, one line each, including events written by the app or an operator."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _STYLE = STATE_STYLE | {
     "claimed": "cyan",
     "started": "green",
 }
-# The message of these says what went wrong; that of any other kind is a sentence of its own.
+# The message of these kinds says what went wrong; the message of any other kind is a whole sentence.
 _FAULTS = {
     "failed": "failed",
     "reaped": "taken back from a host that fell silent",
@@ -26,7 +26,7 @@ _FAULTS = {
 
 
 def event_words(event: Event) -> str:
-    """What happened, in one line."""
+    """Says what happened, in one line."""
     data = event.data
     if event.kind == "sample":
         return f"{plain(data.get('when'))} training it answers: {plain(data.get('answer', ''))}"
@@ -39,7 +39,7 @@ def event_words(event: Event) -> str:
 
 
 def event_line(event: Event, *, with_job: bool = False, width: int | None = None) -> Text:
-    """Time, job (among several), words; cut at `width` when one is given."""
+    """Formats time, job (if there are several) and text; cut at `width` if given."""
     line = Text.assemble((f"{clock(event.at)}  ", "dim"))
     if with_job:
         line.append(f"{short_id(event.job_id)}  ", "cyan")

@@ -1,6 +1,6 @@
-"""Waiting for something to happen to a job: a NOTIFY ends the wait at once, the clock ends it anyway.
+"""Waits for a change of a job: until a NOTIFY, or for a limited time.
 
-Progress is never announced (NOTIFY takes a database-wide lock at commit), so whoever shows it reads slowly as well.
+Progress sends no NOTIFY (which takes a database-wide lock at commit), so a view of progress must poll as well.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ CHANNEL = "training_jobs"
 
 
 def listen(connection: Connection) -> None:
-    """Hear of inserts, requeues and cancels. Behind a transaction pooler this hears nothing, and the clock decides."""
+    """Listens for inserts, requeues and cancels. Behind a transaction pooler nothing arrives, and polling remains."""
     connection.execute(f"LISTEN {CHANNEL}".encode())
 
 
 def wait_for_change(connection: Connection, seconds: float) -> None:
-    """Return at the first announcement, or after `seconds`."""
+    """Returns at the first notification, or after `seconds`."""
     for _ in connection.notifies(timeout=seconds, stop_after=1):
         return

@@ -1,4 +1,4 @@
-"""How watched jobs look on a terminal: one large with its curve, several as a few lines each."""
+"""Draws watched jobs on a terminal: a single job large with its curve, several with a few lines each."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from daemon.terminal.sparkline import sparkline, squeeze
 
 _CURVE_HEIGHT = 6
 _STORY_LINES = 6
-# Lines of one job among several, the blank one below it included.
+# Lines per job among several, including the blank line below it.
 _BLOCK_LINES = 5
 _MAX_WIDTH = 120
 _LABEL = 7
 
 
 def picture(jobs: Sequence[WatchedJob], *, width: int, height: int, notice: str | None) -> RenderableType:
-    """All of them, as far as the screen has room; what is unfinished first. `notice` stands below, in red."""
+    """Draws as many jobs as fit on the screen, unfinished ones first. `notice` is below, in red."""
     width = min(width, _MAX_WIDTH)
     parts: list[RenderableType] = []
     if len(jobs) == 1:
@@ -46,7 +46,7 @@ def picture(jobs: Sequence[WatchedJob], *, width: int, height: int, notice: str 
 
 
 def pace(row: JobRow) -> str:
-    """Step, time left, cost: what one wants to know of a moving job."""
+    """Step, time left and cost of a running job."""
     words = [f"step {row.step} of {row.total_steps}" if row.total_steps else f"step {row.step}" if row.step else ""]
     if not row.is_final and row.seconds_left is not None:
         words.append(f"{span(row.seconds_left)} left")
@@ -58,7 +58,7 @@ def pace(row: JobRow) -> str:
 
 
 def load(row: JobRow) -> str:
-    """Tokens a second and what the card does, as far as it tells."""
+    """Tokens per second and the GPU's load, as far as it is reported."""
     words = []
     if (tokens := row.metric("throughput")) is not None:
         words.append(f"{tokens:,.0f} tokens/s")
@@ -87,7 +87,7 @@ def _head(row: JobRow) -> Text:
 
 def _two_ends(left: Text, right: Text, width: int) -> Table:
     table = Table.grid(padding=0)
-    # The right end is what may be cut.
+    # The right part may be cut.
     right_width = max(min(right.cell_len, width - left.cell_len - 2), 0)
     right.truncate(right_width, overflow="ellipsis")
     table.add_column(width=width - right_width, no_wrap=True, overflow="ellipsis")
@@ -102,7 +102,7 @@ def _model(row: JobRow, width: int) -> Text:
 
 
 def _block(watched: WatchedJob, width: int) -> RenderableType:
-    """Four lines: who and where, how far, how well, the last word."""
+    """Draws four lines: job and host, progress, loss, the last event."""
     row = watched.row
     bar = Table.grid(padding=(0, 1))
     bar_width = 30 if width >= 100 else 18
@@ -165,7 +165,7 @@ def _curve(watched: WatchedJob, width: int) -> list[RenderableType]:
         return []
     columns = (width - _LABEL) * 2
     total = max(watched.row.total_steps or 0, points[-1][0], 1)
-    # As wide as the way that is done: the empty part is what is left.
+    # As wide as the progress: the empty part is what is left to do.
     wanted = max(round(columns * points[-1][0] / total), 1)
     values = squeeze([value for _step, value in points], wanted)
     high = max(values + watched.validation_losses)

@@ -1,4 +1,4 @@
-"""What is known of the jobs that somebody watches: read again and again, only what is new of curve and story."""
+"""Reads watched jobs again and again: their rows, and only the new points and events."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from uuid import UUID
 from daemon.cli.data.connection import Connection
 from daemon.cli.data.queries import EVENTS_A_READ, Event, JobRow, Point, list_jobs, read_points, read_story
 
-# A curve wider than any terminal; beyond it neighbours are merged.
+# More points than any terminal has columns; beyond this, neighbours are merged.
 _MAX_POINTS = 4000
 _KEPT_EVENTS = 100
 
@@ -28,13 +28,13 @@ class WatchedJob:
 
     @property
     def validation_losses(self) -> list[float]:
-        """On held-out conversations, before training first."""
+        """Losses on held-out conversations, starting before training."""
         told = [event.data.get("validation_loss") for event in self.story if event.kind == "evaluated"]
         return [float(value) for value in told if isinstance(value, int | float)]
 
 
 class Feed:
-    """The jobs of one watch. `read` brings them up to date and returns the events that are new."""
+    """The jobs being watched. `read` brings them up to date and returns the new events."""
 
     def __init__(self, ids: Sequence[UUID]) -> None:
         self._ids = list(ids)
@@ -43,7 +43,7 @@ class Feed:
 
     @property
     def over(self) -> bool:
-        """Every job has ended, or its row is gone."""
+        """Whether every job has ended, or its row is gone."""
         return all(watched.row.is_final for watched in self.jobs.values())
 
     @property
@@ -51,7 +51,7 @@ class Feed:
         return all(watched.row.state == "completed" for watched in self.jobs.values())
 
     def read(self, connection: Connection) -> list[Event]:
-        """Rows first: an ending seen in a row is in the story that is read after it."""
+        """Reads rows first: if a row is final, the events read after it are complete."""
         rows = {row.job_id: row for row in list_jobs(connection, ids=self._ids, limit=len(self._ids))}
         for job_id in self._ids:
             if job_id not in rows:
@@ -64,7 +64,7 @@ class Feed:
     def _read_curve(self, connection: Connection, watched: WatchedJob, row: JobRow) -> None:
         before, watched.row = watched.row, row
         last_step = watched.points[-1].step if watched.points else -1
-        # Another attempt, or a resume: steps are trained again, and their old points are gone.
+        # A new attempt, or a resume: steps are trained again, and their old points are gone.
         if row.attempt != before.attempt or row.step < last_step:
             watched.points.clear()
             last_step = -1
