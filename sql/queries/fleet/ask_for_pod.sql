@@ -1,4 +1,4 @@
--- The fleet decides to start a pod: its row takes the first free slot. No row means that every slot is taken.
+-- Records that the fleet starts a pod; its row takes the first free slot. No row means that every slot is taken.
 WITH asked AS (
     INSERT INTO training_pods AS pod (slot, gpu_type, gpu_count, asked_at)
     SELECT free.slot, %(gpu_type)s, %(gpu_count)s, %(now)s

@@ -1,5 +1,5 @@
--- The fleet decides to end a pod; its daemon, if it still listens, is asked to claim nothing more.
--- No row means that it was decided before.
+-- Records that the fleet ends a pod, and asks its daemon, if it still responds, to claim nothing more.
+-- No row means that this was decided before.
 WITH doomed AS (
     UPDATE training_pods AS pod
     SET doomed_at = %(now)s,

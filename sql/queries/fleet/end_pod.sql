@@ -1,4 +1,4 @@
--- A pod is gone, or never came to be; its slot is free. No row means that this was noted before.
+-- Records that a pod is gone or was never created, and frees its slot. No row means that this was recorded before.
 WITH ended AS (
     UPDATE training_pods AS pod
     SET ended_at = %(now)s,

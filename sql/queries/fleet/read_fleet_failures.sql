@@ -1,5 +1,5 @@
--- Reads for each kind of card how many pods in a row ended without ever reporting in, and when the last did.
--- No row means that none failed lately.
+-- Reads for each GPU type how many pods in a row ended without ever reporting in, and when the last one did.
+-- No row means that none failed recently.
 SELECT failed.gpu_type, count(*) AS failures, max(failed.ended_at) AS last_at
 FROM training_pods AS failed
 WHERE failed.asked_at > %(since)s

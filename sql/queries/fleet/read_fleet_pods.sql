@@ -1,5 +1,5 @@
--- Reads the pods that the fleet asked for and has not seen end, and those among given ids, ended or not.
--- No row means that there is none.
+-- Reads the pods that the fleet asked for and that have not ended, and those with the given ids, ended or not.
+-- No row means that there are none.
 SELECT pod.id, pod.gpu_type, pod.gpu_count, pod.pod, pod.asked_at, pod.reported_at, pod.idle_since,
        pod.doomed_at, pod.doom, pod.ended_at
 FROM training_pods AS pod

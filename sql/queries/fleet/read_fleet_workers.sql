@@ -1,5 +1,5 @@
--- Reads the hosts that were seen since an instant, and whatever was seen last on given pods, with the leases they hold.
--- No row means that no host lives.
+-- Reads the hosts that were seen since a given time, and the last one on each given pod, with the leases they hold.
+-- No row means that no host is alive.
 SELECT
     worker.id,
     worker.pod,
@@ -13,7 +13,7 @@ SELECT
     worker.state,
     worker.last_seen_at,
     (SELECT count(*) FROM training_leases AS lease WHERE lease.worker_id = worker.id) AS leases,
-    -- Kept alive by a heartbeat: whatever else of this host has fallen silent, it works.
+    -- A heartbeat renews this lease: the host works, even if it does not touch its own row.
     (
         SELECT count(*)
         FROM training_leases AS lease

@@ -1,4 +1,4 @@
--- Reads how many leases are kept alive by hosts without a row: on which pod they work nobody can tell. Always one row.
+-- Reads how many live leases belong to hosts without a row; their pods are unknown. Always one row.
 SELECT count(*) AS leases
 FROM training_leases AS lease
 WHERE lease.expires_at > clock_timestamp()

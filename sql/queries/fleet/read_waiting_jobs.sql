@@ -1,5 +1,5 @@
--- Reads what waits for a host: the first due jobs in claiming order, what they need, how many jobs their owners run.
--- Rows of users at their cap are left out: thousands of them must not hide the others. No row means that nothing waits.
+-- Reads the first due jobs in claiming order, what they need, and how many jobs their owners run.
+-- Leaves out users at their cap, so that thousands of their rows do not hide the others. No row means that none waits.
 WITH blocked AS MATERIALIZED (
     SELECT array(
         SELECT lease.user_id
@@ -29,6 +29,6 @@ SELECT
     (SELECT count(*) FROM training_leases AS lease WHERE lease.user_id = job.user_id) AS running
 FROM candidates
 JOIN training_jobs AS job ON job.id = candidates.id
--- Cancelled and submitted again, its last run is still ending: it is claimed when that is over.
+-- A job that was cancelled and submitted again can be claimed only after its last run has ended.
 WHERE NOT EXISTS (SELECT FROM training_leases AS lease WHERE lease.job_id = job.id)
 ORDER BY job.priority DESC, job.queued_at, job.id

@@ -1,4 +1,4 @@
--- RunPod made the pod that was asked for. No row means that it was noted before, or its row has ended.
+-- Records that RunPod created the pod. No row means that this was recorded before, or that its row has ended.
 WITH made AS (
     UPDATE training_pods AS pod
     SET pod = %(pod)s,

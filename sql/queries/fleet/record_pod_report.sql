@@ -1,4 +1,4 @@
--- The daemon of a pod has reported in for the first time. No row means that it had before.
+-- Records the first report of a pod's daemon. No row means that it was recorded before.
 WITH reported AS (
     UPDATE training_pods AS pod
     SET reported_at = %(now)s

@@ -1,5 +1,5 @@
--- A caller over HTTP submits a job whose row exists: the row stays as it is, except that his callback URL is taken
--- where an unfinished job has none. No row means that there is no such job.
+-- Submits a job over HTTP whose row already exists. The row stays as it is, except that an unfinished job without a
+-- callback URL gets the caller's. No row means that there is no such job.
 WITH told AS (
     UPDATE training_jobs AS job
     SET callback_url = %(callback_url)s
@@ -12,7 +12,7 @@ WITH told AS (
 SELECT
     job.id AS job_id,
     job.status AS state,
-    -- An older dispatcher took this row before we were installed: nobody here will ever run it.
+    -- An older dispatcher took this row before we were installed: we will never run it.
     job.status IN ('initializing', 'running') AND job.lease_epoch = 0 AS foreign_run,
     job.status = 'queued' AND job.held AS held,
     (SELECT count(*) FROM told) AS told

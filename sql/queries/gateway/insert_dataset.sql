@@ -1,4 +1,4 @@
--- A file that was just stored becomes a dataset of its owner. Always one row.
+-- Inserts the dataset of a file that was just stored. Always one row.
 INSERT INTO public.datasets
     (id, user_id, name, description, storage_bucket, storage_path, file_name, file_size, total_training_pairs,
      status, training_ready, validated_at)

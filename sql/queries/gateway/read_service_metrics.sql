@@ -1,8 +1,7 @@
--- What the service's dashboards show, in one pass over small things: due jobs, leases, workers, the outbox, and the
--- story since the last time it was asked. Nothing here scans history. Always one row. `cursor` is for the next time;
--- without after_id the story begins now.
+-- Reads what the service's metrics show: due jobs, leases, workers, the outbox, and the events since the last call.
+-- It scans no history. Always one row. `cursor` is the after_id of the next call; without after_id, events begin now.
 WITH due AS MATERIALIZED (
-    -- Beyond so many the exact number says nothing more.
+    -- Beyond this limit the exact number does not matter.
     SELECT job.queued_at
     FROM training_jobs AS job
     WHERE job.due
@@ -14,7 +13,7 @@ held AS MATERIALIZED (
     JOIN training_jobs AS job ON job.id = lease.job_id
 ),
 news AS MATERIALIZED (
-    -- Two seconds late: ids are given before their transactions commit, and a younger id may be visible first.
+    -- Two seconds behind: ids are assigned before their transactions commit, so a higher id may be visible first.
     SELECT event.id, event.job_id, event.kind, event.at, event.data
     FROM training_events AS event
     WHERE event.id > coalesce(%(after_id)s::bigint, (SELECT max(last.id) FROM training_events AS last), 0)
@@ -23,7 +22,7 @@ news AS MATERIALIZED (
     LIMIT 20000
 ),
 pickups AS (
-    -- From the moment that a job could be claimed, by its last line that queued it, to its claim.
+    -- From when the job could be claimed, according to the last event that queued it, to its claim.
     SELECT extract(epoch FROM news.at - greatest(queued.at, (queued.data ->> 'run_after')::timestamptz))::float8 AS seconds
     FROM news
     CROSS JOIN LATERAL (

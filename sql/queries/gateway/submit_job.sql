@@ -1,6 +1,6 @@
--- A caller over HTTP has no row: one is inserted, owned by the service's user. A repeated submit is the same job.
--- With hold_seconds no daemon takes it so long: its host claims it by id, and if that dies first, anybody may.
--- Always one row; submit_training_job() raises PT400 or PT409 for what cannot be a job.
+-- Inserts a job for a caller over HTTP, owned by the service's user. A repeated submit is the same job.
+-- With hold_seconds no daemon claims it for that long: its host claims it by id; if that dies, any host may.
+-- Always one row; submit_training_job() raises PT400 or PT409 if it cannot be a job.
 SELECT (
     submit_training_job(
         %(job)s::jsonb || CASE

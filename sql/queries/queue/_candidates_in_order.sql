@@ -1,6 +1,6 @@
--- Included by claim_job and peek_next_job: which candidate is tried first.
--- Of equal priority, what finds its base model in memory goes first, but never before one that has waited long.
--- Only the few candidates are sorted; the index has put them in order before.
+-- Included by claim_job and peek_next_job: the order in which candidates are tried.
+-- At equal priority, a job whose base model is in memory goes first, but never before one that has waited long.
+-- This sorts only the few candidates, which the index has already ordered.
 SELECT candidates.id
 FROM candidates
 ORDER BY

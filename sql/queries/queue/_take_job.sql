@@ -1,5 +1,5 @@
--- Included by both claims: the job that was picked and leased begins an attempt. Everything that the attempt needs.
--- `due` and `run_after` are the guard's: named here, they would call the trigger that wakes other daemons.
+-- Included by both claims: starts an attempt of the leased job, and returns everything that the attempt needs.
+-- The guard sets `due` and `run_after`: naming them here would fire the trigger that wakes other daemons.
 UPDATE training_jobs AS job
 SET status = 'initializing',
     current_stage = 'setup',
@@ -44,5 +44,5 @@ RETURNING
     dataset.storage_bucket,
     dataset.storage_path,
     dataset.user_id AS dataset_user_id,
-    -- Which table the job was in: training_real_job says the same.
+    -- The table that the job was in, in the same form as training_real_job.
     job.tableoid || '/' || pg_relation_filenode(job.tableoid) AS tables

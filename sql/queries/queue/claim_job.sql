@@ -1,6 +1,6 @@
--- A daemon takes one job: the first due one that its host can serve, under a fresh lease.
--- One row; none when nothing was due, or when others were quicker with all candidates: peek_next_job tells which.
--- Every part is set up anew at each claim, by a server that slept a moment ago: fewer parts are a quicker claim.
+-- Claims the first due job that this host can serve, under a new lease.
+-- One row; none if nothing was due, or if others took all candidates first: peek_next_job tells which.
+-- At each claim the server, idle until then, sets up every part of the plan: fewer parts make a faster claim.
 WITH candidates AS MATERIALIZED (
     -- include: candidates
 ),
@@ -8,15 +8,15 @@ ordered AS NOT MATERIALIZED (
     -- include: candidates_in_order
 ),
 picked AS MATERIALIZED (
-    -- One after the other, in order, until one can be locked. NO KEY UPDATE: with FOR UPDATE a child row's insert
-    -- in flight (KEY SHARE) would hide the job, and its wake-up would be lost.
+    -- Tries one after the other until one can be locked. NO KEY UPDATE: with FOR UPDATE, a concurrent insert of a
+    -- child row (KEY SHARE) would hide the job, and its wake-up would be lost.
     SELECT locked.*
     FROM ordered
     CROSS JOIN LATERAL (
         SELECT job.id, job.user_id, job.dataset_id, job.lease_epoch
         FROM training_jobs AS job
         WHERE job.id = ordered.id
-          -- Not plain `due`: by primary key, never by the partial index again.
+          -- Not plain `due`, so that this uses the primary key and not the partial index again.
           AND coalesce(job.due, false)
           AND NOT EXISTS (SELECT FROM training_leases AS lease WHERE lease.job_id = job.id)
         FOR NO KEY UPDATE OF job SKIP LOCKED
@@ -24,7 +24,7 @@ picked AS MATERIALIZED (
     LIMIT 1
 ),
 lease AS (
-    -- The cap is a numbered slot: two claims at once cannot both have it, and the loser writes nothing.
+    -- The cap uses numbered slots: two concurrent claims cannot both take one, and the loser writes nothing.
     INSERT INTO training_leases (job_id, epoch, worker_id, user_id, user_slot, expires_at)
     SELECT picked.id, picked.lease_epoch + 1, %(worker_id)s, picked.user_id, free.slot,
            clock_timestamp() + %(lease_seconds)s::float8 * interval '1 second'

@@ -1,13 +1,13 @@
--- A serverless host takes the one job that it was called for, if it waits, nobody holds it and the host can serve it.
--- A new job is taken before its run_after, which only kept the daemons away; a retry waits for its time like everywhere.
--- The caller has chosen this host for it: no place in the queue and no cap of running jobs is asked about.
--- One row when the job waits: claimed, or with what it asks for and this host lacks (`lacking`, id null).
--- None when it is held, final, not due yet, or was queued before the installation.
+-- Claims the job that a serverless host was called for, if it waits, no host holds it and this host can serve it.
+-- Ignores the run_after of a new job, which only kept daemons away; a retry waits for its time as usual.
+-- The caller has chosen this host, so neither the order of the queue nor the cap of running jobs applies.
+-- One row if the job waits: claimed, or with what it needs and this host lacks (`lacking`, id null).
+-- None if it is held, final, not due yet, or was queued before the installation.
 WITH picked AS MATERIALIZED (
     SELECT job.id, job.user_id, job.dataset_id, job.lease_epoch, needs.lacking
     FROM training_jobs AS job
     CROSS JOIN LATERAL (
-        -- The conditions of _candidates.sql, each with its words: they cannot be included, for here each is an answer.
+        -- The conditions of _candidates.sql, each with a text. They cannot be included, because each is reported here.
         SELECT array_remove(ARRAY[
             CASE WHEN job.need_gpus > %(free_gpus)s::int
                  THEN job.need_gpus || ' GPUs, and this host has ' || %(free_gpus)s::int END,

@@ -1,4 +1,4 @@
--- The stored adapter was verified: the job is completed and its lease ends.
+-- Completes the job, whose stored adapter was verified, and ends its lease.
 -- Always one row, which _ending_answer.sql explains.
 WITH ended AS (
     -- include: end_lease

@@ -1,8 +1,8 @@
--- A cancelled job's child is gone: its lease ends, its final cost and what was saved are recorded.
--- Always one row. `ended` = 0: the lease is lost. No state: the job was submitted again. State queued: nobody had
--- cancelled it under this lease (a late word of an earlier cancel), and it goes back unharmed instead of staying
--- "running" for ever, without a lease that could run out.
--- `noted`: something of the job may lie in Storage.
+-- Ends the lease of a cancelled job whose trainer has ended, and records its final cost and what was saved.
+-- Always one row. `ended` = 0: the lease is lost. No state: the job was submitted again. State queued: it was not
+-- cancelled under this lease (a late notice of an earlier cancel), so it is requeued instead of staying
+-- "running" for ever without a lease that could expire.
+-- `noted`: Storage may contain objects of the job.
 WITH ended AS (
     -- include: end_lease
     RETURNING lease.job_id, lease.epoch

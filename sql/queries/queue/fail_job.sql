@@ -1,4 +1,4 @@
--- The attempt ended for good: another one would end the same way. The lease ends.
+-- Records a permanent failure: another attempt would fail the same way. Ends the lease.
 -- Always one row, which _ending_answer.sql explains.
 WITH ended AS (
     -- include: end_lease

@@ -1,5 +1,5 @@
--- Reads which job a claim would take, and where its dataset lies, without taking or locking anything.
--- It chooses by claim_job's own words. No row means that nothing is due here.
+-- Reads which job a claim would take, and where its dataset is, without taking or locking anything.
+-- It includes the same text as claim_job to choose. No row means that nothing is due here.
 WITH candidates AS MATERIALIZED (
     -- include: candidates
 ),

@@ -1,5 +1,5 @@
--- Scheduled jobs and retries whose time has come can be claimed from now on.
--- One row a job; none means that nothing has come due, or that another daemon is promoting it this moment.
+-- Makes scheduled jobs and retries claimable when their time has come.
+-- One row per job; none means that nothing is due, or that another daemon is promoting it now.
 UPDATE training_jobs AS job
 SET due = true
 FROM (

@@ -1,4 +1,4 @@
--- Reads the job's last claim: who has lost the job asks whether its epoch was, or will be, given to another host as well.
+-- Reads the job's last claim: a host that lost the job checks whether another host has, or will get, the same epoch.
 -- No row means that the job was deleted.
 SELECT job.lease_epoch, job.lease_token
 FROM training_jobs AS job

@@ -1,5 +1,5 @@
--- Reads which scheduled jobs have come due, the first that promote_due_jobs would take.
--- No row means that none has.
+-- Reads which scheduled jobs are due, in the order in which promote_due_jobs takes them.
+-- No row means that none is due.
 SELECT waiting.id
 FROM training_jobs AS waiting
 WHERE waiting.run_after IS NOT NULL

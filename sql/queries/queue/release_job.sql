@@ -1,4 +1,4 @@
--- The host gives the job back unharmed (shutdown, preemption): queued at once, the attempt does not count.
+-- Requeues a job that its host gives back (shutdown, preemption), immediately and without counting the attempt.
 -- Always one row, which _ending_answer.sql explains.
 WITH ended AS (
     -- include: end_lease
@@ -19,7 +19,7 @@ moved AS (
     RETURNING job.id, job.lease_epoch, job.status
 ),
 told AS (
-    -- The reason comes before the move in the story: triggers speak at the statement's end.
+    -- This event comes before that of the move, because triggers write at the statement's end.
     INSERT INTO training_events (job_id, epoch, kind, message)
     SELECT moved.id, moved.lease_epoch, 'notice', %(reason)s
     FROM moved

@@ -1,5 +1,5 @@
--- The daemon is alive: its lease lasts from now. One that expired but was not reaped is renewed as well.
--- No row means that the lease is lost. The job's state tells of a cancel.
+-- Extends the lease. An expired lease that has not been reaped can still be renewed.
+-- No row means that the lease is lost. The job's state shows whether it was cancelled.
 UPDATE training_leases AS lease
 SET heartbeat_at = clock_timestamp(),
     expires_at = clock_timestamp() + %(lease_seconds)s::float8 * interval '1 second'

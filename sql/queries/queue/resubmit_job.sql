@@ -1,3 +1,3 @@
--- An operator tries a failed or cancelled job again, from zero. Always one row; raises PT404 without such a job,
--- PT409 when it is neither failed nor cancelled.
+-- Restarts a failed or cancelled job from zero. Always one row; raises PT404 if there is no such job,
+-- PT409 if it is neither failed nor cancelled.
 SELECT retry_training_job(%(job_id)s) ->> 'state' AS state

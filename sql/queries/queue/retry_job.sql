@@ -1,4 +1,4 @@
--- The attempt ended by something that may pass: the job waits for its next attempt, or has failed when none is left.
+-- Records a transient failure: the job is requeued with a delay, or failed if no attempts are left.
 -- Always one row, which _ending_answer.sql explains.
 WITH ended AS (
     -- include: end_lease

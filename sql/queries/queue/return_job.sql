@@ -1,5 +1,5 @@
--- The host cannot work, whatever the job: queued again, and the attempt does not count. At once the first time, for
--- another host may be free; later each time. Past `most` returns since it was submitted, attempts count after all.
+-- Requeues a job because its host cannot work at all; the attempt does not count. Immediately the first time, because
+-- another host may be free, then with a growing delay. After `most` returns since the submission, attempts count again.
 -- Always one row, which _ending_answer.sql explains.
 WITH ended AS (
     -- include: end_lease
@@ -50,7 +50,7 @@ moved AS (
     RETURNING job.id, job.lease_epoch, job.status, ended.worker_id, decided.uncounted
 ),
 told AS (
-    -- Before the move in the story: triggers speak at the statement's end.
+    -- This event comes before that of the move, because triggers write at the statement's end.
     INSERT INTO training_events (job_id, epoch, kind, message, data)
     SELECT moved.id, moved.lease_epoch, 'returned', %(error_message)s,
            jsonb_build_object(

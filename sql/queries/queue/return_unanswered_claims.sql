@@ -1,5 +1,5 @@
--- A claim whose answer was lost with its connection: what this worker holds without knowing goes back, uncounted.
--- One row a job that went back; none means that nothing was held unknown.
+-- Requeues jobs that this worker claimed without knowing, because the answer was lost; the attempt does not count.
+-- One row per requeued job; none means that there were none.
 WITH ended AS (
     DELETE FROM training_leases AS lease
     WHERE lease.worker_id = %(worker_id)s

@@ -1,5 +1,5 @@
--- The database refuses to let anybody claim this job: held until the operator releases it, with who refused and what.
--- No row means that it waits no more: somebody claimed, cancelled or held it.
+-- Holds a job whose claim the database refuses, until the operator releases it, and records who refused what.
+-- No row means that it no longer waits: it was claimed, cancelled or held.
 WITH aside AS (
     UPDATE training_jobs AS job
     SET held = true,

@@ -1,4 +1,4 @@
--- An ending found its job cancelled meanwhile, its lease has ended with it: the true final cost is recorded.
+-- Records the final cost of a job that was cancelled while its attempt ended; its lease has ended as well.
 -- No row means that the job is not cancelled under our epoch.
 UPDATE training_jobs AS job
 SET current_cost = greatest(job.current_cost, %(cost)s::numeric),

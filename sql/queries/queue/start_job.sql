@@ -1,4 +1,4 @@
--- The first optimizer step is done: initializing becomes running. Said twice (an answer was lost), it holds.
+-- Moves a job from initializing to running after its first optimizer step. Repeating it (a lost answer) is harmless.
 -- No row means that the lease is lost or the job cancelled.
 UPDATE training_jobs AS job
 SET status = 'running',

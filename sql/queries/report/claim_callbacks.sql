@@ -1,8 +1,8 @@
--- A daemon takes callbacks to deliver: of each host the first that is due and none while one is on its way there,
--- so that a dead host holds up nobody else, wears out no other callback's attempts, and gets them in their order.
--- One row a callback; none means that nothing is due. Unanswered by locked_until, a callback is due again.
+-- Claims callbacks to deliver: for each receiving host the first that is due, and none while another is being sent
+-- there. So a dead host delays no other, uses up no other callback's attempts, and gets its callbacks in order.
+-- One row per callback; none means that nothing is due. A callback not settled by locked_until is due again.
 WITH RECURSIVE hosts AS (
-    -- From host to host along the index training_callbacks_pending, one probe each.
+    -- From host to host along the index training_callbacks_pending, one probe for each.
     (
         SELECT callback.host
         FROM training_callbacks AS callback
@@ -38,8 +38,8 @@ picked AS MATERIALIZED (
     ) AS first
     WHERE hosts.host IS NOT NULL
       AND NOT EXISTS (
-          -- A callback that is on its way has its next_at at the end of its lock: a short stretch of the index.
-          -- The statement's time, not the clock's: a volatile bound cannot be searched for in an index.
+          -- A callback that is being sent has its next_at at the end of its lock: a short range of the index.
+          -- The statement's time, not the clock's: an index cannot be searched by a volatile value.
           SELECT FROM training_callbacks AS busy
           WHERE busy.state = 'pending'
             AND busy.host = hosts.host
@@ -52,7 +52,7 @@ picked AS MATERIALIZED (
 UPDATE training_callbacks AS callback
 SET lock_token = gen_random_uuid(),
     locked_until = clock_timestamp() + %(lock_seconds)s::float8 * interval '1 second',
-    -- Not due until then; the host's next callback waits for this one to be settled.
+    -- Not due until then; the host's next callback waits until this one is settled.
     next_at = clock_timestamp() + %(lock_seconds)s::float8 * interval '1 second',
     attempts = callback.attempts + 1
 FROM picked

@@ -1,4 +1,4 @@
--- The receiver took it. No row means that the lock ran out and somebody else has it now.
+-- Marks a callback as delivered. No row means that the lock expired and another process has the callback now.
 UPDATE training_callbacks AS callback
 SET state = 'delivered',
     delivered_at = clock_timestamp(),

@@ -1,4 +1,4 @@
--- A run resumed from a checkpoint: the points after its step are history that will be written again.
+-- Deletes the points after the step of a checkpoint from which a run resumes: they will be written again.
 -- `held` = 0 means that the lease is lost and nothing was deleted.
 WITH held AS MATERIALIZED (
     SELECT lease.job_id

@@ -1,5 +1,5 @@
--- Given up: the receiver is gone or has refused for days. SQL can see it (state 'dead') and resend_callback() it.
--- No row means that the lock ran out and somebody else has it now.
+-- Marks a callback as dead after the receiver has been gone or has refused for days. resend_callback() sends it again.
+-- No row means that the lock expired and another process has the callback now.
 UPDATE training_callbacks AS callback
 SET state = 'dead',
     last_status = %(status)s,

@@ -1,4 +1,4 @@
--- The receiver did not take it: tried again later. No row means that the lock ran out and somebody else has it now.
+-- Postpones a callback that the receiver did not accept. No row means that the lock expired and another process has it.
 UPDATE training_callbacks AS callback
 SET next_at = clock_timestamp() + %(delay_seconds)s::float8 * interval '1 second',
     last_status = %(status)s,

@@ -1,4 +1,4 @@
--- One line of the job's story. Told as long as the lease is ours, also while a cancelled job's child is ending.
+-- Records one event of a job, as long as we hold the lease, also while the trainer of a cancelled job is ending.
 -- No row means that the lease is lost.
 INSERT INTO training_events (job_id, epoch, kind, message, data)
 SELECT held.job_id, held.epoch, %(kind)s, %(message)s, %(data)s

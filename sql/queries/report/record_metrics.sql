@@ -1,4 +1,4 @@
--- Points for the app's charts. A step that is repeated after a resume replaces its point: the id is made of job and step.
+-- Writes points for the app's charts. A step repeated after a resume replaces its point: job and step make the id.
 -- `held` = 0 means that the lease is lost and nothing was written.
 WITH held AS MATERIALIZED (
     SELECT lease.job_id

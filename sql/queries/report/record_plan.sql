@@ -1,4 +1,4 @@
--- The run's real size is known: corrects the estimates that the row was inserted with.
+-- Replaces the estimates that the row was inserted with by the run's real size.
 -- No row means that the lease is lost or the job cancelled.
 UPDATE training_jobs AS job
 SET total_steps = %(total_steps)s,

@@ -1,4 +1,4 @@
--- The attempt has moved: stage, progress (never backwards), step, metrics, cost and the time left.
+-- Records an attempt's progress: stage, progress (never backwards), step, metrics, cost and the time left.
 -- `sequence` numbers the progress callback that follows.
 -- No row means that the lease is lost or the job cancelled.
 UPDATE training_jobs AS job
@@ -15,5 +15,5 @@ WHERE job.id = %(job_id)s
   AND job.status IN ('initializing', 'running')
 RETURNING
     job.id,
-    -- Its place among the job's callbacks; only where somebody is called.
+    -- Its position among the job's callbacks; only if the job has a callback URL.
     CASE WHEN job.callback_url IS NOT NULL THEN nextval('training_callbacks_sequence_seq') END AS sequence

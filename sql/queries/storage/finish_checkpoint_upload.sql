@@ -1,5 +1,5 @@
--- The checkpoint is stored as a whole and was read back: another host may resume from it.
--- No row means that the lease is lost, or that nobody noted the upload.
+-- Records that a checkpoint is stored completely and was read back, so that another host may resume from it.
+-- No row means that the lease is lost, or that the upload was not recorded.
 UPDATE training_uploads AS upload
 SET manifest_sha256 = %(manifest_sha256)s,
     bytes = %(bytes)s

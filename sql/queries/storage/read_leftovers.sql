@@ -1,7 +1,7 @@
--- What nobody needs any more, at most so many: adapters that no completed row names, checkpoints of jobs that are
--- completed, gone, or long since failed or cancelled. Nothing of a job that somebody holds. A job that we do not see is
--- gone only where that is certain, and where the caller asks for such (`orphans`); a lease that we do not see holds.
--- `named` is true where the job's row names the adapter: only the note is to be forgotten then.
+-- Reads uploads that are not needed any more, up to a limit: adapters that no completed row names, and checkpoints of
+-- jobs that are completed, gone, or failed or cancelled long ago. Never of a job with a lease, even one hidden from us.
+-- A job that we cannot see counts as gone only if that is certain and the caller asks for such jobs (`orphans`).
+-- `named` is true if the job's row names the adapter: then only the record is deleted.
 SELECT
     upload.job_id,
     upload.epoch,

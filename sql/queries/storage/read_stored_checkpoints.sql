@@ -1,4 +1,4 @@
--- The checkpoints of a job that may lie in this storage's bucket, the latest attempt's newest first, whole or not.
+-- Reads the checkpoints of a job that may be in this storage's bucket, whole or not, the latest attempt's newest first.
 SELECT upload.job_id, upload.epoch, upload.kind, upload.step, upload.objects, upload.manifest_sha256
 FROM training_uploads AS upload
 WHERE upload.job_id = %(job_id)s

@@ -1,4 +1,4 @@
--- These objects may lie in this storage's bucket from now on. Written before the first byte is sent.
+-- Records objects that may be in this storage's bucket from now on, before the first byte is sent.
 -- No row means that the lease is lost: nothing may be stored.
 INSERT INTO training_uploads AS upload (job_id, epoch, kind, step, storage, bucket, objects)
 SELECT held.job_id, held.epoch, %(kind)s, %(step)s, %(storage)s, %(bucket)s, %(objects)s

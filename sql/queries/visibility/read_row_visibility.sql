@@ -1,5 +1,5 @@
--- Reads whether we see the rows that there are: for each table, how many of a few rows are hidden from us.
--- Always one row. `can_tell` false: nobody whom we can ask sees past row security.
+-- Reads whether we see all rows: for each table, how many of a few sample rows are hidden from us.
+-- Always one row. `can_tell` false: no role that we can use sees past row security.
 SELECT
     found.can_tell,
     found.tables,

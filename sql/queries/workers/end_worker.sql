@@ -1,4 +1,4 @@
--- A daemon has left in good order. No row means that it was never registered.
+-- Records that a daemon has shut down cleanly. No row means that it was never registered.
 UPDATE training_workers AS worker
 SET state = 'gone',
     busy = 0,

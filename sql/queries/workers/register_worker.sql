@@ -1,4 +1,4 @@
--- A daemon has booted. Said again after an outage, it brings the row up to date. Always one row.
+-- Registers a daemon after its start. Repeated after an outage, it brings the row up to date. Always one row.
 INSERT INTO training_workers AS worker
     (id, host, pod, device, gpus, gpu_count, gpu_memory_gb, gpu_type, models, slots, user_cap, versions)
 VALUES (

@@ -1,4 +1,4 @@
--- A daemon lives: what it does and how its hardware fares. It learns whether the operator wants it drained.
+-- Records that a daemon is alive, what it does and its hardware's load. Returns whether the operator wants it drained.
 -- No row means that it was never registered.
 UPDATE training_workers AS worker
 SET state = %(state)s,
