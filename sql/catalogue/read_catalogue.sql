@@ -1,5 +1,5 @@
--- Reads what a schema holds, one row a thing: its kind, its name, and all that is to be the same in every database.
--- Run with an empty search_path, so that every name is written with its schema.
+-- Reads the objects of a schema, one row each: kind, name, and everything that must be the same in every database.
+-- Run it with an empty search_path, so that every name has its schema.
 WITH scope AS (
     SELECT oid FROM pg_namespace WHERE nspname = %(schema)s
 ),
@@ -14,7 +14,7 @@ functions AS (
     FROM pg_proc AS proc
     JOIN scope ON scope.oid = proc.pronamespace
 ),
--- Who may do what. Whatever the owner may is his by being the owner.
+-- Who has which right. The owner's own rights are left out.
 rights AS (
     SELECT relation.relname::text AS name, relation.relowner AS owner, acl.grantee, acl.privilege_type
     FROM relations AS relation
@@ -95,7 +95,7 @@ SELECT
     'function', function.proname || '(' || pg_get_function_identity_arguments(function.oid) || ')',
     concat_ws(' ', 'returns', pg_get_function_result(function.oid), language.lanname, function.provolatile,
         CASE WHEN function.prosecdef THEN 'security definer' END, array_to_string(function.proconfig, ' '),
-        -- Whoever runs its body: his rights are the function's.
+        -- The role that runs the body, and so the rights that the function has.
         CASE
             WHEN NOT function.prosecdef THEN NULL
             WHEN pg_get_userbyid(function.proowner) = 'training_daemon' THEN 'of training_daemon'
@@ -110,7 +110,7 @@ FROM rights
 LEFT JOIN pg_roles AS role ON role.oid = rights.grantee
 WHERE rights.grantee <> rights.owner
   AND coalesce(role.rolname, 'PUBLIC') IN ('PUBLIC', 'anon', 'authenticated', 'service_role', 'training_daemon')
-  -- A word of newer versions that older ones do not know.
+  -- A right of newer versions that older ones do not have.
   AND rights.privilege_type <> 'MAINTAIN'
 UNION ALL
 SELECT 'right', 'schema: USAGE of ' || role.rolname, ''
@@ -119,7 +119,7 @@ CROSS JOIN pg_roles AS role
 WHERE role.rolname IN ('anon', 'authenticated', 'service_role', 'training_daemon')
   AND has_schema_privilege(role.oid, scope.oid, 'USAGE')
 UNION ALL
--- Where there is no publication, or one of all tables, nothing is missing in it.
+-- If there is no publication, or one of all tables, nothing is missing in it.
 SELECT 'publication', member, ''
 FROM unnest(ARRAY['training_jobs', 'training_events', 'metrics_points']) AS member
 WHERE %(schema)s <> 'public'

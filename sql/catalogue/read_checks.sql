@@ -1,4 +1,4 @@
--- Reads the CHECKs of the app's tables that look at one column alone: their expression, which can be tried with a value.
+-- Reads the CHECKs of the app's tables that use only one column, with their expression, to try values with.
 SELECT
     class.relname::text AS relation,
     constraint_.conname::text AS name,

@@ -1,4 +1,4 @@
--- Reads every column of the tables of a schema that are called like this, with what decides whether we can work on it.
+-- Reads every column of the named tables of a schema, with everything that decides whether we can use it.
 SELECT
     class.relname::text AS relation,
     class.relkind::text AS relkind,

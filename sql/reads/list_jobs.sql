@@ -1,5 +1,5 @@
--- Jobs as one line each: those given by id, else those that match, what is unfinished first, then the newest.
--- Ages and times left are seconds by the database's clock. No row: nothing matches.
+-- Lists jobs, one row each: those with the given ids, else those that match; unfinished ones first, then the newest.
+-- Ages and times left are seconds by the database's clock. No row means that none matches.
 SELECT
     status.job_id,
     status.user_id,

@@ -1,4 +1,4 @@
--- The hosts, the ones that work first; `gone` and lost ones only of the last day unless all are asked for.
+-- Lists the hosts, working ones first; `gone` and lost ones only of the last day, unless all are wanted.
 SELECT
     worker.worker_id,
     worker.host,

@@ -1,5 +1,5 @@
--- How quick and how dear the last completed jobs of a base model were; what an estimate stands on.
--- Always one row; jobs = 0 means that there is nothing to go by.
+-- Reads the speed and cost of the last completed jobs of a base model, the basis of an estimate.
+-- Always one row; jobs = 0 means that there is no basis.
 SELECT
     count(*)::int AS jobs,
     (sum(past.tokens) / nullif(sum(past.training_seconds), 0))::float8 AS tokens_per_second,

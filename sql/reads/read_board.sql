@@ -1,8 +1,8 @@
--- What the dashboard shows of jobs, in one snapshot: every job that a host holds or that says it is under way, every
--- job with news in its story after a place, and those whose ids are given; with `whole` the newest endings as well,
--- with `day` what ended within a day. Nothing here scans history: leases are as few as running jobs, the story is
--- read at its end, endings by their index. `settled` is where the next read begins: ids of the story are given before their
--- transactions commit, so its last five seconds are read again. Always one row.
+-- Reads the jobs of the dashboard in one snapshot: every job that a host holds or whose row says it is running, every
+-- job with new events after a given id, and those with the given ids; with `whole` also the last jobs that ended,
+-- with `day` those that ended within a day. It scans no history: leases are as few as running jobs, events are read
+-- from their end, ended jobs by their index. The next read begins at `settled`: event ids are assigned before their
+-- transactions commit, so the last five seconds are read again. Always one row.
 WITH news AS MATERIALIZED (
     SELECT event.id, event.job_id, event.at, event.kind, event.message, event.data
     FROM public.training_events AS event
@@ -36,7 +36,7 @@ wanted AS MATERIALIZED (
 lines AS (
     SELECT line.*
     FROM wanted
-    -- Row by row: the planner cannot know how few are wanted, and would join with the whole history. OFFSET keeps it so.
+    -- Row by row: the planner does not know how few rows there are, and would join the whole history. OFFSET forces it.
     CROSS JOIN LATERAL (
         SELECT
             status.job_id,
@@ -90,6 +90,6 @@ SELECT
             'cost', coalesce(sum(job.final_cost), 0)::float8
         )
         FROM public.training_jobs AS job
-        -- now(), which an index can be searched by; clock_timestamp() would read every ending there ever was.
+        -- now(), because an index can be searched by it; clock_timestamp() would read every job that ever ended.
         WHERE job.completed_at > now() - interval '1 day'
     ) END AS day

@@ -1,5 +1,5 @@
--- The charts of some jobs, each thinned to about as many points as are asked for: every so many-th point, the last,
--- and all that carry a validation loss. No point is averaged or made up. No row: nothing was measured yet.
+-- Reads the charts of some jobs, each thinned to about the wanted number of points: every n-th point, the last, and
+-- all with a validation loss. No point is averaged or interpolated. No row means that nothing was measured yet.
 SELECT point.job_id::text AS job_id, point.step, point.loss, point.validation_loss
 FROM (
     SELECT

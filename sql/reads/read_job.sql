@@ -1,11 +1,11 @@
--- One job whole: what was asked for, on which data, who holds it, what came of it.
+-- Reads one job completely: its spec, its data, its host, its result.
 SELECT
     job.preset_id,
     job.hyperparameters,
     job.gpu_config,
     job.dataset_id,
     dataset.name AS dataset_name,
-    -- The address loses its query, where signatures live.
+    -- Without the query, which may contain a signature.
     coalesce(regexp_replace(split_part(split_part(job.dataset_url, '?', 1), '#', 1), '//[^/@]*@', '//'),
         dataset.storage_bucket || '/' || dataset.storage_path) AS dataset_source,
     job.client_job_id,

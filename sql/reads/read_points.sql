@@ -1,4 +1,4 @@
--- The chart of one job after a step, in its order.
+-- Reads the points of one job's chart after a step, in order.
 SELECT
     point.step,
     point.training_loss::float8 AS loss,

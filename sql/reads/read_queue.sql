@@ -1,6 +1,6 @@
--- The head of the queue in the order of training_queue, why each job of it waits, and how many wait in all. No row:
--- nothing waits. What is due is read in its index's order, what is not due only where there is room for it, and a
--- reason is found for what is shown: the queue is counted, never sorted.
+-- Reads the head of the queue in the order of training_queue, why each of these jobs waits, and how many wait in total.
+-- No row means that none waits. Due jobs are read in the order of their index, others only if there is room, and only
+-- jobs that are shown get a reason: the queue is counted, never sorted.
 WITH due AS MATERIALIZED (
     SELECT job.id, job.priority, job.queued_at
     FROM public.training_jobs AS job
@@ -25,7 +25,7 @@ SELECT
     reason.waiting_reason,
     (SELECT count(*) FROM public.training_jobs AS job WHERE job.status = 'queued')::int AS waiting
 FROM head
--- Row by row, as OFFSET makes it: the planner cannot know how few there are.
+-- Row by row, which OFFSET forces: the planner does not know how few there are.
 CROSS JOIN LATERAL (
     SELECT queue.waiting_reason FROM public.training_queue AS queue WHERE queue.job_id = head.id OFFSET 0
 ) AS reason

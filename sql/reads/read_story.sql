@@ -1,4 +1,4 @@
--- The events of some jobs after a place in the story, oldest first.
+-- Reads the events of some jobs after a given event id, oldest first.
 SELECT event.id, event.job_id, event.at, event.kind, event.message, event.data
 FROM public.training_events AS event
 WHERE event.job_id = ANY (%(ids)s::uuid[])

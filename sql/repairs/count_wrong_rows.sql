@@ -1,4 +1,4 @@
--- Reads how many rows the other statements of this folder would set right. Always one row.
+-- Counts the rows that the other statements of this folder would repair. Always one row.
 SELECT
     (
         SELECT count(*)

@@ -1,5 +1,5 @@
--- Leases that belong to no run: their job is gone, has ended, or is at another epoch. They hold up its next claim.
--- Run as training_daemon. One row a lease.
+-- Deletes leases of no run: their job is gone, has ended, or is at another epoch. They block the next claim.
+-- Run as training_daemon. One row per lease.
 DELETE FROM public.training_leases AS lease
 WHERE NOT EXISTS (
     SELECT

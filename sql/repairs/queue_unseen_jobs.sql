@@ -1,5 +1,5 @@
--- Jobs that wait and that no claim can see: inserted while triggers were off, so that nobody set what a claim reads.
--- Run as training_daemon. One row a job.
+-- Repairs waiting jobs that no claim can see: while triggers were off, they were inserted without what a claim reads.
+-- Run as training_daemon. One row per job.
 WITH unseen AS (
     SELECT job.id, needs.*
     FROM public.training_jobs AS job

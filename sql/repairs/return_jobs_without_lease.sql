@@ -1,5 +1,5 @@
--- Jobs that say they run though nobody holds them: their leases were not restored with them, and nothing would ever end
--- them. They go back, and the attempt does not count. Run as training_daemon. One row a job.
+-- Requeues jobs that are marked as running but have no lease: it was not restored, so they would never end.
+-- The attempt does not count. Run as training_daemon. One row per job.
 WITH moved AS (
     UPDATE public.training_jobs AS job
     SET status = 'queued',

@@ -1,5 +1,5 @@
--- Leases of another place, older than the rows are here, which ran out on the way: no host has died, no attempt counts.
--- A host that still trains under one has renewed it, and keeps it. Run as training_daemon. One row a job.
+-- Requeues jobs whose leases expired during a restore into this database: no host has died, so no attempt counts.
+-- A host that still trains under such a lease has renewed it and keeps it. Run as training_daemon. One row per job.
 WITH ended AS (
     DELETE FROM public.training_leases AS lease
     WHERE lease.claimed_at < %(since)s::timestamptz
