@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from daemon.errors import HostFault, JobDelayed, JobFailed
-from daemon.queue.rows import Location
 from daemon.settings import Settings
 from daemon.storage.folder import FolderStorage
-from daemon.storage.interface import LocalFile
+from daemon.storage.interface import LocalFile, Location
 from daemon.storage.open import open_storage
 from daemon.storage.supabase import SupabaseStorage
 from training.events import ErrorCode
