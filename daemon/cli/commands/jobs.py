@@ -23,7 +23,7 @@ JobId = Annotated[str, typer.Argument(metavar="ID", help="A job's id, or its fir
 JobIds = Annotated[list[str], typer.Argument(metavar="ID...", help="Job ids, or their first characters.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
 
-# `lost`, as the views have it: its host has not been heard of for longer than its lease.
+# `lost` is the name in the views for a job whose host was silent until its lease expired.
 STATES = (*State, "lost")
 
 # Wide enough for all columns; a narrower terminal gets the most important ones.
