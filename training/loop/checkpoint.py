@@ -100,7 +100,7 @@ class CheckpointShelf:
             file = path / name
             try:
                 if sha256_of(file) != expected:
-                    return Damaged(path, f"{name} has another hash than when it was written")
+                    return Damaged(path, f"{name} has a different hash than when it was written")
                 total += file.stat().st_size
             except OSError as error:
                 return Damaged(path, f"{name} cannot be read ({error.strerror})")
