@@ -8,7 +8,7 @@ import os
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 from uuid import UUID
 
 import typer
@@ -17,8 +17,6 @@ from rich.table import Table
 from rich.text import Text
 
 from daemon.terminal.sanitize import plain
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
 
 # A pipe has no width: keep rows whole for grep.
 _PIPE_WIDTH = 200
