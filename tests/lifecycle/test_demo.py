@@ -173,7 +173,7 @@ def test_the_statement_that_reads_the_row_fits_a_narrow_terminal() -> None:
 def test_a_file_that_does_not_exist_is_said_before_anything_is_started(tmp_path: Path) -> None:
     with Demo(tmp_path, tmp_path / "cache", "--data", "nowhere.jsonl") as demo:
         assert demo.process.wait(30) == 1
-        assert "there is no file nowhere.jsonl" in demo.output
+        assert "There is no file nowhere.jsonl" in demo.output
         assert "make demo DATA=my.jsonl" in demo.output
         assert list(demo.temporary.iterdir()) == []
 
