@@ -1,1 +1,2 @@
-"""`make demo`: a Postgres, a daemon and a real small model on one machine, and a row inserted to start it all."""
+"""`make demo` and `make playground`: a Postgres, a daemon and a real small model on this machine. Nothing is left
+running afterwards. Called by `daemon.__main__` only."""

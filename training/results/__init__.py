@@ -1,1 +1,2 @@
-"""What a run saves beside its adapter: history, summary, chart, trackers."""
+"""What a run saves beside its adapter: history, summary, chart, trackers. A resumed run continues them. Used by the
+recipe and the loop."""

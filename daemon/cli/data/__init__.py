@@ -1,1 +1,2 @@
-"""The data of the commands: rows, users, the trainer's preflight."""
+"""The data of the commands: rows, users, the trainer's preflight. It reads with the user's own database rights. Called
+by the commands."""

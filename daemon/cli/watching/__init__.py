@@ -1,1 +1,1 @@
-"""Reads watched jobs and draws them."""
+"""Follows watched jobs and draws them on a terminal. Called by `watch`, `submit` and `events`."""

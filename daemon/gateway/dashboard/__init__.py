@@ -1,1 +1,2 @@
-"""The dashboard: one page served by the gateway, fed by one shared reader of the database."""
+"""The dashboard: one page, fed by one shared reader of the database however many browsers watch. It can cancel and
+retry, and nothing else. The gateway serves it."""

@@ -1,1 +1,2 @@
-"""The routes of the HTTP API, grouped by their callers, and the errors of all routes."""
+"""The routes of the HTTP API, grouped by their callers, and the errors of all routes. The gateway puts them
+together."""
