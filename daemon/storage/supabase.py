@@ -44,6 +44,8 @@ log = structlog.get_logger()
 STANDARD_UPLOAD_BYTES = 6 * 1024 * 1024
 # Long enough for the largest dataset, short enough that a URL in an old log is worthless.
 SIGNED_SECONDS = 3600
+# Six tries are 15 seconds of patience at least: the pauses double, and jitter only adds to them. With pauses drawn from
+# zero an attempt sometimes ended 2 seconds after Storage had gone.
 TRIES = 6
 FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 20.0
@@ -306,7 +308,9 @@ class SupabaseStorage:
             async for attempt in tenacity.AsyncRetrying(
                 retry=tenacity.retry_if_exception(_may_pass),
                 stop=tenacity.stop_after_attempt(TRIES),
-                wait=tenacity.wait_random_exponential(self._first_wait_seconds, max=LONGEST_WAIT_SECONDS),
+                wait=tenacity.wait_exponential_jitter(
+                    self._first_wait_seconds, max=LONGEST_WAIT_SECONDS, jitter=self._first_wait_seconds
+                ),
                 reraise=True,
             ):
                 with attempt:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from uuid import uuid4
@@ -137,6 +138,20 @@ async def test_a_small_upload_whose_answer_was_lost_is_found_stored(
     double.fail("POST", "/object/lora-models", lose_answer=True)
     await storage.upload(file, "adapters/a.tar.gz", sha256=sha256, resume_dir=tmp_path)
     assert double.path_of("lora-models", "adapters/a.tar.gz").read_bytes() == file.read_bytes()
+
+
+async def test_storage_that_is_away_is_asked_for_as_long_as_the_pauses_add_up(
+    double: StorageDouble, tmp_path: Path
+) -> None:
+    file, sha256 = file_of(tmp_path, SMALL)
+    double.fail("POST", status=503, times=100)
+    storage = SupabaseStorage(double.url, SERVICE_KEY, first_wait_seconds=0.02)
+    for number in range(5):
+        begun = time.monotonic()
+        with pytest.raises(JobDelayed):
+            await storage.upload(file, f"adapters/{number}", sha256=sha256, resume_dir=tmp_path)
+        assert time.monotonic() - begun >= 0.02 * (1 + 2 + 4 + 8 + 16)
+    await storage.close()
 
 
 @pytest.mark.parametrize("status", [423, 429, 500, 502, 503, 504, *range(520, 528), 530, 544])
