@@ -236,7 +236,7 @@ def test_a_half_open_heartbeat_is_replaced_before_the_lease_runs_out(
         own_queue.wait_for(job, "running")
         with own_queue.daemon(tmp_path, name="reaper", lease_seconds=1) as reaper:
             # Its connection is made for the first renewal.
-            eventually(lambda: (lease := own_queue.leases()[0])["heartbeat_at"] > lease["claimed_at"])
+            eventually(lambda: proxy.connected(HEARTBEAT) == 1)
             assert proxy.half_open(HEARTBEAT) == 1
             holder.wait_for_log("lease_not_renewed", seconds=20)
             row = own_queue.wait_for(job, "completed", seconds=60)
