@@ -167,7 +167,8 @@ def _jobs_under_supervisord(
             _one_job(app, storage, scratch, log, "a row becomes an adapter")
             _show("healthcheck", _run(list(HEALTHCHECK), environment).strip())
 
-            (daemon,) = [pid for pid in children_of(init.pid) if b"run" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+            arguments = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in children_of(init.pid)}
+            (daemon,) = [pid for pid, words in arguments.items() if b"run" in words]
             os.kill(daemon, signal.SIGKILL)
             _one_job(app, storage, scratch, log, "after the daemon was killed")
 
