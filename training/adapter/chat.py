@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.data.formats import Turn
+from training.data.formats.conversation import Turn
 from training.failures import TrainingFailed
 from training.files.model_folder import open_model_folder
 from training.quick_imports import quick_imports

@@ -8,7 +8,7 @@ import torch
 
 from training.data.chat_template import ChatTemplate
 from training.data.corpus import Corpus
-from training.data.formats import Turn
+from training.data.formats.conversation import Turn
 from training.spec import JobSpec
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from training.data.formats import Conversation, Turn
+from training.data.formats.conversation import Conversation, Turn
 from training.events import ErrorCode
 from training.failures import TrainingFailed
 

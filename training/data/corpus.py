@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.data.chat_template import ChatTemplate, Example, TemplateRefuses
-from training.data.formats import Conversation, Reading, invalid, list_faults, read_conversations
+from training.data.formats.conversation import Conversation
+from training.data.formats.faults import invalid, list_faults
+from training.data.formats.read_dataset import Reading, read_conversations
 from training.spec import Hyperparameters
 
 if TYPE_CHECKING:

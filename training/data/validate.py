@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from training.data.formats import read_conversations
+from training.data.formats.read_dataset import read_conversations
 from training.failures import TrainingFailed
 from training.parent_process import die_with_parent
 

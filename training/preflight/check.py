@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from training.data.corpus import Corpus, gather
-from training.data.formats import read_conversations
+from training.data.formats.read_dataset import read_conversations
 from training.data.plan import Plan, make_plan
 from training.events import ErrorCode
 from training.failures import TrainingFailed, memory_advice

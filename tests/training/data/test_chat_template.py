@@ -9,7 +9,7 @@ import trl
 
 from tests.tiny_models import CHATML, make_tokenizer
 from training.data.chat_template import IGNORED, ChatTemplate, TemplateRefuses
-from training.data.formats import Conversation, Turn
+from training.data.formats.conversation import Conversation, Turn
 
 _SHIPPED = Path(trl.__file__).parent / "chat_templates"
 

@@ -11,7 +11,8 @@ import pytest
 from tests.tiny_models import CHATML, conversation, make_tokenizer, write_conversations, write_dataset
 from training.data.chat_template import ChatTemplate
 from training.data.corpus import Corpus, gather, split
-from training.data.formats import Turn, read_conversations
+from training.data.formats.conversation import Turn
+from training.data.formats.read_dataset import read_conversations
 from training.failures import TrainingFailed
 from training.spec import Hyperparameters
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.training.preflight.bad_input import DATASETS, ROWS
-from training.data.formats import read_conversations
+from training.data.formats.read_dataset import read_conversations
 from training.failures import TrainingFailed
 from training.preflight.check import check_dataset
 from training.spec import SpecInvalid, parse_row
