@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.doubles.app_data import FORMATS, AppFormat, app_conversations, write_app_data
 from tests.tiny_models import CHATML, conversation, make_tokenizer, write_conversations, write_dataset
 from training.data.chat_template import ChatTemplate
 from training.data.corpus import Corpus, gather, split
@@ -62,6 +63,17 @@ def test_a_format_is_found_by_its_content(content: str, turns: tuple[Turn, ...],
     reading = _read(tmp_path, content)
     assert reading.format == name
     assert [conversation.turns for conversation in reading.conversations] == [turns]
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_a_file_as_the_app_writes_it_is_read_whole(format_: AppFormat, tmp_path: Path) -> None:
+    spoken = app_conversations(5)
+    reading = read_conversations(write_app_data(tmp_path / "data", format_, spoken))
+    answers = [answer for conversation in spoken for answer in conversation.answers]
+    trained = [turn.content for read in reading.conversations for turn in read.turns if turn.trained]
+    assert trained == answers and len(answers) == 19
+    nulls = {"target_response is null": 1} if format_ in ("pairs", "v4") else {}
+    assert reading.skipped == nulls | ({"_meta header": 1} if format_ == "pairs" else {})
 
 
 @pytest.mark.parametrize("wrap", ["\ufeff{}", "{}\r\n", "\n\n{}\n\n"], ids=["BOM", "CRLF", "blank lines"])
