@@ -1,4 +1,4 @@
--- What a plain Postgres lacks and Supabase has: the API roles, the auth schema, auth.users and auth.uid().
+-- What a plain Postgres lacks and Supabase has: the API roles, the auth schema, auth.users, auth.uid(), auth.jwt().
 -- Applied by `brightrun-trainer migrate --local` where there is no auth schema; never on Supabase.
 
 DO $$
@@ -55,6 +55,15 @@ AS $$
     )
 $$;
 
+CREATE OR REPLACE FUNCTION auth.jwt() RETURNS jsonb
+LANGUAGE sql STABLE
+AS $$
+    SELECT coalesce(
+        nullif(current_setting('request.jwt.claim', true), ''),
+        nullif(current_setting('request.jwt.claims', true), '')
+    )::jsonb
+$$;
+
 GRANT USAGE ON SCHEMA auth TO anon, authenticated, service_role;
-GRANT EXECUTE ON FUNCTION auth.uid(), auth.role() TO anon, authenticated, service_role;
+GRANT EXECUTE ON FUNCTION auth.uid(), auth.role(), auth.jwt() TO anon, authenticated, service_role;
 GRANT USAGE ON SCHEMA public TO anon, authenticated, service_role;
