@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from training.data.chat_template import ChatTemplate, Example, TemplateRefuses
 from training.data.formats.conversation import Conversation
 from training.data.formats.faults import invalid, list_faults
+from training.data.formats.pairs import Repeated
 from training.data.formats.read_dataset import Reading, read_conversations
 from training.spec import Hyperparameters
 
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 LENGTH_STEP = 64
 # When the data do not need more or less: long enough for nearly every chat, short enough for one GPU.
 DEFAULT_LENGTH_CAP = 8192
+_REPEATED: dict[Repeated, str] = {
+    "question": "the history of {} pairs ends with current_user_input: the question is asked only once",
+    "answer": "the history of {} pairs ends with the target: the answer is left out of the history",
+    "system": "the history of {} pairs begins with system_prompt: it is given only once",
+}
 
 
 @dataclass(frozen=True)
@@ -167,6 +173,11 @@ def _remarks_on(reading: Reading, template: ChatTemplate) -> list[Remark]:
                 f"these rows are not examples and were skipped: {reasons}",
                 dict(reading.skipped),
             )
+        )
+    if reading.repeated:
+        found = "; ".join(_REPEATED[what].format(count) for what, count in reading.repeated.items())
+        remarks.append(
+            Remark("repeated_in_history", found, {str(what): count for what, count in reading.repeated.items()})
         )
     copies = len(reading.conversations) - len({conversation.key() for conversation in reading.conversations})
     if copies:

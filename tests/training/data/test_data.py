@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.doubles.app_data import FORMATS, AppFormat, app_conversations, write_app_data
+from tests.doubles.app_data import FORMATS, SYSTEM_PROMPT, AppFormat, app_conversations, app_pairs, write_app_data
 from tests.tiny_models import CHATML, conversation, make_tokenizer, write_conversations, write_dataset
 from training.data.chat_template import ChatTemplate
 from training.data.corpus import Corpus, gather, split
@@ -17,25 +17,16 @@ from training.data.formats.read_dataset import read_conversations
 from training.failures import TrainingFailed
 from training.spec import Hyperparameters
 
-_SYSTEM, _QUESTION, _ANSWER = "Be brief.", "Hello?", "Hello."
-_PAIR = {
-    "id": "p1",
-    "conversation_id": "c1",
-    "turn_number": 2,
-    "system_prompt": _SYSTEM,
-    "conversation_history": [
-        {"turn": 1, "role": "user", "content": "Before?"},
-        {"turn": 1, "role": "assistant", "content": "Before."},
-    ],
-    "current_user_input": _QUESTION,
-    "target_response": _ANSWER,
-}
+_QUESTION, _ANSWER = "Hello?", "Hello."
+# The second pair of a real conversation: its history ends with its own question.
+_SPOKEN = app_conversations(1)[0]
+_PAIR = app_pairs(_SPOKEN)[1]
 _PAIR_TURNS = (
-    Turn("system", _SYSTEM, trained=False),
-    Turn("user", "Before?", trained=False),
-    Turn("assistant", "Before.", trained=False),
-    Turn("user", _QUESTION, trained=False),
-    Turn("assistant", _ANSWER, trained=True),
+    Turn("system", SYSTEM_PROMPT, trained=False),
+    Turn("user", _SPOKEN.exchanges[0][0], trained=False),
+    Turn("assistant", _SPOKEN.answers[0], trained=False),
+    Turn("user", _SPOKEN.exchanges[1][0], trained=False),
+    Turn("assistant", _SPOKEN.answers[1], trained=True),
 )
 _MESSAGES = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
 _PLAIN_TURNS = (Turn("user", _QUESTION, trained=False), Turn("assistant", _ANSWER, trained=True))
@@ -74,6 +65,42 @@ def test_a_file_as_the_app_writes_it_is_read_whole(format_: AppFormat, tmp_path:
     assert trained == answers and len(answers) == 19
     nulls = {"target_response is null": 1} if format_ in ("pairs", "v4") else {}
     assert reading.skipped == nulls | ({"_meta header": 1} if format_ == "pairs" else {})
+    assert reading.repeated == ({"question": 19} if format_ in ("pairs", "v4") else {})
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_every_answer_is_trained_on_in_the_context_in_which_it_was_asked(format_: AppFormat, tmp_path: Path) -> None:
+    for read in read_conversations(write_app_data(tmp_path / "data", format_, 5)).conversations:
+        roles = [turn.role for turn in read.turns if turn.role != "system"]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+
+
+def _entry(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+@pytest.mark.parametrize(
+    ("history", "repeated"),
+    [
+        ([*_PAIR["conversation_history"], _entry("assistant", _PAIR["target_response"])], {"answer": 1, "question": 1}),
+        ([_entry("system", SYSTEM_PROMPT), *_PAIR["conversation_history"]], {"system": 1, "question": 1}),
+        ([*_PAIR["conversation_history"], _entry("user", f" {_PAIR['current_user_input']}\n")], {"question": 1}),
+        (_PAIR["conversation_history"][:-1], {}),
+    ],
+    ids=["the answer too", "the system prompt too", "twice", "nothing"],
+)
+def test_what_a_history_repeats_of_its_own_pair_is_left_out(
+    history: list[Any], repeated: dict[str, int], tmp_path: Path
+) -> None:
+    reading = read_conversations(write_dataset(tmp_path / "d", [{**_PAIR, "conversation_history": history}]))
+    assert reading.conversations[0].turns == _PAIR_TURNS
+    assert reading.repeated == repeated
+
+
+def test_the_story_says_once_how_many_histories_repeat_the_question(tmp_path: Path) -> None:
+    corpus = _gather(write_app_data(tmp_path / "data", "pairs", 5))
+    (said,) = [remark for remark in corpus.remarks if remark.code == "repeated_in_history"]
+    assert said.data == {"question": 19} and "19 pairs" in said.message
 
 
 @pytest.mark.parametrize("wrap", ["\ufeff{}", "{}\r\n", "\n\n{}\n\n"], ids=["BOM", "CRLF", "blank lines"])

@@ -20,10 +20,13 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns in order, and where they are in the file: a line of JSONL, or the item's number in a document."""
+    """Turns in order, and where they are in the file: a line of JSONL, or the item's number in a document.
+
+    Rows with the same `conversation_id` are parts of one conversation."""
 
     turns: tuple[Turn, ...]
     place: str
+    conversation_id: str | None = None
 
     def key(self) -> str:
         """Equal for equal conversations; used to find duplicates and to split."""

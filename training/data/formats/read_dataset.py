@@ -17,18 +17,20 @@ from typing import Any
 from training.data.formats.conversation import Conversation, Turn
 from training.data.formats.faults import ONE_A_LINE, BadRow, NoExample, invalid, list_faults
 from training.data.formats.file_text import read_text
-from training.data.formats.pairs import read_pair
-from training.data.formats.rows import NotJson, Unreadable, rows_of_document, rows_of_lines, whole_document
+from training.data.formats.pairs import Repeated, read_pair
+from training.data.formats.rows import NotJson, Unreadable, id_of, rows_of_document, rows_of_lines, whole_document
 from training.data.formats.turns import check_turns, kind_of, read_list
 
 
 @dataclass(frozen=True)
 class Reading:
-    """The content of a file. `skipped` counts lines that are no example, by reason."""
+    """The content of a file. `skipped` counts lines that are no example, by reason; `repeated` the pairs whose history
+    repeated something of their own, by what it was."""
 
     format: str
     conversations: tuple[Conversation, ...]
     skipped: Mapping[str, int] = field(default_factory=dict)
+    repeated: Mapping[Repeated, int] = field(default_factory=dict)
 
 
 def read_conversations(path: Path) -> Reading:
@@ -43,6 +45,7 @@ def _read_rows(rows: Iterator[tuple[str, Any]]) -> Reading:
     conversations: list[Conversation] = []
     faults: list[tuple[str, str]] = []
     skipped: Counter[str] = Counter()
+    repeated: Counter[Repeated] = Counter()
     file_format: str | None = None
     any_json = False
     for place, row in rows:
@@ -53,7 +56,7 @@ def _read_rows(rows: Iterator[tuple[str, Any]]) -> Reading:
                 file_format = name
             elif name != file_format:
                 raise BadRow(f"is a row of the format {name}, but the file began as {file_format}")
-            conversations.append(Conversation(reader(row), place))
+            conversations.append(Conversation(reader(row, repeated), place, id_of(row)))
         except NoExample as reason:
             skipped[str(reason)] += 1
         except BadRow as error:
@@ -68,10 +71,10 @@ def _read_rows(rows: Iterator[tuple[str, Any]]) -> Reading:
     if not conversations:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in skipped.items()) or "no rows"
         raise invalid(f"the dataset holds no example ({reasons})", "add at least one conversation with an answer")
-    return Reading(file_format or "messages", tuple(conversations), dict(skipped))
+    return Reading(file_format or "messages", tuple(conversations), dict(skipped), dict(repeated))
 
 
-_Reader = Callable[[Mapping[str, Any]], tuple[Turn, ...]]
+_Reader = Callable[[Mapping[str, Any], Counter[Repeated]], tuple[Turn, ...]]
 
 
 def _reader_of(row: Any) -> tuple[str, _Reader]:
@@ -93,9 +96,9 @@ def _reader_of(row: Any) -> tuple[str, _Reader]:
     )
 
 
-def _read_messages(row: Mapping[str, Any]) -> tuple[Turn, ...]:
+def _read_messages(row: Mapping[str, Any], _: Counter[Repeated]) -> tuple[Turn, ...]:
     return check_turns(read_list(row, "messages"))
 
 
-def _read_turns(row: Mapping[str, Any]) -> tuple[Turn, ...]:
+def _read_turns(row: Mapping[str, Any], _: Counter[Repeated]) -> tuple[Turn, ...]:
     return check_turns(read_list(row, "turns"))

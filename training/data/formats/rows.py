@@ -44,6 +44,7 @@ def _is_v4(document: Mapping[str, Any]) -> bool:
 
 
 def rows_of_document(document: Any) -> Iterator[tuple[str, Any]]:
+    """Yields each row with its place. Pairs get the `conversation_id` of the conversation that they stand in."""
     if isinstance(document, list):
         for number, row in enumerate(document, start=1):
             yield f"item {number}", row
@@ -63,8 +64,15 @@ def rows_of_document(document: Any) -> Iterator[tuple[str, Any]]:
         if not isinstance(pairs, list):
             yield f"conversation {number}", Unreadable('has no list "training_pairs"')
             continue
+        of_all = {"conversation_id": id_of(conversation.get("conversation_metadata")) or f"conversation {number}"}
         for pair_number, pair in enumerate(pairs, start=1):
-            yield f"conversation {number}, pair {pair_number}", pair
+            yield f"conversation {number}, pair {pair_number}", pair | of_all if isinstance(pair, dict) else pair
+
+
+def id_of(about: Any) -> str | None:
+    """Returns the `conversation_id` of a row, or of what is known about a conversation."""
+    given = about.get("conversation_id") if isinstance(about, dict) else None
+    return str(given) if isinstance(given, str | int) and str(given).strip() else None
 
 
 @dataclass(frozen=True)
