@@ -81,6 +81,10 @@ class Planned(_Event):
     total_epochs: int
     train_examples: int
     validation_examples: int
+    train_conversations: int | None = Field(default=None, description="of pairs, many belong to one conversation")
+    train_answers: int | None = None
+    validation_conversations: int | None = None
+    validation_answers: int | None = None
     train_tokens: int
     trained_tokens: int = Field(description="tokens that carry loss, one epoch")
     max_length: int

@@ -116,6 +116,7 @@ def prepare(spec: JobSpec, voice: EventWriter, tokenizer: PreTrainedTokenizerBas
             total_epochs=plan.epochs,
             train_examples=len(corpus.train),
             validation_examples=len(corpus.validation),
+            **corpus.sides(),
             train_tokens=corpus.train_tokens,
             trained_tokens=corpus.trained_tokens,
             max_length=corpus.max_length,

@@ -84,7 +84,8 @@ class Hyperparameters(BaseModel):
         default="cut", description="what to do with longer ones: `cut` at turn boundaries, or `refuse` and fail the job"
     )
     validation_fraction: Annotated[float, Field(ge=0, le=0.5)] = Field(
-        default=0.1, description="fraction of the conversations held out for validation, chosen by the seed"
+        default=0.1,
+        description="fraction of the conversations held out for validation, with all their pairs; the seed chooses",
     )
     target_modules: tuple[Annotated[str, Field(min_length=1, max_length=100)], ...] | None = Field(
         default=None, description="modules to adapt; found from the architecture if not set"

@@ -22,6 +22,7 @@ from daemon.queue.job import Lease
 from daemon.queue.job_store import JobStore
 from daemon.report.cost import CostMeter
 from daemon.report.status import JobStatus
+from daemon.terminal.format import count
 from training import events
 from training.events import Event, Stage
 
@@ -321,7 +322,14 @@ class Reporter:
 
 def _plan_in_words(plan: events.Planned) -> str:
     return (
-        f"{plan.train_examples} conversations to train on, {plan.validation_examples} held out, "
+        f"{_side(plan.train_answers, plan.train_conversations, plan.train_examples)} to train on, "
+        f"{_side(plan.validation_answers, plan.validation_conversations, plan.validation_examples)} held out, "
         f"{plan.train_tokens} tokens an epoch, {plan.total_steps} steps in {plan.total_epochs} epochs"
         + (f", computed in {plan.compute_type}." if plan.compute_type else ".")
     )
+
+
+def _side(answers: int | None, conversations: int | None, examples: int) -> str:
+    if not examples or answers is None or conversations is None:
+        return f"{examples} examples" if examples else "none"
+    return f"{count(answers, 'answer')} of {count(conversations, 'conversation')}"

@@ -14,6 +14,7 @@ from training.data.formats.conversation import Conversation
 from training.data.formats.faults import invalid, list_faults
 from training.data.formats.pairs import Repeated
 from training.data.formats.read_dataset import Reading, read_conversations
+from training.data.holding_out import Sides, answers_of, hold_out, leave_out_learnt, leave_out_trained
 from training.spec import Hyperparameters
 
 if TYPE_CHECKING:
@@ -41,7 +42,9 @@ class Remark:
 
 @dataclass(frozen=True)
 class Corpus:
-    """All training and validation data of a run."""
+    """All training and validation data of a run.
+
+    `held_out` has one row of each conversation on the validation side: of a conversation's pairs, the first."""
 
     train: tuple[Example, ...]
     validation: tuple[Example, ...]
@@ -49,6 +52,8 @@ class Corpus:
     max_length: int
     format: str
     remarks: tuple[Remark, ...]
+    train_conversations: int = 0
+    validation_conversations: int = 0
 
     @property
     def train_tokens(self) -> int:
@@ -61,6 +66,23 @@ class Corpus:
     @property
     def validation_tokens(self) -> int:
         return sum(len(example.input_ids) for example in self.validation)
+
+    @property
+    def train_answers(self) -> int:
+        return sum(1 for example in self.train for _ in answers_of(example))
+
+    @property
+    def validation_answers(self) -> int:
+        return sum(1 for example in self.validation for _ in answers_of(example))
+
+    def sides(self) -> dict[str, int]:
+        """Returns how much is trained on and how much is held out; of pairs, many belong to one conversation."""
+        return {
+            "train_conversations": self.train_conversations,
+            "train_answers": self.train_answers,
+            "validation_conversations": self.validation_conversations,
+            "validation_answers": self.validation_answers,
+        }
 
     def digest(self) -> str:
         """Returns the SHA-256 over the training and validation tokens: equal digests mean equal data."""
@@ -98,17 +120,8 @@ def gather(
     """Reads, encodes, cuts and splits. Raises TrainingFailed(dataset_invalid) with line numbers and reasons."""
     reading = read_conversations(dataset_path)
     remarks = _remarks_on(reading, template)
-    if validation_path is not None:
-        train_part, held_out = list(reading.conversations), list(read_conversations(validation_path).conversations)
-    else:
-        train_part, held_out = split(reading.conversations, chosen.validation_fraction, chosen.seed)
-        if not held_out and chosen.validation_fraction > 0:
-            remarks.append(
-                Remark(
-                    "no_validation",
-                    "there are too few different conversations to hold any out; no validation loss is measured",
-                )
-            )
+    sides = _divide(reading, validation_path, chosen, remarks)
+    train_part, held_out = list(sides.train), list(sides.validation)
     train = _encode(train_part, template)
     validation = _encode(held_out, template)
     longest = max(len(example.input_ids) for example in (*train, *validation))
@@ -129,38 +142,59 @@ def gather(
                 {"cut": cut + cut_too, "left_out": left_out + left_out_too, "max_length": max_length},
             )
         )
+    validation, learnt = leave_out_learnt(train, validation)
+    if learnt:
+        remarks.append(
+            Remark(
+                "held_out_answers_learnt",
+                f"{learnt} held-out answers are also trained on, word for word in the same context; "
+                "they do not count in the validation loss",
+                {"answers": learnt},
+            )
+        )
+    if not validation and (validation_path is not None or chosen.validation_fraction > 0):
+        remarks.append(
+            Remark(
+                "no_validation",
+                "no row of the validation file is left to measure a validation loss on"
+                if validation_path is not None
+                else "there are too few different conversations to hold any out; no validation loss is measured",
+            )
+        )
+    kept = {sides.validation_groups[example.place] for example in validation}
+    first_rows: dict[int, Conversation] = {}
+    for row in held_out:
+        first_rows.setdefault(sides.validation_groups[row.place], row)
     return Corpus(
         train=tuple(train),
         validation=tuple(validation),
-        held_out=tuple(held_out),
+        held_out=tuple(row for group, row in first_rows.items() if group in kept),
         max_length=max_length,
         format=reading.format,
         remarks=tuple(remarks),
+        train_conversations=len({sides.train_groups[example.place] for example in train}),
+        validation_conversations=len(kept),
     )
 
 
-def split(
-    conversations: Sequence[Conversation], fraction: float, seed: int
-) -> tuple[list[Conversation], list[Conversation]]:
-    """Holds out a share, the same on every host and in every attempt.
-
-    Decided by content, so that equal conversations land on the same side: a duplicate of a training conversation in
-    the validation set would measure memorisation.
-    """
-    keys = [hashlib.sha256(f"{seed}\n{conversation.key()}".encode()).digest() for conversation in conversations]
-    different = sorted(set(keys))
-    wanted = round(fraction * len(different))
-    if fraction > 0 and len(different) >= 4:
-        wanted = max(1, wanted)
-    held_out = set(different[:wanted])
-    train = [conversation for conversation, key in zip(conversations, keys, strict=True) if key not in held_out]
-    validation: list[Conversation] = []
-    seen: set[bytes] = set()
-    for conversation, key in zip(conversations, keys, strict=True):
-        if key in held_out and key not in seen:
-            seen.add(key)
-            validation.append(conversation)
-    return train, validation
+def _divide(reading: Reading, validation_path: Path | None, chosen: Hyperparameters, remarks: list[Remark]) -> Sides:
+    """Returns the rows of each side; adds a remark on rows of a given validation file that are trained on."""
+    if validation_path is None:
+        return hold_out(reading.conversations, chosen.validation_fraction, chosen.seed)
+    given = read_conversations(validation_path)
+    sides = leave_out_trained(reading.conversations, given.conversations)
+    if sides.dropped:
+        conversations = len({sides.validation_groups[row.place] for row in sides.dropped})
+        answers = sum(turn.trained for row in sides.dropped for turn in row.turns)
+        remarks.append(
+            Remark(
+                "validation_overlap",
+                f"{conversations} conversations of the validation file ({answers} answers) are also trained on; "
+                "they are left out of the validation, since their loss would only show that they were memorised",
+                {"conversations": conversations, "answers": answers},
+            )
+        )
+    return sides
 
 
 def _remarks_on(reading: Reading, template: ChatTemplate) -> list[Remark]:

@@ -125,6 +125,7 @@ def check_spec(spec: JobSpec, memory_bytes: int | None = None) -> Verdict:
             **corpus.statistics(),
             "train_examples": len(corpus.train),
             "validation_examples": len(corpus.validation),
+            **corpus.sides(),
             "train_tokens": corpus.train_tokens,
             "trained_tokens": corpus.trained_tokens,
             "max_length": corpus.max_length,

@@ -43,6 +43,7 @@ def summarise(journal: RunHistory, plan: Plan, corpus: Corpus, trainable: int) -
         "tokens": journal.tokens_seen,
         "train_examples": len(corpus.train),
         "validation_examples": len(corpus.validation),
+        **corpus.sides(),
         "trainable_parameters": trainable,
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "trl", "bitsandbytes")},
     }

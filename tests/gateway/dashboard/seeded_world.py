@@ -138,7 +138,10 @@ class World:
         )  # fmt: skip
         self.tell(job_id, ran, "claimed", "A host has claimed the job (attempt 1 of 3).", attempt=1, to="initializing")
         self.tell(
-            job_id, ran - 0.1, "planned", f"2,140 conversations to train on, 238 held out, {total} steps in 3 epochs."
+            job_id,
+            ran - 0.1,
+            "planned",
+            f"2,140 answers of 540 conversations to train on, 238 answers of 60 conversations held out, {total} steps.",
         )
         self.tell(job_id, ran - 0.3, "stage", "Loading the base model in 4 bits.", stage="loading")
         self.tell(

@@ -11,7 +11,7 @@ import pytest
 from tests.doubles.app_data import FORMATS, SYSTEM_PROMPT, AppFormat, app_conversations, app_pairs, write_app_data
 from tests.tiny_models import CHATML, conversation, make_tokenizer, write_conversations, write_dataset
 from training.data.chat_template import ChatTemplate
-from training.data.corpus import Corpus, gather, split
+from training.data.corpus import Corpus, gather
 from training.data.formats.conversation import Turn
 from training.data.formats.read_dataset import read_conversations
 from training.failures import TrainingFailed
@@ -126,15 +126,6 @@ def _gather(path: Path, validation: Path | None = None, **chosen: Any) -> Corpus
     return gather(path, validation, Hyperparameters.model_validate(chosen), template, context_length=2048)
 
 
-def test_the_split_is_the_same_every_time_and_differs_with_the_seed(tmp_path: Path) -> None:
-    conversations = read_conversations(write_conversations(tmp_path / "d.jsonl", 50)).conversations
-    train, held_out = split(conversations, 0.1, seed=3)
-    assert len(held_out) == 5 and len(train) == 45
-    assert split(conversations, 0.1, seed=3) == (train, held_out)
-    assert {c.key() for c in split(tuple(reversed(conversations)), 0.1, seed=3)[1]} == {c.key() for c in held_out}
-    assert split(conversations, 0.1, seed=4)[1] != held_out
-
-
 def test_copies_never_stand_on_both_sides_of_the_split(tmp_path: Path) -> None:
     rows = [conversation(number % 20) for number in range(60)]
     corpus = _gather(write_dataset(tmp_path / "d.jsonl", rows))
@@ -145,7 +136,7 @@ def test_copies_never_stand_on_both_sides_of_the_split(tmp_path: Path) -> None:
 
 
 def test_a_given_validation_file_is_used_whole(tmp_path: Path) -> None:
-    validation = write_conversations(tmp_path / "v.jsonl", 3)
+    validation = write_dataset(tmp_path / "v.jsonl", [conversation(number) for number in (20, 21, 22)])
     corpus = _gather(write_conversations(tmp_path / "d.jsonl", 20), validation)
     assert len(corpus.train) == 20 and len(corpus.validation) == 3
 
