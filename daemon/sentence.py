@@ -3,6 +3,9 @@
 In the code most of these texts are fragments, because one is often embedded in another ("the archive cannot be
 unpacked: its manifest is missing"). They become sentences once, where they are written: into a row, onto a screen, into
 an answer of the gateway.
+
+A row's `error_message` says what happened and what to do, because an app's page may show that column alone. Its
+`error_hint` repeats what to do. Who shows both uses `without_advice`, who shows one `with_advice`.
 """
 
 from __future__ import annotations
@@ -20,8 +23,26 @@ def as_sentence(text: str) -> str:
     text = text.strip()
     if _FIRST_WORD.match(text):
         text = text[0].upper() + text[1:]
-    last_line = text.rsplit("\n", 1)[-1]
-    is_list = last_line is not text and last_line.startswith(("-", " "))
-    if not text or is_list or _ENDED.search(text):
+    if not text or _is_list(text) or _ENDED.search(text):
         return text
     return text.rstrip(" ,;:") + "."
+
+
+def with_advice(message: str, hint: str | None) -> str:
+    """Returns what happened and what to do, as sentences. Advice that `message` ends with already is not repeated."""
+    message, hint = as_sentence(message), as_sentence(hint or "")
+    if not hint or message.endswith(hint):
+        return message
+    # A list of faults ends with its last line, not with the advice.
+    between = "\n" if _is_list(message) else " "
+    return f"{message}{between}{hint}".strip()
+
+
+def without_advice(message: str, hint: str | None) -> str:
+    """Returns what happened alone, of a row's `error_message` and `error_hint`."""
+    return message.removesuffix(hint).rstrip() if hint and message != hint else message
+
+
+def _is_list(text: str) -> bool:
+    last_line = text.rsplit("\n", 1)[-1]
+    return last_line != text and last_line.startswith(("-", " "))

@@ -37,6 +37,7 @@ from daemon.demo.screen.json_lines import JsonScreen
 from daemon.demo.screen.live import Screen
 from daemon.demo.signals import Interrupted, Interruption
 from daemon.schema.migrations import migrate
+from daemon.sentence import without_advice
 from daemon.storage.archive import unpack_adapter
 
 VOICE = Path(__file__).with_name("lighthouse.jsonl")
@@ -145,7 +146,8 @@ def _watch(
 
 def _job_failed(view: JobView, job_folder: Path) -> DemoFailed:
     standing = view.standing
-    words = f"the job {standing.status}: {standing.error_message or 'no message'}"
+    said = without_advice(standing.error_message or "no message", standing.error_hint)
+    words = f"the job {standing.status}: {said}"
     if standing.error_hint:
         words += f"\n  → {standing.error_hint}"
     return DemoFailed(words, "" if standing.error_code != "internal" else _end_of_logs(job_folder))

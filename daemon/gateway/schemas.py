@@ -13,7 +13,7 @@ from uuid import UUID
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
-from daemon.sentence import as_sentence
+from daemon.sentence import as_sentence, with_advice
 
 # No valid job nests deeper. Without a limit, a body of nested brackets would overflow the stack.
 MAX_DEPTH = 16
@@ -218,8 +218,7 @@ def _error(contract: Mapping[str, Any]) -> str | None:
     # A failed attempt that is retried leaves its error in the row; callers only want the error of the whole job.
     if contract["status"] != "failed":
         return None
-    parts = [contract.get("error_message"), contract.get("error_hint")]
-    return " ".join(part for part in parts if part) or "the job failed"
+    return with_advice(contract.get("error_message") or "The job failed.", contract.get("error_hint"))
 
 
 def _require_storable(value: Any, depth: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from daemon.database.column_types import clamp_numeric, clean_text, fit_integer, fit_numeric
 from daemon.queue.outcome import Completed, Failed
 from daemon.queue.rows import MetricPoint
-from daemon.sentence import as_sentence
+from daemon.sentence import as_sentence, with_advice
 
 MESSAGE_CHARACTERS = 8_000
 _STACK_CHARACTERS = 60_000
@@ -26,9 +26,10 @@ def adapter_columns(outcome: Completed) -> dict[str, Any]:
 
 
 def error_columns(failed: Failed) -> dict[str, Any]:
+    """`error_message` says what to do as well: the app's page shows that column alone."""
     return {
         "error_code": failed.code.value,
-        "error_message": clean_text(as_sentence(failed.message), MESSAGE_CHARACTERS),
+        "error_message": clean_text(with_advice(failed.message, failed.hint), MESSAGE_CHARACTERS),
         "error_hint": None if failed.hint is None else clean_text(as_sentence(failed.hint), MESSAGE_CHARACTERS),
         "error_stack": None if failed.stack is None else clean_text(failed.stack, _STACK_CHARACTERS),
     }

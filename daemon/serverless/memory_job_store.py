@@ -113,7 +113,7 @@ class MemoryJobStore:
         """Cancels an unfinished job. Cancelling twice is no error, and a final state stays."""
         job = self._jobs[job_id]
         if job.state in UNFINISHED:
-            self._move(job, State.CANCELLED, error_message="cancelled by request", error_hint=None)
+            self._move(job, State.CANCELLED, error_message="Cancelled by request.", error_hint=None)
 
     # -- JobStore: reads -------------------------------------------------------------------------------------------
 

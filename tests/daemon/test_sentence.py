@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.sentence import as_sentence
+from daemon.sentence import as_sentence, with_advice, without_advice
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,37 @@ def test_a_sentence_stays_as_it_is(text: str) -> None:
 @given(st.text(min_size=1))
 def test_nothing_is_lost_but_blanks_and_loose_ends(text: str) -> None:
     assert as_sentence(text).lower().rstrip(" .,;:") == text.strip().lower().rstrip(" .,;:")
+
+
+@pytest.mark.parametrize(
+    ("message", "hint", "both"),
+    [
+        ("it broke", "mend it", "It broke. Mend it."),
+        ("It broke.", None, "It broke."),
+        ("It broke. Mend it.", "mend it", "It broke. Mend it."),
+        (
+            "2 faults.\n- epochs: bad\n- rank: bad",
+            "Correct them.",
+            "2 faults.\n- epochs: bad\n- rank: bad\nCorrect them.",
+        ),
+        ("", "mend it", "Mend it."),
+    ],
+)
+def test_a_message_says_what_to_do_once(message: str, hint: str | None, both: str) -> None:
+    assert with_advice(message, hint) == both
+    assert with_advice(both, hint) == both
+
+
+@pytest.mark.parametrize(
+    ("message", "hint", "happened"),
+    [
+        ("It broke. Mend it.", "Mend it.", "It broke."),
+        ("2 faults.\n- epochs: bad\nCorrect them.", "Correct them.", "2 faults.\n- epochs: bad"),
+        # Of a host of an older version.
+        ("It broke.", "Mend it.", "It broke."),
+        ("It broke.", None, "It broke."),
+        ("Mend it.", "Mend it.", "Mend it."),
+    ],
+)
+def test_what_happened_can_be_shown_alone(message: str, hint: str | None, happened: str) -> None:
+    assert without_advice(message, hint) == happened

@@ -180,8 +180,8 @@ def test_a_cancel_ends_the_running_job_and_reads_as_failed_and_as_cancelled(queu
         daemon.wait_for_log("attempt_settled", outcome="cancelled")
         status = client.get(f"/training/status/{job}").json()
         run = client.get(f"/status/{job}").json()
-    assert status["status"] == "failed" and status["error_message"].startswith("cancelled by")
-    assert run["status"] == "CANCELLED" and run["error"].startswith("cancelled by")
+    assert status["status"] == "failed" and status["error_message"].startswith("Cancelled by")
+    assert run["status"] == "CANCELLED" and run["error"].startswith("Cancelled by")
     assert queue.row(job)["status"] == "cancelled"
 
 

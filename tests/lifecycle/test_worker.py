@@ -271,7 +271,7 @@ def test_a_job_that_takes_each_of_its_hosts_down_ends_as_failed_and_says_so(queu
         after = queue.wait_for(queue.insert(), "completed")
         assert {line["job_id"] for line in survivor.logged("job_claimed")} == {str(neighbour["id"]), str(after["id"])}
     assert row["error_code"] == "worker_lost" and row["attempt"] == attempts and not row["due"]
-    assert row["error_message"] == "the host that ran this job stopped answering (attempt 3 of 3)"
+    assert row["error_message"] == f"The host that ran this job stopped answering (attempt 3 of 3). {row['error_hint']}"
     assert "reduce batch_size" in row["error_hint"] and row["final_cost"] is not None and row["completed_at"]
     story = queue.story(job)
     assert story.count("claimed") == attempts and story[-1] == "failed" and queue.leases() == []

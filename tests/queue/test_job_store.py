@@ -195,7 +195,7 @@ async def test_a_job_cancelled_while_it_waits_is_not_claimed(kept: Kept) -> None
     assert await claim(kept, job_id) is None
     contract = await kept.contract(job_id)
     assert (contract["state"], contract["status"], contract["error_message"]) == (
-        "cancelled", "failed", "cancelled by request",
+        "cancelled", "failed", "Cancelled by request.",
     )  # fmt: skip
 
 
@@ -407,7 +407,7 @@ async def test_a_failure_is_told_in_words_that_every_column_holds(kept: Kept, en
         await kept.store.retry_job(lease, failed, delay_seconds=0.0, cost=math.nan)
     contract = await kept.contract(lease.job_id)
     assert (contract["error_code"], contract["error_message"], contract["error_hint"]) == (
-        "internal", "Bad \ufffd ?.", "hint\ufffd.",
+        "internal", "Bad \ufffd ?. hint\ufffd.", "hint\ufffd.",
     )  # fmt: skip
     if ending == "retry_job":
         await claimed(kept, lease.job_id)
@@ -446,7 +446,9 @@ async def test_a_returned_job_waits_for_another_host_where_there_may_be_one(kept
     expected = State.FAILED if isinstance(kept, InMemory) else State.QUEUED
     assert await kept.store.return_job(lease, BACK, cost=1.0) == Ending(True, expected, noted=False)
     contract = await kept.contract(lease.job_id)
-    told = ("disk_full", "The host's disk is full.", "Wait.") if isinstance(kept, InMemory) else (None, None, None)
+    told = (
+        ("disk_full", "The host's disk is full. Wait.", "Wait.") if isinstance(kept, InMemory) else (None, None, None)
+    )
     assert (contract["error_code"], contract["error_message"], contract["error_hint"]) == told
     assert contract["state"] == expected
 

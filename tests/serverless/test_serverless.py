@@ -162,7 +162,7 @@ def test_the_apps_own_cancel_reaches_the_worker_and_runpod_hears_of_it(
         queue.wait_for(job, "running")
         queue.cancel_as_owner(job)
         result = runpod.wait_for_result("run-1", seconds=8)  # by NOTIFY: a heartbeat would take ten
-    assert result["error"].startswith("cancelled by") and queue.row(job)["status"] == "cancelled"
+    assert result["error"].startswith("Cancelled by") and queue.row(job)["status"] == "cancelled"
 
 
 def test_term_releases_the_job_with_its_checkpoint_and_gives_runpod_no_result(

@@ -121,9 +121,9 @@ async def test_each_change_of_state_is_told_in_a_sentence(
         ("released", "Back in the queue unharmed: this attempt does not count."),
         claim_again,
         ("started", "Training has begun: the first step is done."),
-        ("retrying", "Out of memory."),
+        ("retrying", "Out of memory. Reduce batch_size."),
         ("claimed", "A host has claimed the job (attempt 2 of 3)."),
-        ("failed", "Out of memory."),
+        ("failed", "Out of memory. Reduce batch_size."),
         ("resubmitted", "Submitted again, with all its attempts."),
         ("cancelled", "Cancelled by request."),
         ("resubmitted", "Submitted again, with all its attempts."),
@@ -353,7 +353,7 @@ def test_the_apps_cancel_reaches_story_and_outbox_without_rights_on_them(databas
         owner.execute("UPDATE training_jobs SET status = 'cancelled' WHERE id = %s", (job_id,))
     row = database.one("SELECT event, payload FROM training_callbacks")
     assert row["event"] == "job.cancelled" and row["payload"]["status"] == "failed"
-    assert row["payload"]["error_message"].startswith("cancelled by")
+    assert row["payload"]["error_message"].startswith("Cancelled by")
 
 
 # The outbox's own life.
@@ -468,6 +468,22 @@ async def test_a_completion_writes_artifact_cost_and_notifications(
     assert links == {f"/training/jobs/{job_id}", f"/models/{artifact['id']}"}
 
 
+@pytest.mark.parametrize("message", ["Out of memory. Reduce batch_size.", "Out of memory."], ids=["ours", "older"])
+async def test_a_notification_of_a_failure_says_once_what_to_do_whichever_version_wrote_the_message(
+    store: SqlJobStore, database: AppDatabase, user: UUID, message: str
+) -> None:
+    job_id = database.insert_job(user)
+    await store.fail_job((await claimed(store)).lease, BROKEN, cost=None)
+    (told,) = database.run("DELETE FROM notifications WHERE type = 'job_failed' RETURNING message")
+    assert told["message"] == "Out of memory. Reduce batch_size."
+    with database.connect() as connection, connection.transaction():
+        connection.execute("SET LOCAL session_replication_role = replica")
+        connection.execute("UPDATE training_jobs SET error_message = %s WHERE id = %s", (message, job_id))
+        connection.execute("SELECT training_notify_user(job, 'failed') FROM training_jobs AS job")
+    (told,) = database.run("SELECT message FROM notifications WHERE type = 'job_failed'")
+    assert told["message"] == "Out of memory. Reduce batch_size."
+
+
 async def test_a_cancelled_jobs_cost_record_is_corrected_when_its_child_is_gone(
     store: SqlJobStore, database: AppDatabase, user: UUID
 ) -> None:
@@ -529,12 +545,15 @@ async def test_a_side_table_that_fails_never_fails_a_training(
     assert ending.moved and ending.state is State.COMPLETED
     assert database.job(job_id)["status"] == "completed"
     notices = database.run(
-        "SELECT data FROM training_events WHERE job_id = %s AND data ->> 'code' = 'side_table_failed'", (job_id,)
+        "SELECT message, data FROM training_events WHERE job_id = %s AND data ->> 'code' = 'side_table_failed'",
+        (job_id,),
     )
     if sabotage.startswith("DROP"):
         assert notices == []
     else:
         assert {notice["data"]["table"] for notice in notices} == {table}
+        assert all(one["message"].startswith(f"The row in {table} could not be written: ") for one in notices)
+        assert all(one["message"].endswith(".") and not one["message"].endswith("..") for one in notices)
 
 
 @pytest.mark.parametrize("table", ["model_artifacts", "cost_records", "notifications"])

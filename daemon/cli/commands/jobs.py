@@ -260,6 +260,7 @@ def _print_job(row: JobRow, details: JobDetails, story: list[Event]) -> None:
     from rich.text import Text
 
     from daemon.cli.watching.event_lines import event_line
+    from daemon.sentence import without_advice
     from daemon.terminal.console import console, say, state_text
     from daemon.terminal.sanitize import plain, plain_lines
 
@@ -270,7 +271,7 @@ def _print_job(row: JobRow, details: JobDetails, story: list[Event]) -> None:
     screen.print(head)
     screen.print(_facts(row, details))
     if row.error_message:
-        words = Text(plain_lines(row.error_message))
+        words = Text(plain_lines(without_advice(row.error_message, row.error_hint)))
         if row.error_hint:
             words.append(f"\n→ {plain_lines(row.error_hint)}", "bold")
         title = Text(f" {plain(row.error_code or 'error')} ")

@@ -220,6 +220,7 @@ def _say_endings(feed: Feed) -> None:
     """Prints one line per job after the live view is gone: how it ended, and what to do next."""
     from rich.text import Text
 
+    from daemon.sentence import without_advice
     from daemon.terminal.console import say
     from daemon.terminal.format import money, short_id, span
     from daemon.terminal.sanitize import plain
@@ -231,7 +232,9 @@ def _say_endings(feed: Feed) -> None:
             words = f"{name} completed in {span(row.run_seconds)}, {money(row.cost)}: "
             say(Text.assemble(("✓ ", "bold green"), words, (f"brightrun-trainer download {name}", "bold")))
             continue
-        reason = f": {plain(row.error_message)}" if row.state == "failed" and row.error_message else ""
+        reason = ""
+        if row.state == "failed" and row.error_message:
+            reason = f": {plain(without_advice(row.error_message, row.error_hint))}"
         say(Text.assemble(("✗ ", "bold red"), f"{name} {row.state}{reason}"))
         if row.state == "failed" and row.error_hint:
             say(Text(f"  → {plain(row.error_hint)}", style="bold"))

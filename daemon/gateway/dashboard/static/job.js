@@ -295,8 +295,10 @@ function faultBox() {
       element.hidden = !job.error_message;
       mark(element, "data-state", job.state);
       say(code, f.words(job.error_code) || "error");
-      say(message, f.words(job.error_message));
-      say(hint, job.error_hint ? `What to do: ${f.words(job.error_hint)}` : "");
+      const [happened, advice] = [f.words(job.error_message), f.words(job.error_hint)];
+      // The message says what to do as well, for pages that show it alone.
+      say(message, advice && happened.endsWith(advice) ? happened.slice(0, -advice.length).trimEnd() : happened);
+      say(hint, advice ? `What to do: ${advice}` : "");
       hint.hidden = !job.error_hint;
       earlier.hidden = FINAL.includes(job.state);
     },

@@ -33,11 +33,7 @@ export function JobProgress({ jobId }: { jobId: string }) {
         <p>Ready at about {new Date(job.estimated_completion_at).toLocaleTimeString()}</p>
       )}
       <p>${(job.final_cost ?? job.current_cost ?? 0).toFixed(2)} so far</p>
-      {job.error_message && (
-        <p role="alert">
-          {job.error_message} {job.error_hint}
-        </p>
-      )}
+      {job.error_message && <p role="alert">{job.error_message}</p>}
       {UNFINISHED.includes(job.status ?? '') && <button onClick={act(cancelTraining)}>Cancel</button>}
       {(job.status === 'failed' || job.status === 'cancelled') && (
         <button onClick={act(retryTraining)}>Try again</button>
