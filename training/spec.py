@@ -11,13 +11,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from training.compute import ComputeType
 
 # One or two segments, as the hub names models; a path, `..` or a drive letter never matches.
 MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$"
 
+# Keys of other trainers whose meaning is not exactly that of one of ours.
+_INSTEAD = {
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "gradient_accumulation_steps", "micro_batch_size", "train_batch_size"),
+        "batch_size is that of a whole optimizer step",
+    ),
+    "learning_rate_multiplier": "set learning_rate itself",
+    "warmup_ratio": "set warmup_steps",
+    "max_steps": "set num_epochs",
+    **dict.fromkeys(("val_size", "validation_split", "test_size", "eval_size"), "set validation_fraction"),
+    **dict.fromkeys(("lora_target", "lora_target_modules"), "set target_modules"),
+}
+_OTHER_NAMES_OF_THE_MODEL = ("model", "model_id", "model_name", "model_name_or_path", "base_model_name_or_path")
+_SHOWN_CHARACTERS = 60
 
 # Where a run's curves can be sent.
 Tracker = Literal["tensorboard", "wandb"]
@@ -52,16 +66,20 @@ class Hyperparameters(BaseModel):
         description="name of the base model on the Hugging Face hub; the service's default model if not set",
     )
     learning_rate: Annotated[float, Field(ge=1e-7, le=1e-1)] = Field(
-        default=2e-4, description="peak learning rate, followed by a cosine decay"
+        default=2e-4,
+        validation_alias=AliasChoices("learning_rate", "lr"),
+        description="peak learning rate, followed by a cosine decay",
     )
     batch_size: Annotated[int, Field(ge=1, le=1024)] = Field(
         default=4, description="conversations per optimizer step, however many fit on the GPU at once"
     )
     num_epochs: Annotated[int, Field(ge=1, le=100)] = Field(
-        default=3, validation_alias=AliasChoices("num_epochs", "epochs"), description="passes over the data"
+        default=3,
+        validation_alias=AliasChoices("num_epochs", "epochs", "n_epochs", "num_train_epochs"),
+        description="passes over the data",
     )
     lora_rank: Annotated[int, Field(ge=1, le=512)] = Field(
-        default=16, validation_alias=AliasChoices("lora_rank", "rank"), description="rank of the adapter"
+        default=16, validation_alias=AliasChoices("lora_rank", "rank", "r", "lora_r"), description="rank of the adapter"
     )
     lora_alpha: Annotated[float, Field(gt=0, le=4096)] | None = Field(
         default=None,
@@ -78,10 +96,14 @@ class Hyperparameters(BaseModel):
     )
     weight_decay: Annotated[float, Field(ge=0, le=1)] = Field(default=0.0, description="weight decay of AdamW")
     max_length: Annotated[int, Field(ge=16, le=1_048_576)] | None = Field(
-        default=None, description="tokens per conversation; taken from the data if not set"
+        default=None,
+        validation_alias=AliasChoices("max_length", "max_seq_length", "cutoff_len"),
+        description="most tokens of a conversation; if not set, as many as the data need, up to 32,768 and to what the "
+        "model reads",
     )
     long_conversations: Literal["cut", "refuse"] = Field(
-        default="cut", description="what to do with longer ones: `cut` at turn boundaries, or `refuse` and fail the job"
+        default="cut",
+        description="what to do with longer ones: `cut` after the last answer that fits, or `refuse` and fail the job",
     )
     validation_fraction: Annotated[float, Field(ge=0, le=0.5)] = Field(
         default=0.1,
@@ -106,6 +128,14 @@ class Hyperparameters(BaseModel):
     trackers: tuple[Tracker, ...] | None = Field(
         default=None, description="where the metrics go: `tensorboard`, `wandb`; the host's setting if not set"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto_is_not_set(cls, value: Any) -> Any:
+        """OpenAI's `auto`: the service shall choose. For a base model it would be a name."""
+        if not isinstance(value, Mapping):
+            return value
+        return {key: given for key, given in value.items() if given != "auto" or key == "base_model"}
 
     @field_validator("target_modules", "sample_prompts", "trackers", mode="before")
     @classmethod
@@ -149,7 +179,8 @@ def parse_row(hyperparameters: object, gpu_config: object) -> ParsedRow:
         if not isinstance(raw, Mapping):
             faults.append(Fault(column, f"must be a JSON object, got {type(raw).__name__}"))
             continue
-        unknown += [f"{column}.{key}" for key in raw if key not in _known_keys(model)]
+        unknown += [f"{column}.{note}" for note in _unused_keys(model, raw)]
+        faults += [Fault(f"{column}.{fault.field}", fault.message) for fault in _models_by_another_name(model, raw)]
         try:
             parsed[column] = model.model_validate(dict(raw))
         except ValidationError as error:
@@ -170,12 +201,39 @@ def faults_of(error: ValidationError, prefix: str = "") -> list[Fault]:
     return faults
 
 
-def _known_keys(model: type[BaseModel]) -> set[str]:
-    keys = set(model.model_fields)
-    for field in model.model_fields.values():
-        if isinstance(field.validation_alias, AliasChoices):
-            keys.update(str(choice) for choice in field.validation_alias.choices)
-    return keys
+def _spellings(model: type[BaseModel]) -> dict[str, tuple[str, ...]]:
+    """Returns each field with all the keys under which it can be given; the first that is there counts."""
+    spellings = {}
+    for name, field in model.model_fields.items():
+        alias = field.validation_alias
+        spellings[name] = tuple(map(str, alias.choices)) if isinstance(alias, AliasChoices) else (name,)
+    return spellings
+
+
+def _unused_keys(model: type[BaseModel], raw: Mapping[str, Any]) -> list[str]:
+    """Returns the keys that change nothing, with what to give instead where that is known."""
+    unused = []
+    known: set[str] = set()
+    for spellings in _spellings(model).values():
+        known.update(spellings)
+        first, *others = [key for key in spellings if key in raw] or [""]
+        unused += [f"{key} ({first} is used)" for key in others if raw[key] != raw[first]]
+    for key in raw:
+        if key not in known:
+            name = str(key)[:_SHOWN_CHARACTERS]
+            unused.append(f"{name} ({_INSTEAD[key]})" if key in _INSTEAD else name)
+    return unused
+
+
+def _models_by_another_name(model: type[BaseModel], raw: Mapping[str, Any]) -> list[Fault]:
+    """A base model under a key that is not read would be replaced by the default one: the job fails instead."""
+    if "base_model" not in model.model_fields or raw.get("base_model") is not None:
+        return []
+    return [
+        Fault(key, f"is not read: name the base model under the key base_model (got {repr(raw[key])[:80]})")
+        for key in _OTHER_NAMES_OF_THE_MODEL
+        if raw.get(key) is not None
+    ]
 
 
 class JobSpec(BaseModel):

@@ -80,7 +80,7 @@ Not by the daemon: the container and `supervisord.conf` use these.
 _HYPERPARAMETERS_HEAD = """\
 # Hyperparameters
 
-The keys of the JSON column `hyperparameters`. Every key may be left out. Where two spellings are given, either works.
+The keys of the JSON column `hyperparameters`. Every key may be left out. Where several spellings are given, any works.
 Unknown keys do not fail a job: they are reported among its events as `unknown_keys`. A value that cannot be used fails
 the job with `invalid_spec`, and the message lists every such field.
 
