@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.data.chat_template import ChatTemplate, Example, TemplateRefuses
 from training.data.formats.conversation import Conversation
 from training.data.formats.faults import invalid, list_faults
-from training.data.formats.pairs import Repeated
 from training.data.formats.read_dataset import Reading, read_conversations
 from training.data.holding_out import Sides, answers_of, hold_out, leave_out_learnt, leave_out_trained
+from training.data.remarks import Remark, remarks_on
 from training.spec import Hyperparameters
 
 if TYPE_CHECKING:
@@ -24,20 +24,6 @@ if TYPE_CHECKING:
 LENGTH_STEP = 64
 # When the data do not need more or less: long enough for nearly every chat, short enough for one GPU.
 DEFAULT_LENGTH_CAP = 8192
-_REPEATED: dict[Repeated, str] = {
-    "question": "the history of {} pairs ends with current_user_input: the question is asked only once",
-    "answer": "the history of {} pairs ends with the target: the answer is left out of the history",
-    "system": "the history of {} pairs begins with system_prompt: it is given only once",
-}
-
-
-@dataclass(frozen=True)
-class Remark:
-    """Something about the data that the user should know; it becomes a notice event."""
-
-    code: str
-    message: str
-    data: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -198,30 +184,7 @@ def _divide(reading: Reading, validation_path: Path | None, chosen: Hyperparamet
 
 
 def _remarks_on(reading: Reading, template: ChatTemplate) -> list[Remark]:
-    remarks = []
-    if reading.skipped:
-        reasons = ", ".join(f"{count} × {reason}" for reason, count in sorted(reading.skipped.items()))
-        remarks.append(
-            Remark(
-                "rows_without_example",
-                f"these rows are not examples and were skipped: {reasons}",
-                dict(reading.skipped),
-            )
-        )
-    if reading.repeated:
-        found = "; ".join(_REPEATED[what].format(count) for what, count in reading.repeated.items())
-        remarks.append(
-            Remark("repeated_in_history", found, {str(what): count for what, count in reading.repeated.items()})
-        )
-    copies = len(reading.conversations) - len({conversation.key() for conversation in reading.conversations})
-    if copies:
-        remarks.append(
-            Remark(
-                "duplicate_conversations",
-                f"{copies} of {len(reading.conversations)} conversations are exact copies of others; they are kept",
-                {"copies": copies},
-            )
-        )
+    remarks = remarks_on(reading)
     if template.is_default:
         remarks.append(
             Remark("default_template", "this model has no chat template; the default one is used and saved beside it")

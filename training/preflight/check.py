@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from training.data.corpus import Corpus, gather
 from training.data.formats.read_dataset import read_conversations
 from training.data.plan import Plan, make_plan
+from training.data.remarks import remarks_on
 from training.events import ErrorCode
 from training.failures import TrainingFailed, memory_advice
 from training.files.model_folder import ModelFolder, open_model_folder
@@ -87,16 +88,14 @@ def check_dataset(path: Path) -> Verdict:
         reading = read_conversations(path)
     except TrainingFailed as error:
         return _refused(error)
-    copies = len(reading.conversations) - len({conversation.key() for conversation in reading.conversations})
     return Verdict(
         ok=True,
+        remarks=tuple({"code": remark.code, "message": remark.message} for remark in remarks_on(reading)),
         data={
             "format": reading.format,
             "conversations": len(reading.conversations),
             "answers": sum(turn.trained for c in reading.conversations for turn in c.turns),
             "characters": sum(len(turn.content) for c in reading.conversations for turn in c.turns),
-            "duplicates": copies,
-            "rows_without_example": dict(reading.skipped),
         },
     )
 
@@ -148,7 +147,7 @@ def _read_spec(text: str) -> JobSpec | None:
     """Parses a JobSpec; None if the file is something else, a dataset. Raises TrainingFailed for a broken spec."""
     try:
         raw = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(raw, dict) or "hyperparameters" not in raw:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,7 +54,7 @@ def check(
 
 
 def judge(dataset: Path, row: ParsedRow) -> Verdict:
-    """Checks the whole job if its model is on this host, else only the dataset."""
+    """Checks the whole job if its model is on this host, else only the dataset, and says what was not checked."""
     from daemon.cli.commands.models import local_model, model_settings
     from daemon.cli.data.preflight import judge_dataset, judge_job
 
@@ -61,8 +62,18 @@ def judge(dataset: Path, row: ParsedRow) -> Verdict:
     name = row.hyperparameters.base_model or settings.default_model
     folder = local_model(name, settings)
     if folder is None:
-        return judge_dataset(dataset)
+        verdict = judge_dataset(dataset)
+        return replace(verdict, remarks=(*verdict.remarks, _not_judged(name))) if verdict.ok else verdict
     return judge_job(dataset, row, name, folder, settings.device)
+
+
+def _not_judged(name: str) -> dict[str, str]:
+    return {
+        "code": "not_judged",
+        "message": f"not judged, because the base model {name} is not on this host: its chat template, which may "
+        f"refuse conversations, tokens, memory and time; `brightrun-trainer models pull {name}` fetches it, "
+        "--model names another",
+    }
 
 
 def print_verdict(verdict: Verdict, dataset: Path) -> None:
@@ -107,7 +118,7 @@ def _read_job(file: Path) -> dict[str, Any] | None:
         return None
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError):
+    except (ValueError, RecursionError):
         return None
     if isinstance(raw, dict) and isinstance(raw.get("input"), dict):
         raw = raw["input"]

@@ -7,38 +7,36 @@ repeats is left out, and counted.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from training.data.formats.conversation import Turn
 from training.data.formats.faults import NoExample
+from training.data.formats.row_keys import Notes, Repeated
 from training.data.formats.turns import check_turns, read_list, text_of
 
-# What a history repeats of its own row.
-Repeated = Literal["question", "answer", "system"]
 
-
-def read_pair(row: Mapping[str, Any], repeated: Counter[Repeated]) -> tuple[Turn, ...]:
+def read_pair(row: Mapping[str, Any], notes: Notes) -> tuple[Turn, ...]:
     """Reads system prompt, history, the user's message and the target; only the target carries loss.
 
-    Counts in `repeated` what was left out of the history."""
+    Notes what was left out of the history."""
     if row.get("target_response") is None:
         raise NoExample("target_response is null")
     system = None
     if (
         row.get("system_prompt") is not None
-        and text_of(row["system_prompt"], "system_prompt", may_be_empty=True).strip()
+        and text_of(row["system_prompt"], "system_prompt", notes, may_be_empty=True).strip()
     ):
-        system = Turn("system", text_of(row["system_prompt"], "system_prompt"), trained=False)
+        system = Turn("system", text_of(row["system_prompt"], "system_prompt", notes), trained=False)
     history: list[Turn] = []
     if row.get("conversation_history") is not None:
-        said = read_list(row, "conversation_history", may_be_empty=True)
+        # Its own notes: the app describes each turn of the history, and none of it is trained on.
+        said = read_list(row, "conversation_history", Notes(), may_be_empty=True)
         history = [Turn(turn.role, turn.content, trained=False) for turn in said]
-    question = Turn("user", text_of(row.get("current_user_input"), "current_user_input"), trained=False)
-    answer = Turn("assistant", text_of(row["target_response"], "target_response"), trained=True)
-    repeated.update(_leave_out_repetitions(history, system, question, answer))
-    return check_turns([*([system] if system else []), *history, question, answer])
+    question = Turn("user", text_of(row.get("current_user_input"), "current_user_input", notes), trained=False)
+    answer = Turn("assistant", text_of(row["target_response"], "target_response", notes), trained=True)
+    notes.repeated.update(_leave_out_repetitions(history, system, question, answer))
+    return check_turns([*([system] if system else []), *history, question, answer], notes)
 
 
 def _leave_out_repetitions(history: list[Turn], system: Turn | None, question: Turn, answer: Turn) -> list[Repeated]:
