@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from training.data.chat_template import ChatTemplate, Example, TemplateRefuses
 from training.data.formats.conversation import Conversation
-from training.data.formats.faults import invalid, list_faults
+from training.data.formats.faults import invalid, join_places, list_faults
 from training.data.formats.read_dataset import Reading, read_conversations
 from training.data.holding_out import Sides, answers_of, hold_out, leave_out_learnt, leave_out_trained
 from training.data.remarks import Remark, remarks_on
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 # Sequences are padded to a multiple of this, so a length in between saves nothing.
 LENGTH_STEP = 64
-# When the data do not need more or less: long enough for nearly every chat, short enough for one GPU.
-DEFAULT_LENGTH_CAP = 8192
+# As long as the data need, up to this: a conversation of 32,768 tokens beside the default model takes 60 of one GPU's
+# 80 GB by the estimate. It is the same on every host, so that another one resumes with the same data.
+DEFAULT_LENGTH_CAP = 32_768
 
 
 @dataclass(frozen=True)
@@ -112,22 +113,18 @@ def gather(
     validation = _encode(held_out, template)
     longest = max(len(example.input_ids) for example in (*train, *validation))
     max_length = _choose_length(longest, chosen.max_length, context_length)
-    train, cut, left_out = _fit(train, train_part, template, max_length, cut=chosen.long_conversations == "cut")
-    validation, cut_too, left_out_too = _fit(validation, held_out, template, max_length, cut=True)
+    if chosen.long_conversations == "refuse":
+        _refuse_long(train, max_length, longest)
+    train, lost = _fit(train, train_part, template, max_length)
+    validation, lost_too = _fit(validation, held_out, template, max_length)
     if not train:
         raise invalid(
             f"no conversation fits into max_length {max_length} (the longest has {longest} tokens)",
             f"raise max_length (this model reads up to {context_length} tokens) or shorten the conversations",
         )
-    if cut + left_out + cut_too + left_out_too:
-        remarks.append(
-            Remark(
-                "long_conversations",
-                f"{cut + cut_too} conversations longer than {max_length} tokens were cut after an earlier answer, "
-                f"{left_out + left_out_too} did not fit at all and were left out",
-                {"cut": cut + cut_too, "left_out": left_out + left_out_too, "max_length": max_length},
-            )
-        )
+    if lost.conversations or lost_too.conversations:
+        answers = sum(turn.trained for part in (train_part, held_out) for one in part for turn in one.turns)
+        remarks.append(_remark_on_lost(lost + lost_too, answers, max_length, longest, context_length))
     validation, learnt = leave_out_learnt(train, validation)
     if learnt:
         remarks.append(
@@ -220,26 +217,72 @@ def _choose_length(longest: int, asked: int | None, context_length: int) -> int:
     return min(asked if asked is not None else min(needed, DEFAULT_LENGTH_CAP), context_length)
 
 
+@dataclass(frozen=True)
+class _Lost:
+    """What does not fit: conversations that were cut, those that were left out, and the answers of both."""
+
+    cut: int = 0
+    left_out: int = 0
+    answers: int = 0
+
+    def __add__(self, other: _Lost) -> _Lost:
+        return _Lost(self.cut + other.cut, self.left_out + other.left_out, self.answers + other.answers)
+
+    @property
+    def conversations(self) -> int:
+        return self.cut + self.left_out
+
+
 def _fit(
-    examples: Sequence[Example],
-    conversations: Sequence[Conversation],
-    template: ChatTemplate,
-    max_length: int,
-    *,
-    cut: bool,
-) -> tuple[list[Example], int, int]:
-    """Cuts long conversations after the last answer that fits. Returns what is kept, how many cut, how many dropped."""
+    examples: Sequence[Example], conversations: Sequence[Conversation], template: ChatTemplate, max_length: int
+) -> tuple[list[Example], _Lost]:
+    """Cuts long conversations after the last answer that fits; leaves out those whose first answer does not."""
     kept: list[Example] = []
-    shortened = 0
+    lost = _Lost()
     for example, conversation in zip(examples, conversations, strict=True):
         if len(example.input_ids) <= max_length:
             kept.append(example)
             continue
-        shorter = _cut_at_turn(conversation, template, max_length) if cut else None
-        if shorter is not None:
+        answers = sum(turn.trained for turn in conversation.turns)
+        shorter = _cut_at_turn(conversation, template, max_length)
+        if shorter is None:
+            lost += _Lost(left_out=1, answers=answers)
+        else:
             kept.append(shorter)
-            shortened += 1
-    return kept, shortened, len(examples) - len(kept)
+            lost += _Lost(cut=1, answers=answers - sum(1 for _ in answers_of(shorter)))
+    return kept, lost
+
+
+def _refuse_long(examples: Sequence[Example], max_length: int, longest: int) -> None:
+    places = [example.place for example in examples if len(example.input_ids) > max_length]
+    if places:
+        count = "1 conversation is" if len(places) == 1 else f"{len(places):,} conversations are"
+        raise invalid(
+            f"{count} longer than max_length {max_length} (the longest has {longest} tokens): {join_places(places)}",
+            "raise max_length, shorten these conversations, or set long_conversations to cut",
+        )
+
+
+def _remark_on_lost(lost: _Lost, answers: int, max_length: int, longest: int, context_length: int) -> Remark:
+    what = [f"{lost.cut:,} cut after an earlier answer"] if lost.cut else []
+    what += [f"{lost.left_out:,} left out because not even the first answer fits"] if lost.left_out else []
+    advice = (
+        f"to train on all of them, set max_length to {longest}"
+        if longest <= context_length
+        else f"this model reads up to {context_length} tokens: split the conversations that are longer"
+    )
+    return Remark(
+        "long_conversations",
+        f"of the conversations longer than max_length {max_length}, {' and '.join(what)}: {lost.answers:,} of "
+        f"{answers:,} answers are not trained on; {advice}",
+        {
+            "cut": lost.cut,
+            "left_out": lost.left_out,
+            "max_length": max_length,
+            "answers": answers,
+            "answers_left_out": lost.answers,
+        },
+    )
 
 
 def _cut_at_turn(conversation: Conversation, template: ChatTemplate, max_length: int) -> Example | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -157,20 +158,49 @@ def test_the_length_comes_from_the_data(tmp_path: Path) -> None:
 
 def test_long_conversations_are_cut_after_an_answer_and_counted(tmp_path: Path) -> None:
     rows = [conversation(number) for number in range(10)] + [conversation(99, exchanges=12)]
-    corpus = _gather(write_dataset(tmp_path / "d.jsonl", rows), max_length=128, validation_fraction=0)
+    path = write_dataset(tmp_path / "d.jsonl", rows)
+    corpus = _gather(path, max_length=128, validation_fraction=0)
     assert len(corpus.train) == 11
     cut = corpus.train[-1]
     assert 64 < len(cut.input_ids) <= 128 and cut.labels[-2] == cut.input_ids[-2]
     (remark,) = [remark for remark in corpus.remarks if remark.code == "long_conversations"]
-    assert remark.data == {"cut": 1, "left_out": 0, "max_length": 128}
+    left = remark.data["answers_left_out"]
+    assert remark.data == {"cut": 1, "left_out": 0, "max_length": 128, "answers": 22, "answers_left_out": left}
+    assert 12 - left == sum(now != -100 == before for before, now in pairwise(cut.labels)) > 0
+    whole = len(_gather(path, validation_fraction=0).train[-1].input_ids)
+    assert (
+        f"{left} of 22 answers are not trained on; to train on all of them, set max_length to {whole}" in remark.message
+    )
+    assert _gather(path, max_length=whole, validation_fraction=0).remarks == ()
 
 
-def test_long_conversations_are_left_out_by_choice_and_counted(tmp_path: Path) -> None:
+def test_a_conversation_whose_first_answer_is_too_long_is_left_out_with_its_answers_counted(tmp_path: Path) -> None:
+    long = {"messages": [{"role": "user", "content": "why? " * 200}, _MESSAGES[1], *_MESSAGES]}
+    path = write_dataset(tmp_path / "d.jsonl", [*(conversation(number) for number in range(5)), long])
+    (remark,) = _gather(path, max_length=128, validation_fraction=0).remarks
+    assert remark.data == {"cut": 0, "left_out": 1, "max_length": 128, "answers": 7, "answers_left_out": 2}
+    assert "1 left out because not even the first answer fits: 2 of 7 answers are not trained on" in remark.message
+
+
+def test_without_max_length_a_conversation_of_twenty_five_thousand_tokens_is_trained_whole(tmp_path: Path) -> None:
+    long = {"messages": [{"role": "user", "content": "why? " * 5_000}, _MESSAGES[1]]}
+    path = write_dataset(tmp_path / "d.jsonl", [conversation(1), long])
+    template = ChatTemplate(make_tokenizer(CHATML))
+    corpus = gather(path, None, Hyperparameters(validation_fraction=0), template, context_length=262_144)
+    assert len(corpus.train) == 2 and corpus.remarks == () and 20_000 < corpus.max_length <= 32_768
+    short = gather(path, None, Hyperparameters(validation_fraction=0), template, context_length=2048)
+    assert short.max_length == 2048
+    assert "this model reads up to 2048 tokens: split the conversations that are longer" in short.remarks[0].message
+
+
+def test_long_conversations_are_refused_by_choice_with_their_lines(tmp_path: Path) -> None:
     rows = [conversation(number) for number in range(10)] + [conversation(99, exchanges=12)]
     path = write_dataset(tmp_path / "d.jsonl", rows)
-    corpus = _gather(path, max_length=128, validation_fraction=0, long_conversations="refuse")
-    assert len(corpus.train) == 10
-    assert [remark.data["left_out"] for remark in corpus.remarks] == [1]
+    with pytest.raises(TrainingFailed) as refused:
+        _gather(path, max_length=128, validation_fraction=0, long_conversations="refuse")
+    assert refused.value.code == "dataset_invalid"
+    assert refused.value.message.startswith("1 conversation is longer than max_length 128")
+    assert refused.value.message.endswith("line 11")
 
 
 def test_turns_that_the_template_refuses_are_named_by_line_and_in_its_own_words(tmp_path: Path) -> None:
