@@ -33,14 +33,20 @@ class TrainerError(Exception):
 
 
 class JobError(TrainerError):
-    """An attempt cannot go on. `message` and `hint` are shown to the user and contain no secret."""
+    """An attempt cannot go on. `message` and `hint` are shown to the job's owner: they contain no secret, and no folder
+    of this host. `detail` is for the operator."""
 
-    def __init__(self, code: ErrorCode, message: str, hint: str | None = None, stack: str | None = None) -> None:
+    def __init__(self, code: ErrorCode, message: str, hint: str | None = None, *, detail: str | None = None) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
         self.hint = hint
-        self.stack = stack
+        self.detail = detail
+
+    @property
+    def for_the_operator(self) -> str:
+        """What happened, with the folders of this host."""
+        return f"{self.message} ({self.detail})" if self.detail else self.message
 
 
 class JobFailed(JobError):
@@ -52,13 +58,16 @@ class JobDelayed(JobError):
 
 
 class HostFault(JobDelayed):
-    """A part of this host does not work, whatever the job. The job's owner reads `message` and `hint`, so they contain
-    no path of this host. `detail` is for the operator."""
+    """A part of this host does not work, whatever the job."""
 
-    def __init__(self, part: HostPart, code: ErrorCode, message: str, *, detail: str, stack: str | None = None) -> None:
-        super().__init__(code, message, "Nothing is wrong with the job: it runs as soon as a host can take it.", stack)
+    def __init__(self, part: HostPart, code: ErrorCode, message: str, *, detail: str) -> None:
+        unharmed = "Nothing is wrong with the job: it runs as soon as a host can take it."
+        super().__init__(code, message, unharmed, detail=detail)
         self.part: HostPart = part
-        self.detail = detail
+
+    @property
+    def for_the_operator(self) -> str:
+        return self.detail or self.message
 
 
 def disk_fault(part: HostPart, folder: Path, error: OSError) -> HostFault:

@@ -6,8 +6,10 @@ This is the only place where a library's exception becomes an error code.
 from __future__ import annotations
 
 import errno
+import re
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 
 from training.events import ErrorCode, Failed, HostPart
 from training.spec import JobSpec
@@ -19,6 +21,8 @@ _OUT_OF_MEMORY_SIGNS = (
     "can't allocate memory",
     "not enough memory",
 )
+_ASKED_BYTES = re.compile(r"[Tt]ried to allocate ([\d.]+ ?(?:[KMGT]i?B|bytes))")
+_MODEL_FILES = (".json", ".safetensors", ".model", ".jinja")
 _DISK_FULL_SIGNS = ("no space left on device", "disk quota exceeded")
 # What the operating system reports for a volume that is gone, read-only or broken. The trainer writes nowhere else.
 _VOLUME_ERRORS = {
@@ -101,10 +105,10 @@ def diagnose(error: BaseException, spec: JobSpec | None) -> Diagnosis:
             host="work folder",
         )
     if is_out_of_memory(error):
-        return Diagnosis(ErrorCode.OUT_OF_MEMORY, _first_line(error), memory_advice(spec), transient=False)
+        return Diagnosis(ErrorCode.OUT_OF_MEMORY, _out_of_memory(error, spec), memory_advice(spec), transient=False)
     return Diagnosis(
         ErrorCode.INTERNAL,
-        f"the trainer failed unexpectedly ({type(error).__name__}: {_first_line(error)})",
+        f"the trainer failed unexpectedly ({type(error).__name__})",
         "submit again; if it fails the same way, send the error stack to the operator",
         transient=True,
         host=broken_part(error),
@@ -149,6 +153,18 @@ def failed_event(error: BaseException, spec: JobSpec | None, job_id: str) -> Fai
     )
 
 
-def _first_line(error: BaseException) -> str:
+def in_brief(error: BaseException) -> str:
+    """Returns the first sentence of what a library's exception says, for a message of ours. The stack has all of it.
+
+    Of an error of the operating system, the file's name at most: where it lies is the operator's business."""
+    if isinstance(error, OSError) and error.strerror:
+        name = Path(str(error.filename or "")).name
+        return f"{error.strerror}: {name}" if name.endswith(_MODEL_FILES) else error.strerror
     lines = str(error).strip().splitlines()
-    return lines[0][:500] if lines else type(error).__name__
+    return lines[0].partition(". ")[0].rstrip(" .")[:200] if lines else type(error).__name__
+
+
+def _out_of_memory(error: BaseException, spec: JobSpec | None) -> str:
+    memory = "the host's memory" if spec is not None and spec.device == "cpu" else "the GPU's memory"
+    asked = _ASKED_BYTES.search(str(error))
+    return f"{memory} is full" + (f": {asked[1]} more were needed" if asked else "")

@@ -9,6 +9,7 @@ from daemon.fitness import Fitness
 from daemon.host.inspect import Host
 from daemon.queue.job_store import JobStore
 from daemon.queue.lease import LeaseKeeper
+from daemon.redaction import Redaction
 from daemon.report.courier import CallbackCourier
 from daemon.settings import Settings
 from daemon.storage.interface import Storage
@@ -32,6 +33,7 @@ class Collaborators:
     fitness: Fitness
     platform_price: Callable[[], float | None]
     troubles: Troubles
+    redaction: Redaction
 
     @classmethod
     def of(
@@ -66,4 +68,5 @@ class Collaborators:
             fitness=Fitness(settings, host, trainer_command, troubles),
             platform_price=platform_price,
             troubles=troubles,
+            redaction=Redaction.of(settings, (host.hostname, host.pod_id)),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 from typing import assert_never
 
 import structlog
@@ -15,12 +16,14 @@ from daemon.queue.job import ClaimedJob, Returned
 from daemon.queue.job_store import JobStore
 from daemon.queue.outcome import Cancelled, Completed, Failed, Outcome, Released, Superseded
 from daemon.queue.rows import Ending
+from daemon.redaction import Redaction
 from daemon.report.reporter import Reporter
 from daemon.settings import Settings
 from daemon.stop_request import Stop
 from training.events import ErrorCode
 
 log = structlog.get_logger()
+Written = Completed | Failed | Released | Returned | Cancelled
 
 MAX_BACKOFF_SECONDS = 3600.0
 LAST_WORDS_TRIES = 3
@@ -33,11 +36,18 @@ async def settle(
 ) -> Ending | None:
     """Writes the outcome. Returns None when the job is not ours any more: after a lost lease nothing is written.
 
+    The row gets what the job's owner may read, the log everything.
+
     With TRAINER_ON_PARTITION=stop it also stops waiting once the lease has run out: by then another host may work in
     the same folder, if they share a volume, and this attempt may have failed because of that."""
     if isinstance(outcome, Superseded):
         log.warning("attempt_superseded")
         return None
+    if isinstance(outcome, Failed | Returned):
+        log.warning(
+            "attempt_failed", code=outcome.code, message=outcome.message, hint=outcome.hint, stack=outcome.stack
+        )
+    outcome = for_the_owner(outcome, reporter.redaction)
     writing = asyncio.create_task(_write(job, outcome, reporter, stop=stop, store=store, settings=settings))
     if isinstance(outcome, Completed):
         return await writing  # verified and stored: it counts if no other host took the job
@@ -55,9 +65,24 @@ async def settle(
         await asyncio.gather(writing, lost, return_exceptions=True)
 
 
+def for_the_owner(outcome: Written, redaction: Redaction) -> Written:
+    """Returns the outcome without what the job's owner must not read."""
+    if isinstance(outcome, Failed | Returned):
+        hint, stack = outcome.hint, outcome.stack
+        return replace(
+            outcome,
+            message=redaction.text(outcome.message),
+            hint=None if hint is None else redaction.text(hint),
+            stack=None if stack is None else redaction.stack(stack),
+        )
+    if isinstance(outcome, Completed):
+        return replace(outcome, summary=redaction.value(outcome.summary))
+    return outcome
+
+
 async def _write(
     job: ClaimedJob,
-    outcome: Completed | Failed | Released | Returned | Cancelled,
+    outcome: Written,
     reporter: Reporter,
     *,
     stop: Stop,
@@ -120,7 +145,7 @@ def _refused(error: Exception) -> Failed:
 
 async def _move(
     job: ClaimedJob,
-    outcome: Completed | Failed | Released | Returned | Cancelled,
+    outcome: Written,
     reporter: Reporter,
     store: JobStore,
     settings: Settings,

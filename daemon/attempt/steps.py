@@ -134,6 +134,7 @@ class Attempt:
             read_load=(lambda: read_load(self._slots[0])) if on_gpu else (lambda: None),
             on_moved=self._tell,
             on_written=lambda status: self._with.courier.send_progress(self._job, status),
+            redaction=self._with.redaction,
         )
 
     async def _outcome(self, reporter: Reporter) -> Outcome:
@@ -145,11 +146,11 @@ class Attempt:
         except LeaseLost:
             return Superseded()
         except HostFault as fault:
-            self._with.fitness.report(fault.part, fault.detail)
-            return Returned(fault.part, fault.code, fault.message, fault.hint, fault.stack or fault.detail)
+            self._with.fitness.report(fault.part, fault.for_the_operator)
+            return Returned(fault.part, fault.code, fault.message, fault.hint, fault.detail)
         except JobError as error:
             transient = isinstance(error, JobDelayed)
-            return Failed(error.code, error.message, error.hint, error.stack, transient)
+            return Failed(error.code, error.message, error.hint, error.detail, transient)
         except Exception as error:  # the outermost loop of an attempt: the daemon must go on
             log.exception("attempt_broke")
             return Failed(
@@ -206,8 +207,9 @@ class Attempt:
             return _outcome_of_stop(verdict.reason, reporter)
 
         reporter.enter(Stage.UPLOADING)
+        facts = self._with.redaction.value(_manifest_facts(spec, verdict.summary))
         published = await _until_stopped(
-            self._publish(verdict.adapter_dir, _manifest_facts(spec, verdict.summary), workspace.attempt_dir),
+            self._publish(verdict.adapter_dir, facts, workspace.attempt_dir),
             stop,
             grace=lambda reason: settings.drain_seconds if reason is StopReason.SHUTDOWN else 0.0,
         )
@@ -242,7 +244,7 @@ class Attempt:
         except JobFailed as error:
             if error.code is ErrorCode.MODEL_NOT_FOUND and not await asyncio.to_thread(folders_exist, settings):
                 raise HostFault(
-                    "models folder", error.code, "The host has no models folder.", detail=error.message
+                    "models folder", error.code, "The host has no models folder.", detail=error.for_the_operator
                 ) from error
             raise
 

@@ -139,8 +139,9 @@ def _raise_if_incomplete(name: str, path: Path, faults: list[str]) -> None:
         return
     raise JobFailed(
         ErrorCode.MODEL_INCOMPLETE,
-        f"the model {name} in {path} is incomplete: {in_one_line(faults)}",
-        f"the operator can run `brightrun-trainer models pull {name}` to complete it, or remove the folder",
+        f"the model {name} is incomplete on this host: {in_one_line(faults)}",
+        f"the operator can run `brightrun-trainer models pull {name}` to complete it, or remove its folder",
+        detail=f"it is in {path}",
     )
 
 
@@ -151,6 +152,7 @@ def _not_found(name: str, settings: Settings) -> JobFailed:
     looked += [str(root) for root in _cache_roots(settings)]
     return JobFailed(
         ErrorCode.MODEL_NOT_FOUND,
-        f"the model {name} is not on this host; it was looked for in {', '.join(dict.fromkeys(looked))}",
+        f"the model {name} is not on this host",
         f"check the name, or ask the operator to run `brightrun-trainer models pull {name}`",
+        detail=f"it was looked for in {', '.join(dict.fromkeys(looked))}",
     )

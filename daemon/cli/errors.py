@@ -38,8 +38,10 @@ def report_failure(error: TrainerError) -> int:
     match error:
         case HostFault():
             # The user of a command here is the operator, who needs the path.
-            words, hint = plain(error.detail), None
-        case CommandFailed() | JobError():
+            words, hint = plain(error.for_the_operator), None
+        case JobError():
+            words, hint = plain(error.for_the_operator), error.hint
+        case CommandFailed():
             words, hint = plain(error.message), error.hint
         case DatabaseAway():
             words = plain(f"the database does not answer: {error}")

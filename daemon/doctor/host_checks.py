@@ -98,7 +98,9 @@ async def check_model(settings: Settings) -> AsyncIterator[CheckResult]:
                 f"run `brightrun-trainer models pull {name}` (a large model takes hours)",
             )
         else:
-            yield red("default model", error.message, error.hint or f"run `brightrun-trainer models pull {name}`")
+            yield red(
+                "default model", error.for_the_operator, error.hint or f"run `brightrun-trainer models pull {name}`"
+            )
         return
     yield green("default model", f"{model.name}, whole, in {model.path}")
     yield await asyncio.to_thread(_check_copy, settings, model.name)

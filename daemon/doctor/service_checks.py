@@ -243,9 +243,9 @@ async def check_storage(settings: Settings) -> CheckResult:
         except JobError as error:
             return yellow(name, f"works, but small: {error.message}", "raise the bucket's file size limit")
     except HostFault as fault:
-        return red(name, fault.detail, ADVICE[fault.part])
+        return red(name, fault.for_the_operator, ADVICE[fault.part])
     except JobError as error:
-        return red(name, error.message, error.hint or "check the key and the bucket")
+        return red(name, error.for_the_operator, error.hint or "check the key and the bucket")
     except OSError as error:
         return red(name, f"{probe.parent}: {error.strerror}", "set TRAINER_WORK_DIR to a writable folder")
     finally:

@@ -20,6 +20,7 @@ from daemon.errors import DatabaseAway, LeaseLost, PointsRefused, StatementRefus
 from daemon.host.gpu_load import GpuLoad
 from daemon.queue.job import Lease
 from daemon.queue.job_store import JobStore
+from daemon.redaction import Redaction
 from daemon.report.cost import CostMeter
 from daemon.report.status import JobStatus
 from daemon.terminal.format import count
@@ -49,6 +50,7 @@ class Reporter:
     `on_refused` is called when a fenced write found no row: the job was cancelled or the lease is
     lost, and the heartbeat finds out which. `on_moved`: the job's state has changed, and an outbox row reports it.
     `on_written` gets the status as the row now has it, unless an outbox row reports the same moment.
+    `redaction` is what the job's owner must not read: this is where events, and `settle` where an outcome, become rows.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Reporter:
         read_load: Callable[[], GpuLoad | None] = lambda: None,
         on_moved: Callable[[], None] = lambda: None,
         on_written: Callable[[dict[str, Any]], None] = lambda _status: None,
+        redaction: Redaction = Redaction(),  # noqa: B008 - it holds no state
         started_before: bool = False,
     ) -> None:
         self._store = store
@@ -70,6 +73,7 @@ class Reporter:
         self._read_load = read_load
         self._on_moved = on_moved
         self._on_written = on_written
+        self.redaction = redaction
         # The outbox reports the claim. Progress sent before it would make receivers drop it as late.
         self._told_by_outbox = True
         self._clock = asyncio.get_running_loop().time
@@ -111,11 +115,10 @@ class Reporter:
                     {"step": event.step, "bytes": event.bytes},
                 )
             case events.Sample():
-                self.tell(
-                    "sample",
-                    f"The model answered a sample prompt {event.when} training.",
-                    {"when": event.when, "prompt": event.prompt, "answer": event.answer},
-                )
+                # The owner's words and his model's: whatever path they name is none of this host.
+                said = f"The model answered a sample prompt {event.when} training."
+                sample = {"when": event.when, "prompt": event.prompt, "answer": event.answer}
+                self._story.append(_StoryLine("sample", said, sample))
             case events.Notice():
                 if event.code == "resumed" and isinstance(step := event.data.get("step"), int):
                     self._resumed_at = self._checkpoint_step = step
@@ -130,8 +133,12 @@ class Reporter:
         self._dirty.set()
 
     def tell(self, kind: str, message: str, data: dict[str, Any] | None = None) -> None:
-        """Adds an event to the job's history."""
-        self._story.append(_StoryLine(kind, message, data or {}))
+        """Adds an event to the job's history, without what its owner must not read: that is in the log."""
+        line = _StoryLine(kind, message, data or {})
+        told = _StoryLine(kind, self.redaction.text(message), self.redaction.value(line.data))
+        if told != line:
+            log.info("story_redacted", kind=kind, message=message, data=line.data)
+        self._story.append(told)
         self._dirty.set()
 
     def enter(self, stage: Stage, detail: str | None = None) -> None:

@@ -18,7 +18,7 @@ from training.base.dtype import compute_dtype
 from training.compute import ComputeType
 from training.event_writer import EventWriter
 from training.events import ErrorCode
-from training.failures import TrainingFailed
+from training.failures import TrainingFailed, in_brief
 from training.files.model_folder import ModelFolder
 from training.files.module_names import UNQUANTISED_MODULES
 from training.kernels import Capability, capability_by_nvml, fault_of_kernels
@@ -148,13 +148,13 @@ def _load_original(spec: Wanted, folder: ModelFolder, dtype: torch.dtype, device
     except SafetensorError as error:
         raise TrainingFailed(
             ErrorCode.MODEL_INCOMPLETE,
-            f"the weights of {spec.base_model} are damaged: {error}",
+            f"the weights of {spec.base_model} are damaged: {in_brief(error)}",
             "download the model again (`brightrun-trainer models verify` names every damaged file)",
         ) from error
     except (ValueError, KeyError, ImportError) as error:
         raise TrainingFailed(
             ErrorCode.MODEL_UNSUPPORTED,
-            f"{spec.base_model} cannot be loaded as a causal language model: {error}",
+            f"{spec.base_model} cannot be loaded as a causal language model: {in_brief(error)}",
             "choose a text model that transformers supports without remote code",
         ) from error
     model, report = loaded

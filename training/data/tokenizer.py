@@ -22,11 +22,9 @@ def load_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
-        raise _incomplete(f"the tokenizer of {folder.path.name} cannot be loaded: {error}") from error
+        raise _incomplete(f"the base model's tokenizer cannot be loaded ({type(error).__name__})") from error
     if len(tokenizer) < _SMALLEST_VOCABULARY:
-        raise _incomplete(
-            f"the tokenizer of {folder.path.name} has a vocabulary of {len(tokenizer)}: its files are missing"
-        )
+        raise _incomplete(f"the base model's tokenizer has a vocabulary of {len(tokenizer)}: its files are missing")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -89,7 +89,7 @@ def open_model_folder(path: Path, name: str) -> ModelFolder:
     if not path.is_dir():
         raise TrainingFailed(
             ErrorCode.MODEL_NOT_FOUND,
-            f"the base model {name} is not on this host ({path} is not a folder)",
+            f"the base model {name} is not on this host",
             "download it with `brightrun-trainer models pull`, or correct base_model",
         )
     faults = faults_of_model(path)

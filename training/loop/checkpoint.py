@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from training.failures import in_brief
 from training.files.durable_files import put_in_place, sha256_of
 
 _MANIFEST = "manifest.json"
@@ -91,7 +92,7 @@ class CheckpointShelf:
             step = int(manifest["step"])
             fingerprint = manifest["fingerprint"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            return Damaged(path, f"its manifest cannot be read ({error})")
+            return Damaged(path, f"its manifest cannot be read ({in_brief(error)})")
         if fingerprint != self._fingerprint:
             differing = [key for key in self._fingerprint if fingerprint.get(key) != self._fingerprint[key]]
             return Damaged(path, f"it belongs to another run ({', '.join(differing) or 'other keys'} differ)")

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
+from training.failures import in_brief
 from training.files.durable_files import beside, put_in_place, sha256_of, sync
 from training.files.model_folder import COPY_MANIFEST, ModelFolder, read_header
 from training.files.module_names import UNQUANTISED_MODULES
@@ -137,7 +138,7 @@ class QuantizedCopy:
                 if sha256_of(self.path / name) != expected:
                     raise CopyUnusable(f"{name} has a different hash than when it was written")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CopyUnusable(f"it cannot be read ({error})") from error
+            raise CopyUnusable(f"it cannot be read ({in_brief(error)})") from error
         return manifest
 
     def _compare(self, written: dict[str, Any]) -> None:

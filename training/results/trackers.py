@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations.integration_utils import WandbCallback
 
 from training.event_writer import EventWriter
+from training.failures import in_brief
 from training.results.history import RunHistory
 from training.spec import JobSpec
 
@@ -164,5 +165,5 @@ class _Tolerance:
 
         if not isinstance(error, wandb.Error | OSError | TimeoutError):
             return False
-        self._run.give_up(" ".join(str(error).split())[:300] or type(error).__name__)
+        self._run.give_up(in_brief(error))
         return True
