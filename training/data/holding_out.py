@@ -201,7 +201,8 @@ def _name(conversation: Conversation, *, two_files: bool) -> bytes | None:
     if conversation.conversation_id is None:
         return None
     first = next(turn for turn in conversation.turns if turn.role != "system")
-    return _hash(b"id", conversation.conversation_id, first.content.strip() if two_files else "")
+    name = _hash(b"id", conversation.conversation_id)
+    return _hash(name, first.content.strip()) if two_files else name
 
 
 def _whole(conversation: Conversation, questions: int, *, told_by_text: bool) -> Iterator[bytes]:
@@ -229,11 +230,14 @@ def _beginnings(turns: Sequence[Turn]) -> Iterator[tuple[int, int, bytes]]:
     with_system, without = (_hash(b"turns", turns[0].content.strip()) if first else b"turns"), b"turns"
     questions = 0
     for end, turn in enumerate(turns[first:], start=first + 1):
-        with_system, without = (_hash(mark, turn.role, turn.content.strip()) for mark in (with_system, without))
+        said = f"{turn.role}\n{turn.content.strip()}"
+        with_system = _hash(with_system, said)
         questions += turn.role == "user"
         yield end, questions, with_system
-        if first and questions > 1:
-            yield end, questions, without
+        if first:
+            without = _hash(without, said)
+            if questions > 1:
+                yield end, questions, without
 
 
 def _is_pair(turns: Sequence[Turn]) -> bool:
@@ -243,16 +247,11 @@ def _is_pair(turns: Sequence[Turn]) -> bool:
 def _exchange(question: Turn, answer: Turn) -> Iterator[bytes]:
     words = answer.content.strip()
     if question.role == "user" and answer.role == "assistant" and len(words) >= _TELLING_CHARACTERS:
-        yield _hash(b"exchange", question.content.strip(), words)
+        yield _hash(_hash(b"exchange", question.content.strip()), words)
 
 
-def _hash(before: bytes, *texts: str) -> bytes:
-    seen = hashlib.sha256(before)
-    for text in texts:
-        raw = text.encode()
-        seen.update(len(raw).to_bytes(8, "little"))
-        seen.update(raw)
-    return seen.digest()
+def _hash(before: bytes, text: str) -> bytes:
+    return hashlib.sha256(before + text.encode()).digest()
 
 
 class _Union:
