@@ -174,6 +174,23 @@ async def test_the_cost_grows_with_the_hosts_price_and_the_estimate_is_corrected
     assert row["estimated_completion_at"] is not None
 
 
+async def test_the_plan_says_how_many_answers_and_conversations_are_held_out(claimed: Claimed) -> None:
+    reporter = claimed.reporter()
+    planned = events.Planned(
+        job_id=str(claimed.id), total_steps=10, total_epochs=2, train_examples=108, validation_examples=4,
+        train_conversations=27, train_answers=108, validation_conversations=1, validation_answers=4,
+        train_tokens=900, trained_tokens=300, max_length=64,
+    )  # fmt: skip
+    reporter.report(planned)
+    reporter.report(planned.model_copy(update={"validation_examples": 0}))
+    await reporter.flush()
+    told = claimed.app.run("SELECT message FROM training_events WHERE job_id = %s AND kind = 'planned'", (claimed.id,))
+    assert {row["message"].partition(" held out,")[0] for row in told} == {
+        "108 answers of 27 conversations to train on, 4 answers of 1 conversation",
+        "108 answers of 27 conversations to train on, none",
+    }
+
+
 async def test_a_refused_write_raises_doubt_and_loses_nothing_of_the_story(claimed: Claimed) -> None:
     reporter = claimed.reporter()
     claimed.app.run("UPDATE training_jobs SET status = 'cancelled' WHERE id = %s", (claimed.id,))

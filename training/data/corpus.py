@@ -139,9 +139,9 @@ def gather(
         remarks.append(
             Remark(
                 "no_validation",
-                "no row of the validation file is left to measure a validation loss on"
-                if validation_path is not None
-                else "there are too few different conversations to hold any out; no validation loss is measured",
+                "there are too few different conversations to hold any out; no validation loss is measured"
+                if validation_path is None and not held_out
+                else "nothing is left to measure a validation loss on; give other conversations for validation",
             )
         )
     kept = {sides.validation_groups[example.place] for example in validation}
@@ -165,6 +165,7 @@ def _divide(reading: Reading, validation_path: Path | None, chosen: Hyperparamet
     if validation_path is None:
         return hold_out(reading.conversations, chosen.validation_fraction, chosen.seed)
     given = read_conversations(validation_path)
+    remarks += [Remark(said.code, f"validation file: {said.message}", said.data) for said in remarks_on(given)]
     sides = leave_out_trained(reading.conversations, given.conversations)
     if sides.dropped:
         conversations = len({sides.validation_groups[row.place] for row in sides.dropped})

@@ -114,6 +114,11 @@ def _choose(members: dict[int, set[bytes]], fraction: float, seed: int) -> set[i
     return chosen
 
 
+def count_conversations(conversations: Sequence[Conversation]) -> int:
+    """Counts different conversations, as `hold_out` divides them. Of pairs, many are one."""
+    return len(set(_groups(conversations)))
+
+
 def leave_out_learnt(train: Sequence[Example], validation: Sequence[Example]) -> tuple[list[Example], int]:
     """Takes the labels off held-out answers that a training example begins with, context and all; counts them.
 

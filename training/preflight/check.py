@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from training.data.corpus import Corpus, gather
 from training.data.formats.read_dataset import read_conversations
+from training.data.holding_out import count_conversations
 from training.data.plan import Plan, make_plan
 from training.data.remarks import remarks_on
 from training.events import ErrorCode
@@ -93,7 +94,7 @@ def check_dataset(path: Path) -> Verdict:
         remarks=tuple({"code": remark.code, "message": remark.message} for remark in remarks_on(reading)),
         data={
             "format": reading.format,
-            "conversations": len(reading.conversations),
+            "conversations": count_conversations(reading.conversations),
             "answers": sum(turn.trained for c in reading.conversations for turn in c.turns),
             "characters": sum(len(turn.content) for c in reading.conversations for turn in c.turns),
         },

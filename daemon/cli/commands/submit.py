@@ -126,7 +126,7 @@ def _queue(  # noqa: PLR0917 - who, what and where, in the order of the story
         "path": path,
         "file_name": dataset.name[:500],
         "file_size": dataset.stat().st_size,
-        "conversations": verdict.conversations,
+        "answers": verdict.answers,
     }
     job = {
         "user_id": str(owner),

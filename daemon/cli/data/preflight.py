@@ -34,9 +34,10 @@ class Verdict:
     estimate: dict[str, Any] | None
 
     @property
-    def conversations(self) -> int:
-        known = self.data.get("conversations")
-        return int(known if known is not None else self.data.get("train_examples", 0))
+    def answers(self) -> int:
+        """Answers in the file that can be trained on, held-out ones included."""
+        known = self.data.get("answers")
+        return int(known if known is not None else self.data["train_answers"] + self.data["validation_answers"])
 
     @property
     def tokens(self) -> int:

@@ -4,6 +4,6 @@ INSERT INTO public.datasets
      status, training_ready, validated_at)
 VALUES (
     %(id)s, %(user_id)s, %(name)s, 'Submitted from the command line', %(bucket)s, %(path)s, %(file_name)s,
-    %(file_size)s, %(conversations)s, 'ready', true, clock_timestamp()
+    %(file_size)s, %(answers)s, 'ready', true, clock_timestamp()
 )
 RETURNING id

@@ -219,6 +219,15 @@ def test_a_validation_file_that_is_the_training_file_measures_nothing(tmp_path: 
     assert _remark(corpus, "no_validation") == {}
 
 
+def test_what_is_odd_in_a_validation_file_is_said_as_well(tmp_path: Path, gathered: Gather) -> None:
+    validation = write_app_data(tmp_path / "v", "pairs", 5, seed=1)
+    corpus = gathered(write_app_data(tmp_path / "t", "messages", 5), validation)
+    said = [remark.message for remark in corpus.remarks if remark.code == "repeated_in_history"]
+    assert said == [
+        "validation file: the history of 19 pairs ends with current_user_input: the question is asked only once"
+    ]
+
+
 # --- what is learnt, not what was written -----------------------------------------------------------------------------
 
 
