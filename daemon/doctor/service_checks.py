@@ -23,6 +23,7 @@ from daemon.pod.shutdown import keys_of
 from daemon.queue.row_visibility import RowVisibility, cure, in_words
 from daemon.read_settings import notices_of
 from daemon.report.webhook import signing_keys
+from daemon.schema.fronts import read_fronts
 from daemon.schema.migrations import MayNotRead, faults, pending
 from daemon.settings import Settings
 from daemon.storage.open import open_storage
@@ -81,6 +82,8 @@ async def check_database(settings: Settings) -> AsyncIterator[CheckResult]:
             yield await _check_role(database)
             yield await _check_rights(database)
             yield await asyncio.to_thread(_check_installation, dsn)
+            async for finding in _check_fronts(database):
+                yield finding
             yield await _check_sight(RowVisibility(database))
             yield await _check_clock(database)
             yield await _check_older_dispatcher(database)
@@ -137,6 +140,30 @@ def _check_installation(dsn: str) -> CheckResult:
     if wrong:
         return red(name, "; ".join(wrong), advice)
     return green(name, "every role, right, trigger and function is as migrate left it")
+
+
+async def _check_fronts(database: Database) -> AsyncIterator[CheckResult]:
+    """Checks the other tables of the app that feed the queue, and finds one that could and does not."""
+    for state in await read_fronts(database):
+        name, table = f"front {state.front.name}", state.front.tables[0]
+        install = f"`brightrun-trainer migrate --front {state.front.name}`"
+        if not state.installed:
+            if state.has_table:
+                yield yellow(
+                    name,
+                    f"the app has the table {table}, and rows inserted there start no job here",
+                    f"if the app's pages use it, run {install}",
+                )
+        elif state.faults:
+            yield red(name, "; ".join(state.faults), f"mend the app's table, then run {install}")
+        elif state.lags:
+            yield yellow(
+                name,
+                f"{state.lags} rows of {table} do not show yet what became of their jobs",
+                f"see the reason in training_front_lags; `SELECT sync_{state.front.name}_jobs()` writes them again",
+            )
+        else:
+            yield green(name, f"{table} is a front of the queue, trained on {state.base_model or 'the default model'}")
 
 
 async def _check_sight(visibility: RowVisibility) -> CheckResult:

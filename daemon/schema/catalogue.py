@@ -35,19 +35,21 @@ class Expected:
     admitted: frozenset[str]
 
 
-def read_expected(db: psycopg.Connection[Any], files: Sequence[Sequence[str]]) -> Expected:
+def read_expected(db: psycopg.Connection[Any], files: Sequence[Sequence[str]], given: Sequence[str] = ()) -> Expected:
     """Reads what these migrations, each a list of statements, create on this server. The first makes the app's tables.
 
-    Does not touch the real ones."""
+    `given` are more tables of the app that they need: taken as they are. Does not touch the real ones."""
     with _elsewhere(db) as schema:
         _apply(db, files[:1])
         app = read_catalogue(db, schema)
         _take_over_types(db, app)
+        _copy_tables(db, given)
         before = read_catalogue(db, schema)
         _apply(db, files[1:])
         made = read_catalogue(db, schema)
     # Again as in an older project, where every role has rights on new objects: the rights that remain are allowed.
     with _elsewhere(db) as schema:
+        _copy_tables(db, given)  # before that: the rights on the app's own tables are none of our business
         for what in ("TABLES", "SEQUENCES", "FUNCTIONS"):
             db.execute(f"ALTER DEFAULT PRIVILEGES IN SCHEMA {schema} GRANT ALL ON {what} TO {_API_ROLES}".encode())
         _apply(db, files)
@@ -84,6 +86,13 @@ def _take_over_types(db: psycopg.Connection[Any], app: Catalogue) -> None:
         if _SERVED.match(made) and _SERVED.fullmatch(found) and not made.startswith(f"{found} "):
             alter = f'ALTER TABLE {_ELSEWHERE}."{relation}" ALTER COLUMN "{column}"'
             db.execute(f"{alter} TYPE {found} USING NULL::{found}".encode())
+
+
+def _copy_tables(db: psycopg.Connection[Any], tables: Sequence[str]) -> None:
+    """Makes empty copies of tables of the app. One that is missing is left to the migration that needs it to report."""
+    for table in tables:
+        if db.execute("SELECT WHERE to_regclass('public.' || %s) IS NOT NULL", (table,)).fetchone() is not None:
+            db.execute(f'CREATE TABLE {_ELSEWHERE}."{table}" (LIKE public."{table}")'.encode())
 
 
 @contextmanager

@@ -1,4 +1,5 @@
-"""Applies sql/migrations and records them where `supabase db push` does, so that either tool can be used.
+"""Applies sql/migrations, and the fronts that are asked for, and records them where `supabase db push` does, so that
+either tool can be used.
 
 Each file is one transaction. A lock keeps out a second run, and it retries when the app's traffic locks a table.
 """
@@ -6,7 +7,7 @@ Each file is one transaction. A lock keeps out a second run, and it retries when
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from daemon.database.login import connect
 from daemon.errors import DatabaseAway, HostUnfit
 from daemon.schema.catalogue import Expected, read_catalogue, read_expected
 from daemon.schema.fit import misfits
+from daemon.schema.fronts import RECORDED_AS, Front, installed_fronts, set_base_model
 from daemon.schema.installation import (
     add_constraints,
     differences,
@@ -72,23 +74,29 @@ def migrate(dsn: str, *, local: bool) -> list[str]:
     return bring_up_to_date(dsn, local=local).applied
 
 
-def bring_up_to_date(dsn: str, *, local: bool) -> Migrated:
-    """Applies missing migrations, then verifies everything applied so far and repairs what differs.
+def bring_up_to_date(dsn: str, *, local: bool, fronts: Sequence[Front] = (), base_model: str | None = None) -> Migrated:
+    """Applies missing migrations and these fronts, then verifies everything applied so far and repairs what differs.
 
-    `local` first adds to a plain Postgres what Supabase has (roles, auth.users, auth.uid()).
+    `local` first adds to a plain Postgres what Supabase has (roles, auth.users, auth.uid()). `base_model` is what jobs
+    that come in by these fronts are trained on.
     Raises DatabaseAway when Postgres does not answer or a table stays locked, HostUnfit when we cannot use it."""
     try:
         with connect(dsn, application_name="brightrun migrate") as db:
             if local:
                 _apply_local(db)
             _require_supabase(db)
-            expected = _require_fit(db)
+            served = _fronts_here(db, fronts)
+            expected = _require_fit(db, served)
             _prepare_record(db)
             _prepare_role(db)
             applied = [
                 f"{migration.version}_{migration.name}" for migration in migrations() if _apply_patiently(db, migration)
             ]
-            repaired = _patiently("the repair", lambda: _repair(db, expected))
+            for front in fronts:
+                applied += [front.recorded_as] if _apply_patiently(db, _as_migration(db, front)) else []
+                if base_model is not None:
+                    set_base_model(db, front, base_model)
+            repaired = _patiently("the repair", lambda: _repair(db, expected, served))
             repaired += _patiently("the repair of rows", lambda: repair_rows(db))
             with db.transaction():
                 db.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
@@ -139,12 +147,28 @@ def _require_supabase(db: psycopg.Connection[Any]) -> None:
         )
 
 
-def _require_fit(db: psycopg.Connection[Any]) -> Expected:
+def _fronts_here(db: psycopg.Connection[Any], wanted: Sequence[Front]) -> list[Front]:
+    """The fronts that are installed, and those that are to be."""
+    here = {front.name: front for front in (*installed_fronts(db), *wanted)}
+    return [here[name] for name in sorted(here)]
+
+
+def _as_migration(db: psycopg.Connection[Any], front: Front) -> Migration:
+    """A front comes after whatever is applied, so its version is the time: as the CLI names a new file."""
+    now = db.execute("SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYYMMDDHH24MISS')").fetchone()
+    assert now is not None
+    return Migration(now[0], front.recorded_as, front.sql)
+
+
+def _require_fit(db: psycopg.Connection[Any], served: Sequence[Front]) -> Expected:
     """Refuses a database that we could not serve, before anything is changed."""
     with db.transaction():
         db.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
         try:
-            expected = read_expected(db, _files())
+            tables = [table for front in served for table in front.tables]
+            expected = read_expected(db, _files(served), tables)
+        except psycopg.errors.ObjectNotInPrerequisiteState as error:
+            raise HostUnfit(f"{error.diag.message_primary}; {error.diag.message_hint}") from error
         except psycopg.DatabaseError as error:
             raise HostUnfit(f"the migrations cannot be applied here: {error}") from error
         wrong = misfits(db, expected, fresh=not _recorded(db) & {migration.version for migration in migrations()})
@@ -154,8 +178,8 @@ def _require_fit(db: psycopg.Connection[Any]) -> Expected:
     return expected
 
 
-def _files() -> list[list[str]]:
-    return [split_statements(migration.sql) for migration in migrations()]
+def _files(served: Sequence[Front] = ()) -> list[list[str]]:
+    return [*(split_statements(migration.sql) for migration in migrations()), *(front.statements for front in served)]
 
 
 def _prepare_role(db: psycopg.Connection[Any]) -> None:
@@ -166,13 +190,13 @@ def _prepare_role(db: psycopg.Connection[Any]) -> None:
                 db.execute(statement.encode())
 
 
-def _repair(db: psycopg.Connection[Any], expected: Expected) -> list[str]:
+def _repair(db: psycopg.Connection[Any], expected: Expected, served: Sequence[Front]) -> list[str]:
     with db.transaction():
         db.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
         wrong = differences(expected, read_catalogue(db))
         try:
             if wrong:
-                repair_catalogue(db, wrong, _files())
+                repair_catalogue(db, wrong, _files(served))
                 add_constraints(db, differences(expected, read_catalogue(db)), expected)
         except psycopg.errors.LockNotAvailable:
             raise
@@ -249,7 +273,8 @@ def _apply(db: psycopg.Connection[Any], migration: Migration) -> bool:
     with db.transaction():
         db.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
         done = db.execute(
-            "SELECT 1 FROM supabase_migrations.schema_migrations WHERE version = %s", (migration.version,)
+            "SELECT 1 FROM supabase_migrations.schema_migrations WHERE version = %s OR name = %s",
+            (migration.version, migration.name if migration.name.startswith(RECORDED_AS) else None),
         ).fetchone()
         if done is not None:
             return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from daemon.cli.data.queries import WorkerRow
+    from daemon.schema.fronts import Front
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
 
@@ -60,22 +62,46 @@ def migrate(
     local: Annotated[
         bool, typer.Option("--local", help="For a plain Postgres: first create what Supabase has (roles, auth).")
     ] = False,
+    front: Annotated[
+        list[str] | None,
+        typer.Option(help="Also make this table of the app a front of the queue, for example `pipeline`."),
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="The base model of the jobs that come in by that front.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Apply missing migrations and repair the database after a restore; safe at any time.
 
-    Applied migrations are recorded where `supabase db push` records them.
+    Applied migrations are recorded where `supabase db push` records them. A front, once applied, is verified and
+    repaired with the rest.
     """
     from daemon.cli.data.connection import database_url
     from daemon.schema.migrations import bring_up_to_date
     from daemon.terminal.console import print_json
 
-    done = bring_up_to_date(database_url(), local=local)
+    chosen = _choose_fronts(front or [], base_model)
+    done = bring_up_to_date(database_url(), local=local, fronts=chosen, base_model=base_model)
     if as_json:
         print_json({"applied": done.applied, "repaired": done.repaired})
         return
     lines = [*(f"applied {name}" for name in done.applied), *(f"repaired: {words}" for words in done.repaired)]
     typer.echo("\n".join(lines) or "already up to date")
+
+
+def _choose_fronts(names: list[str], base_model: str | None) -> list[Front]:
+    from daemon.cli.errors import Misused
+    from daemon.schema.fronts import fronts
+    from training.spec import MODEL_NAME
+
+    known = fronts()
+    if unknown := [name for name in names if name not in known]:
+        raise Misused(f"there is no front called {unknown[0]}", f"choose one of: {', '.join(known)}")
+    if base_model is not None and not names:
+        raise Misused("--base-model belongs to a front", "name the front as well: --front pipeline")
+    if base_model is not None and not re.fullmatch(MODEL_NAME, base_model):
+        raise Misused(f"{base_model!r} is not the name of a model", "name it as the hub does: organisation/name")
+    return [known[name] for name in names]
 
 
 def doctor(as_json: AsJson = False) -> None:
