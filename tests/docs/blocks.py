@@ -25,6 +25,8 @@ ELSEWHERE = {
     ("docs/cookbook.md", "sql"): "tests/docs/test_cookbook.py",
     ("docs/for-app-developers.md", "json"): "tests/docs/test_for_app_developers.py",
     ("docs/for-app-developers.md", "python"): "tests/docs/test_for_app_developers.py",
+    ("docs/how-to/fronts.md", "sh"): "tests/fronts/test_page.py",
+    ("docs/how-to/fronts.md", "sql"): "tests/fronts/test_page.py",
     ("docs/how-to/restoring.md", "sh"): "tests/docs/test_restoring.py",
     ("docs/operators-guide.md", "json"): "tests/contract/test_operators_guide.py",
 }
