@@ -115,10 +115,13 @@ class Reporter:
                     {"step": event.step, "bytes": event.bytes},
                 )
             case events.Sample():
-                # The owner's words and his model's: whatever path they name is none of this host.
-                said = f"The model answered a sample prompt {event.when} training."
-                sample = {"when": event.when, "prompt": event.prompt, "answer": event.answer}
-                self._story.append(_StoryLine("sample", said, sample))
+                self.tell(
+                    "sample",
+                    f"The model answered a sample prompt {event.when} training.",
+                    {"when": event.when, "prompt": event.prompt, "answer": event.answer},
+                    # The owner's words and his model's: whatever path they name is none of this host.
+                    as_is=True,
+                )
             case events.Notice():
                 if event.code == "resumed" and isinstance(step := event.data.get("step"), int):
                     self._resumed_at = self._checkpoint_step = step
@@ -132,10 +135,11 @@ class Reporter:
                 assert_never(event)
         self._dirty.set()
 
-    def tell(self, kind: str, message: str, data: dict[str, Any] | None = None) -> None:
+    def tell(self, kind: str, message: str, data: dict[str, Any] | None = None, *, as_is: bool = False) -> None:
         """Adds an event to the job's history, without what its owner must not read: that is in the log."""
-        line = _StoryLine(kind, message, data or {})
-        told = _StoryLine(kind, self.redaction.text(message), self.redaction.value(line.data))
+        line = told = _StoryLine(kind, message, data or {})
+        if not as_is:
+            told = _StoryLine(kind, self.redaction.text(message), self.redaction.value(line.data))
         if told != line:
             log.info("story_redacted", kind=kind, message=message, data=line.data)
         self._story.append(told)
