@@ -17,15 +17,20 @@ from typing import Any
 from uuid import UUID
 
 import psycopg
+import structlog
 from psycopg.types.json import Jsonb
 
+from daemon.database.column_types import clean_text
 from daemon.database.connection import Database
 from daemon.database.statements import statement
 from daemon.errors import DatabaseAway, RowsHidden, StatementRefused
-from daemon.gateway.schemas import Submission
+from daemon.gateway.differences import notice_of
+from daemon.gateway.schemas import MAX_ID_CHARACTERS, Submission, as_job_id, is_storable
 from daemon.queue.states import FINAL
 from daemon.settings import Settings
 from training.spec import Fault, SpecInvalid, parse_row
+
+log = structlog.get_logger()
 
 CONNECTIONS = 4
 # Shorter than any caller waits; a proxy gives up after 100 s.
@@ -105,18 +110,42 @@ class GatewayRows:
                 "Send the id of a row as job_id, or let the operator set TRAINER_SERVICE_USER_ID.",
             )
         if submission.dataset_url is None:
-            raise Refused(
-                422,
-                "A job needs a dataset.",
-                faults=(Fault("dataset_url", "needed: there is no row with this job_id"),),
-            )
+            raise dataset_needed("there is no row with this job_id")
         try:
             parse_row(submission.hyperparameters, submission.gpu_config)
         except SpecInvalid as invalid:
-            raise Refused(422, "The job cannot be run as it is written.", faults=tuple(invalid.faults)) from invalid
+            raise invalid_job(invalid) from invalid
         job = submission.model_dump(mode="json") | {"user_id": str(self._service_user_id)}
         rows = await self._call("submit_job", {"job": Jsonb(job), "hold_seconds": hold_seconds})
         return UUID(str(rows[0]["job_id"]))
+
+    async def notice(self, submission: Submission, job_id: UUID) -> str | None:
+        """Returns what the submit asks for and the job's row does not say, and adds it to the job's story."""
+        rows = await self.fetch("read_submitted_job", {"job_id": job_id})
+        message = notice_of(submission, rows[0]) if rows else None
+        if message is not None:
+            try:
+                message = clean_text(message, 2_000)
+                await self.fetch("tell_of_differences", {"job_id": job_id, "message": message})
+            except StatementRefused as refused:
+                log.warning("differences_not_told", job_id=str(job_id), error=str(refused))
+        return message
+
+    async def find(self, text: str) -> UUID:
+        """Returns the job that a caller names: by its own id, or by the one that he submitted it with.
+
+        Ids that callers chose are looked for among the jobs of the service's user only: other users have their own."""
+        if (job_id := as_job_id(text)) is not None:
+            return job_id
+        if self._service_user_id is None or len(text) > MAX_ID_CHARACTERS or not is_storable(text):
+            raise unknown_job()
+        named = {"user_id": self._service_user_id, "client_job_id": text}
+        found = (await self.fetch("find_client_job", named))[0]
+        if found["job_id"] is not None:
+            return UUID(str(found["job_id"]))
+        if found["can_tell"]:
+            raise unknown_job()
+        raise RowsHidden("row security may hide the job from training_daemon")
 
     async def standing(self, job_id: UUID) -> Standing:
         rows = await self.fetch("read_job_standing", {"job_id": job_id})
@@ -172,7 +201,11 @@ class GatewayRows:
                     "The operator must set TRAINER_SERVICE_USER_ID to a user of the project.",
                 ) from refused
             if isinstance(error, psycopg.DataError):
-                raise Refused(422, f"a value does not fit into its column: {error.diag.message_primary}") from refused
+                raise Refused(
+                    422,
+                    f"a value does not fit into its column: {error.diag.message_primary}",
+                    "Correct the value and send it again.",
+                ) from refused
             # The functions raise PT400, PT404 and PT409: the last three digits are HTTP's (PostgREST's custom).
             state = refused.sqlstate or ""
             if not isinstance(error, psycopg.Error) or not state.startswith("PT"):
@@ -187,4 +220,14 @@ class GatewayRows:
 
 
 def unknown_job() -> Refused:
-    return Refused(404, "There is no such job.", "Use the id that the submit returned.")
+    return Refused(404, "There is no such job.", "Use the id that the submit returned, or the job_id that you sent.")
+
+
+def dataset_needed(why: str) -> Refused:
+    faults = (Fault("dataset_url", f"needed: {why}"),)
+    return Refused(422, "A job needs a dataset.", "Send dataset_url with the address of the file.", faults)
+
+
+def invalid_job(invalid: SpecInvalid) -> Refused:
+    hint = "Correct the named fields and send it again."
+    return Refused(422, "The job cannot be run as it is written.", hint, tuple(invalid.faults))

@@ -17,6 +17,7 @@ from daemon.sentence import as_sentence, with_advice
 
 # No valid job nests deeper. Without a limit, a body of nested brackets would overflow the stack.
 MAX_DEPTH = 16
+MAX_ID_CHARACTERS = 200
 _HTTP_URL = r"^[Hh][Tt][Tt][Pp][Ss]?://[^\s/]"
 
 OldStatus = Literal["running", "completed", "failed"]
@@ -38,10 +39,11 @@ class Submission(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    job_id: Annotated[str, Field(min_length=1, max_length=200)] | None = Field(
+    job_id: Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARACTERS)] | None = Field(
         default=None,
         description="The id of a row that exists (nothing is inserted), or an id of your own: submitted again, it "
-        "names the same job.",
+        "names the same job, and so it does to /status and /cancel. The row is what runs: a submit changes nothing in "
+        "it.",
         examples=["test-123"],
     )
     dataset_url: Annotated[str, Field(max_length=8192, pattern=_HTTP_URL)] | None = Field(
@@ -84,8 +86,15 @@ class RunRequest(BaseModel):
     webhook: None = Field(default=None, description="Not served: put a callback_url into `input`.")
 
 
+Notice = Annotated[
+    str | None,
+    Field(description="what was asked for and the job's row does not say; absent if they agree. The row is what runs."),
+]
+
+
 class Submitted(BaseModel):
     external_job_id: str
+    notice: Notice = None
 
 
 class Metrics(BaseModel):
@@ -119,6 +128,7 @@ class TrainingCancelled(BaseModel):
 class Accepted(BaseModel):
     id: str
     status: ServerlessStatus
+    notice: Notice = None
 
 
 class Output(BaseModel):
@@ -135,6 +145,7 @@ class RunStatus(BaseModel):
     status: ServerlessStatus
     output: Output
     error: str | None = Field(default=None, description="absent unless the job failed or was cancelled")
+    notice: Notice = None
 
 
 class JobCounts(BaseModel):
@@ -221,12 +232,17 @@ def _error(contract: Mapping[str, Any]) -> str | None:
     return with_advice(contract.get("error_message") or "The job failed.", contract.get("error_hint"))
 
 
+def is_storable(text: str) -> bool:
+    """Whether a text column can hold it: no NUL, no lone surrogates."""
+    return "\x00" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _require_storable(value: Any, depth: int) -> None:
     """Refuses what jsonb and text columns cannot store: NUL, lone surrogates, NaN, too deep nesting."""
     if depth > MAX_DEPTH:
         raise ValueError(f"nested more than {MAX_DEPTH} deep")
     if isinstance(value, str):
-        if "\x00" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        if not is_storable(value):
             raise ValueError("text must not hold NUL characters or lone surrogates")
     elif isinstance(value, float) and not math.isfinite(value):
         raise ValueError("NaN and infinity are no JSON numbers")

@@ -43,6 +43,8 @@ class Jobs(Protocol):
 
     async def submit(self, submission: Submission, /) -> UUID: ...
 
+    async def notice(self, submission: Submission, job_id: UUID, /) -> str | None: ...
+
     async def claim(self, job_id: UUID, /) -> ClaimedJob | None: ...
 
     async def standing(self, job_id: UUID, /) -> Standing: ...
@@ -101,6 +103,7 @@ class ServerlessHost:
             submission = submission.model_copy(update={"job_id": str(request["id"])})
         try:
             job_id = await self._jobs.submit(submission)
+            notice = await self._jobs.notice(submission, job_id)
             standing = await self._run_to_its_end(job_id, request)
         except StatementRefused as refused:
             log.error("serverless_job_refused", error=str(refused))
@@ -113,7 +116,7 @@ class ServerlessHost:
             ]
             return {"error": " ".join(as_sentence(each) for each in said).strip()}
         await self._herald.flush(LAST_CALLBACKS_SECONDS)
-        result = _result(standing, fit=self._worker.fit)
+        result = _result(standing, fit=self._worker.fit) | ({"notice": notice} if notice else {})
         # RunPod ends a worker that asks for it and starts another one, usually on another machine.
         return result if self._worker.fit else result | {"refresh_worker": True}
 

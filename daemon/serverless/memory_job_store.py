@@ -15,7 +15,8 @@ from uuid import NAMESPACE_URL, UUID, uuid4, uuid5
 
 from daemon.database.column_types import clean_json, clean_text, fit_integer, fit_numeric
 from daemon.errors import LeaseLost
-from daemon.gateway.job_rows import Refused, Standing, unknown_job
+from daemon.gateway.differences import notice_of
+from daemon.gateway.job_rows import Standing, dataset_needed, invalid_job, unknown_job
 from daemon.gateway.schemas import Submission
 from daemon.host.inspect import MEMORY_TOLERANCE, Host
 from daemon.queue.fitted_columns import adapter_columns, error_columns, percent
@@ -27,7 +28,7 @@ from daemon.serverless.memory_outbox import MemoryOutbox
 from daemon.serverless.row_store import cannot_serve
 from daemon.storage.interface import Location
 from daemon.storage.upload_log import RecordedUpload, UploadKind
-from training.spec import Fault, ParsedRow, SpecInvalid, parse_row
+from training.spec import ParsedRow, SpecInvalid, parse_row
 
 MAX_ATTEMPTS = 3
 NOBODY = UUID(int=0)
@@ -85,19 +86,21 @@ class MemoryJobStore:
 
         Raises Refused, before anything is downloaded, for a job that this host cannot serve."""
         if submission.dataset_url is None:
-            raise Refused(
-                422, "A job needs a dataset.", faults=(Fault("dataset_url", "needed: no database is configured"),)
-            )
+            raise dataset_needed("no database is configured")
         try:
             wanted = parse_row(submission.hyperparameters, submission.gpu_config)
         except SpecInvalid as invalid:
-            raise Refused(422, "The job cannot be run as it is written.", faults=tuple(invalid.faults)) from invalid
+            raise invalid_job(invalid) from invalid
         if lacking := _lacking(self._host, self._allowed_models, wanted):
             raise cannot_serve(lacking)
         own_id = submission.job_id or str(uuid4())
         job_id = submission.row_id or uuid5(NAMESPACE_URL, own_id)
         self._jobs.setdefault(job_id, _Job(job_id, submission, wanted.gpu_config.num_gpus))
         return job_id
+
+    async def notice(self, submission: Submission, job_id: UUID) -> str | None:
+        """Returns what a repeated submit asks for and the first one did not."""
+        return notice_of(submission, self._jobs[job_id].submission.model_dump() | {"storage_path": None})
 
     async def claim(self, job_id: UUID) -> ClaimedJob | None:
         """Claims the job if it waits and is due. `submit` has refused jobs that this host cannot serve."""

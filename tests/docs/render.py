@@ -99,6 +99,12 @@ Callers send `Authorization: Bearer KEY`, one of `TRAINER_GATEWAY_KEYS`, except 
 problems (`error`, `hint`, `faults`); 401 without a key, 413 too large, 422 not understood, 429 too many, 503 while the
 database is away. The dashboard is at `/dashboard` and signs in with the same keys; a single database reader pushes each
 change to all browsers within a second.
+
+A `job_id` in a submit is the id of a row, or an id of your own (any text of up to 200 characters). Your own id is
+looked for among the jobs of `TRAINER_SERVICE_USER_ID` only, and `/status` and `/cancel` take it like the job's own.
+**The row is what runs**: a submit changes nothing in a row that exists, and only gives a job without one its
+`callback_url`. What the submit asks for and the row does not say stands in the answer's `notice`, which is absent if
+they agree, and once in the job's story (`submit_differs`). Spellings, and the signature of a URL, make no difference.
 """
 
 _METRICS_HEAD = """

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx
 import psycopg
@@ -62,7 +64,8 @@ def test_a_submit_of_a_row_that_exists_inserts_nothing_and_keeps_the_row(client:
         "callback_url": "https://app.example.com/hook",
         **LONG_SPELLING,
     }
-    assert client.post("/training/submit", json=body).json() == {"external_job_id": str(job)}
+    answer = client.post("/training/submit", json=body).json()
+    assert answer["external_job_id"] == str(job)
     after = queue.row(job)
     assert after["callback_url"] == "https://app.example.com/hook"
     unchanged = set(before) - {"callback_url", "updated_at"}
@@ -82,6 +85,73 @@ def test_a_waiting_job_reads_as_recorded_in_both_contracts(client: httpx.Client,
     run = client.get(f"/status/{job}").json()
     assert set(run) == {"id", "status", "output"} and run["id"] == job and run["status"] == "IN_QUEUE"
     assert set(run["output"]) == OUTPUT and run["output"]["adapter_path"] is None
+
+
+def test_a_submit_that_differs_from_its_row_says_so_in_the_answer_and_in_the_story_once(
+    client: httpx.Client, queue: Queue
+) -> None:
+    row = {"base_model": "tiny", "epochs": 2, "rank": 16, "learning_rate": 0.0002}
+    job = queue.insert(hyperparameters=row, gpu_config=json.dumps({"type": "H100", "count": 1}))
+    body = {
+        "job_id": str(job),
+        "dataset_url": "https://elsewhere.example.com/other.jsonl?token=secret",
+        "hyperparameters": {"num_epochs": 5, "lora_rank": 16, "alpha": 32, "learning_rate": 2e-4},
+        "gpu_config": {"gpu_type": "h100", "num_gpus": 2},
+    }
+    answers = [client.post("/training/submit", json=body).json() for _ in range(2)]
+    answers.append(client.post("/run", json={"input": body}).json())
+    notices = {answer["notice"] for answer in answers}
+    assert notices == {
+        "The job's row differs from what was submitted, and the row is what runs: num_epochs is 2 there, not 5, "
+        "num_gpus is 1 there, not 2, dataset_url is another file. "
+        "Change the row while it is queued, or submit without this job_id for another job."
+    }
+    told = [event["message"] for event in queue.events(job) if event["kind"] == "submit_differs"]
+    assert told == [*notices] and queue.row(job)["hyperparameters"] == row
+
+
+def test_a_submit_that_says_what_its_row_says_is_answered_without_a_notice(client: httpx.Client, queue: Queue) -> None:
+    """As the older edge function does: it inserts the row, signs the row's own dataset, and submits both."""
+    asked: dict[str, object] = LONG_SPELLING["hyperparameters"]
+    job = queue.insert(hyperparameters=asked, gpu_config=json.dumps(LONG_SPELLING["gpu_config"]))
+    (dataset,) = queue.select(
+        "SELECT storage_bucket || '/' || storage_path AS place FROM datasets JOIN training_jobs AS job "
+        "ON job.dataset_id = datasets.id WHERE job.id = %s", job
+    )  # fmt: skip
+    signed = f"https://abc.supabase.co/storage/v1/object/sign/{dataset['place']}?token=t"
+    body = {"job_id": str(job), "dataset_url": signed, "callback_url": "https://app.example.com/hook", **LONG_SPELLING}
+    body["hyperparameters"] = {"learning_rate": 2e-4, "batch_size": 4, "epochs": 3, "rank": 16, "alpha": 32}
+    body["gpu_config"] = {"type": "H100", "count": 1}
+    for _ in range(2):
+        assert client.post("/training/submit", json=body).json() == {"external_job_id": str(job)}
+    assert "submit_differs" not in queue.story(job)
+
+
+def test_a_callers_own_id_names_his_job_to_status_and_cancel_and_nobody_elses(
+    client: httpx.Client, queue: Queue
+) -> None:
+    other = uuid.uuid4()
+    queue.select("INSERT INTO auth.users (id, email) VALUES (%s, 'other@example.test')", other)
+    strangers = queue.insert(user_id=other, client_job_id="run/7 of Ann?")
+    body = {"job_id": "run/8 of Ann?", "dataset_url": "https://files.example.com/d.jsonl", **SHORT_SPELLING}
+    job = client.post("/training/submit", json=body).json()["external_job_id"]
+    named, unknown = quote("run/8 of Ann?", safe=""), quote("run/7 of Ann?", safe="")
+    assert client.get(f"/training/status/{named}").json() == client.get(f"/training/status/{job}").json()
+    assert client.get(f"/status/{named}").json()["id"] == job
+    for method, path in (
+        ("GET", "status"),
+        ("GET", "training/status"),
+        ("POST", "cancel"),
+        ("POST", "training/cancel"),
+    ):
+        for nobodys in (unknown, "x%00y", "y" * 300):
+            refused = client.request(method, f"/{path}/{nobodys}")
+            assert refused.status_code == 404 and refused.json()["error"] == "There is no such job.", refused.text
+    assert queue.row(strangers)["status"] == "queued"
+    assert client.post(f"/cancel/{named}").json() == {"id": job, "status": "CANCELLED"}
+    assert client.post(f"/training/cancel/{named}").json() == {"external_job_id": job, "status": "cancelled"}
+    differing = client.post("/training/submit", json=body | {"hyperparameters": {"epochs": 9}}).json()
+    assert differing["external_job_id"] == job and "num_epochs is 3 there, not 9" in differing["notice"]
 
 
 def test_run_answers_in_queue_and_takes_the_same_input(client: httpx.Client, queue: Queue) -> None:

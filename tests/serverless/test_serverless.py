@@ -64,6 +64,11 @@ def test_a_job_with_a_row_of_its_own_is_run_and_both_sides_are_told(
         assert "error" not in result, result
         row = queue.row(result["output"]["job_id"])
         assert worker.logged("job_claimed")
+        # Delivered again with other values: the row is what ran, and the result says so.
+        runpod.run("run-2", job_id="test-123", dataset_url=url, hyperparameters={"epochs": 4})
+        again = runpod.wait_for_result("run-2")["output"]
+        assert again["job_id"] == str(row["id"]) and "num_epochs is 1 there, not 4" in again["notice"]
+        assert "submit_differs" in queue.story(row["id"])
     assert set(result["output"]) == RESULT and result["output"]["status"] == "completed"
     assert row["status"] == "completed" and row["client_job_id"] == "test-123"
     assert result["output"]["adapter_path"] == row["adapter_path"] and result["output"]["progress"] == 100
@@ -215,6 +220,8 @@ def test_without_a_database_the_same_job_ends_in_the_same_result(
         given = {"dataset_url": url, "callback_url": f"http://{files.host}/hook"}
         runpod.run("run-1", job_id="test-123", hyperparameters={"epochs": 1, "rank": 8}, **given)
         result = runpod.wait_for_result("run-1")
+        runpod.run("run-2", job_id="test-123", hyperparameters={"epochs": 1, "rank": 4}, **given)
+        assert "lora_rank is 8 there, not 4" in runpod.wait_for_result("run-2")["output"]["notice"]
         assert worker.logged("serverless_started", rows=False)
         endings = [body["event"] for _headers, body in files.posted if body["event"] != "job.progress"]
         assert endings == ["job.initializing", "job.started", "job.completed"]

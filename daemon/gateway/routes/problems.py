@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import Annotated, Any
-from uuid import UUID
 
 import structlog
 from fastapi import FastAPI, Path, Request
@@ -12,16 +11,13 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from daemon.errors import DatabaseAway, HostUnfit
-from daemon.gateway.job_rows import Refused, unknown_job
-from daemon.gateway.schemas import (
-    Problem,
-    as_job_id,
-)
+from daemon.gateway.job_rows import Refused
+from daemon.gateway.schemas import Problem
 
 log = structlog.get_logger()
 
 
-JobId = Annotated[str, Path(description="as the submit returned it")]
+JobId = Annotated[str, Path(description="as the submit returned it, or the job_id that you sent")]
 
 
 def _answer_errors(app: FastAPI) -> None:
@@ -40,10 +36,15 @@ def _answer_errors(app: FastAPI) -> None:
         found = error.errors()
         if any(item["type"] == "json_invalid" for item in found):
             return answer(
-                400, Problem(error="The body is not JSON.", hint=str(found[0].get("ctx", {}).get("error", "")))
+                400,
+                Problem(
+                    error=f"The body is not JSON ({found[0].get('ctx', {}).get('error', 'it cannot be read')}).",
+                    hint="Send one JSON object.",
+                ),
             )
         faults = [{"field": ".".join(str(part) for part in item["loc"][1:]), "message": item["msg"]} for item in found]
-        return answer(422, Problem(error="The request cannot be read.", faults=faults))
+        problem = Problem(error="The request cannot be read.", hint="Correct the named fields.", faults=faults)
+        return answer(422, problem)
 
     @app.exception_handler(DatabaseAway)
     async def _away(_request: Request, error: DatabaseAway) -> JSONResponse:
@@ -58,7 +59,8 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _http(_request: Request, error: HTTPException) -> JSONResponse:
-        return answer(error.status_code, Problem(error=str(error.detail)), dict(error.headers or {}))
+        hint = "The routes and their methods are listed at /docs." if error.status_code in (404, 405) else None
+        return answer(error.status_code, Problem(error=str(error.detail), hint=hint), dict(error.headers or {}))
 
     @app.exception_handler(Exception)
     async def _broken(_request: Request, error: Exception) -> JSONResponse:
@@ -78,10 +80,3 @@ def _next(name: str, *operations: str) -> dict[int | str, dict[str, Any]]:
         for operation in operations
     }
     return {200: {"links": links}}
-
-
-def _known_shape(text: str) -> UUID:
-    job_id = as_job_id(text)
-    if job_id is None:
-        raise unknown_job()
-    return job_id

@@ -13,7 +13,7 @@ from fastapi.params import Depends
 from fastapi.responses import JSONResponse
 
 from daemon.gateway.job_rows import GatewayRows, Standing
-from daemon.gateway.routes.problems import JobId, _known_shape, _next, _problems
+from daemon.gateway.routes.problems import JobId, _next, _problems
 from daemon.gateway.schemas import (
     Accepted,
     RunRequest,
@@ -40,13 +40,15 @@ def _add_serverless_routes(app: FastAPI, rows: GatewayRows, waiting: _Waiting, l
         dependencies=locked,
         tags=["serverless"],
         responses=_problems(409) | _next("id", "status", "cancel"),
+        response_model_exclude_none=True,
     )
     async def run(request: RunRequest) -> Accepted:
         """Submit a job and return immediately."""
         job_id = await rows.submit(request.input)
         log.info("job_submitted", job_id=str(job_id), by="serverless")
+        notice = await rows.notice(request.input, job_id)
         standing = await rows.standing(job_id)
-        return Accepted(id=str(job_id), status=_run_status(standing).status)
+        return Accepted(id=str(job_id), status=_run_status(standing).status, notice=notice)
 
     @app.post(
         "/runsync",
@@ -62,10 +64,11 @@ def _add_serverless_routes(app: FastAPI, rows: GatewayRows, waiting: _Waiting, l
         """Submit a job and wait a while for its end. If it is still unfinished, call /status with its id."""
         job_id = await rows.submit(request.input)
         log.info("job_submitted", job_id=str(job_id), by="serverless")
-        return _run_answer(await waiting.for_end(job_id, None if wait is None else wait / 1000.0))
+        notice = await rows.notice(request.input, job_id)
+        return _run_answer(await waiting.for_end(job_id, None if wait is None else wait / 1000.0), notice)
 
     @app.get(
-        "/status/{job_id}",
+        "/status/{job_id:path}",
         operation_id="status",
         dependencies=locked,
         tags=["serverless"],
@@ -74,18 +77,19 @@ def _add_serverless_routes(app: FastAPI, rows: GatewayRows, waiting: _Waiting, l
     )
     async def status(job_id: JobId) -> Response:
         """The job's status."""
-        return _run_answer(await rows.standing(_known_shape(job_id)))
+        return _run_answer(await rows.standing(await rows.find(job_id)))
 
     @app.post(
-        "/cancel/{job_id}",
+        "/cancel/{job_id:path}",
         operation_id="cancel",
         dependencies=locked,
         tags=["serverless"],
         responses=_problems(404, 409),
+        response_model_exclude_none=True,
     )
     async def cancel(job_id: JobId) -> Accepted:
         """Cancel the job. Cancelling twice is no error; a job that has ended is refused with 409."""
-        known = _known_shape(job_id)
+        known = await rows.find(job_id)
         await rows.cancel(known)
         log.info("job_cancelled", job_id=str(known), by="serverless")
         return Accepted(id=str(known), status="CANCELLED")
@@ -121,7 +125,7 @@ def _run_status(standing: Standing) -> RunStatus:
     return run_status(standing.job_id, standing.state, standing.contract)
 
 
-def _run_answer(standing: Standing) -> JSONResponse:
-    answer = _run_status(standing)
+def _run_answer(standing: Standing, notice: str | None = None) -> JSONResponse:
+    answer = _run_status(standing).model_copy(update={"notice": notice})
     # Without an error, leave `error` out instead of null: older callers check whether the key exists.
-    return JSONResponse(answer.model_dump(exclude={"error"} if answer.error is None else None))
+    return JSONResponse(answer.model_dump(exclude={name for name in ("error", "notice") if not getattr(answer, name)}))

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from fastapi.params import Depends
 
 from daemon.gateway.job_rows import GatewayRows
-from daemon.gateway.routes.problems import JobId, _known_shape, _next, _problems
+from daemon.gateway.routes.problems import JobId, _next, _problems
 from daemon.gateway.schemas import (
     Submission,
     Submitted,
@@ -29,15 +29,18 @@ def _add_training_routes(app: FastAPI, rows: GatewayRows, locked: Sequence[Depen
         dependencies=locked,
         tags=["training"],
         responses=_problems(409) | _next("external_job_id", "trainingStatus", "trainingCancel"),
+        response_model_exclude_none=True,
     )
     async def submit(submission: Submission) -> Submitted:
-        """Submit a job. A job_id that names a row submits that job; any other creates one job, also when repeated."""
+        """Submit a job. A job_id that names a row submits that job; any other creates one job, also when repeated.
+
+        The row is what runs: values of the submit that differ from it change nothing and are listed in `notice`."""
         job_id = await rows.submit(submission)
         log.info("job_submitted", job_id=str(job_id), by="training")
-        return Submitted(external_job_id=str(job_id))
+        return Submitted(external_job_id=str(job_id), notice=await rows.notice(submission, job_id))
 
     @app.get(
-        "/training/status/{external_job_id}",
+        "/training/status/{external_job_id:path}",
         operation_id="trainingStatus",
         dependencies=locked,
         tags=["training"],
@@ -45,11 +48,11 @@ def _add_training_routes(app: FastAPI, rows: GatewayRows, locked: Sequence[Depen
     )
     async def status(external_job_id: JobId) -> TrainingStatus:
         """The job's status."""
-        standing = await rows.standing(_known_shape(external_job_id))
+        standing = await rows.standing(await rows.find(external_job_id))
         return training_status(standing.state, standing.contract)
 
     @app.post(
-        "/training/cancel/{external_job_id}",
+        "/training/cancel/{external_job_id:path}",
         operation_id="trainingCancel",
         dependencies=locked,
         tags=["training"],
@@ -57,7 +60,7 @@ def _add_training_routes(app: FastAPI, rows: GatewayRows, locked: Sequence[Depen
     )
     async def cancel(external_job_id: JobId) -> TrainingCancelled:
         """Cancel the job. Cancelling twice is no error; a job that has ended is refused with 409."""
-        job_id = _known_shape(external_job_id)
+        job_id = await rows.find(external_job_id)
         await rows.cancel(job_id)
         log.info("job_cancelled", job_id=str(job_id), by="training")
         return TrainingCancelled(external_job_id=str(job_id))
