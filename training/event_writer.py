@@ -12,6 +12,7 @@ from training.events import (
     Failed,
     Notice,
     Planned,
+    Preparing,
     Progress,
     Sample,
     Stage,
@@ -20,7 +21,17 @@ from training.events import (
 )
 
 AnyEvent = (
-    Started | StageEntered | Planned | Progress | Evaluated | CheckpointSaved | Sample | Notice | AdapterSaved | Failed
+    Started
+    | StageEntered
+    | Preparing
+    | Planned
+    | Progress
+    | Evaluated
+    | CheckpointSaved
+    | Sample
+    | Notice
+    | AdapterSaved
+    | Failed
 )
 
 
@@ -43,6 +54,9 @@ class EventWriter:
 
     def stage(self, stage: Stage, detail: str | None = None) -> None:
         self.say(StageEntered(job_id=self.job_id, stage=stage, detail=detail))
+
+    def preparing(self, done: int, total: int) -> None:
+        self.say(Preparing(job_id=self.job_id, done=done, total=total))
 
     def notice(self, code: str, message: str, **data: Any) -> None:
         self.say(Notice(job_id=self.job_id, code=code, message=message, data=data))

@@ -73,6 +73,14 @@ class StageEntered(_Event):
     detail: str | None = None
 
 
+class Preparing(_Event):
+    """The data are being encoded: a large file takes minutes, and the trainer is not stuck."""
+
+    kind: Literal["preparing"] = "preparing"
+    done: int
+    total: int
+
+
 class Planned(_Event):
     """The run's real size, known before the model is loaded. Corrects the row's estimates."""
 
@@ -175,7 +183,17 @@ class Ready(BaseModel):
 
 
 Event = Annotated[
-    Started | StageEntered | Planned | Progress | Evaluated | CheckpointSaved | Sample | Notice | AdapterSaved | Failed,
+    Started
+    | StageEntered
+    | Preparing
+    | Planned
+    | Progress
+    | Evaluated
+    | CheckpointSaved
+    | Sample
+    | Notice
+    | AdapterSaved
+    | Failed,
     Field(discriminator="kind"),
 ]
 

@@ -99,6 +99,8 @@ class Reporter:
                 self.tell("trainer_started", "The trainer started.", {"versions": event.versions})
             case events.StageEntered():
                 self.enter(event.stage, event.detail)
+            case events.Preparing():
+                self._status.take_preparing(event.done, event.total)
             case events.Planned():
                 self._plan = self._plan_to_write = event
                 self._status.total_steps = event.total_steps
@@ -123,9 +125,7 @@ class Reporter:
                     as_is=True,
                 )
             case events.Notice():
-                if event.code == "resumed" and isinstance(step := event.data.get("step"), int):
-                    self._resumed_at = self._checkpoint_step = step
-                self.tell(event.code, event.message, event.data)
+                self._take_notice(event)
             case events.AdapterSaved():
                 self.tell("adapter_saved", "The adapter is saved on the host.", event.summary)
             case events.Failed():
@@ -154,6 +154,11 @@ class Reporter:
         """Progress of the base model's download."""
         self._status.take_download(done_bytes, total_bytes)
         self._dirty.set()
+
+    def _take_notice(self, event: events.Notice) -> None:
+        if event.code == "resumed" and isinstance(step := event.data.get("step"), int):
+            self._resumed_at = self._checkpoint_step = step
+        self.tell(event.code, event.message, event.data)
 
     def _take_step(self, event: events.Progress) -> None:
         self._must_start = self._must_start or not self._started

@@ -52,6 +52,11 @@ class JobStatus:
         begin, end = STAGE_PROGRESS[Stage.DOWNLOADING], STAGE_PROGRESS[Stage.LOADING]
         self._raise_progress(begin + (end - begin) * done_bytes / max(total_bytes, 1))
 
+    def take_preparing(self, done: int, total: int) -> None:
+        """Counts the conversations that are encoded."""
+        self.metrics |= {"prepared_conversations": done, "total_conversations": total}
+        self.changed = True
+
     def take_step(self, event: events.Progress) -> None:
         if self._first_step is None:
             self._first_step = (event.step, self._clock())
