@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -263,6 +264,10 @@ class JobSpec(BaseModel):
     quantize: bool = Field(default=True, description="NF4 with double quantisation; bf16 when false")
     checkpoint_seconds: float = Field(default=300.0, gt=0)
     trackers: tuple[Tracker, ...] = ("tensorboard",)
+    today: date | None = Field(
+        default=None,
+        description="the date that chat templates are told: the job's, equal in every attempt; the real one if not set",
+    )
     cost_per_hour: float | None = None
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from datetime import UTC
 from pathlib import Path
 from typing import Any, TypeVar, assert_never
 
@@ -199,6 +200,8 @@ class Attempt:
             compute_type=settings.asked_compute_type,
             checkpoint_seconds=settings.checkpoint_seconds,
             trackers=tracking.trackers,
+            # The first attempt's date: with another one, a template that tells it would make checkpoints useless.
+            today=(job.started_at or job.claimed_at).astimezone(UTC).date(),
         )
         verdict = await self._train(spec, tracking, workspace, reporter, keeper)
         if isinstance(verdict, Failed):
