@@ -59,8 +59,9 @@ from training.base.dtype import compute_dtype
 from training.base.gguf_import import import_gguf
 from training.base.load import load_base_model
 from training.base.sequence_packing import packs_without_leaks
-from training.data.chat_template import ChatTemplate, Example
+from training.data.chat_template import ChatTemplate
 from training.data.corpus import Corpus, gather
+from training.data.example import Example
 from training.data.plan import make_plan
 from training.data.tokenizer import load_tokenizer
 from training.event_writer import AnyEvent, EventWriter

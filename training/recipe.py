@@ -23,7 +23,7 @@ from training.base.sharded import cut, memory_of_a_rank, must_be_cut
 from training.data.chat_template import ChatTemplate
 from training.data.corpus import Corpus, gather
 from training.data.plan import Plan
-from training.data.tokenizer import load_tokenizer
+from training.data.tokenizer import load_tokenizer, stop_tokens
 from training.event_writer import EventWriter
 from training.events import AdapterSaved, Planned, Stage
 from training.failures import StopRequested
@@ -93,8 +93,15 @@ def prepare(spec: JobSpec, voice: EventWriter, tokenizer: PreTrainedTokenizerBas
     """Reads the data, plans and estimates, without a model. `tokenizer` is the base model's if it is loaded already."""
     folder = open_model_folder(spec.model_path, spec.base_model)
     tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
-    template = ChatTemplate(tokenizer)
-    corpus = gather(spec.dataset_path, spec.validation_path, spec.hyperparameters, template, folder.context_length)
+    template = ChatTemplate(tokenizer, stops=stop_tokens(folder), today=spec.today)
+    corpus = gather(
+        spec.dataset_path,
+        spec.validation_path,
+        spec.hyperparameters,
+        template,
+        folder.context_length,
+        tick=voice.preparing,
+    )
     corpus.announce(voice)
     plan, estimate = plan_and_estimate(spec, folder, corpus)
     memory = memory_of_a_rank(spec)

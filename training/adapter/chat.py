@@ -37,14 +37,14 @@ class Pair:
 
             from training.base.load import load_base_model
             from training.data.chat_template import ChatTemplate
-            from training.data.tokenizer import load_tokenizer
+            from training.data.tokenizer import load_tokenizer, stop_tokens
 
         folder = open_model_folder(model_dir, model_dir.name)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._device = device
         self._max_new_tokens = max_new_tokens
         self._tokenizer: Any = load_tokenizer(folder)
-        self._template: ChatTemplate = ChatTemplate(self._tokenizer)
+        self._template: ChatTemplate = ChatTemplate(self._tokenizer, stops=stop_tokens(folder))
         self._model: Any = PeftModel.from_pretrained(load_base_model(_spec(model_dir, device), folder), adapter_dir)
         self._model.eval()
         self.forget()

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.data.chat_template import ChatTemplate, Example, TemplateRefuses
+from training.data.chat_template import ChatTemplate
+from training.data.encoding import Tick, encode
+from training.data.example import Example
+from training.data.fitting import choose_length, fit, longest_possible, refuse_long, remark_on_lost
 from training.data.formats.conversation import Conversation
-from training.data.formats.faults import invalid, join_places, list_faults
+from training.data.formats.faults import invalid
 from training.data.formats.read_dataset import Reading, read_conversations
 from training.data.holding_out import Sides, answers_of, hold_out, leave_out_learnt, leave_out_trained
 from training.data.remarks import Remark, remarks_on
+from training.data.template_remarks import remarks_on_encoding
 from training.spec import Hyperparameters
 
 if TYPE_CHECKING:
     from training.event_writer import EventWriter
-
-# Sequences are padded to a multiple of this, so a length in between saves nothing.
-LENGTH_STEP = 64
-# As long as the data need, up to this: a conversation of 32,768 tokens beside the default model takes 60 of one GPU's
-# 80 GB by the estimate. It is the same on every host, so that another one resumes with the same data.
-DEFAULT_LENGTH_CAP = 32_768
 
 
 @dataclass(frozen=True)
@@ -103,28 +100,34 @@ def gather(
     chosen: Hyperparameters,
     template: ChatTemplate,
     context_length: int,
+    *,
+    tick: Tick = lambda _done, _total: None,
 ) -> Corpus:
-    """Reads, encodes, cuts and splits. Raises TrainingFailed(dataset_invalid) with line numbers and reasons."""
+    """Reads, encodes, cuts and splits. Raises TrainingFailed(dataset_invalid) with line numbers and reasons.
+
+    `tick` is called every few seconds with how many conversations are encoded, and of how many.
+    """
     reading = read_conversations(dataset_path)
-    remarks = _remarks_on(reading, template)
+    remarks = remarks_on(reading)
     sides = _divide(reading, validation_path, chosen, remarks)
     train_part, held_out = list(sides.train), list(sides.validation)
-    train = _encode(train_part, template)
-    validation = _encode(held_out, template)
-    longest = max(len(example.input_ids) for example in (*train, *validation))
-    max_length = _choose_length(longest, chosen.max_length, context_length)
+    rows = [*train_part, *held_out]
+    encoded = encode(rows, template, longest_possible(chosen.max_length, context_length), tick)
+    remarks += remarks_on_encoding(template, rows, encoded)
+    longest = max(len(example.input_ids) for row in encoded for example in row.examples)
+    max_length = choose_length(longest, chosen.max_length, context_length)
     if chosen.long_conversations == "refuse":
-        _refuse_long(train, max_length, longest)
-    train, lost = _fit(train, train_part, template, max_length)
-    validation, lost_too = _fit(validation, held_out, template, max_length)
+        refuse_long(encoded[: len(train_part)], max_length, longest)
+    train, lost = fit(encoded[: len(train_part)], train_part, template, max_length)
+    validation, lost_too = fit(encoded[len(train_part) :], held_out, template, max_length)
     if not train:
         raise invalid(
             f"no conversation fits into max_length {max_length} (the longest has {longest} tokens)",
             f"raise max_length (this model reads up to {context_length} tokens) or shorten the conversations",
         )
     if lost.conversations or lost_too.conversations:
-        answers = sum(turn.trained for part in (train_part, held_out) for one in part for turn in one.turns)
-        remarks.append(_remark_on_lost(lost + lost_too, answers, max_length, longest, context_length))
+        answers = sum(turn.trained for row in rows for turn in row.turns)
+        remarks.append(remark_on_lost(lost + lost_too, answers, max_length, longest, context_length))
     validation, learnt = leave_out_learnt(train, validation)
     if learnt:
         remarks.append(
@@ -179,122 +182,3 @@ def _divide(reading: Reading, validation_path: Path | None, chosen: Hyperparamet
             )
         )
     return sides
-
-
-def _remarks_on(reading: Reading, template: ChatTemplate) -> list[Remark]:
-    remarks = remarks_on(reading)
-    if template.is_default:
-        remarks.append(
-            Remark("default_template", "this model has no chat template; the default one is used and saved beside it")
-        )
-    if template.folds_system and any(turn.role == "system" for c in reading.conversations for turn in c.turns):
-        remarks.append(
-            Remark(
-                "system_folded",
-                "this model's chat template has no system role; system texts are put before the first user message",
-            )
-        )
-    return remarks
-
-
-def _encode(conversations: Sequence[Conversation], template: ChatTemplate) -> list[Example]:
-    examples, faults = [], []
-    for conversation in conversations:
-        try:
-            examples.append(template.encode(conversation))
-        except TemplateRefuses as error:
-            faults.append((conversation.place, f"the model's chat template refuses it: {error}"))
-    if faults:
-        raise invalid(
-            f"{len(faults)} conversations cannot be rendered: {list_faults(faults)}",
-            "let user and assistant alternate, beginning with the user",
-        )
-    return examples
-
-
-def _choose_length(longest: int, asked: int | None, context_length: int) -> int:
-    """Returns the requested length, or else what the data need; never more than the model reads."""
-    needed = -(-longest // LENGTH_STEP) * LENGTH_STEP
-    return min(asked if asked is not None else min(needed, DEFAULT_LENGTH_CAP), context_length)
-
-
-@dataclass(frozen=True)
-class _Lost:
-    """What does not fit: conversations that were cut, those that were left out, and the answers of both."""
-
-    cut: int = 0
-    left_out: int = 0
-    answers: int = 0
-
-    def __add__(self, other: _Lost) -> _Lost:
-        return _Lost(self.cut + other.cut, self.left_out + other.left_out, self.answers + other.answers)
-
-    @property
-    def conversations(self) -> int:
-        return self.cut + self.left_out
-
-
-def _fit(
-    examples: Sequence[Example], conversations: Sequence[Conversation], template: ChatTemplate, max_length: int
-) -> tuple[list[Example], _Lost]:
-    """Cuts long conversations after the last answer that fits; leaves out those whose first answer does not."""
-    kept: list[Example] = []
-    lost = _Lost()
-    for example, conversation in zip(examples, conversations, strict=True):
-        if len(example.input_ids) <= max_length:
-            kept.append(example)
-            continue
-        answers = sum(turn.trained for turn in conversation.turns)
-        shorter = _cut_at_turn(conversation, template, max_length)
-        if shorter is None:
-            lost += _Lost(left_out=1, answers=answers)
-        else:
-            kept.append(shorter)
-            lost += _Lost(cut=1, answers=answers - sum(1 for _ in answers_of(shorter)))
-    return kept, lost
-
-
-def _refuse_long(examples: Sequence[Example], max_length: int, longest: int) -> None:
-    places = [example.place for example in examples if len(example.input_ids) > max_length]
-    if places:
-        count = "1 conversation is" if len(places) == 1 else f"{len(places):,} conversations are"
-        raise invalid(
-            f"{count} longer than max_length {max_length} (the longest has {longest} tokens): {join_places(places)}",
-            "raise max_length, shorten these conversations, or set long_conversations to cut",
-        )
-
-
-def _remark_on_lost(lost: _Lost, answers: int, max_length: int, longest: int, context_length: int) -> Remark:
-    what = [f"{lost.cut:,} cut after an earlier answer"] if lost.cut else []
-    what += [f"{lost.left_out:,} left out because not even the first answer fits"] if lost.left_out else []
-    advice = (
-        f"to train on all of them, set max_length to {longest}"
-        if longest <= context_length
-        else f"this model reads up to {context_length} tokens: split the conversations that are longer"
-    )
-    return Remark(
-        "long_conversations",
-        f"of the conversations longer than max_length {max_length}, {' and '.join(what)}: {lost.answers:,} of "
-        f"{answers:,} answers are not trained on; {advice}",
-        {
-            "cut": lost.cut,
-            "left_out": lost.left_out,
-            "max_length": max_length,
-            "answers": answers,
-            "answers_left_out": lost.answers,
-        },
-    )
-
-
-def _cut_at_turn(conversation: Conversation, template: ChatTemplate, max_length: int) -> Example | None:
-    for end in range(len(conversation.turns) - 1, 0, -1):
-        turns = conversation.turns[:end]
-        if not turns[-1].trained:
-            continue
-        try:
-            example = template.encode(Conversation(turns, conversation.place))
-        except TemplateRefuses:
-            continue
-        if len(example.input_ids) <= max_length and example.trained_tokens:
-            return example
-    return None

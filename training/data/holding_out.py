@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median_low
 
-from training.data.chat_template import IGNORED, Example
+from training.data.example import IGNORED, Example
 from training.data.formats.conversation import Conversation, Turn
 
 # With fewer groups, holding one out costs more than its loss tells.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
 
 from training.events import ErrorCode
 from training.failures import TrainingFailed
@@ -28,6 +29,23 @@ def load_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def stop_tokens(folder: ModelFolder) -> frozenset[int]:
+    """Returns the tokens at which a server stops generating, as the model's own files say."""
+    found: set[int] = set()
+    for source in (_generation_config(folder), folder.config, folder.text_config):
+        named = source.get("eos_token_id")
+        found.update(token for token in (named if isinstance(named, list) else [named]) if type(token) is int)
+    return frozenset(found)
+
+
+def _generation_config(folder: ModelFolder) -> dict[str, Any]:
+    try:
+        config = json.loads((folder.path / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _incomplete(message: str) -> TrainingFailed:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from training.data.chat_template import IGNORED, Example
+from training.data.example import IGNORED, Example
 from training.data.micro_batches import packing_pays
 from training.data.sampler import StepOrder
 

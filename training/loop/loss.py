@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from training.data.chat_template import IGNORED
+from training.data.example import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback
 from trl import SFTTrainer
 
-from training.data.chat_template import Example
 from training.data.corpus import Corpus
+from training.data.example import Example
 from training.data.micro_batches import halve, in_groups, micro_batches, tokens_in
 from training.data.plan import Plan
 from training.data.sampler import StepOrder

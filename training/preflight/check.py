@@ -104,11 +104,11 @@ def check_dataset(path: Path) -> Verdict:
 def check_spec(spec: JobSpec, memory_bytes: int | None = None) -> Verdict:
     """Checks a whole job: model folder, tokenizer, template, data, plan, memory, disk."""
     from training.data.chat_template import ChatTemplate
-    from training.data.tokenizer import load_tokenizer
+    from training.data.tokenizer import load_tokenizer, stop_tokens
 
     try:
         folder = open_model_folder(spec.model_path, spec.base_model)
-        template = ChatTemplate(load_tokenizer(folder))
+        template = ChatTemplate(load_tokenizer(folder), stops=stop_tokens(folder), today=spec.today)
         corpus = gather(spec.dataset_path, spec.validation_path, spec.hyperparameters, template, folder.context_length)
         plan, estimate = plan_and_estimate(spec, folder, corpus)
         check_resources(spec, estimate, memory_bytes)

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from datetime import date
+from typing import Any
 
 import pytest
-import trl
 
-from tests.tiny_models import CHATML, make_tokenizer
-from training.data.chat_template import IGNORED, ChatTemplate, TemplateRefuses
-from training.data.formats.conversation import Conversation, Turn
+from tests.chat_templates import SHIPPED, template_text, tokenizer_of
+from tests.tiny_models import CHATML
+from training.data.chat_template import ChatTemplate
+from training.data.example import IGNORED, Example
+from training.data.formats.conversation import Conversation, Role, Turn
+from training.data.template.rendering import CannotEncode, Message, Renderer, TemplateRefuses
 
-_SHIPPED = Path(trl.__file__).parent / "chat_templates"
-
-# Mistral-7B-Instruct-v0.2's template on the hub: strict alternation, no system role.
-MISTRAL_WITHOUT_SYSTEM = (
-    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
-    "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token}}"
-    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
-)
 # Later Mistral models: the system text is in the last user turn.
 MISTRAL_WITH_SYSTEM = (
     "{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content'] %}{%- set loop_messages = "
@@ -37,23 +30,19 @@ SILENT_ABOUT_SYSTEM = (
 )
 
 
-def _shipped(name: str) -> str:
-    return (_SHIPPED / f"{name}.jinja").read_text(encoding="utf-8")
-
-
 # template, end of an answer
-TEMPLATES = {
+TEMPLATES: dict[str, tuple[str | None, str]] = {
     "chatml": (CHATML, "<|im_end|>"),
-    "qwen2.5": (_shipped("qwen2_5"), "<|im_end|>"),
-    "qwen3": (_shipped("qwen3"), "<|im_end|>"),
-    "qwen3-instruct-2507": (_shipped("qwen3_instruct_2507"), "<|im_end|>"),
-    "llama3": (_shipped("llama3"), "<|eot_id|>"),
-    "llama3.1": (_shipped("llama3_1"), "<|eot_id|>"),
-    "gemma": (_shipped("gemma"), "<end_of_turn>"),
-    "gemma3": (_shipped("gemma3"), "<end_of_turn>"),
-    "phi3": (_shipped("phi3"), "<|end|>"),
-    "mistral-v0.2": (MISTRAL_WITHOUT_SYSTEM, "<|im_end|>"),
-    "mistral-with-system": (MISTRAL_WITH_SYSTEM, "<|im_end|>"),
+    "qwen2.5": (template_text("qwen2_5"), "<|im_end|>"),
+    "qwen3": (template_text("qwen3"), "<|im_end|>"),
+    "qwen3-instruct-2507": (template_text("qwen3_instruct_2507"), "<|im_end|>"),
+    "llama3": (template_text("llama3"), "<|eot_id|>"),
+    "llama3.1": (template_text("llama3_1"), "<|eot_id|>"),
+    "gemma": (template_text("gemma"), "<end_of_turn>"),
+    "gemma3": (template_text("gemma3"), "<end_of_turn>"),
+    "phi3": (template_text("phi3"), "<|end|>"),
+    "mistral-v0.2": (template_text("mistral-v0.2"), "</s>"),
+    "mistral-with-system": (MISTRAL_WITH_SYSTEM, "</s>"),
     "silent-about-system": (SILENT_ABOUT_SYSTEM, "</s>"),
     "default": (None, "<|im_end|>"),
 }
@@ -70,30 +59,49 @@ _CONVERSATION = Conversation(
 )
 
 
-def _template(name: str) -> tuple[ChatTemplate, object]:
+def _template(name: str) -> tuple[ChatTemplate, Any]:
     text, end = TEMPLATES[name]
-    marks = [end, *(mark for mark in ("<|user|>", "<|assistant|>", "<|system|>") if text and mark[2:-2] in text)]
-    tokenizer = make_tokenizer(text, extra_tokens=[mark for mark in marks if mark != "<|im_end|>"])
-    tokenizer.bos_token = "<|endoftext|>"
+    tokenizer, _ = tokenizer_of(name, text or CHATML)
+    tokenizer.chat_template, tokenizer.eos_token = text, end
     return ChatTemplate(tokenizer), tokenizer
 
 
-def _trained_pieces(tokenizer: object, input_ids: list[int], labels: list[int]) -> list[str]:
+def _encoded(template: ChatTemplate, conversation: Conversation) -> Example:
+    (example,) = template.encode(conversation).examples
+    return example
+
+
+def _said(*lines: str, untrained: tuple[int, ...] = ()) -> Conversation:
+    turns = []
+    for number, line in enumerate(lines):
+        role, _, text = line.partition(": ")
+        known: Role = next(known for known in ("system", "user", "assistant") if known == role)  # type: ignore[assignment]
+        turns.append(Turn(known, text, trained=role == "assistant" and number not in untrained))
+    return Conversation(tuple(turns), "line 1")
+
+
+def _pieces(template: ChatTemplate, tokenizer: Any, conversation: Conversation) -> list[list[str]]:
+    """Returns what is trained, by example."""
+    examples = template.encode(conversation).examples
+    return [_trained_pieces(tokenizer, example.input_ids, example.labels) for example in examples]
+
+
+def _trained_pieces(tokenizer: Any, input_ids: list[int], labels: list[int]) -> list[str]:
     """Returns the texts of the contiguous pieces that carry loss."""
     pieces: list[list[int]] = [[]]
     for token, label in zip(input_ids, labels, strict=True):
         if label != IGNORED:
-            assert label == token
-            pieces[-1].append(token)
-        elif pieces[-1]:
+            pieces[-1].append(label)
+        # A stop in place of the token that the template goes on with ends a piece.
+        if pieces[-1] and label != token:
             pieces.append([])
-    return [tokenizer.decode(piece) for piece in pieces if piece]  # type: ignore[attr-defined]
+    return [tokenizer.decode(piece) for piece in pieces if piece]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_only_the_answers_and_their_end_mark_are_trained(name: str) -> None:
     template, tokenizer = _template(name)
-    example = template.encode(_CONVERSATION)
+    example = _encoded(template, _CONVERSATION)
     pieces = _trained_pieces(tokenizer, example.input_ids, example.labels)
     end = TEMPLATES[name][1]
     assert len(pieces) == 2, pieces
@@ -105,7 +113,7 @@ def test_only_the_answers_and_their_end_mark_are_trained(name: str) -> None:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_system_text_reaches_the_model_once(name: str) -> None:
     template, tokenizer = _template(name)
-    text = tokenizer.decode(template.encode(_CONVERSATION).input_ids)  # type: ignore[attr-defined]
+    text = tokenizer.decode(_encoded(template, _CONVERSATION).input_ids)
     assert text.count("You answer tersely.") == 1
 
 
@@ -113,10 +121,10 @@ def test_the_system_text_reaches_the_model_once(name: str) -> None:
 def test_what_is_trained_follows_what_the_model_is_prompted_with(name: str) -> None:
     """The tokens before the first answer are exactly the prompt that the model gets when it is used."""
     template, tokenizer = _template(name)
-    example = template.encode(_CONVERSATION)
+    example = _encoded(template, _CONVERSATION)
     first = next(index for index, label in enumerate(example.labels) if label != IGNORED)
     prompt = template.prompt(_CONVERSATION.turns[:2])
-    assert tokenizer.decode(example.input_ids[:first]).rstrip() == prompt.rstrip()  # type: ignore[attr-defined]
+    assert tokenizer.decode(example.input_ids[:first]).rstrip() == prompt.rstrip()
 
 
 @pytest.mark.parametrize("name", ["mistral-v0.2", "gemma", "silent-about-system"])
@@ -133,19 +141,138 @@ def test_a_turn_that_is_history_carries_no_loss() -> None:
     template, tokenizer = _template("chatml")
     turns = list(_CONVERSATION.turns)
     turns[2] = Turn("assistant", _ANSWERS[0], trained=False)
-    example = template.encode(Conversation(tuple(turns), "line 1"))
+    example = _encoded(template, Conversation(tuple(turns), "line 1"))
     assert _trained_pieces(tokenizer, example.input_ids, example.labels) == [_ANSWERS[1] + "<|im_end|>"]
 
 
 def test_a_template_that_refuses_says_why() -> None:
     template, _ = _template("mistral-v0.2")
-    twice = (Turn("user", "a", trained=False), Turn("user", "b", trained=False), Turn("assistant", "c", trained=True))
     with pytest.raises(TemplateRefuses, match="alternate"):
-        template.encode(Conversation(twice, "line 1"))
+        template.encode(_said("assistant: Welcome!", "user: Hello?", "assistant: Hello."))
 
 
 def test_words_beyond_ascii_keep_their_borders() -> None:
     template, tokenizer = _template("chatml")
     turns = (Turn("user", "naïve 🦊?", trained=False), Turn("assistant", "日本語 🦊 é", trained=True))
-    example = template.encode(Conversation(turns, "line 1"))
+    example = _encoded(template, Conversation(turns, "line 1"))
     assert _trained_pieces(tokenizer, example.input_ids, example.labels) == ["日本語 🦊 é<|im_end|>"]
+
+
+def test_adjacent_turns_are_merged_only_where_the_template_refuses_them() -> None:
+    twice = _said("user: Hello?", "user: Anyone?", "assistant: Yes.")
+    strict, _ = _template("mistral-v0.2")
+    assert strict.encode(twice).notes == {"turns_merged": 1}
+    assert "Hello?\n\nAnyone?" in strict.prompt(twice.turns[:2])
+    loose, _ = _template("chatml")
+    assert not +loose.encode(twice).notes
+    assert "Hello?\n\nAnyone?" not in loose.prompt(twice.turns[:2])
+
+
+@pytest.mark.parametrize(
+    ("untrained", "trained"),
+    [((), [["One.\n\nTwo.</s>"]]), ((1,), [["Two.</s>"]]), ((2,), [["One.</s>"]])],
+    ids=["both", "the second", "the first"],
+)
+def test_of_a_merged_turn_only_the_trained_part_carries_loss(untrained: tuple[int, ...], trained: list[Any]) -> None:
+    """Where the first part is an answer and the second is not, the first ends with the token that stops a server."""
+    template, tokenizer = _template("mistral-v0.2")
+    conversation = _said("user: Hello?", "assistant: One.", "assistant: Two.", untrained=untrained)
+    assert _pieces(template, tokenizer, conversation) == trained
+
+
+def test_where_a_server_stops_at_the_next_turn_that_is_what_ends_an_answer() -> None:
+    tokenizer, stops = tokenizer_of("glm4moe")
+    template = ChatTemplate(tokenizer, stops=stops)
+    (example,) = template.encode(_said("user: A?", "assistant: Aye.", "user: B?", "assistant: Bye.")).examples
+    assert _trained_pieces(tokenizer, example.input_ids, example.labels) == [
+        "\n<think></think>\nAye.<|user|>",
+        "\n<think></think>\nBye.<|user|>",
+    ]
+
+
+def test_a_mark_at_which_no_server_stops_is_shown_but_the_stop_is_trained() -> None:
+    tokenizer, stops = tokenizer_of("gptoss")
+    template = ChatTemplate(tokenizer, stops=stops)
+    (example,) = template.encode(_said("user: A?", "assistant: Aye.", "user: B?", "assistant: Bye.")).examples
+    differing = [
+        (tokenizer.convert_ids_to_tokens(token), tokenizer.convert_ids_to_tokens(label))
+        for token, label in zip(example.input_ids, example.labels, strict=True)
+        if label not in (IGNORED, token)
+    ]
+    assert differing == [("<|end|>", "<|return|>")]
+
+
+def test_a_borrowed_template_is_ended_with_the_token_that_the_server_knows() -> None:
+    """A base model with ChatML whose files name another end of text: without it, its server would never stop."""
+    tokenizer, _ = tokenizer_of("chatml")
+    tokenizer.eos_token = "<|endoftext|>"
+    pieces = []
+    for example in ChatTemplate(tokenizer).encode(_said("user: A?", "assistant: Aye.")).examples:
+        pieces.append(tokenizer.decode([label for label in example.labels if label != IGNORED]))
+    assert pieces == ["Aye.<|im_end|><|endoftext|>"]
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|im_end|>\n", " <|im_end|><|im_end|>"])
+def test_a_mark_that_the_data_bring_along_is_not_doubled(end: str) -> None:
+    template, tokenizer = _template("chatml")
+    conversation = _said("user: A?", f"assistant: Aye.{end}")
+    assert [[piece.replace(" ", "") for piece in row] for row in _pieces(template, tokenizer, conversation)] == [
+        ["Aye.<|im_end|>"]
+    ]
+    assert template.encode(conversation).notes == {"end_marks_removed": 1}
+
+
+def test_a_mark_inside_an_answer_is_refused_and_one_in_a_request_is_counted() -> None:
+    template, _ = _template("chatml")
+    with pytest.raises(CannotEncode, match=r"contains <\|im_end\|>, at which the model stops"):
+        template.encode(_said("user: A?", "assistant: Aye.<|im_end|> And more."))
+    assert template.encode(_said("user: A <|im_end|>?", "assistant: Aye.")).notes == {"control_tokens": 1}
+
+
+def test_thoughts_that_a_template_drops_later_are_trained_each_in_an_example_of_its_own() -> None:
+    template, tokenizer = _template("qwen3")
+    thinking = "<think>\nHm.\n</think>\n\n"
+    conversation = _said("user: A?", f"assistant: {thinking}Aye.", "user: B?", f"assistant: {thinking}Bye.")
+    assert _pieces(template, tokenizer, conversation) == [
+        [f"{thinking}Aye.<|im_end|>"],
+        [f"{thinking}Bye.<|im_end|>"],
+    ]
+    assert template.encode(conversation).notes == {"split_by_answer": 1}
+
+
+def test_a_template_that_loses_a_part_of_the_answer_is_named() -> None:
+    polite = CHATML.replace("message['content']", "message['content'].split('!')[0]")
+    tokenizer, stops = tokenizer_of("polite", polite)
+    template = ChatTemplate(tokenizer, stops=stops)
+    with pytest.raises(CannotEncode, match="leaves out a part of the answer"):
+        template.encode(_said("user: A?", "assistant: Aye! Sir."))
+
+
+def test_an_empty_system_text_keeps_the_template_from_adding_its_own() -> None:
+    template, tokenizer = _template("qwen2.5")
+    assert template.default_system_text.startswith("You are Qwen")
+    (example,) = template.encode(_said("system: ", "user: A?", "assistant: Aye.")).examples
+    assert "You are Qwen" not in tokenizer.decode(example.input_ids)
+
+
+def test_the_date_in_a_template_is_the_jobs() -> None:
+    for name in ("llama3_2", "gptoss"):
+        tokenizer, stops = tokenizer_of(name)
+        texts = {
+            day: ChatTemplate(tokenizer, stops=stops, today=day).prompt(_said("user: A?", "assistant: Aye.").turns[:1])
+            for day in (date(2026, 11, 27), date(2026, 11, 28), None)
+        }
+        assert len(set(texts.values())) >= 2
+        assert any(shown in texts[date(2026, 11, 27)] for shown in ("27 Nov 2026", "2026-11-27"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_template_renders_as_the_library_renders_it(name: str) -> None:
+    """We call the compiled template ourselves, to tell it the date; servers call the library."""
+    tokenizer, _ = tokenizer_of(name)
+    render = Renderer(tokenizer)
+    asked = [Message("system", "Be brief."), Message("user", "A?"), Message("assistant", "Aye."), Message("user", "B?")]
+    rows = [{"role": message.role, "content": render._content(message.content)} for message in asked]
+    if name != "gemma":
+        expected = tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=True)
+        assert render(asked, prompt=True) == expected

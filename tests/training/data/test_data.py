@@ -208,7 +208,7 @@ def test_turns_that_the_template_refuses_are_named_by_line_and_in_its_own_words(
         "{%- for m in messages %}{%- if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
         "{{- raise_exception('roles must alternate') }}{%- endif %}{%- endfor %}"
     )
-    rows = [conversation(1), {"messages": [_MESSAGES[0], *_MESSAGES]}, conversation(2)]
+    rows = [conversation(1), {"messages": [_MESSAGES[1], *_MESSAGES]}, conversation(2)]
     path = write_dataset(tmp_path / "d.jsonl", rows)
     template = ChatTemplate(make_tokenizer(strict + CHATML))
     with pytest.raises(TrainingFailed) as refused:

@@ -19,8 +19,9 @@ from tests.doubles.app_data import (
     write_app_data,
 )
 from tests.tiny_models import CHATML, conversation, make_tokenizer, write_conversations, write_dataset
-from training.data.chat_template import IGNORED, ChatTemplate
+from training.data.chat_template import ChatTemplate
 from training.data.corpus import Corpus, gather
+from training.data.example import IGNORED
 from training.data.formats.conversation import Conversation, Turn
 from training.data.formats.read_dataset import read_conversations
 from training.data.holding_out import answers_of, hold_out

@@ -79,7 +79,7 @@ DATASETS: dict[str, tuple[bytes, tuple[str, ...]]] = {
     ),
     "only a system message": (_chat(("system", "s")).encode(), ("no assistant message", "system")),
     "only a user message": (_chat(("user", "q")).encode(), ("no assistant message", "user")),
-    "only an assistant message": (_chat(("assistant", "a")).encode(), ("there is no user message before",)),
+    "only an assistant message": (_chat(("assistant", "a")).encode(), ("there is no message before",)),
     "a system message in the middle": (
         _chat(("user", "q"), ("system", "s"), ("assistant", "a")).encode(),
         ("system message is not the first message",),

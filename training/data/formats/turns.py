@@ -65,8 +65,6 @@ def read_list(row: Mapping[str, Any], key: str, notes: Notes, *, may_be_empty: b
         trained = is_trained(item, role, where)
         if role == "assistant" and not trained:
             notes.excluded_answers += 1
-        if role == "system" and not content.strip():
-            continue
         turns.append(Turn(role, content, trained))
     return turns
 
@@ -82,8 +80,8 @@ def check_turns(turns: list[Turn], notes: Notes) -> tuple[Turn, ...]:
     trained = [index for index in answers if turns[index].trained]
     if not trained:
         raise NoExample("every answer has weight 0")
-    if not any(turn.role == "user" for turn in turns[: trained[-1]]):
-        raise BadRow("there is no user message before the answer")
+    if all(turn.role == "assistant" for turn in turns[: trained[-1]]):
+        raise BadRow("there is no message before the answer")
     if answers[-1] < len(turns) - 1:
         notes.unanswered += 1
     return tuple(turns[: trained[-1] + 1])

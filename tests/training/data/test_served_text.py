@@ -1,0 +1,173 @@
+"""The trained text is the served text: proven for every answer of many conversations, with every template there is.
+
+The proof goes the way of a server and shares no code with what it proves: the turns before an answer are rendered by
+`apply_chat_template` with the generation prompt and made into tokens; the example must begin with exactly these tokens;
+what is trained after them must be the answer and a token that stops a server, and nothing else may be trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import pytest
+
+from tests.chat_templates import SHIPPED, STRICT, tokenizer_of
+from training.data.chat_template import ChatTemplate, Encoded
+from training.data.example import IGNORED, Example
+from training.data.formats.conversation import Conversation, Role, Turn
+from training.data.template.rendering import CannotEncode
+
+_Rows = Sequence[tuple[Role, str]]
+
+
+def conversation(*rows: tuple[Role, str]) -> Conversation:
+    return Conversation(tuple(Turn(role, text, trained=role == "assistant") for role, text in rows), "line 1")
+
+
+def _exchanges(count: int) -> list[tuple[Role, str]]:
+    return [row for n in range(count) for row in (("user", f"Question {n}?"), ("assistant", f"Answer {n}."))]  # type: ignore[misc]
+
+
+CONVERSATIONS = {
+    "one answer": conversation(("user", "Hello?"), ("assistant", "Hello.")),
+    "system": conversation(("system", "Be brief."), ("user", "Hello?"), ("assistant", "Hello.")),
+    "three answers": conversation(*_exchanges(3)),
+    "system and twelve answers": conversation(("system", "Be brief."), *_exchanges(12)),
+    "opening answer": conversation(("assistant", "Welcome!"), *_exchanges(2)),
+    "opening answer after a system text": conversation(("system", "Be brief."), ("assistant", "Welcome!")),
+    "two requests": conversation(("user", "Hello?"), ("user", "Anyone?"), ("assistant", "Yes."), *_exchanges(1)),
+    "two answers": conversation(("user", "Hello?"), ("assistant", "Yes."), ("assistant", "Yes!"), *_exchanges(1)),
+    "beyond ascii": conversation(("user", "naïve 🦊?"), ("assistant", "日本語 🦊 é"), *_exchanges(1)),
+    "white space": conversation(
+        *(("user", " Hello? \n"), ("assistant", "\n\n  Hello. \n"), ("user", "\tBye?"), ("assistant", "Bye. \n\n"))
+    ),
+    "empty system text": conversation(("system", ""), *_exchanges(2)),
+    "control tokens in a request": conversation(("user", "What is <|im_end|> or </s>?"), ("assistant", "A mark.")),
+    "thoughts": conversation(
+        *(("user", "Hello?"), ("assistant", "<think>\nThey greet.\n</think>\n\nHello.")),
+        *(("user", "Bye?"), ("assistant", "<think>\nThey leave.\n</think>\n\nBye.")),
+    ),
+    "a last thought": conversation(*_exchanges(2), ("user", "Bye?"), ("assistant", "<think>\nSo.\n</think>\n\nBye.")),
+    "the same words again": conversation(*_exchanges(1), *_exchanges(1)),
+}
+
+
+def prove(template: ChatTemplate, tokenizer: Any, stops: Sequence[int], turns: _Rows, encoded: Encoded) -> int:
+    """Raises AssertionError unless each answer is trained as it will be asked for. Returns how many are."""
+    runs = [run for example in encoded.examples for run in _runs(example)]
+    opening = encoded.notes["opening_not_trained"]
+    answers = [index for index, (role, _) in enumerate(turns) if role == "assistant"]
+    answers = answers[1:] if opening else answers
+    assert len(runs) == len(answers), (runs, answers)
+    for index, run in zip(answers, runs, strict=True):
+        answer = turns[index][1]
+        if index:
+            prompt = tokenizer(_served(tokenizer, turns[:index]), add_special_tokens=False)["input_ids"]
+            assert run.before == prompt, (tokenizer.decode(run.before), tokenizer.decode(prompt))
+        assert run.trained[-1] in stops, tokenizer.decode(run.trained)
+        said = _squeezed(tokenizer.decode(run.trained, skip_special_tokens=False))
+        words = _squeezed(answer)
+        if "</think>" in answer and tokenizer.decode(run.before).rstrip().endswith("<think>"):
+            words = words.removeprefix("<think>")
+        lead, found, rest = said.rpartition(words)
+        assert found, (said, words)
+        assert lead in {"", "<think></think>", "</think>", "to=user<|message|>", "<|channel|>final<|message|>"}, said
+        assert all(token in tokenizer.all_special_tokens for token in tokenizer.tokenize(rest)), said
+    return len(runs)
+
+
+@dataclass(frozen=True)
+class _Run:
+    before: list[int]
+    trained: list[int]
+
+
+def _runs(example: Example) -> list[_Run]:
+    """Returns the pieces that carry loss, each with all tokens before it. A stop in place of a token ends one."""
+    runs = []
+    start = None
+    for index, (token, label) in enumerate(zip([*example.input_ids, 0], [*example.labels, IGNORED], strict=True)):
+        if label != IGNORED and start is None:
+            start = index
+        ends = label == IGNORED or label != token
+        if ends and start is not None:
+            runs.append(_Run(example.input_ids[:start], [*example.labels[start : index + (label != IGNORED)]]))
+            start = None
+        assert label in (IGNORED, token) or runs
+    return runs
+
+
+def _served(tokenizer: Any, turns: _Rows) -> str:
+    """Renders the prompt as a server does, in the form that the template takes."""
+    refused: Exception | None = None
+    for rows in (turns, _folded(turns), _merged(turns), _merged(_folded(turns))):
+        for parts in (False, True):
+            messages = [
+                {"role": role, "content": [{"type": "text", "text": text}] if parts else text} for role, text in rows
+            ]
+            try:
+                text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+                refused = error
+                continue
+            if all(_squeezed(text_of_row) in _squeezed(text) for role, text_of_row in rows if role != "assistant"):
+                return str(text)
+    raise AssertionError(refused)
+
+
+def _folded(turns: _Rows) -> _Rows:
+    if not turns or turns[0][0] != "system":
+        return turns
+    (_, system), *rest = turns
+    first = next((index for index, (role, _) in enumerate(rest) if role == "user"), None)
+    if first is None:
+        return turns
+    rest[first] = ("user", f"{system}\n\n{rest[first][1]}" if system else rest[first][1])
+    return rest
+
+
+def _merged(turns: _Rows) -> _Rows:
+    rows: list[tuple[Role, str]] = []
+    for role, text in turns:
+        if rows and rows[-1][0] == role:
+            rows[-1] = (role, f"{rows[-1][1]}\n\n{text}")
+        else:
+            rows.append((role, text))
+    return rows
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+# What the templates themselves refuse, and what cannot be trained as it would be asked for.
+_REASONS = (
+    "roles must alternate",
+    "No user query found",
+    "no user message to put it into",
+    "ends the thought before an answer begins",
+    "you should pass analysis messages",
+)
+
+
+@pytest.mark.parametrize("name", [*SHIPPED, *STRICT])
+def test_every_answer_is_trained_as_it_will_be_asked_for(name: str) -> None:
+    tokenizer, stops = tokenizer_of(name)
+    template = ChatTemplate(tokenizer, stops=stops)
+    refused = {}
+    for case, given in CONVERSATIONS.items():
+        try:
+            encoded = template.encode(given)
+        except CannotEncode as error:
+            refused[case] = str(error)
+            continue
+        turns: _Rows = [(turn.role, turn.content) for turn in given.turns]
+        if encoded.notes["turns_merged"]:
+            turns = _merged(turns)
+        assert prove(template, tokenizer, stops, turns, encoded), case
+    assert all(any(reason in said for reason in _REASONS) for said in refused.values()), refused
+    # What every model must be able to learn from, whatever its template is like.
+    assert not set(refused) - {"opening answer", "opening answer after a system text", "thoughts", "a last thought"}

@@ -1,0 +1,89 @@
+"""Renders messages to text with a model's chat template, as a server does; the date is the job's, not today's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date, datetime, time
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from training.data.formats.conversation import Role
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# A private-use character: it has no meaning in any template or dataset.
+MARK = "\ue0f0"
+
+
+class CannotEncode(ValueError):
+    """This conversation cannot be trained on with this template; the message says why."""
+
+
+class TemplateRefuses(CannotEncode):
+    """The template refused to render this conversation. `reason` is the template's own."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the model's chat template refuses it: {reason}")
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn as the template gets it: perhaps several turns of the conversation, merged.
+
+    `trained`: the character ranges of the content that carry loss. `turns`: how many turns of the conversation have
+    been shown when this one ends.
+    """
+
+    role: Role
+    content: str
+    trained: tuple[tuple[int, int], ...] = ()
+    turns: int = 0
+
+
+class Renderer:
+    """Calls a tokenizer's template. `list_form`: gives it a list of parts in place of plain text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, today: date | None = None) -> None:
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        # Not apply_chat_template: it refuses an empty conversation, and takes no function that tells the date.
+        self._template: Any = _compile_jinja_template(tokenizer.get_chat_template())
+        self._names: dict[str, Any] = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+        if today is not None:
+            midnight = datetime.combine(today, time())
+            self._names["strftime_now"] = midnight.strftime
+        self.list_form = False
+        self.list_form = self._reads_only_lists()
+
+    def __call__(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
+        """Returns the text; with `prompt`, up to where the model begins to answer. Raises TemplateRefuses."""
+        rows = [{"role": message.role, "content": self._content(message.content)} for message in messages]
+        try:
+            rendered: str = self._template.render(
+                messages=rows, tools=None, documents=None, add_generation_prompt=prompt, **self._names
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            raise TemplateRefuses(str(error) or type(error).__name__) from None
+        return rendered
+
+    def _content(self, text: str) -> Any:
+        return [{"type": "text", "text": text}] if self.list_form else text
+
+    def _reads_only_lists(self) -> bool:
+        """Templates of vision models may read parts only; servers then give them parts, even of plain text."""
+        probe = (Message("user", f"{MARK}u"), Message("assistant", f"{MARK}a"))
+        if self._shows(probe):
+            return False
+        self.list_form = True
+        return self._shows(probe)
+
+    def _shows(self, probe: Sequence[Message]) -> bool:
+        try:
+            text = self(probe)
+        except TemplateRefuses:
+            return False
+        return all(message.content in text for message in probe)
