@@ -138,33 +138,30 @@ async def test_a_lost_host_shows_and_is_forgotten(pipeline: Pipeline, store: Sql
 # Cancel ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("state", ["queued", "initializing", "running"])
 @pytest.mark.parametrize("by", ["row", "job", "server"])
-async def test_a_cancel_goes_both_ways_in_every_state(
-    pipeline: Pipeline, store: SqlJobStore, state: str, by: str
-) -> None:
-    row_id = pipeline.insert()
-    lease = None
-    if state != "queued":
-        lease = (await claimed(store)).lease
-        if state == "running":
-            await store.start_job(lease)
-            await progress(store, lease)
-    if by == "row":
-        assert pipeline.cancel(row_id) == 1
-    elif by == "server":
-        assert pipeline.update(row_id, {"status": "cancelled"}, server=True) == 1
-    else:
-        with pipeline.as_user() as app:
-            app.execute("SELECT cancel_training_job(%s)", (row_id,))
-    row, job = pipeline.row(row_id), pipeline.job(row_id)
-    assert row["status"] == job["status"] == "cancelled" and row["completed_at"] == job["completed_at"]
-    assert pipeline.database.story(row_id).count("cancelled") == 1
-    assert pipeline.cancel(row_id) == 1, "cancelled twice: nothing happens"
-    assert pipeline.row(row_id)["completed_at"] == job["completed_at"]
-    if lease is not None:
-        await store.end_cancelled_job(lease, cost=0.75, data={})
-        assert float(pipeline.row(row_id)["actual_cost"]) == 0.75
+async def test_a_cancel_goes_both_ways_in_every_state(pipeline: Pipeline, store: SqlJobStore, by: str) -> None:
+    for state in ("queued", "initializing", "running"):
+        row_id, lease = pipeline.insert(), None
+        if state != "queued":
+            lease = (await claimed(store)).lease
+            if state == "running":
+                await store.start_job(lease)
+                await progress(store, lease)
+        if by == "row":
+            assert pipeline.cancel(row_id) == 1
+        elif by == "server":
+            assert pipeline.update(row_id, {"status": "cancelled"}, server=True) == 1
+        else:
+            with pipeline.as_user() as app:
+                app.execute("SELECT cancel_training_job(%s)", (row_id,))
+        row, job = pipeline.row(row_id), pipeline.job(row_id)
+        assert row["status"] == job["status"] == "cancelled" and row["completed_at"] == job["completed_at"]
+        assert pipeline.database.story(row_id).count("cancelled") == 1
+        assert pipeline.cancel(row_id) == 1, "cancelled twice: nothing happens"
+        assert pipeline.row(row_id)["completed_at"] == job["completed_at"]
+        if lease is not None:
+            await store.end_cancelled_job(lease, cost=0.75, data={})
+            assert float(pipeline.row(row_id)["actual_cost"]) == 0.75
 
 
 @pytest.mark.parametrize("ending", ["completed", "failed"])

@@ -13,7 +13,7 @@ from daemon.database.connection import Database
 from daemon.queue.outcome import Completed
 from daemon.queue.sql_job_store import SqlJobStore
 from tests.fronts.pipeline import Pipeline
-from tests.postgres import AppDatabase
+from tests.postgres import AppDatabase, insert_statement
 from tests.queue.claiming import claimed
 
 DONE = Completed("lora-models/adapters/one.tar.gz", "0" * 64, 1_000, summary={"final_loss": 0.75})
@@ -43,28 +43,25 @@ def other_value(pipeline: Pipeline, column: str, kind: str) -> Any:
     return named.get(column, by_kind[kind])
 
 
-@pytest.mark.parametrize("state", ["queued", "running", "completed"])
 @pytest.mark.parametrize("server", [False, True], ids=["user", "server"])
-async def test_each_column_that_matters_stays_as_it_is(
-    pipeline: Pipeline, store: SqlJobStore, state: str, server: bool
-) -> None:
-    row_id = pipeline.insert()
-    if state != "queued":
-        lease = (await claimed(store)).lease
-        await store.start_job(lease)
-        if state == "completed":
-            await store.complete_job(lease, DONE, cost=1.5)
+async def test_each_column_that_matters_stays_as_it_is(pipeline: Pipeline, store: SqlJobStore, server: bool) -> None:
+    completed, running, queued = (pipeline.insert() for _ in range(3))
+    lease = (await claimed(store)).lease
+    await store.complete_job(lease, DONE, cost=1.5)
+    await store.start_job((await claimed(store)).lease)
+    assert [pipeline.row(one)["status"] for one in (completed, running, queued)] == ["completed", "running", "queued"]
     columns = pipeline.database.run(
         "SELECT column_name, data_type FROM information_schema.columns WHERE table_name = 'pipeline_training_jobs'"
     )
-    changed = set()
-    for name, kind in ((column["column_name"], column["data_type"]) for column in columns):
-        before, job = pipeline.row(row_id), pipeline.job(row_id)
-        assert pipeline.update(row_id, {name: other_value(pipeline, name, kind)}, server=server) == 1, name
-        after = pipeline.row(row_id)
-        changed |= {column for column in after if after[column] != before[column]}
-        assert pipeline.job(row_id) == job, name
-    assert changed - {"updated_at"} == (SERVERS if server else HIS) - {"updated_at"}
+    for row_id in (completed, running, queued):
+        changed = set()
+        for name, kind in ((column["column_name"], column["data_type"]) for column in columns):
+            before, job = pipeline.row(row_id), pipeline.job(row_id)
+            assert pipeline.update(row_id, {name: other_value(pipeline, name, kind)}, server=server) == 1, name
+            after = pipeline.row(row_id)
+            changed |= {column for column in after if after[column] != before[column]}
+            assert pipeline.job(row_id) == job, name
+        assert changed - {"updated_at"} == (SERVERS if server else HIS) - {"updated_at"}
 
 
 async def test_a_page_that_sends_its_whole_row_back_cancels_or_changes_nothing(
@@ -81,6 +78,28 @@ async def test_a_page_that_sends_its_whole_row_back_cancels_or_changes_nothing(
     row = pipeline.row(row_id)
     assert row["status"] == pipeline.job(row_id)["status"] == "cancelled"
     assert row["completed_at"] == pipeline.job(row_id)["completed_at"] and row["started_at"] == running["started_at"]
+
+
+async def test_a_page_that_upserts_its_row_cancels_or_changes_nothing(pipeline: Pipeline, store: SqlJobStore) -> None:
+    row_id = pipeline.insert()
+    await store.start_job((await claimed(store)).lease)
+    running = pipeline.row(row_id)
+
+    def upsert(status: str) -> None:
+        row = {"id": row_id, "user_id": pipeline.user, "job_name": status, "status": status, "progress": 99}
+        text, values = insert_statement("pipeline_training_jobs", row)
+        changes = ", ".join(f"{name} = excluded.{name}" for name in row)
+        with pipeline.as_user() as app:
+            app.execute(
+                text.replace(" RETURNING", f" ON CONFLICT (id) DO UPDATE SET {changes} RETURNING").encode(), values
+            )
+
+    for status in ("pending", "running", "completed"):
+        upsert(status)
+        assert pipeline.row(row_id) | {"updated_at": None} == running | {"updated_at": None, "job_name": status}
+    upsert("cancelled")
+    assert pipeline.row(row_id)["status"] == pipeline.job(row_id)["status"] == "cancelled"
+    assert pipeline.database.one("SELECT count(*) AS n FROM training_jobs")["n"] == 1
 
 
 def test_another_users_row_is_not_there(pipeline: Pipeline) -> None:
