@@ -108,8 +108,11 @@ def test_a_refused_insert_takes_its_upload_back(cli: CommandLine, queue: Queue, 
 
 def test_a_check_needs_no_database(queue: Queue, dataset: Path) -> None:
     alone = CommandLine(queue.folder)
-    counts = alone.ok("check", dataset, "--json").lines[0]["dataset"]["data"]
+    verdict = alone.ok("check", dataset, "--json").lines[0]["dataset"]
+    counts = verdict["data"]
     assert (counts["conversations"], counts["answers"]) == (1, 8)  # one conversation in eight copies
+    # Without the base model half of the questions are open.
+    assert "not_judged" in [remark["code"] for remark in verdict["remarks"]]
     job = queue.folder / "job.json"
     job.write_text(json.dumps({"hyperparameters": {"epochs": 3, "rank": 900}, "gpu_config": {"count": 0}}))
     said = alone.run("check", job)

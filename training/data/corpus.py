@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from training.data.formats.read_dataset import Reading, read_conversations
 from training.data.holding_out import Sides, answers_of, hold_out, leave_out_learnt, leave_out_trained
 from training.data.remarks import Remark, remarks_on
 from training.data.template_remarks import remarks_on_encoding
+from training.failures import TrainingFailed
 from training.spec import Hyperparameters
 
 if TYPE_CHECKING:
@@ -167,8 +168,7 @@ def _divide(reading: Reading, validation_path: Path | None, chosen: Hyperparamet
     """Returns the rows of each side; adds a remark on rows of a given validation file that are trained on."""
     if validation_path is None:
         return hold_out(reading.conversations, chosen.validation_fraction, chosen.seed)
-    given = read_conversations(validation_path)
-    remarks += [Remark(said.code, f"validation file: {said.message}", said.data) for said in remarks_on(given)]
+    given = _read_validation(validation_path, remarks)
     sides = leave_out_trained(reading.conversations, given.conversations)
     if sides.dropped:
         conversations = len({sides.validation_groups[row.place] for row in sides.dropped})
@@ -182,3 +182,14 @@ def _divide(reading: Reading, validation_path: Path | None, chosen: Hyperparamet
             )
         )
     return sides
+
+
+def _read_validation(path: Path, remarks: list[Remark]) -> Reading:
+    """Reads the given validation file; what is said of it names it, since lines of two files look alike."""
+    try:
+        given = read_conversations(path)
+    except TrainingFailed as error:
+        message = f"the validation file cannot be used: {error.message}"
+        raise TrainingFailed(error.code, message, error.hint, transient=error.transient) from None
+    remarks += [replace(said, message=f"validation file: {said.message}") for said in remarks_on(given)]
+    return given

@@ -9,7 +9,7 @@ from training.data.chat_template import ChatTemplate, Encoded
 from training.data.example import Example
 from training.data.formats.conversation import Conversation
 from training.data.formats.faults import invalid, join_places
-from training.data.remarks import Remark
+from training.data.remarks import Remark, counted
 from training.data.template.rendering import CannotEncode
 
 # Sequences are padded to a multiple of this, so a length in between saves nothing.
@@ -90,25 +90,26 @@ def refuse_long(encoded: Sequence[Encoded], max_length: int, longest: int) -> No
         row.examples[0].place for row in encoded if any(len(example.input_ids) > max_length for example in row.examples)
     ]
     if places:
-        count = "1 conversation is" if len(places) == 1 else f"{len(places):,} conversations are"
         raise invalid(
-            f"{count} longer than max_length {max_length} (the longest has {longest} tokens): {join_places(places)}",
+            f"{counted(len(places), 'conversation')} longer than max_length {max_length} (the longest has {longest} "
+            f"tokens): {join_places(places)}",
             "raise max_length, shorten these conversations, or set long_conversations to cut",
         )
 
 
 def remark_on_lost(lost: Lost, answers: int, max_length: int, longest: int, context_length: int) -> Remark:
-    what = [f"{lost.cut:,} cut after an earlier answer"] if lost.cut else []
-    what += [f"{lost.left_out:,} left out because not even the first answer fits"] if lost.left_out else []
+    what = [f"{counted(lost.cut, 'conversation')} cut after an earlier answer"] if lost.cut else []
+    if lost.left_out:
+        what.append(f"{counted(lost.left_out, 'conversation')} left out since not even the first answer fits")
     advice = (
-        f"to train on all of them, set max_length to {longest}"
+        f"to use all of them, set max_length to {longest}"
         if longest <= context_length
         else f"this model reads up to {context_length} tokens: split the conversations that are longer"
     )
     return Remark(
         "long_conversations",
-        f"of the conversations longer than max_length {max_length}, {' and '.join(what)}: {lost.answers:,} of "
-        f"{answers:,} answers are not trained on; {advice}",
+        f"max_length is {max_length} tokens: {' and '.join(what)}, so that {lost.answers:,} of {answers:,} answers are "
+        f"not used; {advice}",
         {
             "cut": lost.cut,
             "left_out": lost.left_out,

@@ -68,7 +68,7 @@ def remarks_on(reading: Reading) -> list[Remark]:
         remarks.append(
             Remark(
                 "excluded_answers",
-                f"{reading.excluded_answers:,} answers are marked in the dataset not to be trained on",
+                f"{counted(reading.excluded_answers, 'answer')} marked in the dataset not to be trained on",
                 {"answers": reading.excluded_answers},
             )
         )
@@ -82,6 +82,11 @@ def remarks_on(reading: Reading) -> list[Remark]:
             )
         )
     return remarks
+
+
+def counted(number: int, what: str) -> str:
+    """Returns `1 answer is`, `2 answers are`."""
+    return f"{number:,} {what} is" if number == 1 else f"{number:,} {what}s are"
 
 
 def _name(key: str) -> str:

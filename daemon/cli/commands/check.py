@@ -70,9 +70,9 @@ def judge(dataset: Path, row: ParsedRow) -> Verdict:
 def _not_judged(name: str) -> dict[str, str]:
     return {
         "code": "not_judged",
-        "message": f"not judged, because the base model {name} is not on this host: its chat template, which may "
-        f"refuse conversations, tokens, memory and time; `brightrun-trainer models pull {name}` fetches it, "
-        "--model names another",
+        "message": f"not judged, because the base model {name} is not on this host: tokens, memory and time, and its "
+        f"chat template, which may refuse conversations; `brightrun-trainer models pull {name}` fetches it, --model "
+        "names another",
     }
 
 

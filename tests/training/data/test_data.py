@@ -142,6 +142,15 @@ def test_a_given_validation_file_is_used_whole(tmp_path: Path) -> None:
     assert len(corpus.train) == 20 and len(corpus.validation) == 3
 
 
+def test_a_validation_file_is_named_in_what_is_said_of_it(tmp_path: Path) -> None:
+    train = write_conversations(tmp_path / "d.jsonl", 20)
+    validation = write_dataset(tmp_path / "v.jsonl", [conversation(number) | {"score": 1} for number in range(30, 33)])
+    (remark,) = _gather(train, validation).remarks
+    assert remark.code == "unused_keys" and remark.message.startswith("validation file: these keys")
+    with pytest.raises(TrainingFailed, match=r"the validation file cannot be used: 1 row .* line 1: 'tools'"):
+        _gather(train, write_dataset(tmp_path / "v.jsonl", [conversation(1) | {"tools": [{}]}]))
+
+
 def test_the_digest_is_that_of_the_words_not_of_the_file(tmp_path: Path) -> None:
     rows = [conversation(number) for number in range(20)]
     digest = _gather(write_dataset(tmp_path / "d.jsonl", rows)).digest()
@@ -168,9 +177,7 @@ def test_long_conversations_are_cut_after_an_answer_and_counted(tmp_path: Path) 
     assert remark.data == {"cut": 1, "left_out": 0, "max_length": 128, "answers": 22, "answers_left_out": left}
     assert 12 - left == sum(now != -100 == before for before, now in pairwise(cut.labels)) > 0
     whole = len(_gather(path, validation_fraction=0).train[-1].input_ids)
-    assert (
-        f"{left} of 22 answers are not trained on; to train on all of them, set max_length to {whole}" in remark.message
-    )
+    assert f"{left} of 22 answers are not used; to use all of them, set max_length to {whole}" in remark.message
     assert _gather(path, max_length=whole, validation_fraction=0).remarks == ()
 
 
@@ -179,7 +186,7 @@ def test_a_conversation_whose_first_answer_is_too_long_is_left_out_with_its_answ
     path = write_dataset(tmp_path / "d.jsonl", [*(conversation(number) for number in range(5)), long])
     (remark,) = _gather(path, max_length=128, validation_fraction=0).remarks
     assert remark.data == {"cut": 0, "left_out": 1, "max_length": 128, "answers": 7, "answers_left_out": 2}
-    assert "1 left out because not even the first answer fits: 2 of 7 answers are not trained on" in remark.message
+    assert "1 conversation is left out since not even the first answer fits, so that 2 of 7 answers" in remark.message
 
 
 def test_without_max_length_a_conversation_of_twenty_five_thousand_tokens_is_trained_whole(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.doubles.app_data import write_app_data
 from training.data.formats.faults import join_places, list_faults
 from training.data.formats.read_dataset import Reading, read_conversations
 from training.data.remarks import remarks_on
@@ -405,6 +406,13 @@ def test_what_is_understood_is_trained_as_it_says(name: str, tmp_path: Path) -> 
 
 def _read(tmp_path: Path, *rows: Any) -> Reading:
     return read_conversations(_file(tmp_path, _jsonl(*rows)))
+
+
+@pytest.mark.parametrize("app_format", ["messages", "pairs", "turns", "v4"])
+def test_the_apps_own_files_hold_no_key_that_is_unknown(app_format: Any, tmp_path: Path) -> None:
+    reading = read_conversations(write_app_data(tmp_path / "data", app_format))
+    assert reading.conversations
+    assert reading.unused_keys == {}
 
 
 def test_unused_keys_are_told_in_one_remark_with_counts(tmp_path: Path) -> None:
