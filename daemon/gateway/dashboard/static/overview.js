@@ -129,7 +129,7 @@ function section(title, name, emptyWords, head = null) {
 }
 
 function statistics() {
-  const facts = ["training", "waiting", "cards busy", "tokens a second", "ended in 24 h", "spent in 24 h"].map((name) => {
+  const facts = ["training", "waiting", "GPUs busy", "tokens a second", "ended in 24 h", "spent in 24 h"].map((name) => {
     const value = el("span");
     const note = el("span", { class: "note" });
     return { name, value, note, element: el("div", {}, el("dt", { text: name }), el("dd", {}, value, note)) };
@@ -146,7 +146,10 @@ function statistics() {
       const sum = (values) => values.reduce((total, value) => total + (f.isNumber(value) ? value : 0), 0);
       set("training", f.count(underWay.length));
       set("waiting", f.count(countWaiting()));
-      set("cards busy", `${f.count(sum(live.map((host) => host.busy)))} of ${f.count(sum(live.map((host) => host.slots)))}`);
+      const busy = sum(live.map((host) => host.busy));
+      // A host that is out of service takes no job: of its GPUs only those that still work on one count.
+      const usable = sum(live.map((host) => (host.state === "out_of_service" ? host.busy : host.slots)));
+      set("GPUs busy", `${f.count(busy)} of ${f.count(usable)}`);
       set("tokens a second", f.count(sum(underWay.filter((job) => job.state === "running").map((job) => f.metric(job, "throughput")))));
       const { completed, failed, cancelled } = state.day;
       set(
@@ -170,7 +173,8 @@ function hostCard() {
   const troubles = el("ul", { class: "troubles small" });
   const listed = new KeyedList(troubles, () => {
     const item = el("li");
-    return { element: item, update: (trouble) => say(item, `${trouble.name}: ${trouble.message}`) };
+    const told = (trouble) => `${trouble.name.charAt(0).toUpperCase()}${trouble.name.slice(1)}: ${trouble.message}`;
+    return { element: item, update: (trouble) => say(item, told(trouble)) };
   });
   const element = el(
     "li",
@@ -185,9 +189,9 @@ function hostCard() {
     element,
     update(host) {
       say(name, host.host);
-      const card = host.device === "cpu" ? "CPU" : `${host.gpu_count} × ${f.words(host.gpu_type ?? "GPU").replace(/^NVIDIA /, "")}`;
-      const memory = f.isNumber(host.gpu_memory_gb) && !/\d ?GB/i.test(card) ? ` · ${Math.round(host.gpu_memory_gb)} GB` : "";
-      say(what, card + memory);
+      const gpus = host.device === "cpu" ? "CPU" : `${host.gpu_count} × ${f.words(host.gpu_type ?? "GPU").replace(/^NVIDIA /, "")}`;
+      const memory = f.isNumber(host.gpu_memory_gb) && !/\d ?GB/i.test(gpus) ? ` · ${Math.round(host.gpu_memory_gb)} GB` : "";
+      say(what, gpus + memory);
       say(status, host.state.replaceAll("_", " "));
       // What a host that is gone said last is no news.
       const now = ["gone", "lost"].includes(host.state) ? [] : (host.troubles ?? []);
