@@ -27,7 +27,7 @@ _REST = rf"(?:/(?P<rest>(?:{_NAME}/)*(?:{_NAME})?))?(?![\w-])(?P=quote)"
 # Where libraries lie: what follows names the module. In a traceback a quote ends the path, and it may contain spaces.
 _PACKAGES = r"/(?:(?:site|dist)-packages|python3\.\d+)/(?!(?:site|dist)-packages/)"
 _FRAME = re.compile(rf"(?<=File \")[^\"\n]*?{_PACKAGES}")
-_LIBRARY = re.compile(rf"(?:/{_NAME})*{_PACKAGES}")
+_LIBRARY = re.compile(rf"(?<![\w.~%/-])(?:/{_NAME})*{_PACKAGES}")
 _ANY_PATH = re.compile(rf"{_BEFORE}/(?:{_NAME}/)+(?P<rest>{_NAME})?(?P=quote)")
 _FILE = re.compile(r"[\w+@~-][\w.+@~-]*\.\w{1,16}")
 # A plain word may be part of a sentence that does not mean the host.
