@@ -119,7 +119,9 @@ async def one_life(app: App, store: SqlJobStore, seconds: int, meter: CostMeter)
         for _ in range(seconds // HEARTBEAT_SECONDS):
             await store.renew_lease(lease, 60.0)
 
-    await meter.take("plan", store.record_plan(lease, total_steps=seconds, total_epochs=1, estimated_total_cost=0.1))
+    await meter.take(
+        "plan", store.record_plan(lease, total_steps=seconds, total_epochs=1, estimated_total_cost=0.1, trained_with={})
+    )
     await meter.take("start", store.start_job(lease))
     await meter.take("story", story(), len(EVENTS))
     await meter.take("progress", training(), seconds)

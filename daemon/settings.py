@@ -108,6 +108,11 @@ class Settings(BaseSettings):
         default=False,
         description="keep the newest checkpoint in Storage too, so that a host without this volume can resume the job",
     )
+    metrics_points: int = Field(
+        default=100,
+        ge=0,
+        description="points of a job in `metrics_points`, at most, spread over the run; 0 keeps one for each step",
+    )
     keep_days: float = Field(
         default=7.0, gt=0, description="how long checkpoints of failed and cancelled jobs are kept"
     )

@@ -6,6 +6,7 @@ import os
 from typing import Any, Literal
 
 from training.events import (
+    AdapterAttached,
     AdapterSaved,
     CheckpointSaved,
     Evaluated,
@@ -25,6 +26,7 @@ AnyEvent = (
     | StageEntered
     | Preparing
     | Planned
+    | AdapterAttached
     | Progress
     | Evaluated
     | CheckpointSaved

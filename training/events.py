@@ -97,7 +97,19 @@ class Planned(_Event):
     trained_tokens: int = Field(description="tokens that carry loss, one epoch")
     max_length: int
     compute_type: str | None = Field(default=None, description="what the products are computed in")
+    trained_with: dict[str, Any] = Field(
+        default_factory=dict, description="the resolved settings, as far as they are known without the model"
+    )
     data: dict[str, Any] = Field(default_factory=dict)
+
+
+class AdapterAttached(_Event):
+    """The adapter is in its place: what only the loaded model could decide."""
+
+    kind: Literal["adapter_attached"] = "adapter_attached"
+    target_modules: tuple[str, ...]
+    packing: bool
+    trainable_parameters: int
 
 
 class Progress(_Event):
@@ -187,6 +199,7 @@ Event = Annotated[
     | StageEntered
     | Preparing
     | Planned
+    | AdapterAttached
     | Progress
     | Evaluated
     | CheckpointSaved

@@ -25,7 +25,7 @@ from training.data.corpus import Corpus, gather
 from training.data.plan import Plan
 from training.data.tokenizer import load_tokenizer, stop_tokens
 from training.event_writer import EventWriter
-from training.events import AdapterSaved, Planned, Stage
+from training.events import AdapterAttached, AdapterSaved, Planned, Stage
 from training.failures import StopRequested
 from training.files.model_folder import ModelFolder, open_model_folder
 from training.loop.checkpoint import Checkpoint, CheckpointShelf
@@ -33,6 +33,7 @@ from training.loop.memory_probe import gauge_of
 from training.loop.trainer import AdapterTrainer
 from training.preflight.check import check_resources, memory_remark, plan_and_estimate
 from training.preflight.estimate import Estimate
+from training.preflight.trained_with import trained_with
 from training.quantization.dequantized_cache import keep_unpacked, spare_bytes
 from training.ranks import ALONE, Ranks
 from training.results.chart import draw_chart
@@ -128,6 +129,7 @@ def prepare(spec: JobSpec, voice: EventWriter, tokenizer: PreTrainedTokenizerBas
             trained_tokens=corpus.trained_tokens,
             max_length=corpus.max_length,
             compute_type=plan.compute_type,
+            trained_with=trained_with(spec, corpus, plan),
             data={**corpus.statistics(), "estimate": estimate.as_dict()},
         )
     )
@@ -150,6 +152,14 @@ def train_on(
     warn_of_missing_kernels(spec, base, voice)
     packed = may_pack(spec, base, voice)
     model = attach_adapter(base, spec.hyperparameters)
+    voice.say(
+        AdapterAttached(
+            job_id=spec.job_id,
+            target_modules=tuple(sorted(model.peft_config["default"].target_modules)),
+            packing=packed,
+            trainable_parameters=trainable_parameters(model),
+        )
+    )
 
     # Training, from the start or from an earlier attempt's checkpoint.
     shelf = CheckpointShelf(spec.checkpoint_dir, fingerprint=_fingerprint(spec, plan, corpus))

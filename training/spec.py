@@ -211,6 +211,19 @@ def _spellings(model: type[BaseModel]) -> dict[str, tuple[str, ...]]:
     return spellings
 
 
+def by_own_names(model: type[BaseModel], raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what was asked for under the names of our fields, in their order; keys that are not read come last."""
+    asked: dict[str, Any] = {}
+    read = set()
+    for name, spellings in _spellings(model).items():
+        for key in spellings:
+            if key in raw:
+                asked[name] = raw[key]
+                read.add(key)
+                break
+    return asked | {key: value for key, value in raw.items() if key not in read}
+
+
 def _unused_keys(model: type[BaseModel], raw: Mapping[str, Any]) -> list[str]:
     """Returns the keys that change nothing, with what to give instead where that is known."""
     unused = []

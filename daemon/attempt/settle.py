@@ -48,6 +48,8 @@ async def settle(
             "attempt_failed", code=outcome.code, message=outcome.message, hint=outcome.hint, stack=outcome.stack
         )
     outcome = for_the_owner(outcome, reporter.redaction)
+    if not isinstance(outcome, Released | Returned):
+        reporter.end_curve()
     writing = asyncio.create_task(_write(job, outcome, reporter, stop=stop, store=store, settings=settings))
     if isinstance(outcome, Completed):
         return await writing  # verified and stored: it counts if no other host took the job

@@ -40,6 +40,7 @@ from daemon.queue.lease import HeldLease
 from daemon.queue.outcome import Cancelled, Completed, Failed, Outcome, Released, Superseded
 from daemon.report.cost import CostMeter, price_per_gpu_hour
 from daemon.report.reporter import Reporter
+from daemon.report.trained_with import model_in_words
 from daemon.settings import quantized_dir
 from daemon.stop_request import Stop, StopReason
 from daemon.storage.publish import publish_adapter
@@ -136,6 +137,7 @@ class Attempt:
             on_moved=self._tell,
             on_written=lambda status: self._with.courier.send_progress(self._job, status),
             redaction=self._with.redaction,
+            most_points=self._with.settings.metrics_points,
         )
 
     async def _outcome(self, reporter: Reporter) -> Outcome:
@@ -210,7 +212,7 @@ class Attempt:
             return _outcome_of_stop(verdict.reason, reporter)
 
         reporter.enter(Stage.UPLOADING)
-        facts = self._with.redaction.value(_manifest_facts(spec, verdict.summary))
+        facts = self._with.redaction.value(_manifest_facts(spec, reporter, verdict.summary))
         published = await _until_stopped(
             self._publish(verdict.adapter_dir, facts, workspace.attempt_dir),
             stop,
@@ -240,16 +242,21 @@ class Attempt:
             await asyncio.sleep(HIDDEN_SECONDS)
         return dataset
 
-    async def _find_model(self, name: str | None, reporter: Reporter) -> ResolvedModel:
-        settings = self._with.settings
+    async def _find_model(self, asked: str | None, reporter: Reporter) -> ResolvedModel:
+        """Finds the job's base model, else that of an attempt that has trained a step, else the default."""
+        settings, earlier = self._with.settings, self._job.base_model
         try:
-            return await resolve_model(name, settings, reporter.note_download)
+            model = await resolve_model(asked or earlier, settings, reporter.note_download)
         except JobFailed as error:
             if error.code is ErrorCode.MODEL_NOT_FOUND and not await asyncio.to_thread(folders_exist, settings):
                 raise HostFault(
                     "models folder", error.code, "The host has no models folder.", detail=error.for_the_operator
                 ) from error
             raise
+        used = {"base_model": model.name, "model_revision": model.revision, "gpu_type": self._with.host.gpu_type}
+        reporter.train_with(used)
+        reporter.tell("base_model", model_in_words(model.name, model.revision, asked, earlier), used)
+        return model
 
     async def _train(
         self,
@@ -376,13 +383,14 @@ def _asked_price(job: ClaimedJob) -> tuple[float | None, int]:
     return config.cost_per_gpu_hour, config.num_gpus
 
 
-def _manifest_facts(spec: JobSpec, summary: dict[str, Any]) -> dict[str, Any]:
+def _manifest_facts(spec: JobSpec, reporter: Reporter, summary: dict[str, Any]) -> dict[str, Any]:
     """Returns facts for serving the adapter, stored beside it: what it was made from, and how training went."""
     return {
         "job_id": spec.job_id,
         "base_model": spec.base_model,
         "base_model_revision": spec.model_revision,
         "hyperparameters": spec.hyperparameters.model_dump(mode="json"),
+        "trained_with": reporter.trained_with,
         "summary": summary,
         "versions": installed_versions(),
     }

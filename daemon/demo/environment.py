@@ -49,6 +49,8 @@ def daemon_settings(dsn: str, folder: Path) -> dict[str, str]:
         "TRAINER_STORAGE": "folder",
         "TRAINER_STORAGE_DIR": str(folder / "storage"),
         "TRAINER_LOG_FORMAT": "json",
+        # The screen draws every step.
+        "TRAINER_METRICS_POINTS": "0",
     }
 
 

@@ -51,9 +51,15 @@ class JobStore(Protocol):
         """Marks the job as running. A second call changes nothing. A cancelled job raises LeaseLost."""
 
     async def record_plan(
-        self, lease: Lease, *, total_steps: int, total_epochs: int, estimated_total_cost: float | None
+        self,
+        lease: Lease,
+        *,
+        total_steps: int | None,
+        total_epochs: int | None,
+        estimated_total_cost: float | None,
+        trained_with: Mapping[str, Any],
     ) -> None:
-        """Records the run's real size. A cancelled job raises LeaseLost."""
+        """Records the run's real size and its settings, as far as they are known. A cancelled job raises LeaseLost."""
 
     async def record_progress(
         self,
@@ -74,8 +80,10 @@ class JobStore(Protocol):
     async def record_metrics(self, lease: Lease, points: Sequence[MetricPoint]) -> None:
         """Adds points to the charts; also after a cancel, until the lease ends."""
 
-    async def forget_metrics(self, lease: Lease, after_step: int) -> None:
-        """Deletes the points after a resumed checkpoint's step; also after a cancel, until the lease ends."""
+    async def forget_metrics(self, lease: Lease, after_step: int | None, *, most: int = 0) -> int:
+        """Deletes the points after a resumed checkpoint's step; also after a cancel, until the lease ends.
+
+        Of more than `most` others (0: no limit) half are deleted, evenly. Returns how many remain."""
 
     async def record_event(self, lease: Lease, kind: str, message: str, data: Mapping[str, Any]) -> None:
         """Adds an event to the job's history; also after a cancel, until the lease ends."""

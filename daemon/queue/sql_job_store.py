@@ -34,6 +34,7 @@ log = structlog.get_logger()
 _WINDOWS = (8, 64, 512)
 # A job that was returned ten times, by one host or by several, may itself be the cause: it fills the disk, say.
 MAX_RETURNS = 10
+NO_LIMIT = 2**31 - 1
 
 
 class SqlJobStore:
@@ -176,13 +177,20 @@ class SqlJobStore:
         await self._statements.fenced("start_job", lease, {})
 
     async def record_plan(
-        self, lease: Lease, *, total_steps: int, total_epochs: int, estimated_total_cost: float | None
+        self,
+        lease: Lease,
+        *,
+        total_steps: int | None,
+        total_epochs: int | None,
+        estimated_total_cost: float | None,
+        trained_with: Mapping[str, Any],
     ) -> None:
-        """Records the run's real size, in place of the row's estimates."""
+        """Records the run's real size, in place of the row's estimates, and its settings."""
         values = {
-            "total_steps": fit_integer(total_steps),
-            "total_epochs": fit_integer(total_epochs),
+            "total_steps": None if total_steps is None else fit_integer(total_steps),
+            "total_epochs": None if total_epochs is None else fit_integer(total_epochs),
             "estimated_total_cost": fit_numeric(estimated_total_cost, 10, 2),
+            "trained_with": Jsonb(clean_json(trained_with)) if trained_with else None,
         }
         await self._statements.fenced("record_plan", lease, values)
 
@@ -237,9 +245,13 @@ class SqlJobStore:
                 lease, "notice", f"some metrics do not fit their columns and were left out or capped: {listed}", news
             )
 
-    async def forget_metrics(self, lease: Lease, after_step: int) -> None:
-        """Deletes the points after a resumed checkpoint's step. Raises PointsRefused."""
-        await self._chart("forget_metrics", lease, {"after_step": after_step})
+    async def forget_metrics(self, lease: Lease, after_step: int | None, *, most: int = 0) -> int:
+        """Deletes the points after a resumed checkpoint's step; of more than `most` others (0: no limit) half, evenly.
+
+        Returns how many remain. Raises PointsRefused."""
+        values = {"after_step": None if after_step is None else fit_integer(after_step), "most": most or NO_LIMIT}
+        remaining: int = (await self._chart("forget_metrics", lease, values))["remaining"]
+        return remaining
 
     async def record_event(self, lease: Lease, kind: str, message: str, data: Mapping[str, Any]) -> None:
         """Adds an event to the job's history; also after a cancel, until the lease ends."""
@@ -297,7 +309,7 @@ class SqlJobStore:
         rows = await self._statements.run("reap_expired_leases", {})
         return [Reaped(row["job_id"], State(row["state"])) for row in rows]
 
-    async def _chart(self, name: str, lease: Lease, values: Mapping[str, Any]) -> None:
+    async def _chart(self, name: str, lease: Lease, values: Mapping[str, Any]) -> dict[str, Any]:
         try:
             answer = await self._statements.run(name, {**lease.parameters(), **values})
         except DatabaseUnprepared as error:
@@ -308,6 +320,7 @@ class SqlJobStore:
             raise _points_refused(error) from error
         if not answer[0]["held"]:
             raise await self._statements.why_no_row(name, lease)
+        return answer[0]
 
     async def _end(
         self, name: str, lease: Lease, values: Mapping[str, Any], cost: float | None, wanted: set[State]

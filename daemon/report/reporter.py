@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, assert_never
 
@@ -23,7 +23,7 @@ from daemon.queue.job_store import JobStore
 from daemon.redaction import Redaction
 from daemon.report.cost import CostMeter
 from daemon.report.status import JobStatus
-from daemon.terminal.format import count
+from daemon.report.trained_with import adapter_in_words, adapter_settings, plan_in_words
 from training import events
 from training.events import Event, Stage
 
@@ -65,6 +65,7 @@ class Reporter:
         on_written: Callable[[dict[str, Any]], None] = lambda _status: None,
         redaction: Redaction = Redaction(),  # noqa: B008 - it holds no state
         started_before: bool = False,
+        most_points: int = 0,
     ) -> None:
         self._store = store
         self._lease = lease
@@ -78,14 +79,18 @@ class Reporter:
         self._told_by_outbox = True
         self._clock = asyncio.get_running_loop().time
         self._begun_at = self._clock()
-        self._status = JobStatus(self._clock)
+        self._status = JobStatus(self._clock, most_points)
         self._dirty = asyncio.Event()
         self._must_start = False
         self._started = started_before
         self._plan: events.Planned | None = None
-        self._plan_to_write: events.Planned | None = None
+        self.trained_with: dict[str, Any] = {}
+        self._plan_changes = self._plan_writes = 0
         self._estimated = False
-        self._resumed_at: int | None = None
+        # An earlier attempt may have left points: those after the first step of this one are forgotten.
+        self._may_have_points = lease.epoch > 1
+        self._forget_after: int | None = None
+        self._points_written = 0
         self._checkpoint_step: int | None = None
         self._story: deque[_StoryLine] = deque(maxlen=MAX_STORY)
         self._points_refused = False
@@ -101,10 +106,8 @@ class Reporter:
                 self.enter(event.stage, event.detail)
             case events.Preparing():
                 self._status.take_preparing(event.done, event.total)
-            case events.Planned():
-                self._plan = self._plan_to_write = event
-                self._status.total_steps = event.total_steps
-                self.tell("planned", _plan_in_words(event), event.model_dump(exclude={"job_id", "kind"}))
+            case events.Planned() | events.AdapterAttached():
+                self._take_settings(event)
             case events.Progress():
                 self._take_step(event)
             case events.Evaluated():
@@ -150,6 +153,16 @@ class Reporter:
         self._status.enter(stage)
         self.tell("stage", f"Stage {stage}: {detail}." if detail else f"Stage {stage}.", {"stage": stage.value})
 
+    def train_with(self, settings: Mapping[str, Any]) -> None:
+        """Adds settings that the run is trained with, as they become known. The row has them all."""
+        self.trained_with |= settings
+        self._plan_changes += 1
+        self._dirty.set()
+
+    def end_curve(self) -> None:
+        """Makes the newest step a point of the chart: the run ends here."""
+        self._status.curve.keep_last()
+
     def note_download(self, done_bytes: int, total_bytes: int) -> None:
         """Progress of the base model's download."""
         self._status.take_download(done_bytes, total_bytes)
@@ -157,15 +170,31 @@ class Reporter:
 
     def _take_notice(self, event: events.Notice) -> None:
         if event.code == "resumed" and isinstance(step := event.data.get("step"), int):
-            self._resumed_at = self._checkpoint_step = step
+            self._forget_after = self._checkpoint_step = step
+            self._may_have_points = False
         self.tell(event.code, event.message, event.data)
+
+    def _take_settings(self, event: events.Planned | events.AdapterAttached) -> None:
+        data = event.model_dump(mode="json", exclude={"job_id", "kind"})
+        if isinstance(event, events.AdapterAttached):
+            self.train_with(adapter_settings(event, self.trained_with))
+            self.tell("adapter_attached", adapter_in_words(event), data)
+            return
+        self._plan = event
+        self._status.total_steps = event.total_steps
+        self._status.curve.expect_evaluations(event.total_epochs if event.validation_examples else 0)
+        self.train_with(event.trained_with)
+        self.tell("planned", plan_in_words(event), data)
 
     def _take_step(self, event: events.Progress) -> None:
         self._must_start = self._must_start or not self._started
+        if self._may_have_points:
+            self._may_have_points, self._forget_after = False, event.step - 1
         self._status.take_step(event)
         if self._status.seconds_left is not None and not self._estimated:
             # The speed is known now: correct the row's cost estimate, once.
-            self._estimated, self._plan_to_write = True, self._plan
+            self._estimated = True
+            self._plan_changes += 1
 
     def _take_evaluation(self, event: events.Evaluated) -> None:
         self._status.take_evaluation(event)
@@ -209,7 +238,7 @@ class Reporter:
                 await self.flush()
                 worked()
             except DatabaseAway as error:
-                log.warning("report_delayed", waiting_points=len(self._status.points), error=str(error))
+                log.warning("report_delayed", waiting_points=len(self._status.curve.points), error=str(error))
                 await asyncio.sleep(AWAY_SECONDS)
                 continue
             except LeaseLost:
@@ -248,22 +277,25 @@ class Reporter:
             raise
 
     async def _write_plan(self) -> None:
-        if (plan := self._plan_to_write) is not None:
-            await self._store.record_plan(
-                self._lease,
-                total_steps=plan.total_steps,
-                total_epochs=plan.total_epochs,
-                estimated_total_cost=self._estimated_total_cost,
-            )
-            if self._plan_to_write is plan:
-                self._plan_to_write = None
-        if (step := self._resumed_at) is not None:
-            # Steps after the checkpoint are trained again: their old points would appear twice.
+        changes, plan = self._plan_changes, self._plan
+        if self._plan_writes < changes:
             try:
-                await self._store.forget_metrics(self._lease, step)
-            except PointsRefused as error:
-                self._tell_of_refused_points(error)
-            self._resumed_at = None
+                await self._store.record_plan(
+                    self._lease,
+                    total_steps=plan.total_steps if plan else None,
+                    total_epochs=plan.total_epochs if plan else None,
+                    estimated_total_cost=self._estimated_total_cost,
+                    trained_with=self.trained_with,
+                )
+            except LeaseLost:
+                # Of a cancelled job the story is still taken: what its row refuses must not be tried again before it.
+                self._plan_writes = changes
+                raise
+            self._plan_writes = changes
+        if (step := self._forget_after) is not None:
+            # Steps after the checkpoint are trained again: their old points would appear twice.
+            await self._forget_points(step)
+            self._forget_after = None
 
     async def _write_story(self) -> None:
         while self._story:
@@ -277,16 +309,31 @@ class Reporter:
                 self._story.popleft()
 
     async def _write_points(self) -> None:
-        while self._status.points:
-            batch = dict(list(self._status.points.items())[:POINTS_A_WRITE])
+        curve = self._status.curve
+        while curve.points:
+            batch = list(curve.points.items())[:POINTS_A_WRITE]
             try:
-                await self._store.record_metrics(self._lease, list(batch.values()))
+                await self._store.record_metrics(self._lease, [point for _, point in batch])
             except PointsRefused as error:
                 # The next points are still tried: once the table is fixed, the curve goes on.
                 self._tell_of_refused_points(error)
-            for step, point in batch.items():
-                if self._status.points.get(step) is point:
-                    del self._status.points[step]
+            curve.written(batch)
+            self._points_written += len(batch)
+        if curve.most and self._points_written > curve.most:
+            before = self._points_written
+            await self._forget_points(None)
+            if self._points_written < before:
+                curve.coarsen()
+
+    async def _forget_points(self, after_step: int | None) -> None:
+        """Deletes the points after a step, and thins the others if there are too many."""
+        try:
+            self._points_written = await self._store.forget_metrics(
+                self._lease, after_step, most=self._status.curve.most
+            )
+        except PointsRefused as error:
+            self._tell_of_refused_points(error)
+            self._points_written = 0
 
     def _tell_of_refused_points(self, error: PointsRefused) -> None:
         if not self._points_refused:
@@ -334,18 +381,3 @@ class Reporter:
                 "error_message": None,
             }
         )
-
-
-def _plan_in_words(plan: events.Planned) -> str:
-    return (
-        f"{_side(plan.train_answers, plan.train_conversations, plan.train_examples)} to train on, "
-        f"{_side(plan.validation_answers, plan.validation_conversations, plan.validation_examples)} held out, "
-        f"{plan.train_tokens} tokens an epoch, {plan.total_steps} steps in {plan.total_epochs} epochs"
-        + (f", computed in {plan.compute_type}." if plan.compute_type else ".")
-    )
-
-
-def _side(answers: int | None, conversations: int | None, examples: int) -> str:
-    if not examples or answers is None or conversations is None:
-        return f"{examples} examples" if examples else "none"
-    return f"{count(answers, 'answer')} of {count(conversations, 'conversation')}"

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from daemon.queue.rows import MetricPoint
+from daemon.report.curve import Curve
 from training import events
 from training.events import Stage
-
-# One day of one step a second. Beyond that every other waiting point is dropped, but never the first and last.
-MAX_WAITING_POINTS = 100_000
 
 # Before training 0-5, by optimizer step 5-95, saving and uploading 95-100.
 STAGE_PROGRESS = {
@@ -27,10 +24,11 @@ STAGE_PROGRESS = {
 class JobStatus:
     """The stage, the progress and the metrics of one attempt. `clock`: seconds, monotonic.
 
-    `changed`: since the row was last written; `points`: those of the curve that are not written yet, by step."""
+    `changed`: since the row was last written."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], most_points: int) -> None:
         self._clock = clock
+        self.curve = Curve(most_points)
         self.stage = Stage.SETUP
         self.progress = 0.0
         self.epoch = 0
@@ -39,8 +37,6 @@ class JobStatus:
         self.metrics: dict[str, Any] = {}
         self.seconds_left: float | None = None
         self.changed = False
-        self.points: dict[int, MetricPoint] = {}
-        self._last_point: MetricPoint | None = None
         self._first_step: tuple[int, float] | None = None
 
     def enter(self, stage: Stage) -> None:
@@ -71,7 +67,7 @@ class JobStatus:
             "gpu_memory_gib": event.gpu_memory_gib,
         }
         self.seconds_left = self._seconds_left(event)
-        self._add_point(
+        self.curve.take_step(
             MetricPoint(
                 epoch=int(event.epoch),
                 step=event.step,
@@ -81,19 +77,14 @@ class JobStatus:
                 gradient_norm=event.grad_norm,
                 throughput=event.tokens_per_second,
                 gpu_utilization=self.metrics.get("gpu_utilization"),
-            )
+            ),
+            event.total_steps,
         )
 
     def take_evaluation(self, event: events.Evaluated) -> None:
-        """Adds the validation loss to the point of the step before it."""
         self.metrics["validation_loss"] = event.validation_loss
         self.changed = True
-        if self._last_point is not None:
-            self._add_point(
-                replace(
-                    self._last_point, epoch=int(event.epoch), step=event.step, validation_loss=event.validation_loss
-                )
-            )
+        self.curve.take_evaluation(event.step, event.epoch, event.validation_loss)
 
     def columns(self) -> dict[str, Any]:
         """The values as the row stores them."""
@@ -104,13 +95,6 @@ class JobStatus:
             "step": self.step,
             "metrics": self.metrics,
         }
-
-    def _add_point(self, point: MetricPoint) -> None:
-        self._last_point = point
-        self.points[point.step] = point
-        if len(self.points) > MAX_WAITING_POINTS:
-            kept = list(self.points)[::2]
-            self.points = {step: self.points[step] for step in kept}
 
     def _raise_progress(self, percent: float) -> None:
         self.progress = max(self.progress, min(percent, 99.9))

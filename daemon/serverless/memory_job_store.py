@@ -192,9 +192,10 @@ class MemoryJobStore:
         self,
         lease: Lease,
         *,
-        total_steps: int,  # noqa: ARG002
-        total_epochs: int,  # noqa: ARG002
+        total_steps: int | None,  # noqa: ARG002
+        total_epochs: int | None,  # noqa: ARG002
         estimated_total_cost: float | None,  # noqa: ARG002
+        trained_with: Mapping[str, Any],  # noqa: ARG002
     ) -> None:
         self._running(lease)
 
@@ -223,8 +224,9 @@ class MemoryJobStore:
     async def record_metrics(self, lease: Lease, points: Sequence[MetricPoint]) -> None:  # noqa: ARG002
         self._held(lease)
 
-    async def forget_metrics(self, lease: Lease, after_step: int) -> None:  # noqa: ARG002
+    async def forget_metrics(self, lease: Lease, after_step: int | None, *, most: int = 0) -> int:  # noqa: ARG002
         self._held(lease)
+        return 0
 
     async def record_event(self, lease: Lease, kind: str, message: str, data: Mapping[str, Any]) -> None:  # noqa: ARG002
         self._held(lease)

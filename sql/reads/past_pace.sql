@@ -14,7 +14,11 @@ FROM (
         job.final_cost::float8 AS cost
     FROM public.training_jobs AS job
     WHERE job.status = 'completed'
-      AND job.base_model IS NOT DISTINCT FROM %(model)s
+      -- Without a name: those that named none either, and got the default.
+      AND CASE
+          WHEN %(model)s::text IS NULL THEN (public.training_read_needs(job.gpu_config, job.hyperparameters)).base_model IS NULL
+          ELSE job.base_model = %(model)s::text
+      END
       AND jsonb_typeof(job.result -> 'summary' -> 'tokens') = 'number'
       AND jsonb_typeof(job.result -> 'summary' -> 'training_seconds') = 'number'
     ORDER BY job.completed_at DESC

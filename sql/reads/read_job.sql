@@ -17,6 +17,7 @@ SELECT
     job.adapter_sha256,
     job.adapter_bytes,
     job.result,
+    job.trained_with,
     job.error_stack,
     (SELECT lease.worker_id FROM public.training_leases AS lease WHERE lease.job_id = job.id) AS worker_id
 FROM public.training_jobs AS job

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -98,10 +99,12 @@ def test_a_job_is_shown_whole(cli: CommandLine, queue: Queue) -> None:
         "The card is full.",
         "→ Reduce batch_size",
         "I do not know.",
-        "lora_rank 8",
         "claimed",
     ):
         assert words in said.out
+    # What was asked for beside what was used.
+    settings = [re.split(r"\s{2,}", line.strip()) for line in said.out.splitlines()]
+    assert ["base_model", "tiny", "tiny"] in settings and ["lora_rank", "8", "–"] in settings
     whole = cli.ok("show", job, "--json").lines[0]
     assert whole["error_code"] == "out_of_memory"
     assert whole["hyperparameters"] == {"base_model": "tiny", "lora_rank": 8}

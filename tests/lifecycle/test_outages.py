@@ -102,8 +102,8 @@ def test_training_goes_on_through_an_outage_and_ends_with_one_attempt(
 ) -> None:
     lease_seconds = 2
     with (
-        own_queue.daemon(tmp_path, name="one", lease_seconds=lease_seconds) as one,
-        own_queue.daemon(tmp_path, name="two", lease_seconds=lease_seconds) as two,
+        own_queue.daemon(tmp_path, name="one", lease_seconds=lease_seconds, metrics_points=0) as one,
+        own_queue.daemon(tmp_path, name="two", lease_seconds=lease_seconds, metrics_points=0) as two,
     ):
         steps = 40 * (seconds + lease_seconds)
         job = own_queue.insert(script=[["steps", steps, 0.05]])
@@ -249,7 +249,9 @@ def test_a_half_open_heartbeat_is_replaced_before_the_lease_runs_out(
 def test_a_half_open_work_connection_is_given_up_and_everything_written(
     own_queue: Queue, proxy: TcpProxy, tmp_path: Path
 ) -> None:
-    with DaemonProcess(proxy.dsn(own_queue.dsn), tmp_path, lease_seconds=9, log_level="debug") as daemon:
+    with DaemonProcess(
+        proxy.dsn(own_queue.dsn), tmp_path, lease_seconds=9, log_level="debug", metrics_points=0
+    ) as daemon:
         job = own_queue.insert(script=[["steps", 1200, 0.04]])
         own_queue.wait_for(job, "running")
         assert proxy.half_open(WORK) == 1

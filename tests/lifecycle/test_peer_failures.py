@@ -194,7 +194,7 @@ async def _settle_cancelled(store: SqlJobStore, lease: Lease) -> None:
 STALE_WRITES: dict[str, Callable[[SqlJobStore, Lease], Awaitable[object]]] = {
     "start_job": lambda store, lease: store.start_job(lease),
     "record_plan": lambda store, lease: store.record_plan(
-        lease, total_steps=9, total_epochs=9, estimated_total_cost=9.0
+        lease, total_steps=9, total_epochs=9, estimated_total_cost=9.0, trained_with={"base_model": "other"}
     ),
     "record_progress": lambda store, lease: store.record_progress(lease, **PROGRESS),
     "record_metrics": lambda store, lease: store.record_metrics(lease, [POINT]),

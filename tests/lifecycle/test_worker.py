@@ -5,6 +5,7 @@ Each test says what a user or an operator may rely on.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -14,7 +15,7 @@ from uuid import uuid4
 import pytest
 
 from tests.daemon_process import DaemonProcess, alive, eventually
-from tests.lifecycle.queue import Queue
+from tests.lifecycle.queue import Queue, write_model_folder
 
 LONG = [["steps", 2000, 0.02]]
 
@@ -157,7 +158,7 @@ def test_term_releases_the_job_with_a_checkpoint_and_does_not_count_the_attempt(
     queue: Queue, daemon: DaemonProcess, tmp_path: Path
 ) -> None:
     with daemon:
-        job = queue.insert(script=[["steps", 100, 0.03]])
+        job = queue.insert(script=[["steps", 90, 0.03]])
         eventually(lambda: (queue.row(job)["current_step"] or 0) >= 3)
         daemon.signal(signal.SIGTERM)
         assert daemon.wait() == 0
@@ -169,7 +170,7 @@ def test_term_releases_the_job_with_a_checkpoint_and_does_not_count_the_attempt(
     resumed = [event["data"]["step"] for event in queue.events(job) if event["kind"] == "resumed"]
     assert resumed and resumed[0] >= 3
     steps = [point["step"] for point in queue.points(job)]
-    assert steps == sorted(set(steps)) == list(range(1, 101))
+    assert steps == sorted(set(steps)) == list(range(1, 91))
 
 
 def test_a_second_term_does_not_wait_for_a_checkpoint(queue: Queue, tmp_path: Path) -> None:
@@ -235,7 +236,8 @@ def test_term_during_a_drain_gives_the_job_at_hand_back_with_a_checkpoint(
     (resumed,) = [event["data"]["step"] for event in queue.events(job) if event["kind"] == "resumed"]
     # The checkpoint is the one that TERM asked for: no step that the row told of is done again.
     assert resumed >= left["current_step"] > drained_at
-    assert [point["step"] for point in queue.points(job)] == list(range(1, 201))
+    # Every third step and both ends, through the resume as well.
+    assert [point["step"] for point in queue.points(job)] == [1, *range(3, 200, 3), 200]
 
 
 def test_a_job_whose_host_lost_its_power_is_reaped_and_resumed_elsewhere(queue: Queue, tmp_path: Path) -> None:
@@ -251,6 +253,27 @@ def test_a_job_whose_host_lost_its_power_is_reaped_and_resumed_elsewhere(queue: 
             row = queue.wait_for(job, "completed", seconds=20)
     assert row["attempt"] == 2 and "reaped" in queue.story(job)
     assert [kind for kind in queue.story(job) if kind == "completed"] == ["completed"]
+
+
+def test_a_job_that_names_no_model_goes_on_with_the_one_it_was_begun_with(queue: Queue, tmp_path: Path) -> None:
+    write_model_folder(tmp_path / "models" / "another")
+    job = queue.insert(script=[["steps", 300, 0.02]], hyperparameters={"learning_rate": 1e-4})
+    with queue.daemon(tmp_path, name="first", default_model="tiny") as first:
+        queue.wait_for(job, "running")
+        assert queue.row(job)["base_model"] == "tiny"
+        first.signal(signal.SIGTERM)
+        assert first.wait() == 0
+    with queue.daemon(tmp_path, name="second", default_model="another"):
+        row = queue.wait_for(job, "completed")
+        other = queue.wait_for(queue.insert(hyperparameters={"learning_rate": 1e-4}), "completed")
+    assert (row["base_model"], other["base_model"]) == ("tiny", "another")
+    told = [event["message"] for event in queue.events(job) if event["kind"] == "base_model"]
+    assert told == [
+        "The base model is tiny, the service's default (the job names none).",
+        "The base model is tiny, as in the earlier attempt (the job names none).",
+    ]
+    manifest = json.loads((tmp_path / "storage" / "lora-models" / row["result"]["artifacts"]["manifest"]).read_text())
+    assert manifest["trained_with"]["base_model"] == manifest["base_model"] == "tiny"
 
 
 def test_a_job_that_takes_each_of_its_hosts_down_ends_as_failed_and_says_so(queue: Queue, tmp_path: Path) -> None:

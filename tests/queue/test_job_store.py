@@ -143,7 +143,7 @@ STILL_HEARD: dict[str, Write] = {
 OF_A_RUNNING_JOB: dict[str, Write] = {
     "start_job": lambda kept, lease: kept.store.start_job(lease),
     "record_plan": lambda kept, lease: kept.store.record_plan(
-        lease, total_steps=1, total_epochs=1, estimated_total_cost=None
+        lease, total_steps=1, total_epochs=1, estimated_total_cost=None, trained_with={"base_model": "other"}
     ),
     "record_progress": lambda kept, lease: progress(kept.store, lease, 50.0),
 }
@@ -261,7 +261,7 @@ async def test_a_start_said_twice_holds(kept: Kept) -> None:
 
 async def test_progress_is_kept_as_its_columns_hold_it_and_never_falls_within_an_attempt(kept: Kept) -> None:
     lease = (await claimed(kept)).lease
-    await kept.store.record_plan(lease, total_steps=90, total_epochs=3, estimated_total_cost=2.5)
+    await kept.store.record_plan(lease, total_steps=90, total_epochs=3, estimated_total_cost=2.5, trained_with={})
     for percent, shown in ((10, 10), (60, 60), (30, 60), (math.nan, 60), (-5, 60)):
         assert await progress(kept.store, lease, percent, metrics={"training_loss": 1.5, "norm": math.inf}) is None
         assert (await kept.contract(lease.job_id))["progress"] == shown

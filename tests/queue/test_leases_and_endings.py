@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from itertools import pairwise
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -37,7 +38,9 @@ async def every_write(store: SqlJobStore, lease: Lease) -> dict[str, BaseExcepti
     """What each fenced write says to this lease."""
     writes: dict[str, Any] = {
         "start": lambda: store.start_job(lease),
-        "plan": lambda: store.record_plan(lease, total_steps=1, total_epochs=1, estimated_total_cost=None),
+        "plan": lambda: store.record_plan(
+            lease, total_steps=1, total_epochs=1, estimated_total_cost=None, trained_with={}
+        ),
         "progress": lambda: progress(store, lease, 50),
         "metrics": lambda: store.record_metrics(lease, [MetricPoint(1, 0, 1.0, 1e-4)]),
         "no metrics": lambda: store.record_metrics(lease, []),
@@ -464,7 +467,7 @@ async def test_numbers_that_no_column_holds_never_break_the_stream(
     row = database.job(job_id)
     assert row["current_metrics"] == {"training_loss": None, "deep": [{"x": None}], "text": "a\ufffd?"}
     assert row["estimated_completion_at"] is None and row["current_cost"] == 0
-    await store.record_plan(lease, total_steps=2**40, total_epochs=3, estimated_total_cost=math.nan)
+    await store.record_plan(lease, total_steps=2**40, total_epochs=3, estimated_total_cost=math.nan, trained_with={})
     assert float(database.job(job_id)["estimated_total_cost"]) == 7.5
 
 
@@ -480,6 +483,110 @@ async def test_steps_repeated_after_a_resume_replace_their_points(
     await store.record_metrics(second, [MetricPoint(step, 0, 1.0, 1e-4) for step in range(5, 8)])
     losses = {row["step"]: float(row["training_loss"]) for row in database.run("SELECT * FROM metrics_points")}
     assert losses == {1: 2, 2: 2, 3: 2, 4: 2, 5: 1, 6: 1, 7: 1}
+
+
+async def test_more_points_than_are_wanted_are_thinned_evenly_and_the_telling_ones_stay(
+    store: SqlJobStore, database: AppDatabase, user: UUID
+) -> None:
+    database.insert_job(user)
+    lease = (await claimed(store)).lease
+    points = [MetricPoint(n, 0, 2.0, 1e-4, validation_loss=1.0 if n % 300 == 0 else None) for n in range(1, 1000)]
+    await store.record_metrics(lease, points)
+    assert await store.forget_metrics(lease, None, most=1000) == 999
+    remaining = await store.forget_metrics(lease, 900, most=100)
+    steps = [row["step"] for row in database.run("SELECT step FROM metrics_points ORDER BY step")]
+    assert remaining == len(steps) and 50 <= len(steps) <= 56
+    assert {1, 300, 600, 900} <= set(steps) and max(steps) == 900
+    assert max(later - earlier for earlier, later in pairwise(steps)) <= 20
+    # Every point has a validation loss: then they are thinned like others.
+    for step in steps:
+        database.run("UPDATE metrics_points SET validation_loss = 1 WHERE step = %s", (step,))
+    assert await store.forget_metrics(lease, None, most=20) <= 20
+
+
+USED = {"base_model": "acme/default", "model_revision": "abc"}
+
+
+async def use(store: SqlJobStore, lease: Lease, *, started: bool, model: str = "acme/default") -> None:
+    """What an attempt writes until its first step is done."""
+    used = USED | {"base_model": model}
+    await store.record_plan(lease, total_steps=9, total_epochs=1, estimated_total_cost=None, trained_with=used)
+    if started:
+        await store.start_job(lease)
+
+
+async def bound_to(database: AppDatabase, job_id: UUID) -> tuple[str | None, bool]:
+    row = database.job(job_id)
+    assert row["status"] == "queued"
+    return row["base_model"], row["trained_with"] is not None
+
+
+@pytest.mark.parametrize("started", [True, False])
+@pytest.mark.parametrize("back", ["release", "return", "retry", "reap"])
+async def test_a_job_that_names_no_model_keeps_to_a_default_only_from_its_first_step_on(
+    store: SqlJobStore, database: AppDatabase, user: UUID, back: str, started: bool
+) -> None:
+    job_id = database.insert_job(user, hyperparameters={})
+
+    async def go_back(lease: Lease) -> None:
+        match back:
+            case "release":
+                await store.release_job(lease, "x", cost=None)
+            case "return":
+                await store.return_job(lease, BACK, cost=None)
+            case "retry":
+                await store.retry_job(lease, BROKEN, delay_seconds=0, cost=None)
+            case "reap":
+                expire(database)
+                assert await store.reap_expired_leases()
+
+    job = await claimed(store)
+    assert job.base_model is None
+    await use(store, job.lease, started=started)
+    assert database.job(job_id)["base_model"] == "acme/default"
+    await go_back(job.lease)
+    assert await bound_to(database, job_id) == (("acme/default", True) if started else (None, False))
+    # An attempt that ends before a step of its own keeps what an earlier one has trained, and nothing else.
+    await store.promote_due_jobs()
+    again = await claimed(store)
+    assert again.base_model == ("acme/default" if started else None)
+    await use(store, again.lease, started=False, model="acme/default" if started else "acme/another")
+    await go_back(again.lease)
+    assert await bound_to(database, job_id) == (("acme/default", True) if started else (None, False))
+
+
+async def test_a_job_that_was_begun_is_claimed_by_hosts_that_may_load_its_model_only(
+    store: SqlJobStore, database: AppDatabase, user: UUID
+) -> None:
+    database.insert_job(user, hyperparameters={})
+    lease = (await claimed(store)).lease
+    await use(store, lease, started=True)
+    await store.release_job(lease, "x", cost=None)
+    assert (await claim(store, models=["acme/another"])).job is None
+    assert (await claim(store, models=["acme/default"])).job is not None
+
+
+async def test_a_person_who_tries_again_or_changes_the_spec_gets_the_default_of_the_day(
+    store: SqlJobStore, database: AppDatabase, user: UUID
+) -> None:
+    job_id = database.insert_job(user, hyperparameters={})
+    lease = (await claimed(store)).lease
+    await use(store, lease, started=True)
+    await store.fail_job(lease, BROKEN, cost=None)
+    row = database.job(job_id)
+    assert (row["base_model"], row["trained_with"]["model_revision"]) == ("acme/default", "abc"), "what it was is kept"
+    database.run("SELECT retry_training_job(%s)", (job_id,))
+    assert await bound_to(database, job_id) == (None, False)
+
+    lease = (await claimed(store)).lease
+    await use(store, lease, started=True)
+    await store.release_job(lease, "x", cost=None)
+    database.run("UPDATE training_jobs SET priority = 5 WHERE id = %s", (job_id,))
+    assert await bound_to(database, job_id) == ("acme/default", True), "no other run"
+    database.run("UPDATE training_jobs SET hyperparameters = '{\"lora_rank\": 8}' WHERE id = %s", (job_id,))
+    assert await bound_to(database, job_id) == (None, False)
+    database.run('UPDATE training_jobs SET hyperparameters = \'{"base_model": "a/b"}\' WHERE id = %s', (job_id,))
+    assert await bound_to(database, job_id) == ("a/b", False)
 
 
 async def test_a_failure_with_bytes_that_postgres_refuses_is_still_recorded(

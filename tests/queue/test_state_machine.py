@@ -76,7 +76,9 @@ async def say(store: SqlJobStore, name: str, lease: Lease) -> Any:
         case "start_job":
             return await store.start_job(lease)
         case "record_plan":
-            return await store.record_plan(lease, total_steps=1, total_epochs=1, estimated_total_cost=1)
+            return await store.record_plan(
+                lease, total_steps=1, total_epochs=1, estimated_total_cost=1, trained_with={}
+            )
         case "record_progress":
             return await store.record_progress(
                 lease, stage="training", progress=1, epoch=0, step=1, metrics={}, current_cost=None, seconds_left=None

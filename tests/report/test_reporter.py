@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from uuid import UUID, uuid4
 
 import pytest
 
 from daemon.database.connection import Database
+from daemon.errors import LeaseLost
 from daemon.host.gpu_load import read_load
 from daemon.queue.job import ClaimedJob
 from daemon.queue.rows import Limits
@@ -34,9 +36,24 @@ class Claimed:
     def id(self) -> UUID:
         return self.job.id
 
-    def reporter(self, price: float | None = None) -> Reporter:
+    def reporter(self, price: float | None = None, *, most_points: int = 0) -> Reporter:
         meter = CostMeter(price=price, num_gpus=1, already_spent=0.0)
-        return Reporter(self.store, self.job.lease, meter=meter, on_refused=lambda: self.refusals.append(None))
+        refused = lambda: self.refusals.append(None)  # noqa: E731
+        return Reporter(self.store, self.job.lease, meter=meter, on_refused=refused, most_points=most_points)
+
+    def planned(self, **changes: object) -> events.Planned:
+        said: dict[str, object] = {
+            "job_id": str(self.id), "total_steps": 10, "total_epochs": 2, "train_examples": 9, "validation_examples": 1,
+            "train_tokens": 900, "trained_tokens": 300, "max_length": 64,
+            "trained_with": {"base_model": "acme/tiny", "hyperparameters": {"learning_rate": 2e-4, "packing": None}},
+        }  # fmt: skip
+        return events.Planned.model_validate(said | changes)
+
+    async def claim_again(self) -> None:
+        await self.store.release_job(self.job.lease, "x", cost=None)
+        claim = await self.store.claim_job(uuid4(), Limits(), lease_seconds=60)
+        assert claim.job is not None
+        self.job = claim.job
 
     def step(self, number: int, total: int = 10, **changes: object) -> events.Progress:
         said: dict[str, object] = {
@@ -288,3 +305,113 @@ async def test_progress_does_not_overtake_the_outbox(claimed: Claimed) -> None:
         reporter.report(claimed.step(step))
         await reporter.flush()
     assert told == [0, "moved", 2, 3]
+
+
+def steps_of(claimed: Claimed) -> list[int]:
+    return [int(str(point["step"])) for point in claimed.points()]
+
+
+def widest_gap(steps: list[int]) -> int:
+    return max(later - earlier for earlier, later in pairwise(steps))
+
+
+async def train(claimed: Claimed, reporter: Reporter, first: int, last: int, total: int) -> None:
+    """Steps in batches, as a host writes them; the loss falls from 3 to 1 and jumps by one from step to step."""
+    for number in range(first, last + 1):
+        reporter.report(claimed.step(number, total=total, loss=3 - 2 * number / total + (-1) ** number / 2))
+        if number % 97 == 0:
+            await reporter.flush()
+    await reporter.flush()
+
+
+async def test_a_long_run_has_a_hundred_points_that_show_its_trend(claimed: Claimed) -> None:
+    reporter = claimed.reporter(most_points=100)
+    reporter.report(claimed.planned(total_steps=3000, total_epochs=3))
+    for epoch in (1, 2, 3):
+        await train(claimed, reporter, epoch * 1000 - 999, epoch * 1000, 3000)
+        reporter.report(events.Evaluated(job_id=str(claimed.id), step=epoch * 1000, epoch=epoch, validation_loss=1.5))
+    await reporter.flush()
+    points = claimed.points()
+    steps = steps_of(claimed)
+    assert 80 <= len(steps) <= 100 and (steps[0], steps[-1]) == (1, 3000) and widest_gap(steps) <= 40
+    assert [point["step"] for point in points if point["validation_loss"] is not None] == [1000, 2000, 3000]
+    # A point is the mean of its steps: what jumps by one from step to step falls without a jump.
+    losses = [float(str(point["training_loss"])) for point in points[1:]]
+    assert all(later < earlier + 0.05 for earlier, later in pairwise(losses))
+
+
+async def test_an_attempt_after_a_resume_keeps_to_a_hundred_points_however_many_it_finds(claimed: Claimed) -> None:
+    # An earlier version has written every step.
+    await train(claimed, claimed.reporter(), 1, 700, 1000)
+    await claimed.claim_again()
+    reporter = claimed.reporter(most_points=100)
+    reporter.report(events.Notice(job_id=str(claimed.id), code="resumed", message="…", data={"step": 600}))
+    await train(claimed, reporter, 601, 1000, 1000)
+    steps = steps_of(claimed)
+    assert len(steps) <= 100 and (steps[0], steps[-1]) == (1, 1000) and widest_gap(steps) <= 25
+
+
+async def test_an_attempt_from_the_first_step_leaves_no_point_of_another_run(claimed: Claimed) -> None:
+    await train(claimed, claimed.reporter(), 1, 60, 60)
+    await claimed.claim_again()
+    await train(claimed, claimed.reporter(most_points=100), 1, 3, 50)
+    assert steps_of(claimed) == [1, 2, 3]
+
+
+async def test_a_run_longer_than_planned_is_thinned_again_as_it_grows(claimed: Claimed) -> None:
+    reporter = claimed.reporter(most_points=100)
+    await train(claimed, reporter, 1, 2000, 90)
+    reporter.end_curve()
+    await reporter.flush()
+    steps = steps_of(claimed)
+    assert 40 <= len(steps) <= 100 and (steps[0], steps[-1]) == (1, 2000) and widest_gap(steps) <= 64
+
+
+async def test_where_a_run_ends_early_its_last_step_is_a_point(claimed: Claimed) -> None:
+    reporter = claimed.reporter(most_points=100)
+    await train(claimed, reporter, 1, 555, 5000)
+    assert steps_of(claimed)[-1] < 555
+    reporter.end_curve()
+    await reporter.flush()
+    assert steps_of(claimed)[-1] == 555
+
+
+async def test_the_row_and_the_story_say_what_the_job_is_trained_with(claimed: Claimed) -> None:
+    reporter = claimed.reporter()
+    reporter.train_with({"base_model": "acme/tiny", "model_revision": "abc", "gpu_type": None})
+    await reporter.flush()
+    row = claimed.app.job(claimed.id)
+    assert row["base_model"] == row["trained_with"]["base_model"] == "acme/tiny"
+    reporter.report(claimed.planned())
+    reporter.report(
+        events.AdapterAttached(
+            job_id=str(claimed.id), target_modules=("q_proj", "v_proj"), packing=True, trainable_parameters=4096
+        )
+    )
+    reporter.report(claimed.step(1))
+    await reporter.flush()
+    row = claimed.app.job(claimed.id)
+    first_step_at = row["trained_with"].pop("first_step_at")
+    assert first_step_at and row["total_steps"] == 10
+    assert row["trained_with"] == {
+        "base_model": "acme/tiny", "model_revision": "abc", "gpu_type": None, "trainable_parameters": 4096,
+        "hyperparameters": {"learning_rate": 2e-4, "packing": True, "target_modules": ["q_proj", "v_proj"]},
+    }  # fmt: skip
+    told = claimed.app.run("SELECT kind, message FROM training_events WHERE job_id = %s ORDER BY id", (claimed.id,))
+    words = {line["kind"]: line["message"] for line in told}
+    assert "learning rate 0.0002" in words["planned"]
+    assert "q_proj, v_proj: 4,096 parameters learn" in words["adapter_attached"]
+    # Whatever is written later, the first step stays when it was.
+    reporter.train_with({"model_revision": "abc"})
+    await reporter.flush()
+    assert claimed.app.job(claimed.id)["trained_with"]["first_step_at"] == first_step_at
+
+
+async def test_a_cancelled_job_that_still_knows_settings_to_write_tells_its_story_to_the_end(claimed: Claimed) -> None:
+    reporter = claimed.reporter()
+    claimed.app.run("UPDATE training_jobs SET status = 'cancelled' WHERE id = %s", (claimed.id,))
+    reporter.report(claimed.planned())
+    with pytest.raises(LeaseLost):
+        await reporter.flush()
+    await reporter.flush()
+    assert "planned" in claimed.app.story(claimed.id)

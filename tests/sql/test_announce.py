@@ -70,7 +70,7 @@ async def test_daemons_are_woken_by_insert_requeue_and_cancel_and_by_nothing_els
     assert ear.heard() == [f"queued {job_id}"]
     lease = (await claimed(store)).lease
     await store.start_job(lease)
-    await store.record_plan(lease, total_steps=10, total_epochs=1, estimated_total_cost=1)
+    await store.record_plan(lease, total_steps=10, total_epochs=1, estimated_total_cost=1, trained_with={})
     for step in range(5):
         await store.record_progress(
             lease, stage="training", progress=step, epoch=0, step=step, metrics={}, current_cost=0, seconds_left=1

@@ -159,7 +159,7 @@ def test_a_job_is_never_without_a_state(shared: AppDatabase, people: dict[str, U
 
 SERVER_OWNED = (
     "progress = 50", "current_stage = 'x'", "current_cost = 0", "lease_epoch = 9", "attempt = 0", "due = true",
-    "lease_token = gen_random_uuid()",
+    "lease_token = gen_random_uuid()", "trained_with = '{}'", "base_model = 'x'",
     "held = true", "error_message = 'x'", "adapter_path = 'x'", "queued_at = now()", "retry_count = 5",
     "external_job_id = 'x'", "need_gpus = 4", "result = '{}'", "last_progress_at = now()",
     "user_id = gen_random_uuid()",
@@ -269,7 +269,7 @@ def test_what_the_server_owns_is_reset_at_the_insert(database: AppDatabase) -> N
         "retry_count": 4,
         "adapter_path": "x", "error_message": "x", "external_job_id": "x", "due": False, "held": True,
         "priority": 1000, "max_attempts": 100, "queued_at": "2001-01-01", "started_at": "2001-01-01",
-        "need_gpus": 0, "result": {"x": 1},
+        "need_gpus": 0, "result": {"x": 1}, "base_model": "x", "trained_with": {"first_step_at": "x"},
     }  # fmt: skip
     with database.acting("authenticated", user) as owner:
         text, values = insert_statement("training_jobs", app_job(user, dataset) | wishes)
@@ -281,6 +281,8 @@ def test_what_the_server_owns_is_reset_at_the_insert(database: AppDatabase) -> N
     assert (row["lease_token"], row["adapter_path"], row["error_message"], row["external_job_id"], row["result"]) == (
         None,
     ) * 5
+    assert row["trained_with"] is None
+    assert row["base_model"] == row["hyperparameters"].get("base_model")
     assert row["due"] and not row["held"] and row["need_gpus"] == 1 and row["started_at"] is None
     assert row["queued_at"].year > 2001
 

@@ -52,7 +52,7 @@ training_jobs (queued)
                                                error_message, error_stack, retry_count, due, held, need_gpus,
                                                need_gpu_memory_gb, need_gpu_type, base_model, attempt,
                                                last_progress_at, error_code, error_hint, adapter_path,
-                                               adapter_sha256, adapter_bytes, result
+                                               adapter_sha256, adapter_bytes, result, trained_with
   .        .        ri       riu      riu      total_epochs, total_steps, estimated_total_cost, callback_url,
                                                run_after
   .        .        r(i)     r(i)     r(i)     external_job_id, created_at, lease_epoch, lease_token
@@ -71,7 +71,8 @@ training_jobs (running)
                                                error_message, error_stack, retry_count, run_after, held,
                                                need_gpus, need_gpu_memory_gb, need_gpu_type, base_model,
                                                attempt, last_progress_at, error_code, error_hint,
-                                               adapter_path, adapter_sha256, adapter_bytes, result
+                                               adapter_path, adapter_sha256, adapter_bytes, result,
+                                               trained_with
   .        .        r        ru       ru       total_epochs, total_steps, estimated_total_cost, callback_url
   .        .        r        ru       r        artifact_id, updated_at, max_attempts, max_cost, deadline_at
 
@@ -86,7 +87,8 @@ training_jobs (completed)
                                                error_message, error_stack, retry_count, run_after, held,
                                                need_gpus, need_gpu_memory_gb, need_gpu_type, base_model,
                                                attempt, last_progress_at, error_code, error_hint,
-                                               adapter_path, adapter_sha256, adapter_bytes, result
+                                               adapter_path, adapter_sha256, adapter_bytes, result,
+                                               trained_with
   .        .        r        ru       ru       total_epochs, total_steps, estimated_total_cost, callback_url
   .        .        r        ru       r        artifact_id, updated_at, max_attempts, max_cost, deadline_at
 
@@ -102,7 +104,8 @@ training_jobs (cancelled)
                                                error_message, error_stack, retry_count, run_after, held,
                                                need_gpus, need_gpu_memory_gb, need_gpu_type, base_model,
                                                attempt, last_progress_at, error_code, error_hint,
-                                               adapter_path, adapter_sha256, adapter_bytes, result
+                                               adapter_path, adapter_sha256, adapter_bytes, result,
+                                               trained_with
   .        .        r        ru       ru       total_epochs, total_steps, estimated_total_cost, callback_url
   .        .        r(u)     r(u)     ru       completed_at, final_cost
   .        .        r        ru       r        artifact_id, updated_at, max_attempts, max_cost, deadline_at

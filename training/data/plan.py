@@ -15,6 +15,11 @@ _TOKENS_PER_MICRO_BATCH = {"cuda": 8192, "cpu": 2048}
 # A short warm-up is enough for LoRA, whose B matrices begin at zero. Rounded down: the first warm-up step learns at a
 # rate of zero, and a short run cannot afford to waste a step.
 _WARMUP_SHARE = 0.03
+# What nobody is asked. One pass over each parameter instead of a dozen: eight-bit moments would save three quarters of
+# 0.13 to 0.3 GiB (17 to 40 M trained weights), little beside a base model of gigabytes.
+OPTIMIZER = "adamw_torch_fused"
+SCHEDULE = "cosine"
+MAX_GRAD_NORM = 1.0
 
 
 @dataclass(frozen=True)

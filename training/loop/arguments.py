@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from trl import SFTConfig
 
-from training.data.plan import Plan
+from training.data.plan import MAX_GRAD_NORM, OPTIMIZER, SCHEDULE, Plan
 from training.spec import JobSpec
 
 
@@ -18,13 +18,11 @@ def training_arguments(spec: JobSpec, plan: Plan, *, packed: bool) -> SFTConfig:
         gradient_accumulation_steps=1,
         num_train_epochs=plan.epochs,
         learning_rate=chosen.learning_rate,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type=SCHEDULE,
         warmup_steps=plan.warmup_steps,
         weight_decay=chosen.weight_decay,
-        max_grad_norm=1.0,
-        # One pass over each parameter instead of a dozen. Eight-bit moments would save three quarters of 0.13 to 0.3
-        # GiB (17 to 40 M trained weights): little beside a base model of gigabytes.
-        optim="adamw_torch_fused",
+        max_grad_norm=MAX_GRAD_NORM,
+        optim=OPTIMIZER,
         bf16=plan.compute_type == "bfloat16",
         use_cpu=not on_gpu,
         # Recomputing activations trades time for memory; only a GPU is short of memory.

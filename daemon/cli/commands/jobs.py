@@ -270,6 +270,7 @@ def _print_job(row: JobRow, details: JobDetails, story: list[Event]) -> None:
         head.append(f" · {plain(row.stage)}")
     screen.print(head)
     screen.print(_facts(row, details))
+    _print_settings(details)
     if row.error_message:
         words = Text(plain_lines(without_advice(row.error_message, row.error_hint)))
         if row.error_hint:
@@ -302,7 +303,8 @@ def _facts(row: JobRow, details: JobDetails) -> Table:
     fact("dataset", " · ".join(plain(part) for part in (details.dataset_name, details.dataset_source) if part))
     fact("owner", row.user_id)
     fact("caller's id", details.client_job_id)
-    fact("spec", _inline(details.hyperparameters))
+    if details.trained_with is None:
+        fact("spec", _inline(details.hyperparameters))
     fact("hardware", _inline(details.gpu_config))
     if row.waiting_reason:
         fact("waits", row.waiting_reason)
@@ -342,6 +344,26 @@ def _inline(value: object) -> str:
     if not isinstance(value, dict):
         return json.dumps(value)
     return ", ".join(f"{key} {item if isinstance(item, str) else json.dumps(item)}" for key, item in value.items())
+
+
+def _print_settings(details: JobDetails) -> None:
+    """Prints what was asked for beside what it is trained with; nothing until an attempt knows that."""
+    from daemon.report.trained_with import asked_and_used, setting_in_words
+    from daemon.terminal.console import columns_table, console
+    from daemon.terminal.sanitize import plain
+
+    settings = asked_and_used(details.hyperparameters, details.gpu_config, details.trained_with)
+    if not settings:
+        return
+    table = columns_table()
+    table.add_column("SETTING", no_wrap=True, style="dim")
+    table.add_column("ASKED", overflow="fold")
+    table.add_column("USED", overflow="fold")
+    for name, asked, used in settings:
+        table.add_row(plain(name), plain(setting_in_words(asked)), plain(setting_in_words(used)))
+    screen = console()
+    screen.print()
+    screen.print(table)
 
 
 def _print_samples(story: list[Event]) -> None:

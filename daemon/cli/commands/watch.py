@@ -188,8 +188,8 @@ class _PlainLines:
         if row.state == "running" and tenth != self._tenths.get(row.job_id):
             self._tenths[row.job_id] = tenth
             words = [f"{row.progress:.0f} %", pace(row), load(row)]
-            if watched.points:
-                words.append(f"loss {loss(watched.points[-1].loss)}")
+            if losses := watched.losses:
+                words.append(f"loss {loss(losses[-1])}")
             say(f"{now}  {who}" + " · ".join(word for word in words if word))
 
 

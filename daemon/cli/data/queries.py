@@ -81,6 +81,7 @@ class JobDetails:
     adapter_sha256: str | None
     adapter_bytes: int | None
     result: dict[str, Any] | None
+    trained_with: dict[str, Any] | None
     error_stack: str | None
     worker_id: UUID | None
 

@@ -160,7 +160,7 @@ def _large(watched: WatchedJob, width: int) -> RenderableType:
 
 
 def _curve(watched: WatchedJob, width: int) -> list[RenderableType]:
-    points = [(point.step, point.loss) for point in watched.points if math.isfinite(point.loss)]
+    points = [(point.step, point.loss) for point in watched.curve if math.isfinite(point.loss)]
     if not points:
         return []
     columns = (width - _LABEL) * 2

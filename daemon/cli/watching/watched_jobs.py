@@ -23,8 +23,16 @@ class WatchedJob:
     story: list[Event] = field(default_factory=list)
 
     @property
+    def curve(self) -> list[Point]:
+        """The points, and the step that the row has reached since: of a long run not every step is a point."""
+        loss = self.row.metric("training_loss")
+        if loss is None or self.row.step <= (self.points[-1].step if self.points else 0):
+            return self.points
+        return [*self.points, Point(self.row.step, loss, None)]
+
+    @property
     def losses(self) -> list[float]:
-        return [point.loss for point in self.points]
+        return [point.loss for point in self.curve]
 
     @property
     def validation_losses(self) -> list[float]:

@@ -30,6 +30,7 @@ from daemon.gateway.dashboard.broadcaster import Feed, TooManyWatchers
 from daemon.gateway.dashboard.sse import EventStream
 from daemon.gateway.dashboard.state import plain
 from daemon.gateway.job_rows import GatewayRows, Refused, unknown_job
+from daemon.report.trained_with import asked_and_used, setting_in_words
 from daemon.settings import Settings
 from daemon.storage.interface import LocalFile
 from daemon.storage.open import open_storage
@@ -158,6 +159,12 @@ def _add_reads(app: FastAPI, rows: GatewayRows) -> None:
             raise unknown_job()
         whole = {
             "job": lines[0] | details[0],
+            "settings": [
+                (name, setting_in_words(asked), setting_in_words(used))
+                for name, asked, used in asked_and_used(
+                    details[0]["hyperparameters"], details[0]["gpu_config"], details[0]["trained_with"]
+                )
+            ],
             "story": story,
             "curve": {
                 "points": [(row["step"], row["loss"]) for row in curve],

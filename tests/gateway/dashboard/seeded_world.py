@@ -73,11 +73,11 @@ class World:
             "datasets", id=dataset_id, user_id=self.user_id, name=dataset,
             storage_path=f"{self.user_id}/{dataset_id}/data.jsonl", file_name="data.jsonl", file_size=1_200_000,
         )  # fmt: skip
+        asked = {"num_epochs": 3, "learning_rate": 0.0002, "batch_size": 8, "lora_rank": 16}
         given = {
             "id": job_id, "user_id": self.user_id, "dataset_id": dataset_id, "preset_id": "balanced", "status": status,
-            "hyperparameters": {
-                "base_model": model, "num_epochs": 3, "learning_rate": 0.0002, "batch_size": 8, "lora_rank": 16,
-            },
+            # As the app's routes send it: the model is the service's default.
+            "hyperparameters": asked, "trained_with": trained_with(model, asked) if status != "queued" else None,
             "gpu_config": {"gpu_type": "H100", "num_gpus": 1}, "base_model": model, "total_epochs": 3,
             "estimated_total_cost": 6.4, "current_stage": status,
             "queued_at": self.now - timedelta(minutes=minutes_ago),
@@ -186,6 +186,21 @@ class World:
         plain = "Cancelled by request." if status == "cancelled" else "Completed: the adapter is stored and verified."
         self.tell(job_id, hours_ago * 60, status, message or plain, to=status, cost=round(3.5 * minutes / 60, 2))
         return job_id
+
+
+def trained_with(model: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """What a trainer says of a run."""
+    resolved = {
+        "lora_alpha": 32.0, "lora_dropout": 0.05, "warmup_steps": 9, "weight_decay": 0.0, "max_length": 1024,
+        "long_conversations": "cut", "validation_fraction": 0.1, "packing": True, "seed": 0,
+        "early_stopping_patience": None, "schedule": "cosine", "optimizer": "adamw_torch_fused", "max_grad_norm": 1.0,
+        "target_modules": ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
+    }  # fmt: skip
+    return {
+        "base_model": model, "model_revision": "9c4b7a1e5f0d", "hyperparameters": asked | resolved,
+        "compute_type": "bfloat16", "quantization": "nf4", "device": "cuda", "num_gpus": 1,
+        "gpu_type": "NVIDIA H100 80GB HBM3", "trainable_parameters": 40_370_176,
+    }  # fmt: skip
 
 
 @contextmanager

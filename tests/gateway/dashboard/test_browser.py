@@ -67,7 +67,9 @@ def test_a_job_trains_before_ones_eyes_and_its_curve_grows(signed_in: Browser, q
         page.wait_for(".state.large[data-state=completed]", seconds=60)
         page.wait_for_text("The whole adapter (tar.gz)")
         # The curve that is shown in the end is the one in the rows, whole.
-        eventually(lambda: page.number(POINTS) == 160, seconds=30, why=lambda: str(page.number(POINTS)))
+        eventually(
+            lambda: page.number(POINTS) == len(queue.points(job)), seconds=30, why=lambda: str(page.number(POINTS))
+        )
     assert "Training has begun" in page.text() and "A host has claimed the job (attempt 1 of 3)" in page.text()
     # One refusal is the page's own question whether it is signed in.
     assert all("/dashboard/session" in words for words in page.complaints()), page.complaints()

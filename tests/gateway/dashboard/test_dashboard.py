@@ -147,7 +147,7 @@ def test_a_browser_is_told_of_a_job_from_its_insert_to_its_end(queue: Queue, gat
         watcher.wait_for_job(job, state="queued", model="tiny", dataset="A dataset")
         reason = watcher.wait(lambda told: [str(job), "no worker"] in told.data.get("queue", {}).get("order", []))
         assert reason.data["queue"]["waiting"] == 1
-        with queue.daemon(tmp_path):
+        with queue.daemon(tmp_path, metrics_points=0):
             watcher.wait(
                 lambda told: [worker["state"] for worker in told.data.get("workers", [])] in (["idle"], ["busy"])
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,19 @@ def test_a_run_tells_its_story_in_order_and_learns(spec_of: SpecOf) -> None:
     assert summary["final_validation_loss"] < summary["initial_validation_loss"]
     assert math.isclose(summary["perplexity"], math.exp(summary["final_validation_loss"]))
     assert summary["total_steps"] == planned.total_steps and 1 <= summary["overall_score"] <= 5
+    # Every setting is told as it is used, whoever chose it.
+    used = planned.trained_with["hyperparameters"]
+    assert all(value is not None for name, value in used.items() if name not in NOT_RESOLVED)
+    assert (used["lora_alpha"], used["max_length"]) == (2 * used["lora_rank"], planned.max_length)
+    config = json.loads((Path(voice.all("adapter_saved")[0].path) / "adapter_config.json").read_text())
+    (attached,) = voice.all("adapter_attached")
+    assert sorted(attached.target_modules) == sorted(config["target_modules"])
+    assert (used["lora_rank"], used["lora_alpha"]) == (config["r"], config["lora_alpha"])
+    assert attached.trainable_parameters == summary["trainable_parameters"]
+
+
+# What the loaded model decides, and what is never when it is not asked for.
+NOT_RESOLVED = {"packing", "target_modules", "early_stopping_patience"}
 
 
 @IN_BOTH_TYPES

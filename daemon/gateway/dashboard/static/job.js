@@ -38,11 +38,12 @@ export function jobPage(view, id) {
       if (ended) return;
       whole = told;
       whole.readAt = now();
+      whole.tail = tailOf(whole.curve.points);
       mark(view, "aria-busy", "false");
       show();
       page.story.show(whole.story);
       page.samples.show(whole.story);
-      page.spec(whole.job);
+      page.spec(whole.job, whole.settings);
       page.files(id, whole.job);
       chart.update(whole.curve, whole.job.total_steps);
       show();
@@ -96,7 +97,8 @@ export function jobPage(view, id) {
     for (const name of ["points", "validation"]) {
       const last = whole.curve[name].at(-1)?.[0] ?? -1;
       const more = (news[name]?.[id] ?? []).filter(([step]) => step > last);
-      whole.curve[name].push(...more);
+      if (name === "points") whole.tail.add(more);
+      else whole.curve[name].push(...more);
       grown = grown || more.length > 0;
     }
     if (grown) chart.update(whole.curve, job().total_steps);
@@ -132,6 +134,25 @@ export function jobPage(view, id) {
   };
 }
 
+/** Takes live steps in the measure of the stored points: each of those is the mean of the steps since the one before. */
+function tailOf(points) {
+  const every = points.length > 2 ? Math.max(points.at(-1)[0] - points.at(-2)[0], points[2][0] - points[1][0]) : 1;
+  let from = points.at(-1)?.[0] ?? 0;
+  let since = [];
+  return {
+    add(steps) {
+      for (const [step, loss] of steps) {
+        if (since.length) points.pop();
+        since.push(loss);
+        points.push([step, since.reduce((a, b) => a + b, 0) / since.length]);
+        if (step - from < every) continue;
+        from = step;
+        since = [];
+      }
+    },
+  };
+}
+
 const back = () => el("a", { class: "back", href: "#/", text: "← Overview" });
 
 function layout(chart) {
@@ -158,6 +179,8 @@ function layout(chart) {
   const fault = faultBox();
   const samples = sampleBox();
   const story = storyBox();
+  const settingRows = el("tbody");
+  const settingPart = part("Settings", settingTable(settingRows));
   const specList = el("dl", { class: "pairs" });
   const specPart = part("Asked for", specList);
   const fileList = el("ul", { class: "files" });
@@ -176,7 +199,7 @@ function layout(chart) {
     facts,
     chartPart,
     samples.element,
-    el("div", { class: "columns" }, story.element, el("div", {}, filePart, specPart, stackPart)),
+    el("div", { class: "columns" }, story.element, el("div", {}, filePart, settingPart, specPart, stackPart)),
   );
 
   return {
@@ -200,10 +223,20 @@ function layout(chart) {
       factList.show(factsOf(job, read), ([name]) => name);
       chartPart.hidden = chart.isEmpty() && (FINAL.includes(job.state) || job.state === "queued");
     },
-    spec(read) {
+    spec(read, settings) {
+      settingPart.hidden = !settings.length;
+      settingRows.replaceChildren(
+        ...settings.map(([name, asked, used]) =>
+          el("tr", {}, el("th", { scope: "row", text: name }), el("td", { text: asked }), el("td", { text: used })),
+        ),
+      );
+      const chosen = isRecord(read.hyperparameters) ? read.hyperparameters : { hyperparameters: read.hyperparameters };
       const pairs = [
-        ...Object.entries(isRecord(read.hyperparameters) ? read.hyperparameters : { hyperparameters: read.hyperparameters }),
-        ...Object.entries(isRecord(read.gpu_config) ? read.gpu_config : { gpu_config: read.gpu_config }),
+        // Above, beside what is used, as soon as that is known.
+        ...(settings.length ? [] : Object.entries(chosen)),
+        ...Object.entries(isRecord(read.gpu_config) ? read.gpu_config : { gpu_config: read.gpu_config }).filter(
+          ([name]) => !settings.length || !["gpu_type", "type", "num_gpus", "count"].includes(name),
+        ),
         ["dataset", read.dataset_source],
         ["owner", read.user_id],
         ["caller's id", read.client_job_id],
@@ -246,6 +279,13 @@ const isRecord = (value) => typeof value === "object" && value !== null && !Arra
 
 function part(title, ...children) {
   return el("section", { class: "part" }, el("h2", { text: title }), ...children);
+}
+
+/** What was asked for beside what it is trained with. */
+function settingTable(rows) {
+  const names = ["setting", "asked", "used"];
+  const head = el("tr", {}, ...names.map((text) => el("th", { scope: "col", text })));
+  return el("table", { class: "settings" }, el("thead", {}, head), rows);
 }
 
 function factsOf(job, read) {

@@ -601,6 +601,7 @@ export type Database = {
           status: string | null
           total_epochs: number
           total_steps: number | null
+          trained_with: Json | null
           updated_at: string | null
           user_id: string
           training_status_json: Json | null
@@ -657,6 +658,7 @@ export type Database = {
           status?: string | null
           total_epochs?: number
           total_steps?: number | null
+          trained_with?: Json | null
           updated_at?: string | null
           user_id: string
         }
@@ -711,6 +713,7 @@ export type Database = {
           status?: string | null
           total_epochs?: number
           total_steps?: number | null
+          trained_with?: Json | null
           updated_at?: string | null
           user_id?: string
         }
