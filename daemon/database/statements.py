@@ -26,6 +26,11 @@ def statement(name: str, folder: str = "queries") -> str:
     return "\n".join(line for line in lines if line and not line.startswith("--"))
 
 
+def read_statement(name: str) -> bytes:
+    """The text of a file of sql/reads, as a plain psycopg connection takes it."""
+    return statement(name, "reads").encode()
+
+
 @cache
 def _files(folder: str) -> dict[str, Traversable]:
     """Every SQL file by its name, whichever room it is in."""

@@ -12,7 +12,7 @@ from daemon.database.embedded_server import EmbeddedPostgres, EmbeddedPostgresFa
 from daemon.demo.errors import DemoFailed
 from daemon.demo.model import MODEL_NAME, convert_model, model_is_ready, models_folder, python_environment
 from daemon.demo.process import OwnProcess
-from daemon.demo.screen.live import Screen
+from daemon.demo.screen import Screen
 from daemon.demo.signals import Interruption
 
 

@@ -17,16 +17,17 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psycopg
+from psycopg.rows import dict_row
 from rich.console import Console
 
+from daemon.demo.app_rows import insert_user
 from daemon.demo.environment import daemon_settings, open_postgres, prepare_model, start
 from daemon.demo.errors import DemoFailed
-from daemon.demo.job import insert_user
+from daemon.demo.json_screen import JsonScreen
 from daemon.demo.model import cache_folder, find_gguf
 from daemon.demo.process import OwnProcess
 from daemon.demo.run import VOICE
-from daemon.demo.screen.json_lines import JsonScreen
-from daemon.demo.screen.live import Screen
+from daemon.demo.screen import Screen
 from daemon.demo.signals import Interrupted, Interruption
 from daemon.schema.migrations import migrate
 
@@ -61,7 +62,7 @@ def _serve(screen: Screen, interruption: Interruption) -> None:
         prepare_model(screen, interruption, folder)
         dsn = stack.enter_context(open_postgres(screen)).dsn()
         screen.step(f"migrations: {len(migrate(dsn, local=True))} applied")
-        with psycopg.connect(dsn, autocommit=True) as connection:
+        with psycopg.connect(dsn, autocommit=True, row_factory=dict_row) as connection:
             user_id = insert_user(connection)
         settings = daemon_settings(dsn, folder) | {"TRAINER_SERVICE_USER_ID": str(user_id)}
         key, port = secrets.token_hex(16), _free_port()

@@ -16,26 +16,19 @@ from typing import Any
 from uuid import UUID
 
 import psycopg
+from psycopg.rows import dict_row
 from rich.console import Console
 
+from daemon.demo.app_rows import INSERT_JOB, SELECT_ROW, insert_dataset, insert_job, insert_user, read_row
 from daemon.demo.environment import daemon_settings, open_postgres, prepare_model, start
 from daemon.demo.errors import DemoFailed
-from daemon.demo.job import (
-    INSERT_JOB,
-    SELECT_ROW,
-    Connection,
-    JobView,
-    insert_dataset,
-    insert_job,
-    insert_user,
-    read_job,
-    read_row,
-)
+from daemon.demo.json_screen import JsonScreen
 from daemon.demo.model import MODEL_NAME, cache_folder, find_gguf
 from daemon.demo.process import OwnProcess
-from daemon.demo.screen.json_lines import JsonScreen
-from daemon.demo.screen.live import Screen
+from daemon.demo.screen import Screen
 from daemon.demo.signals import Interrupted, Interruption
+from daemon.job_view.reads import Connection, JobRow
+from daemon.job_view.watched_jobs import WatchedJob, WatchedJobs
 from daemon.schema.migrations import migrate
 from daemon.sentence import without_advice
 from daemon.storage.archive import unpack_adapter
@@ -88,17 +81,17 @@ def _play(data: Path | None, screen: Screen, interruption: Interruption) -> None
 
         daemon = stack.enter_context(start("run", daemon_settings(dsn, folder), folder))
         screen.step(f"the daemon runs as process {daemon.pid} and listens; now an app inserts a row:")
-        connection = stack.enter_context(psycopg.connect(dsn, autocommit=True))
+        connection = stack.enter_context(psycopg.connect(dsn, autocommit=True, row_factory=dict_row))
         job_id = _insert_row(connection, dataset, folder, screen)
-        view = _watch(connection, job_id, daemon, screen, interruption)
+        watched = _watch(connection, job_id, daemon, screen, interruption)
 
         screen.sql(SELECT_ROW.format(job_id=job_id))
         screen.row(read_row(connection, job_id))
         screen.blank()
-        if view.standing.status != "completed":
-            raise _job_failed(view, folder / "jobs" / str(job_id))
-        adapter = _keep_adapter(folder / "storage", view, dataset)
-    _show_result(view, adapter, time.monotonic() - begun, screen)
+        if watched.row.state != "completed":
+            raise _job_failed(watched.row, folder / "jobs" / str(job_id))
+        adapter = _keep_adapter(folder / "storage", watched.row, dataset)
+    _show_result(watched, adapter, time.monotonic() - begun, screen)
 
 
 def _readable(data: Path) -> Path:
@@ -124,33 +117,33 @@ def _insert_row(connection: Connection, dataset: Path, folder: Path, screen: Scr
 
 def _watch(
     connection: Connection, job_id: UUID, daemon: OwnProcess, screen: Screen, interruption: Interruption
-) -> JobView:
-    """Reads the row four times a second until it is final. Raises DemoFailed if the daemon has ended."""
-    with screen.picture() as picture:
+) -> WatchedJob:
+    """Reads the job four times a second until it is final. Raises DemoFailed if the daemon has ended."""
+    jobs = WatchedJobs([job_id])
+    with screen.view() as view:
         while True:
             # Checked before the row is read: a daemon that wrote the outcome and then ended has done its work.
             exit_status = daemon.exit_status
-            view = read_job(connection, job_id)
-            picture.show(view)
-            if view.standing.is_final:
-                return view
+            news = jobs.read(connection)
+            view.show(jobs.all, news, None)
+            (watched,) = jobs.all
+            if jobs.over:
+                return watched
             if exit_status is not None:
                 how = f"by signal {-exit_status}" if exit_status < 0 else f"with exit status {exit_status}"
                 raise DemoFailed(
-                    f"the daemon ended {how} while the job was {view.standing.status}. On a real host supervisord "
+                    f"the daemon ended {how} while the job was {watched.row.state}. On a real host supervisord "
                     "starts it again, and another daemon may take the job once the lease has run out.",
                     daemon.log_tail(),
                 )
             interruption.sleep(_READ_SECONDS)
 
 
-def _job_failed(view: JobView, job_folder: Path) -> DemoFailed:
-    standing = view.standing
-    said = without_advice(standing.error_message or "no message", standing.error_hint)
-    words = f"the job {standing.status}: {said}"
-    if standing.error_hint:
-        words += f"\n  → {standing.error_hint}"
-    return DemoFailed(words, "" if standing.error_code != "internal" else _end_of_logs(job_folder))
+def _job_failed(row: JobRow, job_folder: Path) -> DemoFailed:
+    words = f"the job {row.state}: {without_advice(row.error_message or 'no message', row.error_hint)}"
+    if row.error_hint:
+        words += f"\n  → {row.error_hint}"
+    return DemoFailed(words, "" if row.error_code != "internal" else _end_of_logs(job_folder))
 
 
 def _end_of_logs(job_folder: Path) -> str:
@@ -158,26 +151,26 @@ def _end_of_logs(job_folder: Path) -> str:
     return "\n".join(line for log in logs for line in log.read_text(errors="replace").splitlines()[-15:])
 
 
-def _keep_adapter(storage: Path, view: JobView, dataset: Path) -> Path:
+def _keep_adapter(storage: Path, row: JobRow, dataset: Path) -> Path:
     """Unpacks the adapter to a folder that the demo keeps, replacing an earlier one from the same file."""
-    assert view.standing.adapter_path is not None, "a completed job has an adapter"
+    assert row.adapter_path is not None, "a completed job has an adapter"
     target = cache_folder() / "adapters" / dataset.stem
     shutil.rmtree(target, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    unpack_adapter(storage / view.standing.adapter_path, target)
+    unpack_adapter(storage / row.adapter_path, target)
     return target
 
 
-def _show_result(view: JobView, adapter: Path, seconds: float, screen: Screen) -> None:
-    before, after = view.sample("before"), view.sample("after")
-    if before is not None and after is not None:
-        screen.answers(before[0], before[1], after[1])
+def _show_result(watched: WatchedJob, adapter: Path, seconds: float, screen: Screen) -> None:
+    samples = {event.data.get("when"): event.data for event in reversed(watched.story) if event.kind == "sample"}
+    if "before" in samples and "after" in samples:
+        before, after = samples["before"], samples["after"]
+        screen.answers(str(before["prompt"]), str(before["answer"]), str(after["answer"]))
         screen.blank()
-    held_out = view.held_out_losses
-    if len(held_out) > 1:
-        first, best = held_out[0].loss, min(point.loss for point in held_out[1:])
-        fall = 100 * (1 - best / first)
-        screen.result(f"loss on held-out conversations {first:.3f} → {best:.3f} (−{fall:.0f} %)")
+    first, *later = watched.validation_losses or [0.0]
+    if later:
+        fall = 100 * (1 - min(later) / first)
+        screen.result(f"loss on held-out conversations {first:.3f} → {min(later):.3f} (−{fall:.0f} %)")
     screen.result(f"adapter: {adapter}")
     screen.result(f"{seconds:.0f} s in all; daemon, trainer and Postgres have ended")
     ask = "make ask" if Path("Makefile").is_file() else f"{sys.executable} -m training.adapter.ask"

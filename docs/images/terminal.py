@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,9 +16,12 @@ from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console, RenderableType
 from rich.terminal_theme import MONOKAI
 
-from daemon.demo.job import JobView
 from daemon.demo.run import run_demo
-from daemon.demo.screen.live import Picture, Screen, draw_picture
+from daemon.demo.screen import Screen
+from daemon.job_view.output import View
+from daemon.job_view.picture import picture
+from daemon.job_view.reads import Event
+from daemon.job_view.watched_jobs import WatchedJob
 
 WIDTH = 104
 # Late enough for a curve, early enough for a bar that is not full.
@@ -37,11 +40,11 @@ class RecordedScreen(Screen):
         self._recorder = console
 
     @contextmanager
-    def picture(self) -> Iterator[Picture]:
-        chosen = _Moment()
-        yield chosen
-        if chosen.drawn is not None:
-            self._recorder.print(chosen.drawn)
+    def view(self) -> Iterator[View]:
+        moment = _Moment()
+        yield moment
+        if moment.drawn is not None:
+            self._recorder.print(moment.drawn)
 
 
 class _Moment:
@@ -49,10 +52,10 @@ class _Moment:
         self.drawn: RenderableType | None = None
         self._progress = 0.0
 
-    def show(self, view: JobView) -> None:
+    def show(self, jobs: Sequence[WatchedJob], news: Sequence[Event], notice: str | None) -> None:
+        del news
         if self._progress < SHOWN_PROGRESS:
-            # Drawn now: the time left counts from the moment.
-            self.drawn, self._progress = draw_picture(view, WIDTH), float(view.standing.progress)
+            self.drawn, self._progress = picture(jobs, width=WIDTH, height=40, notice=notice), jobs[0].row.progress
 
 
 def main() -> int:
@@ -63,10 +66,10 @@ def main() -> int:
         sys.stderr.write(console.export_text())
         return status
     goal = Path(__file__).with_name("terminal.svg")
-    picture = console.export_svg(title="make demo", theme=MONOKAI, code_format=FORMAT, unique_id="demo")
+    drawn = console.export_svg(title="make demo", theme=MONOKAI, code_format=FORMAT, unique_id="demo")
     # A line with a shorter path is a shorter line.
-    picture = re.sub(r' textLength="[^"]*"(?=[^>]*>[^<]*~/)', "", picture.replace(str(Path.home()), "~"))
-    goal.write_text(picture, encoding="utf-8")
+    drawn = re.sub(r' textLength="[^"]*"(?=[^>]*>[^<]*~/)', "", drawn.replace(str(Path.home()), "~"))
+    goal.write_text(drawn, encoding="utf-8")
     sys.stdout.write(f"{goal}: {goal.stat().st_size / 1000:.0f} kB\n")
     return status
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-
-from daemon.demo.job import JobView, Standing, StoryLine
 from daemon.demo.screen.json_lines import JsonScreen
+
 from daemon.errors import EXIT_UNFIT
+from daemon.job_view.watched_jobs import WatchedJobs
 from tests.cli.command import CommandLine
+from tests.lifecycle.queue import Queue
 from tests.postgres import AppDatabase
 
 
@@ -41,14 +42,19 @@ def test_a_demo_that_cannot_begin_says_so_in_json(cli: CommandLine) -> None:
     assert [line["kind"] for line in said.lines] == ["failure"] and "nowhere.jsonl" in said.lines[0]["text"]
 
 
-def test_a_demo_tells_each_event_once_and_the_row_when_it_changed(capsys: pytest.CaptureFixture[str]) -> None:
-    from datetime import UTC, datetime
-
-    queued = Standing("queued", "queued", 0.0, 0, None, None, None, None, None, None, None)
-    story = (StoryLine(1, datetime.now(UTC), "queued", "Queued.", {}),)
-    with JsonScreen().picture() as picture:
-        picture.show(JobView(queued, (), ()))
-        picture.show(JobView(queued, (), story))
-        picture.show(JobView(queued, (), story))
+def test_a_demo_tells_each_event_once_and_the_row_when_it_changed(
+    capsys: pytest.CaptureFixture[str], queue: Queue
+) -> None:
+    job = queue.insert()
+    jobs = WatchedJobs([job])
+    with queue.connect() as read, JsonScreen().view() as view:
+        for _ in range(2):
+            news = jobs.read(read)
+            view.show(jobs.all, news, None)
+        queue.cancel_as_owner(job)
+        news = jobs.read(read)
+        view.show(jobs.all, news, None)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["kind"] for line in lines] == ["standing", "event"]
+    assert [line["kind"] for line in lines] == ["event", "job", "event", "job"]
+    assert [line["event"]["kind"] for line in lines if "event" in line] == ["queued", "cancelled"]
+    assert [line["job"]["state"] for line in lines if "job" in line] == ["queued", "cancelled"]

@@ -10,7 +10,7 @@ import pytest
 import structlog
 
 from daemon.cli.data.connection import connect
-from daemon.cli.watching.notifications import listen, wait_for_change
+from daemon.cli.data.notifications import listen, wait_for_change
 from daemon.database.listener import CHANNEL, Listener
 from daemon.gateway.dashboard.broadcaster import Feed
 from tests.postgres import AppDatabase

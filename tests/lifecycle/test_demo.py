@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from daemon.demo.job import SELECT_ROW
+from daemon.demo.app_rows import SELECT_ROW
 from daemon.demo.model import MODEL_NAME
 from daemon.demo.run import VOICE
-from daemon.demo.screen.live import Screen
+from daemon.demo.screen import Screen
 from daemon.terminal.braille_plot import draw_curve
 from tests.daemon_process import alive, children_of, eventually
 from tests.docs.blocks import blocks

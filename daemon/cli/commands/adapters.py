@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from daemon.cli.data.connection import Connection
-    from daemon.cli.data.queries import JobDetails, JobRow
+    from daemon.cli.data.queries import JobDetails
+    from daemon.job_view.reads import JobRow
     from daemon.settings import Settings
 
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from daemon.cli.data.connection import Connection
-    from daemon.cli.data.queries import Event, JobDetails, JobRow
+    from daemon.cli.data.queries import JobDetails
+    from daemon.job_view.reads import Event, JobRow
 
 JobId = Annotated[str, typer.Argument(metavar="ID", help="A job's id, or its first characters (four or more).")]
 JobIds = Annotated[list[str], typer.Argument(metavar="ID...", help="Job ids, or their first characters.")]
@@ -55,9 +56,9 @@ def jobs(
 ) -> None:
     """List jobs: unfinished ones first, then the newest, and why each waits."""
     from daemon.cli.data.connection import open_database
-    from daemon.cli.data.queries import list_jobs
     from daemon.cli.data.users import find_owner
     from daemon.cli.errors import Misused
+    from daemon.job_view.reads import list_jobs
     from daemon.terminal.console import console, print_json, say, say_aside
 
     for state in states or ():
@@ -83,7 +84,8 @@ def jobs(
 def show(job: JobId, as_json: AsJson = False) -> None:
     """Show one job: row, spec, events, answers before and after training, error with its hint."""
     from daemon.cli.data.connection import open_database
-    from daemon.cli.data.queries import find_job, read_details, read_job, read_story
+    from daemon.cli.data.queries import find_job, read_details, read_job
+    from daemon.job_view.reads import read_story
     from daemon.terminal.console import print_json
 
     with open_database() as connection:
@@ -105,9 +107,10 @@ def events(
 ) -> None:
     """List a job's events, one per line."""
     from daemon.cli.data.connection import open_database
-    from daemon.cli.data.queries import EVENTS_A_READ, find_job, read_job, read_story
-    from daemon.cli.watching.event_lines import event_line
-    from daemon.cli.watching.notifications import listen, wait_for_change
+    from daemon.cli.data.notifications import listen, wait_for_change
+    from daemon.cli.data.queries import find_job, read_job
+    from daemon.job_view.event_lines import event_line
+    from daemon.job_view.reads import EVENTS_A_READ, read_story
     from daemon.terminal.console import print_json, say
 
     with open_database() as connection:
@@ -259,7 +262,7 @@ def _print_job(row: JobRow, details: JobDetails, story: list[Event]) -> None:
     from rich.panel import Panel
     from rich.text import Text
 
-    from daemon.cli.watching.event_lines import event_line
+    from daemon.job_view.event_lines import event_line
     from daemon.sentence import without_advice
     from daemon.terminal.console import console, say, state_text
     from daemon.terminal.sanitize import plain, plain_lines

@@ -8,8 +8,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
-from importlib import resources
 from typing import Any
 
 import psycopg
@@ -113,9 +111,3 @@ def said_plainly() -> Iterator[None]:
     except psycopg.Error as error:
         # Messages of the guard and the functions (PT404, PT409), and of constraints.
         raise CommandFailed(first_line(error), error.diag.message_hint) from error
-
-
-@cache
-def read_statement(name: str) -> bytes:
-    """The text of sql/reads/<name>.sql."""
-    return (resources.files("sql.reads") / f"{name}.sql").read_bytes()

@@ -100,7 +100,7 @@ def refuse_unless_ok(verdict: Verdict, dataset: Path) -> None:
 
 def forecast(connection: Connection, model: str | None, verdict: Verdict, epochs: int) -> Forecast:
     """Estimates from the pace of earlier jobs of the same model; else uses the trainer's own estimate, if any."""
-    from daemon.cli.data.connection import read_statement
+    from daemon.database.statements import read_statement
     from daemon.terminal.format import count
 
     past = connection.execute(read_statement("past_pace"), {"model": model}).fetchone()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.text import Text
 
-from daemon.cli.data.queries import Event
+from daemon.job_view.reads import Event
 from daemon.terminal.console import STATE_STYLE
 from daemon.terminal.format import clock, money, short_id
 from daemon.terminal.sanitize import plain

@@ -11,9 +11,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from daemon.cli.data.queries import JobRow
-from daemon.cli.watching.event_lines import event_line
-from daemon.cli.watching.watched_jobs import WatchedJob
+from daemon.job_view.event_lines import event_line
+from daemon.job_view.reads import JobRow
+from daemon.job_view.watched_jobs import WatchedJob
 from daemon.terminal.braille_plot import draw_curve
 from daemon.terminal.console import STATE_STYLE
 from daemon.terminal.format import count, loss, money, short_id, span

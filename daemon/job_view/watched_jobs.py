@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from uuid import UUID
 
-from daemon.cli.data.connection import Connection
-from daemon.cli.data.queries import EVENTS_A_READ, Event, JobRow, Point, list_jobs, read_points, read_story
+from daemon.job_view.reads import EVENTS_A_READ, Connection, Event, JobRow, Point, list_jobs, read_points, read_story
 
 # More points than any terminal has columns; beyond this, neighbours are merged.
 _MAX_POINTS = 4000
@@ -41,31 +40,36 @@ class WatchedJob:
         return [float(value) for value in told if isinstance(value, int | float)]
 
 
-class Feed:
-    """The jobs being watched. `read` brings them up to date and returns the new events."""
+class WatchedJobs:
+    """Several watched jobs. `read` brings them up to date and returns the new events."""
 
     def __init__(self, ids: Sequence[UUID]) -> None:
         self._ids = list(ids)
         self._after = 0
-        self.jobs: dict[UUID, WatchedJob] = {}
+        self._jobs: dict[UUID, WatchedJob] = {}
+
+    @property
+    def all(self) -> list[WatchedJob]:
+        """The jobs whose rows are there."""
+        return list(self._jobs.values())
 
     @property
     def over(self) -> bool:
         """Whether every job has ended, or its row is gone."""
-        return all(watched.row.is_final for watched in self.jobs.values())
+        return all(watched.row.is_final for watched in self._jobs.values())
 
     @property
     def succeeded(self) -> bool:
-        return all(watched.row.state == "completed" for watched in self.jobs.values())
+        return all(watched.row.state == "completed" for watched in self._jobs.values())
 
     def read(self, connection: Connection) -> list[Event]:
         """Reads rows first: if a row is final, the events read after it are complete."""
         rows = {row.job_id: row for row in list_jobs(connection, ids=self._ids, limit=len(self._ids))}
         for job_id in self._ids:
             if job_id not in rows:
-                self.jobs.pop(job_id, None)
+                self._jobs.pop(job_id, None)
                 continue
-            watched = self.jobs.setdefault(job_id, WatchedJob(rows[job_id]))
+            watched = self._jobs.setdefault(job_id, WatchedJob(rows[job_id]))
             self._read_curve(connection, watched, rows[job_id])
         return self._read_story(connection)
 
@@ -91,6 +95,6 @@ class Feed:
             if len(batch) < EVENTS_A_READ:
                 break
         for event in news:
-            if (watched := self.jobs.get(event.job_id)) is not None:
+            if (watched := self._jobs.get(event.job_id)) is not None:
                 watched.story = [*watched.story[-_KEPT_EVENTS:], event]
         return news

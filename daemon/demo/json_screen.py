@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from decimal import Decimal
 from typing import Any
 
 from daemon.demo.errors import DemoFailed
-from daemon.demo.job import JobView
-from daemon.demo.screen.live import Picture, Screen
+from daemon.demo.screen import Screen
+from daemon.job_view.output import JsonLines, View
 from daemon.sentence import as_sentence
 from daemon.terminal.console import console, print_json
 
 
 class JsonScreen(Screen):
-    """Each line has a `kind`: say, step, sql, row, answers, result, failure, event (of the job) or standing."""
+    """Each line has a `kind`: say, step, sql, row, answers, result, failure, event or job."""
 
     def __init__(self) -> None:
         super().__init__(console())
@@ -46,25 +45,8 @@ class JsonScreen(Screen):
         """Prints nothing: a program needs no blank lines."""
 
     @contextmanager
-    def picture(self) -> Iterator[Picture]:
-        yield _JsonPicture()
-
-
-class _JsonPicture:
-    """Prints each new event, and the row whenever it changed."""
-
-    def __init__(self) -> None:
-        self._told = 0
-        self._standing: object = None
-
-    def show(self, view: JobView) -> None:
-        for event in view.story:
-            if event.id > self._told:
-                self._told = event.id
-                _line("event", id=event.id, at=event.at, event=event.kind, message=event.message, data=event.data)
-        if view.standing != self._standing:
-            self._standing = view.standing
-            _line("standing", **asdict(view.standing))
+    def view(self) -> Iterator[View]:
+        yield JsonLines(lambda name, value: _line(name, **{name: value}))
 
 
 def _line(kind: str, **fields: Any) -> None:
