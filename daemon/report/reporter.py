@@ -16,6 +16,7 @@ import structlog
 
 from daemon.chores import worked
 from daemon.database.connection import REFUSALS
+from daemon.database.retry import AWAY_SECONDS
 from daemon.errors import DatabaseAway, LeaseLost, PointsRefused, StatementRefused
 from daemon.host.gpu_load import GpuLoad
 from daemon.queue.job import Lease
@@ -31,8 +32,6 @@ log = structlog.get_logger()
 
 # One write per second and job: Supabase's Realtime runs on a single thread (its Postgres Changes guide).
 WRITE_SECONDS = 1.0
-# After an outage the backlog is written in one go, so there is no hurry.
-AWAY_SECONDS = 2.0
 POINTS_A_WRITE = 500
 MAX_STORY = 2_000
 
