@@ -18,7 +18,7 @@ from daemon.host.inspect import Host, find_gpus
 from daemon.sentence import as_sentence
 from daemon.settings import Settings
 from daemon.trainer.process import TrainerProcess
-from daemon.trainer.selfcheck import run_selfcheck
+from daemon.trainer.run_selfcheck import run_selfcheck
 from daemon.troubles import Troubles
 from training.events import HostPart
 

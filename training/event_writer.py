@@ -10,11 +10,11 @@ from training.events import (
     AdapterSaved,
     CheckpointSaved,
     Evaluated,
-    Failed,
     Notice,
     Planned,
     Preparing,
     Progress,
+    RunFailed,
     Sample,
     Stage,
     StageEntered,
@@ -33,7 +33,7 @@ AnyEvent = (
     | Sample
     | Notice
     | AdapterSaved
-    | Failed
+    | RunFailed
 )
 
 

@@ -169,7 +169,7 @@ class AdapterSaved(_Event):
     summary: dict[str, Any] = Field(default_factory=dict)
 
 
-class Failed(_Event):
+class RunFailed(_Event):
     """The run cannot go on. `transient` says whether another attempt may succeed."""
 
     kind: Literal["failed"] = "failed"
@@ -206,7 +206,7 @@ Event = Annotated[
     | Sample
     | Notice
     | AdapterSaved
-    | Failed,
+    | RunFailed,
     Field(discriminator="kind"),
 ]
 

@@ -11,7 +11,7 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.events import ErrorCode, Failed, HostPart
+from training.events import ErrorCode, HostPart, RunFailed
 from training.spec import JobSpec
 
 # Messages of drivers and libraries that ran out of memory without raising torch.OutOfMemoryError.
@@ -139,10 +139,10 @@ def memory_advice(spec: JobSpec | None, max_length: int | None = None) -> str:
     )
 
 
-def failed_event(error: BaseException, spec: JobSpec | None, job_id: str) -> Failed:
+def failed_event(error: BaseException, spec: JobSpec | None, job_id: str) -> RunFailed:
     """Returns the last event of a failed run, with the stack for the operator."""
     found = diagnose(error, spec)
-    return Failed(
+    return RunFailed(
         job_id=job_id,
         code=found.code,
         message=found.message,

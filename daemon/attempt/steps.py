@@ -17,16 +17,16 @@ from typing import Any, TypeVar, assert_never
 
 import structlog
 
+from daemon.attempt.choose_trackers import Tracking, choose_trackers
 from daemon.attempt.cleanup import FinishedAttempt
 from daemon.attempt.collaborators import Collaborators
 from daemon.attempt.limits import enforce_limits
 from daemon.attempt.settle import settle
 from daemon.attempt.stored_checkpoints import CheckpointStore
-from daemon.attempt.trackers import Tracking, choose_trackers
 from daemon.attempt.work_folder import WorkFolder
-from daemon.base_model.adapter_size import expected_adapter_bytes
 from daemon.base_model.candidates import ResolvedModel
 from daemon.base_model.resolve import folders_exist, resolve_model
+from daemon.base_model.upload_size import expected_adapter_bytes
 from daemon.chores import Chores
 from daemon.database.retry import retry_until_database_is_back
 from daemon.dataset.fetch import fetch_dataset

@@ -38,7 +38,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DownloadPlan:
     """What will be downloaded: total bytes, and bytes still missing."""
 
     revision: str
@@ -75,7 +75,7 @@ def download(order: Order) -> Done | NotDone:
         if not any(name.endswith(".safetensors") for name in files):
             return NotDone("unusable", f"{order.model} has no safetensors weights; pickled weights are never loaded")
         total = sum(file.size or 0 for file in files.values())
-        plan = Plan(revision, total, max(total - bytes_on_disk(target), 0))
+        plan = DownloadPlan(revision, total, max(total - bytes_on_disk(target), 0))
         _say(plan)
         target.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(target).free
@@ -124,7 +124,7 @@ def bytes_on_disk(folder: Path) -> int:
     return total
 
 
-def _say(answer: Plan | Done | NotDone) -> None:
+def _say(answer: DownloadPlan | Done | NotDone) -> None:
     sys.stdout.write(json.dumps(asdict(answer)) + "\n")
     sys.stdout.flush()
 

@@ -56,7 +56,7 @@ class FetchedDataset:
     validator: str | None = None
 
 
-class _Interrupted(TrainerError):
+class _TransferBroken(TrainerError):
     """The transfer stopped and can be resumed. `after_seconds` is the wait that the server asked for."""
 
     def __init__(self, message: str, after_seconds: float = 0.0) -> None:
@@ -132,7 +132,7 @@ async def download(
 
     def pause(state: tenacity.RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
-        asked = error.after_seconds if isinstance(error, _Interrupted) else 0.0
+        asked = error.after_seconds if isinstance(error, _TransferBroken) else 0.0
         backoff = first_wait_seconds * 2.0 ** (transfer.fruitless - 1)
         return min(max(backoff, asked), LONGEST_WAIT_SECONDS)
 
@@ -147,7 +147,7 @@ async def download(
             async with asyncio.timeout(MAX_SECONDS), guarded_client(TIMEOUT) as client:
                 url, renewed_at = await sign(), -1
                 async for attempt in tenacity.AsyncRetrying(
-                    retry=tenacity.retry_if_exception_type(_Interrupted), stop=enough, wait=pause, reraise=True
+                    retry=tenacity.retry_if_exception_type(_TransferBroken), stop=enough, wait=pause, reraise=True
                 ):
                     with attempt:
                         try:
@@ -156,7 +156,7 @@ async def download(
                             if not renewable or renewed_at == transfer.received:
                                 raise _unreachable(source, str(error)) from error
                             url, renewed_at = await sign(), transfer.received
-                            raise _Interrupted(str(error)) from error
+                            raise _TransferBroken(str(error)) from error
             await asyncio.to_thread(file.flush)
         if known is not None and transfer.unchanged:
             known.path.replace(to)
@@ -164,7 +164,7 @@ async def download(
         await asyncio.to_thread(_judge_head, part, source)
         # Not synced: after a power cut the next attempt downloads again, and syncing 2 GiB would delay every job.
         part.replace(to)
-    except _Interrupted as error:
+    except _TransferBroken as error:
         raise JobDelayed(ErrorCode.DATASET_UNREACHABLE, _not_downloaded(source, str(error)), _SUBMIT_AGAIN) from error
     except TimeoutError as error:
         message = _not_downloaded(source, f"it took longer than {MAX_SECONDS / 60:.0f} minutes")
@@ -201,7 +201,7 @@ async def _continue(client: httpx.AsyncClient, rules: AddressRules, url: str, tr
     except httpx.InvalidURL as error:
         raise _unreachable(transfer.source, "it redirects to something that is not a URL") from error
     except (httpx.TransportError, httpx.DecodingError) as error:
-        raise _Interrupted(
+        raise _TransferBroken(
             f"the connection failed after {transfer.received:,} bytes ({type(error).__name__})"
         ) from error
     raise _unreachable(transfer.source, f"it redirects more than {MAX_REDIRECTS} times")
@@ -217,7 +217,7 @@ async def _receive(response: httpx.Response, transfer: _Transfer) -> None:
         if response.headers.get("content-range") == f"bytes */{transfer.received}":
             return
         await asyncio.to_thread(transfer.restart)
-        raise _Interrupted("the file changed while it was read")
+        raise _TransferBroken("the file changed while it was read")
     if status not in (200, 206):
         await _refuse(response, transfer.source)
     total: int | None = None
@@ -225,7 +225,7 @@ async def _receive(response: httpx.Response, transfer: _Transfer) -> None:
         part = _CONTENT_RANGE.match(response.headers.get("content-range", ""))
         if part is None or int(part["first"]) != transfer.received:
             await asyncio.to_thread(transfer.restart)
-            raise _Interrupted("the server sent another part than the one it was asked for")
+            raise _TransferBroken("the server sent another part than the one it was asked for")
         total = int(part["total"]) if part["total"] != "*" else None
     elif transfer.received:
         await asyncio.to_thread(transfer.restart)
@@ -240,7 +240,7 @@ async def _receive(response: httpx.Response, transfer: _Transfer) -> None:
             raise _too_large(transfer, f"more than {transfer.max_bytes:,} bytes")
         await asyncio.to_thread(transfer.write, piece)
     if total is not None and transfer.received < total:
-        raise _Interrupted(f"the server sent {transfer.received:,} of {total:,} bytes")
+        raise _TransferBroken(f"the server sent {transfer.received:,} of {total:,} bytes")
 
 
 async def _refuse(response: httpx.Response, source: str) -> None:
@@ -250,7 +250,7 @@ async def _refuse(response: httpx.Response, source: str) -> None:
     if code == "InvalidJWT" or status in (401, 403):
         raise _Rejected(f"the server refuses the URL as expired or not allowed (HTTP {status})")
     if is_transient(status):
-        raise _Interrupted(f"the server answered HTTP {status}", retry_after_seconds(response))
+        raise _TransferBroken(f"the server answered HTTP {status}", retry_after_seconds(response))
     raise _unreachable(source, f"the server answered HTTP {status}{f' ({code})' if code else ''}")
 
 
@@ -280,7 +280,7 @@ async def _checked(rules: AddressRules, url: str, source: str) -> Target:
     except AddressRefused as error:
         raise _forbidden(f"the dataset {source} is at an address that is not allowed: {error}", _PUBLIC_ONLY) from error
     except AddressUnknown as error:
-        raise _Interrupted(str(error)) from error
+        raise _TransferBroken(str(error)) from error
 
 
 _PUBLIC_ONLY = "use an https URL on a public host, or upload the dataset to the project's storage"

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from daemon.demo.errors import DemoFailed
-from daemon.demo.process import OwnProcess
+from daemon.demo.own_process import OwnProcess
 from daemon.demo.signals import Interruption
 from training.files.durable_files import sha256_of
 
@@ -45,7 +45,7 @@ def model_is_ready() -> bool:
 
 
 def convert_model(interruption: Interruption, log: Path) -> None:
-    """Converts in a separate process, which may load torch. Raises DemoFailed, or Interrupted with no files left."""
+    """Converts in a separate process, which may load torch. Raises DemoFailed, or EndedBySignal with no files left."""
     source = find_gguf()
     target = models_folder() / MODEL_NAME
     command = [sys.executable, "-m", "training.base.gguf_import", str(source), str(target)]

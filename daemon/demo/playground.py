@@ -21,14 +21,14 @@ from psycopg.rows import dict_row
 from rich.console import Console
 
 from daemon.demo.app_rows import insert_user
-from daemon.demo.environment import daemon_settings, open_postgres, prepare_model, start
 from daemon.demo.errors import DemoFailed
 from daemon.demo.json_screen import JsonScreen
+from daemon.demo.local_service import daemon_settings, open_postgres, prepare_model, start
 from daemon.demo.model import cache_folder, find_gguf
-from daemon.demo.process import OwnProcess
+from daemon.demo.own_process import OwnProcess
 from daemon.demo.run import VOICE
 from daemon.demo.screen import Screen
-from daemon.demo.signals import Interrupted, Interruption
+from daemon.demo.signals import EndedBySignal, Interruption
 from daemon.schema.migrations import migrate
 
 _ADDRESS = "127.0.0.1"
@@ -47,7 +47,7 @@ def run_playground(*, as_json: bool = False) -> int:
     with Interruption() as interruption:
         try:
             _serve(screen, interruption)
-        except Interrupted:
+        except EndedBySignal:
             screen.say("\nStopped. The host, the dashboard and Postgres have ended, and their data is gone.")
         except DemoFailed as failed:
             screen.failure(failed)

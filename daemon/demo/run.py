@@ -20,13 +20,13 @@ from psycopg.rows import dict_row
 from rich.console import Console
 
 from daemon.demo.app_rows import INSERT_JOB, SELECT_ROW, insert_dataset, insert_job, insert_user, read_row
-from daemon.demo.environment import daemon_settings, open_postgres, prepare_model, start
 from daemon.demo.errors import DemoFailed
 from daemon.demo.json_screen import JsonScreen
+from daemon.demo.local_service import daemon_settings, open_postgres, prepare_model, start
 from daemon.demo.model import MODEL_NAME, cache_folder, find_gguf
-from daemon.demo.process import OwnProcess
+from daemon.demo.own_process import OwnProcess
 from daemon.demo.screen import Screen
-from daemon.demo.signals import Interrupted, Interruption
+from daemon.demo.signals import EndedBySignal, Interruption
 from daemon.job_view.reads import Connection, JobRow
 from daemon.job_view.watched_jobs import WatchedJob, WatchedJobs
 from daemon.schema.migrations import migrate
@@ -58,9 +58,9 @@ def run_demo(data: Path | None, *, as_json: bool = False, screen: Screen | None 
     with Interruption() as interruption:
         try:
             _play(data, screen, interruption)
-        except Interrupted as interrupted:
+        except EndedBySignal as ended:
             screen.say("\nStopped. The daemon, its trainer and Postgres have ended; nothing is left behind.")
-            return interrupted.exit_status
+            return ended.exit_status
         except DemoFailed as failed:
             screen.failure(failed)
             return 1

@@ -7,7 +7,7 @@ import time
 from types import FrameType, TracebackType
 
 
-class Interrupted(Exception):
+class EndedBySignal(Exception):
     """A signal asked the demo to end. `exit_status` is the shell's exit status for the signal."""
 
     def __init__(self, number: signal.Signals) -> None:
@@ -16,7 +16,7 @@ class Interrupted(Exception):
 
 
 class Interruption:
-    """A context in which SIGINT, SIGTERM and SIGHUP are only remembered; `check` raises Interrupted for them.
+    """A context in which SIGINT, SIGTERM and SIGHUP are only remembered; `check` raises EndedBySignal for them.
 
     (A handler that raises at any point could do so between the start of a process and the line that
     registers it to be ended.)
@@ -39,10 +39,10 @@ class Interruption:
 
     def check(self) -> None:
         if self._received is not None:
-            raise Interrupted(self._received)
+            raise EndedBySignal(self._received)
 
     def sleep(self, seconds: float) -> None:
-        """Waits `seconds`, or until a signal. Raises Interrupted."""
+        """Waits `seconds`, or until a signal. Raises EndedBySignal."""
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
             self.check()

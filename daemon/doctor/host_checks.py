@@ -13,7 +13,7 @@ from daemon.errors import JobError
 from daemon.host.disk_probe import probe_disk
 from daemon.host.inspect import driver_version, find_gpus, installed_versions
 from daemon.settings import Settings, quantized_dir
-from daemon.trainer.selfcheck import Selfcheck, run_selfcheck
+from daemon.trainer.run_selfcheck import Selfcheck, run_selfcheck
 from training.events import ErrorCode
 
 SELFCHECK_SECONDS = 120.0

@@ -21,10 +21,10 @@ from daemon.chores import Chores
 from daemon.database.connection import Database
 from daemon.database.listener import Listener
 from daemon.errors import DatabaseAway, HostUnfit, StatementRefused
-from daemon.fleet.plan import NAME_PREFIX, FleetPlan, GpuKind, read_plan
+from daemon.fleet.pod_plan import NAME_PREFIX, FleetPlan, GpuKind, read_plan
 from daemon.fleet.rules import (
     ALIVE_AFTER_OUTAGE_SECONDS,
-    Limits,
+    FleetLimits,
     PodRow,
     View,
     WaitingJob,
@@ -35,7 +35,7 @@ from daemon.fleet.rules import (
 )
 from daemon.fleet.store import FleetStore
 from daemon.logs import configure_logs_by
-from daemon.pod.runpod_api import Fault, Key, Pod, RunPod, RunPodError
+from daemon.pod.runpod_api import ApiFault, Key, Pod, RunPod, RunPodError
 from daemon.queue.reaper import reap_forever
 from daemon.queue.row_visibility import RowVisibility, is_blind
 from daemon.queue.sql_job_store import SqlJobStore
@@ -112,7 +112,7 @@ class Fleet:
         self._runpod = runpod
         self._clock = clock
         self._settle_seconds = settle_seconds
-        self._limits = Limits(
+        self._limits = FleetLimits(
             max_pods=settings.fleet_max_pods,
             patience_seconds=settings.fleet_patience_seconds,
             jobs_per_pod=settings.fleet_jobs_per_pod,
@@ -328,7 +328,7 @@ class Fleet:
         await self._fleet.end_pod(now, row_id, error.fault, str(error))
         log.warning("fleet_pod_refused", row=str(row_id), gpu_type=kind.id, fault=error.fault, error=str(error))
         # Another GPU type may be available. A refused key or request is refused for every type.
-        return error.fault is Fault.NO_CAPACITY
+        return error.fault is ApiFault.NO_CAPACITY
 
     async def _cooling(self, now: datetime) -> set[str]:
         """GPU types whose last pods failed. We avoid them for a while, longer after each failure."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from uuid import UUID
 
-from daemon.fleet.plan import GpuKind
+from daemon.fleet.pod_plan import GpuKind
 from daemon.host.inspect import MEMORY_TOLERANCE
 from daemon.pod.runpod_api import STOPPED, TERMINATED, Pod
 
@@ -27,7 +27,7 @@ DRAIN_GRACE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
-class Limits:
+class FleetLimits:
     """The TRAINER_FLEET_* settings, times in seconds."""
 
     max_pods: int
@@ -134,7 +134,7 @@ class Doom:
     reason: str
 
 
-def judge_pod(row: PodRow, view: View, limits: Limits) -> Doom | None:
+def judge_pod(row: PodRow, view: View, limits: FleetLimits) -> Doom | None:
     """Decides whether to end this pod, which RunPod still lists."""
     listed = view.listed.get(row.id)
     if row.doomed_at is not None or listed is None:
@@ -220,7 +220,7 @@ class Demand:
     patient: bool = False
 
 
-def weigh(view: View, kinds: Sequence[GpuKind], cooling: Collection[str], limits: Limits) -> Demand:
+def weigh(view: View, kinds: Sequence[GpuKind], cooling: Collection[str], limits: FleetLimits) -> Demand:
     """Assigns every waiting job to a live host, a pod that is starting, or a pod to be started."""
     by_id = {kind.id: kind for kind in kinds}
     open_rows = [row for row in view.pods if row.ended_at is None]
@@ -254,7 +254,7 @@ def weigh(view: View, kinds: Sequence[GpuKind], cooling: Collection[str], limits
 
 
 def _choose(
-    job: WaitingJob, kinds: Iterable[GpuKind], cooling: Collection[str], of_kind: Counter[str], limits: Limits
+    job: WaitingJob, kinds: Iterable[GpuKind], cooling: Collection[str], of_kind: Counter[str], limits: FleetLimits
 ) -> GpuKind | None:
     """The first GPU type in the plan's order that fits, is below its own limit and is not cooling down."""
     for kind in kinds:
@@ -264,7 +264,7 @@ def _choose(
     return None
 
 
-def _living(view: View, limits: Limits) -> list[_Room]:
+def _living(view: View, limits: FleetLimits) -> list[_Room]:
     # A host is dead if RunPod no longer lists its pod, though its row still counts as alive for two minutes.
     lost = {row.pod for row in view.pods if row.pod is not None and (row.id not in view.listed or row.doomed_at)}
     rooms = []
@@ -277,7 +277,7 @@ def _living(view: View, limits: Limits) -> list[_Room]:
     return rooms
 
 
-def _starting(rows: Iterable[PodRow], kinds: dict[str, GpuKind], limits: Limits) -> list[_Room]:
+def _starting(rows: Iterable[PodRow], kinds: dict[str, GpuKind], limits: FleetLimits) -> list[_Room]:
     return [
         _room(kinds.get(row.gpu_type) or GpuKind(id=row.gpu_type, count=row.gpu_count), limits)
         for row in rows
@@ -285,7 +285,7 @@ def _starting(rows: Iterable[PodRow], kinds: dict[str, GpuKind], limits: Limits)
     ]
 
 
-def _room(kind: GpuKind, limits: Limits) -> _Room:
+def _room(kind: GpuKind, limits: FleetLimits) -> _Room:
     # One job per GPU, like a daemon without TRAINER_SLOTS.
     return _Room(kind.count, kind.memory_gb, kind.id, limits.models or None, kind.count * limits.jobs_per_pod)
 

@@ -11,7 +11,7 @@ from uuid import UUID
 from daemon.database.column_types import clean_text
 from daemon.database.connection import Database
 from daemon.database.statements import statement
-from daemon.fleet.plan import GpuKind
+from daemon.fleet.pod_plan import GpuKind
 from daemon.fleet.rules import PodRow, WaitingJob, WorkerSeen
 from daemon.pod.runpod_api import Pod
 

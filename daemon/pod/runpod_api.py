@@ -35,7 +35,7 @@ TERMINATED = frozenset({"TERMINATED", "TERMINATING"})
 _NO_CAPACITY = ("no longer any instances", "not have the resources", "no instances", "capacity")
 
 
-class Fault(StrEnum):
+class ApiFault(StrEnum):
     """Why a call failed, grouped by what to do next."""
 
     REFUSED = "refused"  # 401, 402, 403: the key, its rights or the balance; a person must act
@@ -49,7 +49,7 @@ class Fault(StrEnum):
 class RunPodError(TrainerError):
     """A call failed. `certain` False: it may have been carried out."""
 
-    def __init__(self, fault: Fault, detail: str, *, status: int | None = None, wait_seconds: float = 0.0) -> None:
+    def __init__(self, fault: ApiFault, detail: str, *, status: int | None = None, wait_seconds: float = 0.0) -> None:
         super().__init__(f"{detail} (HTTP {status})" if status else detail)
         self.fault = fault
         self.status = status
@@ -57,7 +57,7 @@ class RunPodError(TrainerError):
 
     @property
     def certain(self) -> bool:
-        return self.fault is not Fault.AWAY or self.status == httpx.codes.TOO_MANY_REQUESTS
+        return self.fault is not ApiFault.AWAY or self.status == httpx.codes.TOO_MANY_REQUESTS
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class RunPod:
             page = await self._call("GET", "/pods", params={"cursor": cursor} if cursor else None)
             listed = page.get("pods")
             if not isinstance(listed, list):
-                raise RunPodError(Fault.AWAY, "the list of pods has an unknown format")
+                raise RunPodError(ApiFault.AWAY, "the list of pods has an unknown format")
             pods.extend(_pod(item) for item in listed)
             pagination = page.get("pagination") or {}
             if not pagination.get("hasNextPage"):
@@ -116,7 +116,7 @@ class RunPod:
             cursor = pagination.get("nextCursor")
             if not cursor:
                 break
-        raise RunPodError(Fault.AWAY, "the list of pods does not end")
+        raise RunPodError(ApiFault.AWAY, "the list of pods does not end")
 
     async def read_pod(self, pod_id: str) -> Pod:
         return _pod(await self._call("GET", f"/pods/{quote(pod_id, safe='')}"))
@@ -130,23 +130,23 @@ class RunPod:
         try:
             await self._call("POST", f"/pods/{quote(pod_id, safe='')}/action", body={"action": action})
         except RunPodError as error:
-            if error.fault is Fault.ABSENT:
+            if error.fault is ApiFault.ABSENT:
                 return
-            if error.fault is not Fault.CONFLICT or not await self._is_ended(pod_id, action):
+            if error.fault is not ApiFault.CONFLICT or not await self._is_ended(pod_id, action):
                 raise
 
     async def _is_ended(self, pod_id: str, action: PodAction) -> bool:
         try:
             status = (await self.read_pod(pod_id)).status
         except RunPodError as error:
-            return error.fault is Fault.ABSENT
+            return error.fault is ApiFault.ABSENT
         return status in TERMINATED or (action == "stop" and status in STOPPED)
 
     async def _call(
         self, method: str, path: str, *, body: Mapping[str, Any] | None = None, params: Mapping[str, str] | None = None
     ) -> dict[str, Any]:
         if not self._keys:
-            raise RunPodError(Fault.REFUSED, "there is no API key: set TRAINER_RUNPOD_API_KEY")
+            raise RunPodError(ApiFault.REFUSED, "there is no API key: set TRAINER_RUNPOD_API_KEY")
         refused: RunPodError | None = None
         for key in list(self._keys):
             try:
@@ -154,7 +154,7 @@ class RunPod:
                     method, self._api + path, json=body, params=params, headers={"Authorization": f"Bearer {key.value}"}
                 )
             except httpx.HTTPError as error:
-                raise RunPodError(Fault.AWAY, f"RunPod does not answer: {type(error).__name__}") from error
+                raise RunPodError(ApiFault.AWAY, f"RunPod does not answer: {type(error).__name__}") from error
             if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
                 log.debug("runpod_key_refused", key=key.name, status=answer.status_code, path=path)
                 refused = _error(answer)
@@ -174,9 +174,9 @@ def _content(answer: httpx.Response) -> dict[str, Any]:
     try:
         content = answer.json()
     except ValueError as error:
-        raise RunPodError(Fault.AWAY, "the answer is not JSON", status=answer.status_code) from error
+        raise RunPodError(ApiFault.AWAY, "the answer is not JSON", status=answer.status_code) from error
     if not isinstance(content, dict):
-        raise RunPodError(Fault.AWAY, "the answer is not a JSON object", status=answer.status_code)
+        raise RunPodError(ApiFault.AWAY, "the answer is not a JSON object", status=answer.status_code)
     return content
 
 
@@ -185,21 +185,21 @@ def _error(answer: httpx.Response) -> RunPodError:
     return RunPodError(_fault(status, detail), detail, status=status, wait_seconds=retry_after_seconds(answer))
 
 
-def _fault(status: int, detail: str) -> Fault:
+def _fault(status: int, detail: str) -> ApiFault:
     # Missing capacity has no status of its own (400, 409 or 500): only the text tells.
     if status in (400, 409, 500, 503) and any(words in detail.lower() for words in _NO_CAPACITY):
-        return Fault.NO_CAPACITY
+        return ApiFault.NO_CAPACITY
     match status:
         case 401 | 402 | 403:
-            return Fault.REFUSED
+            return ApiFault.REFUSED
         case 404:
-            return Fault.ABSENT
+            return ApiFault.ABSENT
         case 409:
-            return Fault.CONFLICT
+            return ApiFault.CONFLICT
         case _ if 400 <= status < 500 and not is_transient(status):
-            return Fault.INVALID
+            return ApiFault.INVALID
         case _:
-            return Fault.AWAY
+            return ApiFault.AWAY
 
 
 def _detail(answer: httpx.Response) -> str:
@@ -220,7 +220,7 @@ def _detail(answer: httpx.Response) -> str:
 def _pod(content: Mapping[str, Any]) -> Pod:
     pod_id = content.get("id") if isinstance(content, Mapping) else None
     if not isinstance(pod_id, str) or not pod_id:
-        raise RunPodError(Fault.AWAY, "a pod came without an id")
+        raise RunPodError(ApiFault.AWAY, "a pod came without an id")
     gpu = content.get("gpu") or {}
     cost = content.get("cost")
     known = isinstance(cost, int | float) and not isinstance(cost, bool) and math.isfinite(cost) and cost >= 0

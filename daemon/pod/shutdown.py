@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 import structlog
 
-from daemon.pod.runpod_api import API, Fault, Key, PodAction, RunPod, RunPodError
+from daemon.pod.runpod_api import API, ApiFault, Key, PodAction, RunPod, RunPodError
 
 log = structlog.get_logger()
 
@@ -72,7 +72,7 @@ async def _by_api(pod_id: str, action: PodAction, keys: Sequence[Key], api: str)
                 await runpod.end_pod(pod_id, action)
             except RunPodError as error:
                 log.error("pod_end_failed", way="api", status=error.status, fault=error.fault, error=str(error))
-                if error.fault is not Fault.AWAY or attempt == API_TRIES:
+                if error.fault is not ApiFault.AWAY or attempt == API_TRIES:
                     return None
                 await asyncio.sleep(min(max(error.wait_seconds, API_PAUSE_SECONDS * attempt), 30.0))
             else:

@@ -72,7 +72,7 @@ class Buried:
     error: str
 
 
-Verdict = Delivered | Postponed | Buried
+DeliveryResult = Delivered | Postponed | Buried
 
 
 class CallbackCourier:
@@ -213,7 +213,7 @@ class CallbackCourier:
             # The row's lock expires and it is sent again, under the same id.
             log.warning("callback_unsettled", callback_id=str(callback.id), error=str(error))
 
-    async def _settle(self, outbox: Outbox, callback: Callback, verdict: Verdict, delay: float | None) -> None:
+    async def _settle(self, outbox: Outbox, callback: Callback, verdict: DeliveryResult, delay: float | None) -> None:
         about = {"callback_id": str(callback.id), "job_id": str(callback.job_id), "event_name": callback.event}
         match verdict:
             case Delivered(status):
@@ -230,7 +230,7 @@ class CallbackCourier:
             case _:
                 assert_never(verdict)
 
-    def _delay_after(self, attempts: int, verdict: Verdict) -> float | None:
+    def _delay_after(self, attempts: int, verdict: DeliveryResult) -> float | None:
         """Seconds until the next try, None if there is none. `attempts` includes the one just made."""
         if not isinstance(verdict, Postponed) or attempts > len(self._retry_seconds):
             return None
@@ -265,7 +265,7 @@ class CallbackCourier:
 
     # -- one message ----------------------------------------------------------------------------------------------
 
-    async def _post(self, message_id: str, url: str, body: bytes) -> Verdict:
+    async def _post(self, message_id: str, url: str, body: bytes) -> DeliveryResult:
         """Sends one message once and judges the answer by its status alone; its body is not read."""
         try:
             async with asyncio.timeout(TOTAL_SECONDS):

@@ -130,7 +130,7 @@ class Reporter:
                 self._take_notice(event)
             case events.AdapterSaved():
                 self.tell("adapter_saved", "The adapter is saved on the host.", event.summary)
-            case events.Failed():
+            case events.RunFailed():
                 # The move to failed itself writes code and message into the row and the event history.
                 log.info("trainer_failed", code=event.code, message=event.message)
             case _:

@@ -34,10 +34,10 @@ from daemon.queue.sql_job_store import SqlJobStore
 from daemon.read_settings import dotenv_unreadable, load_settings
 from daemon.report.outbox import Outbox, SqlOutbox
 from daemon.sentence import as_sentence
-from daemon.serverless.host import Herald, Jobs, ServerlessHost
 from daemon.serverless.memory_job_store import MemoryJobStore
 from daemon.serverless.memory_outbox import MemoryOutbox
 from daemon.serverless.row_store import ServerlessRows
+from daemon.serverless.serverless_host import Herald, Jobs, ServerlessHost
 from daemon.service import TRAINER_COMMAND
 from daemon.settings import Settings
 from daemon.storage.open import open_storage

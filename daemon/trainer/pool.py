@@ -41,7 +41,7 @@ GROWTH_BYTES = 512 * 2**20
 
 
 @dataclass
-class _Waiting:
+class _IdleTrainer:
     """An idle trainer."""
 
     child: TrainerProcess
@@ -59,7 +59,7 @@ class TrainerPool:
         slots = [gpu.index for gpu in host.gpus] if self._on_gpu else range(settings.slots or 1)
         self._slots = tuple(slots)
         self._keep_bytes = 0 if settings.warm != "model" else _memory_for_models(settings) // len(self._slots)
-        self._waiting: dict[int, _Waiting] = {}
+        self._waiting: dict[int, _IdleTrainer] = {}
         self._busy: set[int] = set()
         # Slots whose trainer died before it was ready: not tried again until a job has run there.
         self._unfit: set[int] = set()
@@ -175,7 +175,7 @@ class TrainerPool:
         if self._closing:
             await child.kill()
         else:
-            self._waiting[slot] = _Waiting(child)
+            self._waiting[slot] = _IdleTrainer(child)
 
     async def _clear(self, slots: tuple[int, ...]) -> None:
         """Ends the idle trainers of these slots, because the job needs their memory."""
@@ -197,7 +197,7 @@ class TrainerPool:
                 self._unfit.add(slot)
                 continue
             if self._may_wait(slot):
-                self._waiting[slot] = _Waiting(child)
+                self._waiting[slot] = _IdleTrainer(child)
             else:
                 # A job came meanwhile and started its own trainer.
                 await child.kill()
@@ -216,7 +216,7 @@ class TrainerPool:
                 self._unfit.add(slot)
             await waiting.child.kill()
 
-    def _why_stale(self, waiting: _Waiting) -> str | None:
+    def _why_stale(self, waiting: _IdleTrainer) -> str | None:
         ready = waiting.child.ready
         if self._closing:
             return "closing"

@@ -51,7 +51,7 @@ class TrainerProcess:
     A warm one takes one spec after another as long as each succeeds; after any other outcome it is ended.
     """
 
-    def __init__(self, process: asyncio.subprocess.Process, *, warm: bool, output: _Output) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, *, warm: bool, output: _ProcessOutput) -> None:
         self._process = process
         self._warm = warm
         self._output = output
@@ -100,7 +100,7 @@ class TrainerProcess:
         finally:
             os.close(events_write)
             os.close(output_write)
-        child = cls(process, warm=keep_bytes is not None, output=_Output(output_read))
+        child = cls(process, warm=keep_bytes is not None, output=_ProcessOutput(output_read))
         child._reader = asyncio.create_task(child._read_events(events_read))
         try:
             await asyncio.get_running_loop().connect_read_pipe(
@@ -274,7 +274,7 @@ class TrainerProcess:
                 self._done.set()
             return
         self._last_words.silent = False
-        if isinstance(event, events.AdapterSaved | events.Failed):
+        if isinstance(event, events.AdapterSaved | events.RunFailed):
             self._last_words.terminal = event
         self._on_event(event)
 
@@ -283,12 +283,12 @@ class TrainerProcess:
 class _LastEvent:
     """What has arrived for the current spec."""
 
-    terminal: events.AdapterSaved | events.Failed | None = None
+    terminal: events.AdapterSaved | events.RunFailed | None = None
     silent: bool = True
     heard_at: float = field(default_factory=lambda: asyncio.get_running_loop().time())
 
 
-class _Output(asyncio.Protocol):
+class _ProcessOutput(asyncio.Protocol):
     """Writes what the process prints into the current job's log; between two jobs, into the daemon's debug log."""
 
     def __init__(self, read_end: int) -> None:

@@ -33,7 +33,7 @@ Verdict = Trained | Stopped | Failed
 
 def verdict_of(
     returncode: int,
-    terminal: events.AdapterSaved | events.Failed | None,
+    terminal: events.AdapterSaved | events.RunFailed | None,
     *,
     stop_reason: StopReason | None,
     stalled_seconds: float | None,
@@ -55,7 +55,7 @@ def verdict_of(
             stack=log_tail,
             transient=True,
         )
-    if isinstance(terminal, events.Failed):
+    if isinstance(terminal, events.RunFailed):
         stack = "\n".join(part for part in (terminal.stack, log_tail) if part)
         return Failed(terminal.code, terminal.message, terminal.hint, stack, terminal.transient, terminal.host)
     if returncode == EXIT_STOPPED:

@@ -8,7 +8,7 @@ import re
 from typer.main import get_command
 
 from daemon.__main__ import app
-from daemon.fleet.plan import read_plan
+from daemon.fleet.pod_plan import read_plan
 from daemon.gateway.schemas import RunRequest
 from tests.paths import ROOT
 from tests.postgres import AppDatabase

@@ -12,12 +12,13 @@ from training.events import ErrorCode
 
 # What takes such a text, and which of its arguments are texts: all strings but names and codes.
 MAKERS = {
-    *("JobFailed", "JobDelayed", "HostFault", "TrainingFailed", "Failed", "Diagnosis", "Released", "Remark"),
+    *("JobFailed", "JobDelayed", "HostFault", "TrainingFailed", "Failed", "RunFailed", "Diagnosis"),
+    *("Released", "Remark"),
     *("HostUnfit", "DatabaseAway", "DatabaseUnprepared", "RowsHidden", "LeaseLost", "ArchiveInvalid"),
     *("AddressRefused", "AddressUnknown", "CheckpointUnusable", "CopyUnusable", "UploadInterrupted", "UploadGone"),
     *("DatabaseUrlInvalid", "RunPodError", "ImportFailed"),
     *("CommandFailed", "Misused", "DemoFailed", "Refused", "Problem", "red", "yellow"),
-    *("notice", "tell", "begin", "invalid", "_unreachable", "_not_downloaded", "_forbidden", "_Interrupted"),
+    *("notice", "tell", "begin", "invalid", "_unreachable", "_not_downloaded", "_forbidden", "_TransferBroken"),
 }
 VALUE = "§"
 # Words of this house that a user of the service does not know, or that mean something else to him.
@@ -82,7 +83,7 @@ def reads_as_a_sentence(text: str) -> bool:
 
 def test_an_error_that_names_its_code_says_what_to_do_next() -> None:
     silent = []
-    for place, call in calls({"JobFailed", "JobDelayed", "TrainingFailed", "Failed", "Diagnosis"}):
+    for place, call in calls({"JobFailed", "JobDelayed", "TrainingFailed", "Failed", "RunFailed", "Diagnosis"}):
         names_code = ast.unparse(call.args[0] if call.args else call).startswith("ErrorCode.")
         if names_code and len(call.args) < 3 and all(keyword.arg != "hint" for keyword in call.keywords):
             silent.append(place)

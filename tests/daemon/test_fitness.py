@@ -12,7 +12,7 @@ from daemon import fitness
 from daemon.fitness import Fitness, probe_folder
 from daemon.host.inspect import Gpu, Host
 from daemon.settings import Settings
-from daemon.trainer.selfcheck import Selfcheck, read_selfcheck
+from daemon.trainer.run_selfcheck import Selfcheck, read_selfcheck
 from daemon.troubles import Troubles
 
 CARD = Gpu(index=0, name="NVIDIA A100", memory_gb=80.0)

@@ -19,7 +19,7 @@ from pydantic import SecretStr
 
 from daemon.database.url import DatabaseUrlInvalid, is_transaction_pooler, read_database_url
 from daemon.errors import HostUnfit
-from daemon.fleet.plan import read_plan
+from daemon.fleet.pod_plan import read_plan
 from daemon.logs import configure_logs, configure_logs_by
 from daemon.read_settings import load_settings, secrets_of
 from daemon.settings import Settings

@@ -24,7 +24,7 @@ from daemon.doctor.service_checks import check_callbacks, check_database, check_
 from daemon.host.inspect import installed_versions
 from daemon.read_settings import load_settings
 from daemon.settings import Settings
-from daemon.trainer.selfcheck import read_selfcheck
+from daemon.trainer.run_selfcheck import read_selfcheck
 from tests.doubles.storage import Bucket, StorageDouble
 from tests.lifecycle.queue import write_model_folder
 from tests.paths import ROOT

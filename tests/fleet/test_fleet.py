@@ -12,7 +12,7 @@ import pytest
 
 from daemon.errors import HostUnfit
 from daemon.fleet.loop import serve_fleet
-from daemon.fleet.plan import read_plan
+from daemon.fleet.pod_plan import read_plan
 from daemon.pod.runpod_api import RunPodError
 from daemon.queue.rows import Limits
 from tests.doubles.runpod_api import RunPodDouble

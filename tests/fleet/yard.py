@@ -11,7 +11,7 @@ from uuid import UUID, uuid4
 
 from daemon.database.connection import Database
 from daemon.fleet.loop import Fleet
-from daemon.fleet.plan import read_plan
+from daemon.fleet.pod_plan import read_plan
 from daemon.fleet.store import FleetStore
 from daemon.pod.runpod_api import Key, RunPod
 from daemon.queue.row_visibility import RowVisibility

@@ -7,13 +7,13 @@ import pytest
 
 from daemon.network.retry_after import is_page, is_transient, said_by_page
 from daemon.pod import runpod_api
-from daemon.pod.runpod_api import Fault
+from daemon.pod.runpod_api import ApiFault
 
 
 @pytest.mark.parametrize("status", [408, 423, 425, 429, 500, 502, 503, 504, *range(520, 528), 530, 544, 598])
 def test_what_passes_by_itself_is_asked_again(status: int) -> None:
     assert is_transient(status)
-    assert runpod_api._fault(status, "no words") is Fault.AWAY
+    assert runpod_api._fault(status, "no words") is ApiFault.AWAY
 
 
 @pytest.mark.parametrize("status", [200, 301, 400, 401, 403, 404, 405, 409, 410, 413, 415, 422, 451, 501, 505])

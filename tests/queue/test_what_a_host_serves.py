@@ -85,7 +85,7 @@ def _has_room(worker: WorkerRow, row: dict[str, Any]) -> bool:
         worker.id, None, worker.device, worker.gpu_count, worker.gpu_memory_gb, worker.gpu_type, worker.models,
         slots=1, busy=0, state="idle", last_seen_at=now, leases=0,
     )  # fmt: skip
-    limits = rules.Limits(0, 0.0, 1, 600.0, 600.0, None, ())
+    limits = rules.FleetLimits(0, 0.0, 1, 600.0, 600.0, None, ())
     return not rules.weigh(rules.View(now, [job], [seen], [], {}), [], (), limits).unservable
 
 

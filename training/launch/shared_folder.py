@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from training.events import ErrorCode, Failed
+from training.events import ErrorCode, RunFailed
 from training.spec import JobSpec
 
 
@@ -19,7 +19,7 @@ class RankFailure(BaseModel):
 
     rank: int
     at: float
-    failed: Failed
+    failed: RunFailed
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class RankFolder:
     def note_finished(self) -> None:
         (self.folder / "finished").touch()
 
-    def leave_failure(self, rank: int, failed: Failed, at: float) -> None:
+    def leave_failure(self, rank: int, failed: RunFailed, at: float) -> None:
         report = RankFailure(rank=rank, at=at, failed=failed)
         (self.folder / f"failed-{rank}.json").write_text(report.model_dump_json(), encoding="utf-8")
 
-    def cause(self) -> Failed | None:
+    def cause(self) -> RunFailed | None:
         """Returns the failure that came first, if any was written.
 
         A specific error code comes before `internal`: a rank whose neighbour has gone fails with `internal`, and may be

@@ -32,7 +32,7 @@ from training.spec import JobSpec, faults_of
 
 
 @dataclass(frozen=True)
-class Verdict:
+class PreflightReport:
     """The result of checking a job before it runs."""
 
     ok: bool
@@ -83,13 +83,13 @@ def memory_remark(spec: JobSpec, estimate: Estimate, memory_bytes: int | None) -
     )
 
 
-def check_dataset(path: Path) -> Verdict:
+def check_dataset(path: Path) -> PreflightReport:
     """Checks a dataset without a model: format, lines, counts. No token counts, since they need a tokenizer."""
     try:
         reading = read_conversations(path)
     except TrainingFailed as error:
         return _refused(error)
-    return Verdict(
+    return PreflightReport(
         ok=True,
         remarks=tuple({"code": remark.code, "message": remark.message} for remark in remarks_on(reading)),
         data={
@@ -101,7 +101,7 @@ def check_dataset(path: Path) -> Verdict:
     )
 
 
-def check_spec(spec: JobSpec, memory_bytes: int | None = None) -> Verdict:
+def check_spec(spec: JobSpec, memory_bytes: int | None = None) -> PreflightReport:
     """Checks a whole job: model folder, tokenizer, template, data, plan, memory, disk."""
     from training.data.chat_template import ChatTemplate
     from training.data.tokenizer import load_tokenizer, stop_tokens
@@ -118,7 +118,7 @@ def check_spec(spec: JobSpec, memory_bytes: int | None = None) -> Verdict:
     warning = memory_remark(spec, estimate, memory_bytes)
     if warning:
         remarks.append({"code": "memory_tight", "message": warning})
-    return Verdict(
+    return PreflightReport(
         ok=True,
         remarks=tuple(remarks),
         data={
@@ -140,8 +140,8 @@ def plan_and_estimate(spec: JobSpec, folder: ModelFolder, corpus: Corpus) -> tup
     return plan, estimate_run(spec, folder, corpus, plan)
 
 
-def _refused(error: TrainingFailed) -> Verdict:
-    return Verdict(ok=False, errors=({"code": error.code, "message": error.message, "hint": error.hint},))
+def _refused(error: TrainingFailed) -> PreflightReport:
+    return PreflightReport(ok=False, errors=({"code": error.code, "message": error.message, "hint": error.hint},))
 
 
 def _read_spec(text: str) -> JobSpec | None:

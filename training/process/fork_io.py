@@ -20,7 +20,7 @@ from training.spec import HoldOrder
 _STDIN = 0
 
 
-class Word(BaseModel):
+class ForkMessage(BaseModel):
     """The one message that a fork may send to the fork server before it ends.
 
     `hold`: load this base model in place of the one that is held. `go_on`: do that, and let the next fork continue the
@@ -34,11 +34,11 @@ class Word(BaseModel):
 
 
 @dataclass(frozen=True)
-class Ending:
+class ForkResult:
     """How a fork ended (a wait status), and the message it sent."""
 
     status: int
-    word: Word | None
+    message: ForkMessage | None
 
 
 def _wait_for_input() -> None:
@@ -63,9 +63,9 @@ def _parse_order(line: str) -> HoldOrder | None:
         return None
 
 
-def _parse_word(told: bytes) -> Word | None:
+def _parse_message(told: bytes) -> ForkMessage | None:
     try:
-        return Word.model_validate_json(told)
+        return ForkMessage.model_validate_json(told)
     except ValidationError:
         return None
 

@@ -36,11 +36,11 @@ from training.preflight.estimate import model_bytes
 from training.process.cuda_check import _card_opens, _card_unopened
 from training.process.fork_io import (
     _STDIN,
-    Ending,
-    Word,
+    ForkMessage,
+    ForkResult,
     _memory_file,
+    _parse_message,
     _parse_order,
-    _parse_word,
     _read_line,
     _reopened,
     _resident_bytes,
@@ -80,23 +80,23 @@ class ForkServer:
             ending = self._serve_line()
             if ending.status != 0:
                 return _end_like(ending.status)
-            if ending.word is not None and ending.word.kind == "nothing_more":
+            if ending.message is not None and ending.message.kind == "nothing_more":
                 return 0
             self._served += 1
         return 0
 
-    def _serve_line(self) -> Ending:
+    def _serve_line(self) -> ForkResult:
         with _memory_file() as desk:
             ending = self._in_a_fork(lambda say: self._begin(say, desk))
-            word = ending.word
-            if ending.status != 0 or word is None or word.kind == "nothing_more":
+            message = ending.message
+            if ending.status != 0 or message is None or message.kind == "nothing_more":
                 return ending
             if self._stopping:
                 # The stop came too late for this fork to handle, and the next one would not know of it.
-                return Ending(EXIT_STOPPED << 8, None)
-            failure = self._hold(word.base)
-            if word.kind == "hold":
-                return Ending(0 if failure is None else 1 << 8, None)
+                return ForkResult(EXIT_STOPPED << 8, None)
+            failure = self._hold(message.base)
+            if message.kind == "hold":
+                return ForkResult(0 if failure is None else 1 << 8, None)
             return self._in_a_fork(lambda _say: self._go_on(desk, failure))
 
     # -- here ----------------------------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ class ForkServer:
         except BrokenPipeError:
             sys.exit(1)
 
-    def _in_a_fork(self, work: Callable[[Callable[[Word], None]], int]) -> Ending:
+    def _in_a_fork(self, work: Callable[[Callable[[ForkMessage], None]], int]) -> ForkResult:
         """Runs `work` in a child process; returns when it and everything that it started have ended."""
         parent = os.getpid()
         sys.stdout.flush()
@@ -143,7 +143,7 @@ class ForkServer:
             self._fork = None
             end_every_child()
             with _reopened(note) as file:
-                return Ending(status, _parse_word(file.read()))
+                return ForkResult(status, _parse_message(file.read()))
 
     def _on_sigterm(self, _number: int, _frame: object) -> None:
         self._stopping = True
@@ -154,7 +154,7 @@ class ForkServer:
 
     # -- in the fork ---------------------------------------------------------------------------------------------------
 
-    def _as_a_fork(self, parent: int, note: int, work: Callable[[Callable[[Word], None]], int]) -> int:
+    def _as_a_fork(self, parent: int, note: int, work: Callable[[Callable[[ForkMessage], None]], int]) -> int:
         import torch
 
         self._stop = StopSwitch()
@@ -162,13 +162,13 @@ class ForkServer:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         die_with_parent(parent)
         torch.set_num_threads(self._threads)
-        return work(lambda word: _write_all(note, word.model_dump_json().encode()))
+        return work(lambda message: _write_all(note, message.model_dump_json().encode()))
 
-    def _begin(self, say: Callable[[Word], None], desk: int) -> int:
+    def _begin(self, say: Callable[[ForkMessage], None], desk: int) -> int:
         """The first fork: reads the line; runs the job if the right base model is held, else has it loaded."""
         line = _read_line()
         if not line.strip():
-            say(Word(kind="nothing_more"))
+            say(ForkMessage(kind="nothing_more"))
             return 0
         if (order := _parse_order(line)) is not None:
             return self._consider(order, say)
@@ -195,18 +195,18 @@ class ForkServer:
                 train_on(held.model, prepared, spec, voice, self._stop)
             elif (kept := base if self._may_keep(spec, prepared) else None) is not None or self._held is not None:
                 _write_all(desk, pickle.dumps((spec, prepared)))
-                say(Word(kind="go_on", base=kept))
+                say(ForkMessage(kind="go_on", base=kept))
             else:
                 train_on(load_base_model(spec, prepared.folder, voice), prepared, spec, voice, self._stop)
 
         return status_of(work, spec, voice)
 
-    def _consider(self, order: HoldOrder, say: Callable[[Word], None]) -> int:
+    def _consider(self, order: HoldOrder, say: Callable[[ForkMessage], None]) -> int:
         """Has a base model loaded before any job has asked for it, if it may stay in memory."""
         base = Base.of(order)
         needed = model_bytes(base.open(), quantize=order.quantize, compute_type=base.compute_type)
         if needed <= self._keep_bytes:
-            say(Word(kind="hold", base=base))
+            say(ForkMessage(kind="hold", base=base))
         return 0
 
     def _go_on(self, desk: int, failure: Exception | None) -> int:

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pydantic import ValidationError
 
 from training.event_writer import EventWriter
-from training.events import EXIT_STOPPED, ErrorCode, Failed, Stage, Started
+from training.events import EXIT_STOPPED, ErrorCode, RunFailed, Stage, Started
 from training.failures import StopRequested, failed_event
 from training.spec import JobSpec, faults_of
 
@@ -25,7 +25,7 @@ def read_spec(line: str, events_fd: int) -> JobSpec | None:
     except ValidationError as error:
         faults = "; ".join(f"{fault.field}: {fault.message}" for fault in faults_of(error))
         EventWriter(events_fd, "").say(
-            Failed(
+            RunFailed(
                 job_id="",
                 code=ErrorCode.INVALID_SPEC,
                 message=f"the spec cannot be read: {faults}",

@@ -41,21 +41,21 @@ def chat(
     model_dir = model or _base_model(adapter)
     if not (model_dir / "config.json").is_file():
         raise CommandFailed(f"the folder {model_dir} holds no model: there is no config.json in it")
-    with _conversation(model_dir, adapter, max_tokens) as conversation:
+    with _chat_process(model_dir, adapter, max_tokens) as chat:
         with console(stderr=True).status(f"loading {model_dir.name} …"):
-            conversation.wait_until_ready()
+            chat.wait_until_ready()
         if not as_json:
             say_aside(f"base model {model_dir.name}, adapter {adapter}")
         for question in _questions(ask):
             if question == "/new":
-                conversation.forget()
+                chat.forget()
                 continue
             with console(stderr=True).status("thinking …"):
-                base, adapted = conversation.ask(question)
+                base, adapted = chat.ask(question)
             _show(question, base, adapted, as_json)
 
 
-class Conversation:
+class ChatProcess:
     """Sends a line of JSON to the process and reads lines of JSON. Raises CommandFailed if the process has ended."""
 
     def __init__(self, process: subprocess.Popen[bytes], stderr: IO[bytes]) -> None:
@@ -101,10 +101,10 @@ class Conversation:
 
 
 @contextmanager
-def _conversation(model_dir: Path, adapter: Path, max_tokens: int) -> Iterator[Conversation]:
+def _chat_process(model_dir: Path, adapter: Path, max_tokens: int) -> Iterator[ChatProcess]:
     import tempfile
 
-    command = [sys.executable, "-m", "training.adapter.chat", str(model_dir.resolve()), str(adapter.resolve())]
+    command = [sys.executable, "-m", "training.adapter.chat_process", str(model_dir.resolve()), str(adapter.resolve())]
     with (
         tempfile.TemporaryFile() as stderr,
         subprocess.Popen(
@@ -116,7 +116,7 @@ def _conversation(model_dir: Path, adapter: Path, max_tokens: int) -> Iterator[C
         ) as process,
     ):
         try:
-            yield Conversation(process, stderr)
+            yield ChatProcess(process, stderr)
         finally:
             # It has nothing to save.
             process.kill()

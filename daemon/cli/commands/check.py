@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from daemon.cli.data.preflight import Verdict
+    from daemon.cli.data.preflight import PreflightReport
     from training.spec import ParsedRow
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -41,7 +41,7 @@ def check(
         job if job is not None else {"hyperparameters": {"base_model": model} if model else {}}
     )
     dataset = file if job is None else data
-    verdict: Verdict | None = None
+    verdict: PreflightReport | None = None
     if dataset is not None:
         verdict = judge(dataset, row) if row is not None else judge_dataset(dataset)
     ok = not faults and (verdict is None or verdict.ok)
@@ -53,7 +53,7 @@ def check(
         raise typer.Exit(EXIT_FAILED)
 
 
-def judge(dataset: Path, row: ParsedRow) -> Verdict:
+def judge(dataset: Path, row: ParsedRow) -> PreflightReport:
     """Checks the whole job if its model is on this host, else only the dataset, and says what was not checked."""
     from daemon.cli.commands.models import local_model, model_settings
     from daemon.cli.data.preflight import judge_dataset, judge_job
@@ -76,7 +76,7 @@ def _not_judged(name: str) -> dict[str, str]:
     }
 
 
-def print_verdict(verdict: Verdict, dataset: Path) -> None:
+def print_verdict(verdict: PreflightReport, dataset: Path) -> None:
     """Prints faults in red, warnings in yellow, and counts."""
     from rich.text import Text
 
@@ -136,7 +136,7 @@ def _parse(job: dict[str, Any]) -> tuple[ParsedRow | None, list[str], tuple[str,
 
 
 def _print(
-    file: Path, faults: list[str], unknown: tuple[str, ...], verdict: Verdict | None, dataset: Path | None
+    file: Path, faults: list[str], unknown: tuple[str, ...], verdict: PreflightReport | None, dataset: Path | None
 ) -> None:
     from rich.text import Text
 

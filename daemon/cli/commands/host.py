@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from daemon.cli.data.queries import WorkerRow
+    from daemon.cli.data.queries import ListedWorker
     from daemon.schema.fronts import Front
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
@@ -209,7 +209,7 @@ def drain(
     say_done(f"{chosen.worker_id} drains: it hears of it within ten seconds, claims nothing more and {work}")
 
 
-def _choose_worker(rows: list[WorkerRow], wanted: str | None) -> WorkerRow:
+def _choose_worker(rows: list[ListedWorker], wanted: str | None) -> ListedWorker:
     from daemon.cli.errors import Misused
 
     living = [row for row in rows if row.state in ("idle", "busy", "draining", "out_of_service")]
@@ -225,7 +225,7 @@ def _choose_worker(rows: list[WorkerRow], wanted: str | None) -> WorkerRow:
     raise Misused(f"several hosts could be meant: {listed}", "name one by its worker id")
 
 
-def _workers_table(rows: list[WorkerRow], width: int) -> Table:
+def _workers_table(rows: list[ListedWorker], width: int) -> Table:
     from rich.text import Text
 
     from daemon.terminal.console import columns_table
@@ -270,7 +270,7 @@ def _workers_table(rows: list[WorkerRow], width: int) -> Table:
     return table
 
 
-def _trouble_line(row: WorkerRow, trouble: dict[str, Any]) -> Text:
+def _trouble_line(row: ListedWorker, trouble: dict[str, Any]) -> Text:
     from rich.text import Text
 
     from daemon.terminal.sanitize import plain
@@ -280,7 +280,7 @@ def _trouble_line(row: WorkerRow, trouble: dict[str, Any]) -> Text:
     return Text.assemble((f"✗ {plain(row.host)}: {name}", "red"), f" since {since} UTC: {message}")
 
 
-def _hardware(row: WorkerRow) -> str:
+def _hardware(row: ListedWorker) -> str:
     from daemon.terminal.sanitize import plain
 
     if row.device == "cpu":

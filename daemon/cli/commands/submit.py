@@ -12,7 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from daemon.cli.data.connection import Connection
-    from daemon.cli.data.preflight import Forecast, Verdict
+    from daemon.cli.data.preflight import Forecast, PreflightReport
     from daemon.settings import Settings
     from training.spec import ParsedRow
 
@@ -106,7 +106,7 @@ def _queue(  # noqa: PLR0917 - who, what and where, in the order of the story
     owner: UUID,
     dataset: Path,
     name: str,
-    verdict: Verdict,
+    verdict: PreflightReport,
 ) -> UUID:
     """Uploads, then inserts both rows in one transaction. If the insert is refused, deletes the upload."""
     import asyncio

@@ -24,7 +24,7 @@ _CHARACTERS_A_TOKEN = 4.0
 
 
 @dataclass(frozen=True)
-class Verdict:
+class PreflightReport:
     """The output of `python -m training.preflight.check`. `data` has counts; `estimate` is None without the model."""
 
     ok: bool
@@ -59,12 +59,12 @@ class Forecast:
     by: str
 
 
-def judge_dataset(file: Path) -> Verdict:
+def judge_dataset(file: Path) -> PreflightReport:
     """Checks only the dataset: format, lines, counts."""
     return _ask(file)
 
 
-def judge_job(dataset: Path, row: ParsedRow, model_name: str, model_dir: Path, device: str) -> Verdict:
+def judge_job(dataset: Path, row: ParsedRow, model_name: str, model_dir: Path, device: str) -> PreflightReport:
     """Checks the whole job: data with the model's tokenizer and template, plan, estimate."""
     from training.spec import JobSpec
 
@@ -88,7 +88,7 @@ def judge_job(dataset: Path, row: ParsedRow, model_name: str, model_dir: Path, d
         return _ask(file, *(("--memory-gib", str(memory)) if memory else ()))
 
 
-def refuse_unless_ok(verdict: Verdict, dataset: Path) -> None:
+def refuse_unless_ok(verdict: PreflightReport, dataset: Path) -> None:
     """Raises CommandFailed with the first fault if the job cannot succeed."""
     if verdict.ok:
         return
@@ -98,7 +98,7 @@ def refuse_unless_ok(verdict: Verdict, dataset: Path) -> None:
     )
 
 
-def forecast(connection: Connection, model: str | None, verdict: Verdict, epochs: int) -> Forecast:
+def forecast(connection: Connection, model: str | None, verdict: PreflightReport, epochs: int) -> Forecast:
     """Estimates from the pace of earlier jobs of the same model; else uses the trainer's own estimate, if any."""
     from daemon.database.statements import read_statement
     from daemon.terminal.format import count
@@ -116,7 +116,7 @@ def forecast(connection: Connection, model: str | None, verdict: Verdict, epochs
     return Forecast(None, None, "no job of this model has completed here yet")
 
 
-def _ask(file: Path, *arguments: str) -> Verdict:
+def _ask(file: Path, *arguments: str) -> PreflightReport:
     if not file.is_file():
         raise Misused(f"there is no file {file}")
     try:
@@ -134,7 +134,9 @@ def _ask(file: Path, *arguments: str) -> Verdict:
     lines = answer.stdout.strip().splitlines()
     try:
         said = json.loads(lines[-1])
-        return Verdict(said["ok"], tuple(said["errors"]), tuple(said["remarks"]), said["data"], said["estimate"])
+        return PreflightReport(
+            said["ok"], tuple(said["errors"]), tuple(said["remarks"]), said["data"], said["estimate"]
+        )
     except (IndexError, ValueError, KeyError, TypeError) as error:
         tail = (answer.stderr.strip().splitlines() or ["no output"])[-1]
         raise CommandFailed(f"the check itself failed (exit status {answer.returncode}): {tail}") from error

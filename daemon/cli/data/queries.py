@@ -44,7 +44,7 @@ class JobDetails:
 
 
 @dataclass(frozen=True)
-class WorkerRow:
+class ListedWorker:
     """One boot of a daemon; memory is in GB per GPU."""
 
     worker_id: UUID
@@ -104,6 +104,6 @@ def read_details(connection: Connection, job_id: UUID) -> JobDetails:
     return JobDetails(**row)
 
 
-def list_workers(connection: Connection, *, everyone: bool = False) -> list[WorkerRow]:
+def list_workers(connection: Connection, *, everyone: bool = False) -> list[ListedWorker]:
     """Lists live hosts, and those that fell silent within a day; `everyone` adds those that left."""
-    return [WorkerRow(**row) for row in connection.execute(read_statement("list_workers"), {"all": everyone})]
+    return [ListedWorker(**row) for row in connection.execute(read_statement("list_workers"), {"all": everyone})]

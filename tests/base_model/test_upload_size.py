@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon.base_model.adapter_size import BESIDE_BYTES, expected_adapter_bytes
+from daemon.base_model.upload_size import BESIDE_BYTES, expected_adapter_bytes
 from training.spec import Hyperparameters
 
 # One layer of 8 × 8, in a block of the names that these families give.

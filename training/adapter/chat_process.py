@@ -1,4 +1,4 @@
-"""Answers questions with the base model and with its adapter: `python -m training.adapter.chat MODEL ADAPTER`.
+"""Answers questions with the base model and with its adapter: `python -m training.adapter.chat_process MODEL ADAPTER`.
 
 A process for a person at a terminal. It reads one `{"question": …}` or `{"forget": true}` per line from stdin and
 writes JSON lines: `ready`, then two answers to each question, the base model's first. Only one model is in memory: the
@@ -87,7 +87,7 @@ class Pair:
 
 def main(arguments: list[str]) -> int:
     """Serves until stdin ends. Exit status 1, after one `failed` line, if the model or the adapter cannot be opened."""
-    parser = argparse.ArgumentParser(prog="python -m training.adapter.chat")
+    parser = argparse.ArgumentParser(prog="python -m training.adapter.chat_process")
     parser.add_argument("model", type=Path)
     parser.add_argument("adapter", type=Path)
     parser.add_argument("--max-new-tokens", type=int, default=200)

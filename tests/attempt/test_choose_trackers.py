@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon.attempt.trackers import choose_trackers
+from daemon.attempt.choose_trackers import choose_trackers
 from daemon.errors import HostUnfit, JobFailed
 from daemon.read_settings import load_settings
 from tests.daemon_process import eventually

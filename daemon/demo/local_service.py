@@ -11,13 +11,13 @@ from pathlib import Path
 from daemon.database.embedded_server import EmbeddedPostgres, EmbeddedPostgresFailed
 from daemon.demo.errors import DemoFailed
 from daemon.demo.model import MODEL_NAME, convert_model, model_is_ready, models_folder, python_environment
-from daemon.demo.process import OwnProcess
+from daemon.demo.own_process import OwnProcess
 from daemon.demo.screen import Screen
 from daemon.demo.signals import Interruption
 
 
 def prepare_model(screen: Screen, interruption: Interruption, folder: Path) -> None:
-    """Converts the model unless that was done before. Raises DemoFailed, Interrupted."""
+    """Converts the model unless that was done before. Raises DemoFailed, EndedBySignal."""
     if model_is_ready():
         screen.step(f"{MODEL_NAME} is ready ({models_folder()})")
         return
