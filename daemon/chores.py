@@ -16,14 +16,14 @@ from typing import Any
 
 import structlog
 from tenacity import AsyncRetrying, retry_if_exception, wait_exponential_jitter
+from tenacity.wait import wait_base
 
 from daemon.errors import DatabaseAway, HostUnfit
 from daemon.troubles import Troubles
 
 log = structlog.get_logger()
 
-FIRST_BACKOFF_SECONDS = 1.0
-MAX_BACKOFF_SECONDS = 30.0
+BACKOFF = wait_exponential_jitter(multiplier=1.0, max=30.0)
 # A failure is logged with its stack once; the same failure is logged again only this often.
 LOG_SECONDS = 300.0
 
@@ -39,9 +39,16 @@ def worked() -> None:
 class Chores:
     """The background work of one process, or of one attempt. Leaving the block cancels every chore and waits for it."""
 
-    def __init__(self, troubles: Troubles, *, on_failure: Callable[[str], None] = lambda _name: None) -> None:
+    def __init__(
+        self,
+        troubles: Troubles,
+        *,
+        on_failure: Callable[[str], None] = lambda _name: None,
+        backoff: wait_base = BACKOFF,
+    ) -> None:
         self._troubles = troubles
         self._on_failure = on_failure
+        self.backoff = backoff
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self.failures: Counter[str] = Counter()
 
@@ -89,7 +96,7 @@ class _Chore:
         _working.set(self._works)
         async for attempt in AsyncRetrying(
             retry=retry_if_exception(lambda error: isinstance(error, Exception) and not _is_leaving()),
-            wait=wait_exponential_jitter(multiplier=FIRST_BACKOFF_SECONDS, max=MAX_BACKOFF_SECONDS),
+            wait=self._chores.backoff,
         ):
             with attempt:
                 self._worked_since = False

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 
 import pytest
 from structlog.testing import capture_logs
+from tenacity import wait_exponential_jitter
 
-from daemon import chores as module
 from daemon.chores import Chores, worked
 from daemon.troubles import Troubles
 
-
-@pytest.fixture(autouse=True)
-def soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(module, "FIRST_BACKOFF_SECONDS", 0.001)
-    monkeypatch.setattr(module, "MAX_BACKOFF_SECONDS", 0.01)
-    real = module.wait_exponential_jitter
-    monkeypatch.setattr(module, "wait_exponential_jitter", lambda **given: real(**given, jitter=0.001))
-    yield
+SOON = wait_exponential_jitter(multiplier=0.001, max=0.01, jitter=0.001)
 
 
 async def until(*events: asyncio.Event) -> None:
@@ -45,7 +37,7 @@ async def test_a_chore_is_begun_again_after_whatever_ends_it(ending: BaseExcepti
 
     counted: list[str] = []
     with capture_logs() as logs:
-        async with Chores(troubles, on_failure=counted.append) as chores:
+        async with Chores(troubles, on_failure=counted.append, backoff=SOON) as chores:
             chores.start("sweeping", work)
             await until(again)
             # It runs, and has not worked yet.
@@ -73,7 +65,7 @@ async def test_one_failing_chore_disturbs_no_other() -> None:
             await ticks.put(number)
             await asyncio.sleep(0.001)
 
-    async with Chores(troubles) as chores:
+    async with Chores(troubles, backoff=SOON) as chores:
         chores.start("bad", fails)
         chores.start("good", ticks_on)
         async with asyncio.timeout(30):
@@ -97,7 +89,7 @@ async def test_leaving_the_block_ends_the_work_and_tells_of_a_bad_end() -> None:
             raise OSError("the disk is gone")
 
     with capture_logs() as logs:
-        async with Chores(Troubles()) as chores:
+        async with Chores(Troubles(), backoff=SOON) as chores:
             chores.start("work", work)
             await until(begun)
     assert ended == ["work"]
@@ -114,7 +106,7 @@ async def test_work_that_returns_is_done() -> None:
             raise ValueError("first")
 
     troubles = Troubles()
-    async with Chores(troubles) as chores:
+    async with Chores(troubles, backoff=SOON) as chores:
         chores.start("once", work)
         async with asyncio.timeout(30):
             while runs < 2:

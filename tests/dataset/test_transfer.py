@@ -21,7 +21,7 @@ from daemon.queue.job import ClaimedJob
 from daemon.settings import Settings
 from daemon.storage.folder import FolderStorage
 from daemon.storage.supabase import SIGNED_SECONDS, SupabaseStorage
-from tests.doubles.loopback import Cut, Exchange, LoopbackServer
+from tests.doubles.loopback import Cut, Exchange, LoopbackDouble
 from tests.doubles.storage import SERVICE_KEY, Bucket, StorageDouble
 from training.events import ErrorCode
 
@@ -45,7 +45,7 @@ def job_of(**changes: Any) -> ClaimedJob:
     return ClaimedJob(**{**facts, **changes})
 
 
-class FileServer:
+class FileServer(LoopbackDouble):
     """Serves one content, with the faults that a test lists: each request uses up one."""
 
     def __init__(self, content: bytes, *faults: Callable[[Exchange], Awaitable[bool]]) -> None:
@@ -53,22 +53,11 @@ class FileServer:
         self.faults = list(faults)
         self.ranges: list[str | None] = []
         self.tag = '"first"'
-        self._server = LoopbackServer(self._handle)
-
-    async def __aenter__(self) -> FileServer:
-        await self._server.__aenter__()
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self._server.__aexit__(*exc)
-
-    @property
-    def host(self) -> str:
-        return f"127.0.0.1:{self._server.port}"
+        super().__init__()
 
     @property
     def url(self) -> str:
-        return f"{self._server.url}/data.jsonl?token=secret-token"
+        return f"{self.server.url}/data.jsonl?token=secret-token"
 
     async def fetch(self, to: Path, **changes: Any) -> FetchedDataset:
         async def sign() -> str:
@@ -79,7 +68,7 @@ class FileServer:
         }  # fmt: skip
         return await download(sign, to, **{**facts, **changes})
 
-    async def _handle(self, exchange: Exchange) -> None:
+    async def handle(self, exchange: Exchange) -> None:
         self.ranges.append(exchange.headers.get("range"))
         if self.faults and await self.faults.pop(0)(exchange):
             return

@@ -6,12 +6,12 @@ import hashlib
 import json
 from pathlib import Path
 
-from tests.doubles.loopback import Cut, Exchange, LoopbackServer
+from tests.doubles.loopback import Cut, Exchange, LoopbackDouble
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-class HubDouble:
+class HubDouble(LoopbackDouble):
     """Serves the files of `folder` as the repository `model`; everything else is absent."""
 
     def __init__(self, model: str, folder: Path, token: str | None = None) -> None:
@@ -21,20 +21,9 @@ class HubDouble:
         self.error_code: str | None = None
         self.served: list[str] = []
         self.bytes_sent = 0
-        self._server = LoopbackServer(self._handle)
+        super().__init__()
 
-    async def __aenter__(self) -> HubDouble:
-        await self._server.__aenter__()
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self._server.__aexit__(*exc)
-
-    @property
-    def url(self) -> str:
-        return self._server.url
-
-    async def _handle(self, exchange: Exchange) -> None:
+    async def handle(self, exchange: Exchange) -> None:
         self.served.append(f"{exchange.method} {exchange.path}")
         if self.status is not None:
             await self._refuse(exchange, self.status, self.error_code)

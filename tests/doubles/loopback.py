@@ -8,6 +8,7 @@ import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from typing import Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
 PIECE_BYTES = 64 * 1024
@@ -106,6 +107,31 @@ class LoopbackServer:
             writer.transport.abort()
         finally:
             self._connections.discard(task)
+
+
+class LoopbackDouble:
+    """The base of a double that answers over HTTP: enter it to serve. A subclass says what `handle` answers."""
+
+    def __init__(self) -> None:
+        self.server = LoopbackServer(self.handle)
+
+    async def __aenter__(self) -> Self:
+        await self.server.__aenter__()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.server.__aexit__(*exc)
+
+    @property
+    def host(self) -> str:
+        return f"127.0.0.1:{self.server.port}"
+
+    @property
+    def url(self) -> str:
+        return self.server.url
+
+    async def handle(self, exchange: Exchange) -> None:
+        raise NotImplementedError
 
 
 async def _read_head(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Exchange | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.doubles.loopback import Cut, Exchange, LoopbackServer
+from tests.doubles.loopback import Cut, Exchange, LoopbackDouble
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Answer:
     nonsense: bytes | None = None
 
 
-class Receiver:
+class Receiver(LoopbackDouble):
     """`answers` are used one per request; the last one repeats. Enter it to serve."""
 
     def __init__(self, *answers: Answer) -> None:
@@ -41,22 +41,11 @@ class Receiver:
         self._at_once = 0
         self._arrival = asyncio.Condition()
         self._release = asyncio.Event()
-        self._server = LoopbackServer(self._handle)
-
-    async def __aenter__(self) -> Receiver:
-        await self._server.__aenter__()
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self._server.__aexit__(*exc)
-
-    @property
-    def host(self) -> str:
-        return f"127.0.0.1:{self._server.port}"
+        super().__init__()
 
     @property
     def url(self) -> str:
-        return f"{self._server.url}/callback?token=secret-of-the-url"
+        return f"{self.server.url}/callback?token=secret-of-the-url"
 
     def release(self) -> None:
         """Lets hanging requests be answered."""
@@ -68,7 +57,7 @@ class Receiver:
                 await self._arrival.wait_for(lambda: enough(self.received))
         return list(self.received)
 
-    async def _handle(self, exchange: Exchange) -> None:
+    async def handle(self, exchange: Exchange) -> None:
         body = await exchange.body()
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         self._at_once += 1

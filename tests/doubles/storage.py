@@ -29,10 +29,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from uuid import uuid4
 
-from tests.doubles.loopback import Cut, Exchange, LoopbackServer
+from tests.doubles.loopback import Cut, Exchange, LoopbackDouble
 
 SERVICE_KEY = "eyJ-service-role-key-of-the-double"
 BASE = "/storage/v1"
@@ -81,7 +81,7 @@ class StorageRefuses(Exception):
         self.status, self.error, self.message = status, error, message
 
 
-class StorageDouble:
+class StorageDouble(LoopbackDouble):
     """Enter it to serve. Objects are files under `folder/objects/<bucket>/<path>`."""
 
     def __init__(self, folder: Path, key: str = SERVICE_KEY) -> None:
@@ -97,23 +97,11 @@ class StorageDouble:
         self.clock = time.time
         self._folder = folder
         self._secret = uuid4().bytes
-        self._server = LoopbackServer(self._handle)
+        super().__init__()
 
-    async def __aenter__(self) -> StorageDouble:
+    async def __aenter__(self) -> Self:
         self.path_of("", "").mkdir(parents=True, exist_ok=True)
-        await self._server.__aenter__()
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self._server.__aexit__(*exc)
-
-    @property
-    def url(self) -> str:
-        return self._server.url
-
-    @property
-    def host(self) -> str:
-        return f"127.0.0.1:{self._server.port}"
+        return await super().__aenter__()
 
     def path_of(self, bucket: str, name: str) -> Path:
         return self._folder / "objects" / bucket / name
@@ -141,7 +129,7 @@ class StorageDouble:
 
     # -- one request ----------------------------------------------------------------------------------------------
 
-    async def _handle(self, exchange: Exchange) -> None:
+    async def handle(self, exchange: Exchange) -> None:
         self.requests.append((exchange.method, exchange.path))
         fault = self._fault_for(exchange)
         if fault is not None and fault.held_until is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Awaitable, Callable
 from itertools import pairwise
 from typing import Any
 from uuid import UUID, uuid4
@@ -34,6 +35,25 @@ def cancel(database: AppDatabase, job_id: UUID) -> None:
     database.run("UPDATE training_jobs SET status = 'cancelled' WHERE id = %s", (job_id,))
 
 
+@pytest.fixture
+async def lease(store: SqlJobStore, database: AppDatabase, user: UUID) -> Lease:
+    """The lease of a job that a host has just claimed."""
+    database.insert_job(user)
+    return (await claimed(store)).lease
+
+
+def endings(store: SqlJobStore, lease: Lease, cost: float) -> dict[str, Callable[[], Awaitable[Ending]]]:
+    """Each way in which a host can end an attempt."""
+    return {
+        "complete": lambda: store.complete_job(lease, DONE, cost=cost),
+        "fail": lambda: store.fail_job(lease, BROKEN, cost=cost),
+        "retry": lambda: store.retry_job(lease, BROKEN, delay_seconds=60, cost=cost),
+        "release": lambda: store.release_job(lease, "x", cost=cost),
+        "return": lambda: store.return_job(lease, BACK, cost=cost),
+        "cancel": lambda: store.end_cancelled_job(lease, cost=cost, data={}),
+    }
+
+
 async def every_write(store: SqlJobStore, lease: Lease) -> dict[str, BaseException | None]:
     """What each fenced write says to this lease."""
     writes: dict[str, Any] = {
@@ -47,12 +67,7 @@ async def every_write(store: SqlJobStore, lease: Lease) -> dict[str, BaseExcepti
         "forget": lambda: store.forget_metrics(lease, 0),
         "event": lambda: store.record_event(lease, "notice", "x", {}),
         "renew": lambda: store.renew_lease(lease, 60),
-        "complete": lambda: store.complete_job(lease, DONE, cost=1),
-        "fail": lambda: store.fail_job(lease, BROKEN, cost=1),
-        "retry": lambda: store.retry_job(lease, BROKEN, delay_seconds=0, cost=1),
-        "release": lambda: store.release_job(lease, "x", cost=1),
-        "return": lambda: store.return_job(lease, BACK, cost=1),
-        "end cancelled": lambda: store.end_cancelled_job(lease, cost=1, data={}),
+        **endings(store, lease, 1),
     }
     said: dict[str, BaseException | None] = {}
     for name, write in writes.items():
@@ -110,10 +125,8 @@ async def test_a_reaped_owner_can_write_nothing_to_the_waiting_job(
 
 
 async def test_an_expired_lease_that_nobody_reaped_may_be_renewed(
-    store: SqlJobStore, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, lease: Lease
 ) -> None:
-    database.insert_job(user)
-    lease = (await claimed(store)).lease
     expire(database)
     assert await store.renew_lease(lease, 60) is State.INITIALIZING
     assert await store.reap_expired_leases() == []
@@ -165,36 +178,30 @@ async def test_a_job_that_the_app_keeps_locked_holds_up_the_reaping_of_no_other(
     assert await store.reap_expired_leases() == [Reaped(locked, State.QUEUED)]
 
 
-async def test_start_said_twice_holds(store: SqlJobStore, database: AppDatabase, user: UUID) -> None:
-    job_id = database.insert_job(user)
-    lease = (await claimed(store)).lease
+async def test_start_said_twice_holds(store: SqlJobStore, database: AppDatabase, lease: Lease) -> None:
     await store.start_job(lease)
     await store.start_job(lease)
-    assert database.job(job_id)["status"] == "running"
-    assert database.story(job_id) == ["queued", "claimed", "started"]
+    assert database.job(lease.job_id)["status"] == "running"
+    assert database.story(lease.job_id) == ["queued", "claimed", "started"]
 
 
 async def test_progress_never_falls_within_an_attempt_and_begins_anew_with_the_next(
-    store: SqlJobStore, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, lease: Lease
 ) -> None:
-    job_id = database.insert_job(user)
-    lease = (await claimed(store)).lease
     for percent, shown in ((10, 10), (60, 60), (30, 60), (math.nan, 60), (1e9, 60), (-5, 60)):
         await progress(store, lease, percent)
-        assert database.job(job_id)["progress"] == shown
+        assert database.job(lease.job_id)["progress"] == shown
     await store.release_job(lease, "shutdown", cost=None)
     await claimed(store)
-    assert database.job(job_id)["progress"] == 0
+    assert database.job(lease.job_id)["progress"] == 0
 
 
 async def test_a_completion_keeps_everything_and_ends_the_lease(
-    store: SqlJobStore, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, lease: Lease
 ) -> None:
-    job_id = database.insert_job(user)
-    lease = (await claimed(store)).lease
     await store.start_job(lease)
     assert await store.complete_job(lease, DONE, cost=3.456) == Ending(True, State.COMPLETED, False)
-    row = database.job(job_id)
+    row = database.job(lease.job_id)
     assert (row["status"], row["progress"], float(row["final_cost"])) == ("completed", 100, 3.46)
     assert (row["adapter_path"], row["adapter_sha256"], row["adapter_bytes"]) == (DONE.adapter_path, "ab" * 32, 1234)
     assert row["completed_at"] is not None and database.run("SELECT FROM training_leases") == []
@@ -202,29 +209,20 @@ async def test_a_completion_keeps_everything_and_ends_the_lease(
 
 @pytest.mark.parametrize("ending", ["complete", "fail", "retry", "release", "return", "cancel"])
 async def test_an_ending_whose_answer_was_lost_recognises_its_own_work(
-    store: SqlJobStore, database: AppDatabase, user: UUID, ending: str
+    store: SqlJobStore, database: AppDatabase, lease: Lease, ending: str
 ) -> None:
-    job_id = database.insert_job(user)
-    lease = (await claimed(store)).lease
     if ending == "cancel":
-        cancel(database, job_id)
-    calls: dict[str, Any] = {
-        "complete": lambda: store.complete_job(lease, DONE, cost=1),
-        "fail": lambda: store.fail_job(lease, BROKEN, cost=1),
-        "retry": lambda: store.retry_job(lease, BROKEN, delay_seconds=60, cost=1),
-        "release": lambda: store.release_job(lease, "x", cost=1),
-        "return": lambda: store.return_job(lease, BACK, cost=1),
-        "cancel": lambda: store.end_cancelled_job(lease, cost=1, data={}),
-    }
-    first = await calls[ending]()
-    row, story = database.job(job_id), database.story(job_id)
-    assert first.moved and await calls[ending]() == first
-    assert (database.job(job_id), database.story(job_id)) == (row, story)
+        cancel(database, lease.job_id)
+    end = endings(store, lease, 1)
+    first = await end[ending]()
+    row, story = database.job(lease.job_id), database.story(lease.job_id)
+    assert first.moved and await end[ending]() == first
+    assert (database.job(lease.job_id), database.story(lease.job_id)) == (row, story)
 
 
-async def test_a_job_cannot_be_both_finished_and_failed(store: SqlJobStore, database: AppDatabase, user: UUID) -> None:
-    database.insert_job(user)
-    lease = (await claimed(store)).lease
+async def test_a_job_cannot_be_both_finished_and_failed(
+    store: SqlJobStore, database: AppDatabase, lease: Lease
+) -> None:
     await store.complete_job(lease, DONE, cost=1)
     with pytest.raises(LeaseLost):
         await store.fail_job(lease, BROKEN, cost=1)
@@ -233,23 +231,14 @@ async def test_a_job_cannot_be_both_finished_and_failed(store: SqlJobStore, data
 
 @pytest.mark.parametrize("ending", ["complete", "fail", "retry", "release", "return"])
 async def test_every_ending_yields_to_a_cancel_and_records_the_true_cost(
-    store: SqlJobStore, database: AppDatabase, user: UUID, ending: str
+    store: SqlJobStore, database: AppDatabase, lease: Lease, ending: str
 ) -> None:
-    job_id = database.insert_job(user)
-    lease = (await claimed(store)).lease
-    cancel(database, job_id)
+    cancel(database, lease.job_id)
     assert await store.renew_lease(lease, 60) is State.CANCELLED
     with pytest.raises(LeaseLost):
         await progress(store, lease, 10)
-    calls: dict[str, Any] = {
-        "complete": lambda: store.complete_job(lease, DONE, cost=7.5),
-        "fail": lambda: store.fail_job(lease, BROKEN, cost=7.5),
-        "retry": lambda: store.retry_job(lease, BROKEN, delay_seconds=60, cost=7.5),
-        "release": lambda: store.release_job(lease, "x", cost=7.5),
-        "return": lambda: store.return_job(lease, BACK, cost=7.5),
-    }
-    assert await calls[ending]() == Ending(False, State.CANCELLED, False)
-    row = database.job(job_id)
+    assert await endings(store, lease, 7.5)[ending]() == Ending(False, State.CANCELLED, False)
+    row = database.job(lease.job_id)
     assert (row["status"], float(row["final_cost"]), row["adapter_path"]) == ("cancelled", 7.5, None)
     assert database.run("SELECT FROM training_leases") == []
 
@@ -270,17 +259,15 @@ async def test_a_cancelled_job_keeps_its_lease_until_its_child_is_gone(
 
 
 async def test_a_job_that_nobody_cancelled_is_given_back_and_never_left_running_without_a_lease(
-    store: SqlJobStore, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, lease: Lease
 ) -> None:
-    job_id = database.insert_job(user)
-    lease = (await claimed(store)).lease
     await store.start_job(lease)
     # As after a cancel of the waiting job whose word comes late: it was submitted again and claimed meanwhile.
     ending = await store.end_cancelled_job(lease, cost=1, data={})
-    row = database.job(job_id)
+    row = database.job(lease.job_id)
     assert (ending.state, row["status"], row["attempt"], row["due"]) == (State.QUEUED, "queued", 0, True)
     assert row["final_cost"] is None and database.run("SELECT FROM training_leases") == []
-    assert (await claimed(store)).id == job_id
+    assert (await claimed(store)).id == lease.job_id
 
 
 async def test_a_retry_waits_and_the_last_one_fails(store: SqlJobStore, database: AppDatabase, user: UUID) -> None:
@@ -384,10 +371,8 @@ async def test_a_stale_progress_write_that_waited_for_the_row_does_not_land_on_t
 
 
 async def test_a_heartbeat_that_came_first_saves_the_lease_from_the_reaper(
-    store: SqlJobStore, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, lease: Lease
 ) -> None:
-    database.insert_job(user)
-    lease = (await claimed(store)).lease
     expire(database)
     with database.connect() as heart, heart.transaction():
         heart.execute("UPDATE training_leases SET expires_at = clock_timestamp() + interval '60 s'")
@@ -433,10 +418,8 @@ async def waiting_on_a_lock(database: AppDatabase, sessions: int) -> None:
 
 
 async def test_numbers_that_no_column_holds_never_break_the_stream(
-    store: SqlJobStore, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, lease: Lease
 ) -> None:
-    job_id = database.insert_job(user)
-    lease = (await claimed(store)).lease
     for _ in range(2):  # told once, not at each batch
         await store.record_metrics(
             lease,
@@ -456,7 +439,7 @@ async def test_numbers_that_no_column_holds_never_break_the_stream(
     assert (points[1]["validation_loss"], points[1]["throughput"], points[1]["gpu_utilization"]) == (None, None, None)
     assert float(points[2]["training_loss"]) == -9999.999999 and points[2]["gradient_norm"] is None
     assert float(points[3]["gradient_norm"]) == 9999.999999 and float(points[3]["throughput"]) == 99999999.99
-    notices = database.run("SELECT data FROM training_events WHERE kind = 'notice' AND job_id = %s", (job_id,))
+    notices = database.run("SELECT data FROM training_events WHERE kind = 'notice' AND job_id = %s", (lease.job_id,))
     assert len(notices) == 1 and set(notices[0]["data"]) == {
         "training_loss", "learning_rate", "gradient_norm", "validation_loss", "throughput", "gpu_utilization"
     }  # fmt: skip
@@ -464,11 +447,11 @@ async def test_numbers_that_no_column_holds_never_break_the_stream(
         store, lease, 10, epoch=2**40, step=-1, current_cost=1e30, seconds_left=math.inf,
         metrics={"training_loss": math.nan, "deep": [{"x": math.inf}], "text": "a\x00\ud800"},
     )  # fmt: skip
-    row = database.job(job_id)
+    row = database.job(lease.job_id)
     assert row["current_metrics"] == {"training_loss": None, "deep": [{"x": None}], "text": "a\ufffd?"}
     assert row["estimated_completion_at"] is None and row["current_cost"] == 0
     await store.record_plan(lease, total_steps=2**40, total_epochs=3, estimated_total_cost=math.nan, trained_with={})
-    assert float(database.job(job_id)["estimated_total_cost"]) == 7.5
+    assert float(database.job(lease.job_id)["estimated_total_cost"]) == 7.5
 
 
 async def test_steps_repeated_after_a_resume_replace_their_points(
@@ -486,10 +469,8 @@ async def test_steps_repeated_after_a_resume_replace_their_points(
 
 
 async def test_more_points_than_are_wanted_are_thinned_evenly_and_the_telling_ones_stay(
-    store: SqlJobStore, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, lease: Lease
 ) -> None:
-    database.insert_job(user)
-    lease = (await claimed(store)).lease
     points = [MetricPoint(n, 0, 2.0, 1e-4, validation_loss=1.0 if n % 300 == 0 else None) for n in range(1, 1000)]
     await store.record_metrics(lease, points)
     assert await store.forget_metrics(lease, None, most=1000) == 999
@@ -590,14 +571,12 @@ async def test_a_person_who_tries_again_or_changes_the_spec_gets_the_default_of_
 
 
 async def test_a_failure_with_bytes_that_postgres_refuses_is_still_recorded(
-    store: SqlJobStore, database: AppDatabase, user: UUID
+    store: SqlJobStore, database: AppDatabase, lease: Lease
 ) -> None:
-    job_id = database.insert_job(user)
-    lease = (await claimed(store)).lease
     await store.record_event(lease, "notice\x00", "NUL \x00 and \ud83d alone", {"k\x00": ["\x00", {1: math.nan}]})
     failed = Failed(ErrorCode.INTERNAL, "bad \x00 \udfff", "hint\x00", "x" * 1_000_000 + "the end")
     assert (await store.fail_job(lease, failed, cost=math.nan)).state is State.FAILED
-    row = database.job(job_id)
+    row = database.job(lease.job_id)
     assert row["error_message"] == "Bad \ufffd ?. hint\ufffd." and row["error_stack"].endswith("the end")
     assert len(row["error_stack"]) == 60_000
 
