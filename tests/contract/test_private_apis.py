@@ -14,15 +14,19 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import torch
 from psycopg import AsyncConnection
 from psycopg.waiting import wait_async
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.core_model_loading import MergeModulelist, WeightConverter
-from transformers.integrations.moe import _grouped_mm, use_experts_implementation
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tests.paths import ROOT
+from training.quick_imports import quick_imports
+
+# The first of all test files to import them: the later ones find them as the trainer has them, sooner.
+with quick_imports():
+    import torch
+    from transformers import AutoModelForCausalLM, PreTrainedModel
+    from transformers.core_model_loading import MergeModulelist, WeightConverter
+    from transformers.integrations.moe import _grouped_mm, use_experts_implementation
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 CHECKED_WITH = {"torch": "2.13.0", "transformers": "5.23.0", "psycopg": "3.3.9"}
 
