@@ -70,8 +70,7 @@ class DaemonProcess:
         """Forks our scripts from a process that has imported them, unless the script must import other modules."""
         _python, script, *arguments = self.command
         if self._forked and script.endswith(".py") and self.environment["PYTHONPATH"] == str(ROOT):
-            self.log_path.touch()
-            self.process = forker(script).start(self.environment, self.folder, self.log_path, *arguments)
+            self.process = forker(script).start_quietly(self.environment, self.folder, self.log_path, *arguments)
             return self
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(

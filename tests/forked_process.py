@@ -1,59 +1,80 @@
 """Runs Python scripts as separate processes that share their imports: forked from a process that has imported them.
 
-Starting the daemon takes half a second of a core, all of it imports, and the tests start it hundreds of times. A forked
-process has its own environment, folder, session and output, like a started one; but in /proc it shows the arguments
-and the environment of the process that it was forked from.
+Starting the daemon or a command takes half a second of a core, and a trainer three, all of it imports; the tests start
+them hundreds of times. A forked process has its own environment, folder, session and files, like a started one; but in
+/proc it shows the arguments and the environment of the process that it was forked from.
 """
 
 from __future__ import annotations
 
 import atexit
+import fcntl
 import gc
+import io
 import json
 import os
 import runpy
 import selectors
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from tests.paths import ROOT
+
+_LONGEST_ORDER = 200_000
+_MOST_FILES = 16
+_ABOVE = 512
 
 
 class Forker:
     """The process that has imported a script, as the tests see it."""
 
     def __init__(self, script: str) -> None:
+        self._orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # A separate session: Control-C must reach only the tests.
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.forked_process", script],
             env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+            stdin=theirs, stdout=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
+        theirs.close()
         atexit.register(self._end)
         self._ended: dict[int, int] = {}
         self._rest = b""
         self._one_reader = threading.Lock()
 
-    def start(self, environment: Mapping[str, str], folder: Path, log: Path, *arguments: str) -> ForkedProcess:
-        assert self._process.stdin is not None
-        order = {"environment": dict(environment), "folder": str(folder), "log": str(log), "arguments": arguments}
+    def start(
+        self, environment: Mapping[str, str], folder: Path, files: Mapping[int, int], *arguments: str
+    ) -> ForkedProcess:
+        """Starts the script. `files` gives it our descriptors (the values) under its own numbers (the keys)."""
+        order = {
+            "environment": dict(environment), "folder": str(folder), "files": list(files), "arguments": arguments
+        }  # fmt: skip
         with self._one_reader:
-            self._process.stdin.write(json.dumps(order).encode() + b"\n")
-            self._process.stdin.flush()
+            socket.send_fds(self._orders, [json.dumps(order).encode()], list(files.values()))
             while True:
                 line = self._read_line(60.0)
                 assert line is not None, "the forker does not answer"
                 if "pid" in line:
                     return ForkedProcess(self, line["pid"])
+
+    def start_quietly(self, environment: Mapping[str, str], folder: Path, log: Path, *arguments: str) -> ForkedProcess:
+        """Starts the script without input, and with its output in a file."""
+        with Path(os.devnull).open("rb") as nothing, log.open("ab") as output:
+            files = {0: nothing.fileno(), 1: output.fileno(), 2: output.fileno()}
+            return self.start(environment, folder, files, *arguments)
 
     def status(self, pid: int, seconds: float) -> int | None:
         """Returns the exit status of a process that has ended; None if it runs longer than `seconds`."""
@@ -88,8 +109,7 @@ class Forker:
         return line
 
     def _end(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        self._orders.close()
         self._process.wait(10)
 
 
@@ -119,27 +139,68 @@ class ForkedProcess:
         return self.returncode
 
     def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def send_signal(self, number: int) -> None:
         if self.poll() is None:
-            os.kill(self.pid, signal.SIGKILL)
+            os.kill(self.pid, number)
+
+
+class PipedProcess(ForkedProcess):
+    """A forked process whose output is read here, as text."""
+
+    def __init__(
+        self, forker: Forker, environment: Mapping[str, str], folder: Path, *arguments: str, stdin: str = ""
+    ) -> None:
+        with tempfile.TemporaryFile() as given, ExitStack() as theirs:
+            given.write(stdin.encode())
+            given.seek(0)
+            self.stdout, out = _pipe(theirs)
+            self.stderr, err = _pipe(theirs)
+            started = forker.start(environment, folder, {0: given.fileno(), 1: out, 2: err}, *arguments)
+        super().__init__(forker, started.pid)
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        """Returns what it writes until its end. A process that outlives `timeout` is killed."""
+        alarm = threading.Timer(timeout, self.kill)
+        alarm.start()
+        try:
+            with ThreadPoolExecutor(1) as other:
+                err = other.submit(self.stderr.read)
+                return self.stdout.read(), err.result()
+        finally:
+            alarm.cancel()
+            self.wait(timeout)
+
+
+def _pipe(theirs: ExitStack) -> tuple[TextIO, int]:
+    """The end that we read, and the number of theirs, which is closed here when they have it."""
+    ours, other = os.pipe()
+    theirs.callback(os.close, other)
+    return os.fdopen(ours, encoding="utf-8"), other
 
 
 # -- the other side ------------------------------------------------------------------------------------------------
 
 
-def run_script(script: str, order: dict[str, Any]) -> int:
+def run_script(script: str, order: dict[str, Any], given: list[int]) -> int:
     """In the child: runs the script as the interpreter would."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
     os.chdir(order["folder"])
-    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    for number, file in enumerate((nothing, log, log)):
+    # First all of them above the numbers that any of them shall have.
+    above = [fcntl.fcntl(file, fcntl.F_DUPFD, _ABOVE) for file in given]
+    os.closerange(3, _ABOVE)
+    for number, file in zip(order["files"], above, strict=True):
         os.dup2(file, number)
-    os.closerange(3, 1024)
+    os.closerange(_ABOVE, 2 * _ABOVE)
     os.environ.clear()
     os.environ.update(order["environment"])
     sys.argv = [script, *order["arguments"]]
+    for output in (sys.stdout, sys.stderr):
+        assert isinstance(output, io.TextIOWrapper)
+        output.reconfigure(line_buffering=output is sys.stderr or output.isatty())
     try:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as ending:
@@ -167,7 +228,7 @@ def serve(script: str) -> None:
     def say(**line: int) -> None:
         os.write(answers, json.dumps(line).encode() + b"\n")
 
-    rest = b""
+    orders = socket.socket(fileno=os.dup(0))
     with selectors.DefaultSelector() as selector:
         selector.register(0, selectors.EVENT_READ)
         selector.register(reader, selectors.EVENT_READ)
@@ -184,22 +245,22 @@ def serve(script: str) -> None:
                         break
                     say(ended=pid, status=os.waitstatus_to_exitcode(status))
             if 0 in ready:
-                piece = os.read(0, 65536)
-                if not piece:
+                order, given, _flags, _address = socket.recv_fds(orders, _LONGEST_ORDER, _MOST_FILES)
+                if not order:
                     return
-                *orders, rest = (rest + piece).split(b"\n")
-                for order in orders:
-                    sys.stdout.flush()
-                    pid = os.fork()
-                    if pid == 0:
-                        status = 70
-                        try:
-                            status = run_script(script, json.loads(order))
-                            sys.stdout.flush()
-                            sys.stderr.flush()
-                        finally:
-                            os._exit(status)
-                    say(pid=pid)
+                sys.stdout.flush()
+                pid = os.fork()
+                if pid == 0:
+                    status = 70
+                    try:
+                        status = run_script(script, json.loads(order), given)
+                        sys.stdout.flush()
+                        sys.stderr.flush()
+                    finally:
+                        os._exit(status)
+                for file in given:
+                    os.close(file)
+                say(pid=pid)
 
 
 def _heard(_number: int, _frame: FrameType | None) -> None:

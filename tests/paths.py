@@ -6,3 +6,5 @@ ROOT = Path(__file__).parents[1]
 DOUBLES = ROOT / "tests" / "doubles"
 SCRIPTED_TRAINER = DOUBLES / "scripted_trainer.py"
 SCRIPTED_DAEMON = DOUBLES / "scripted_daemon.py"
+COMMAND_LINE = DOUBLES / "command_line.py"
+FORKED_TRAINER = DOUBLES / "forked_trainer.py"

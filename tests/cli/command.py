@@ -1,4 +1,4 @@
-"""The command line as a person and a program use it: a real process, in a pipe or on a terminal of its own."""
+"""The command line as a person and a program use it: a process of its own, in a pipe or on a terminal."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import os
 import pty
 import select
 import signal
-import subprocess
-import sys
 import termios
 import time
 from dataclasses import dataclass
@@ -16,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.daemon_process import eventually
-from tests.paths import ROOT
+from tests.forked_process import PipedProcess, forker
+from tests.paths import COMMAND_LINE, ROOT
 
 
 @dataclass(frozen=True)
@@ -48,17 +47,9 @@ class CommandLine:
 
     def run(self, *words: object, stdin: str = "", **environment: str) -> Said:
         """Run a command to its end in a pipe. Never a traceback, whatever was wrong."""
-        done = subprocess.run(
-            self._command(words),
-            env=self.environment | environment,
-            cwd=self.folder,
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=170,
-            check=False,
-        )
-        said = Said(done.returncode, done.stdout, done.stderr)
+        process = self.start(*words, stdin=stdin, **environment)
+        out, err = process.communicate(170)
+        said = Said(process.wait(10), out, err)
         assert "Traceback" not in said.err + said.out, said
         return said
 
@@ -67,35 +58,26 @@ class CommandLine:
         assert said.status == 0, said
         return said
 
-    def start(self, *words: object) -> subprocess.Popen[str]:
+    def start(self, *words: object, stdin: str = "", **environment: str) -> PipedProcess:
         """Begin a command in a pipe; whoever starts it ends it."""
-        return subprocess.Popen(
-            self._command(words),
-            env=self.environment,
-            cwd=self.folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        given = self.environment | environment
+        return PipedProcess(forker(str(COMMAND_LINE)), given, self.folder, *map(str, words), stdin=stdin)
 
     def terminal(self, *words: object, columns: int = 80, rows: int = 40) -> Terminal:
-        return Terminal(self._command(words), self.environment | {"TERM": "xterm-256color"}, self.folder, columns, rows)
-
-    @staticmethod
-    def _command(words: tuple[object, ...]) -> list[str]:
-        return [sys.executable, "-m", "daemon", *map(str, words)]
+        return Terminal(words, self.environment | {"TERM": "xterm-256color"}, self.folder, columns, rows)
 
 
 class Terminal:
     """A command on a terminal; a context manager, nothing of it is alive afterwards."""
 
-    def __init__(self, command: list[str], environment: dict[str, str], folder: Path, columns: int, rows: int) -> None:
+    def __init__(
+        self, words: tuple[object, ...], environment: dict[str, str], folder: Path, columns: int, rows: int
+    ) -> None:
         self._master, slave = pty.openpty()
         termios.tcsetwinsize(slave, (rows, columns))
         self.screen = ""
-        self.process = subprocess.Popen(
-            command, env=environment, cwd=folder, stdin=slave, stdout=slave, stderr=slave, start_new_session=True
-        )
+        files = dict.fromkeys(range(3), slave)
+        self.process = forker(str(COMMAND_LINE)).start(environment, folder, files, *map(str, words))
         os.close(slave)
 
     def __enter__(self) -> Terminal:
@@ -138,4 +120,5 @@ class Terminal:
 
         eventually(ended, seconds=max(deadline - time.monotonic(), 0.1), why=lambda: f"still there:\n{self.screen}")
         self.read()
+        assert self.process.returncode is not None
         return self.process.returncode

@@ -7,8 +7,8 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from daemon.demo.screen.json_lines import JsonScreen
 
+from daemon.demo.json_screen import JsonScreen
 from daemon.errors import EXIT_UNFIT
 from daemon.job_view.watched_jobs import WatchedJobs
 from tests.cli.command import CommandLine

@@ -36,7 +36,7 @@ if __name__ == "__main__":
 def test_it_ends_as_a_script_does_that_was_started(tmp_path: Path, word: str, status: int, said: str) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    forked = Forker(str(script)).start({"WORD": word}, tmp_path, tmp_path / "log")
+    forked = Forker(str(script)).start_quietly({"WORD": word}, tmp_path, tmp_path / "log")
     assert forked.wait(20) == forked.poll() == status
     output = (tmp_path / "log").read_text()
     assert f"{word} ['WORD'] {tmp_path} True" in output and said in output
@@ -46,7 +46,7 @@ def test_it_is_waited_for_and_killed_as_one_that_was_started(tmp_path: Path) -> 
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     forker = Forker(str(script))
-    one, other = (forker.start({"WORD": "wait"}, tmp_path, tmp_path / "log") for _ in range(2))
+    one, other = (forker.start_quietly({"WORD": "wait"}, tmp_path, tmp_path / "log") for _ in range(2))
     with pytest.raises(subprocess.TimeoutExpired):
         one.wait(0.1)
     assert one.poll() is None

@@ -43,25 +43,10 @@ def run_one(words: list[str], url: str, output: Path) -> int:
         os._exit(status)
 
 
-def prepare() -> None:
-    """What all of them import and build, once."""
-    import typer.main
-
-    import daemon.__main__
-    import daemon.cli.data.queries
-    import daemon.cli.errors
-    import daemon.doctor.run
-    import daemon.fleet.loop
-    import daemon.gateway.server
-    import daemon.schema.migrations
-    import daemon.service
-
-    words = typer.main.get_command(daemon.__main__.app)
-    typer.main.get_command = lambda _app: words
-
-
 def main() -> None:
-    prepare()
+    # What all of them import and build, once.
+    import tests.doubles.command_line  # noqa: F401
+
     commands, urls = json.load(sys.stdin)
     answers: list[list[dict[str, Any]]] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from daemon.logs import configure_logs
-from daemon.pod.runpod_api import Fault, Key, RunPod, RunPodError
+from daemon.pod.runpod_api import ApiFault, Key, RunPod, RunPodError
 from daemon.pod.shutdown import chosen_end, end_own_pod
 from tests.doubles.runpod_api import RunPodDouble
 
@@ -41,7 +41,7 @@ async def test_ending_a_pod_that_has_ended_or_is_gone_is_no_error(runpod: RunPod
         runpod.add("b", status="ERROR")
         with pytest.raises(RunPodError) as raised:
             await api.end_pod("b", "stop")
-        assert raised.value.fault is Fault.CONFLICT
+        assert raised.value.fault is ApiFault.CONFLICT
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ async def test_a_lost_answer_leaves_it_open_whether_the_pod_exists(runpod: RunPo
     async with client(runpod) as api:
         with pytest.raises(RunPodError) as raised:
             await api.create_pod({"name": "one", "image": "trainer", "gpu": H100})
-        assert not raised.value.certain and raised.value.fault is Fault.AWAY
+        assert not raised.value.certain and raised.value.fault is ApiFault.AWAY
         assert [pod.name for pod in await api.list_pods()] == ["one"]
 
 
@@ -101,7 +101,7 @@ async def test_a_key_without_the_right_gives_way_to_one_that_has_it(runpod: RunP
     async with client(runpod, Key("RUNPOD_API_KEY", "pod-key")) as api:
         with pytest.raises(RunPodError) as raised:
             await api.create_pod({"name": "one", "image": "trainer", "gpu": H100})
-        assert raised.value.fault is Fault.REFUSED and "pod-key" not in str(raised.value)
+        assert raised.value.fault is ApiFault.REFUSED and "pod-key" not in str(raised.value)
 
 
 # -- ending one's own pod -----------------------------------------------------------------------------------------

@@ -9,9 +9,11 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
-from tests.paths import ROOT
+from tests.forked_process import ForkedProcess, forker
+from tests.paths import FORKED_TRAINER, ROOT
 from training.events import Event, Ready, parse_line
 from training.spec import JobSpec
 
@@ -22,18 +24,22 @@ WARM = ("--warm", "--keep-bytes", "1000000000")
 class Child:
     """One running trainer. A thread reads its events; waiting uses a condition with a deadline."""
 
-    def __init__(self, process: subprocess.Popen[bytes], events_fd: int) -> None:
+    def __init__(self, process: subprocess.Popen[bytes] | ForkedProcess, stdin: BinaryIO, events_fd: int) -> None:
         self.process = process
+        self._stdin = stdin
         self.events: list[Event] = []
         self.readies: list[Ready] = []
         self._changed = threading.Condition()
         self._ended = False
+        self._deaf = False
         self._reader = threading.Thread(target=self._read, args=(events_fd,), daemon=True)
         self._reader.start()
 
     def _read(self, descriptor: int) -> None:
         with os.fdopen(descriptor, "rb") as pipe:
             for line in pipe:
+                if self._deaf:
+                    break
                 event = parse_line(line)
                 assert event is not None, line
                 with self._changed:
@@ -47,13 +53,11 @@ class Child:
             self._changed.notify_all()
 
     def send(self, line: str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(line.encode() + b"\n")
-        self.process.stdin.flush()
+        self._stdin.write(line.encode() + b"\n")
+        self._stdin.flush()
 
     def close_stdin(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+        self._stdin.close()
 
     def wait_for(self, kind: str, *, step: int | None = None, seconds: float = 120) -> Any:
         """The first event of a kind (and step), or an error that shows the events received instead."""
@@ -86,27 +90,37 @@ class Child:
         self._reader.join(timeout=10)
         return status
 
+    def stop_listening(self) -> None:
+        """Closes our end of the pipe at the next event."""
+        self._deaf = True
+
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
 
 
 @contextmanager
-def start(
-    *specs: JobSpec, arguments: Sequence[str] = (), command: Sequence[str] = (sys.executable, "-m", "training")
-) -> Iterator[Child]:
-    """A trainer that gets these specs and no more; it is killed at the end in any case."""
+def start(*specs: JobSpec, arguments: Sequence[str] = (), forked: bool = False) -> Iterator[Child]:
+    """A trainer that gets these specs and no more; it is killed at the end in any case.
+
+    `forked`: from a process that has imported the libraries, for tests of what comes after a trainer's start.
+    """
     reading, writing = os.pipe()
-    with subprocess.Popen(
-        [*command, "--events-fd", str(writing), *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        pass_fds=[writing],
-        cwd=ROOT,
-        start_new_session=True,
-    ) as process:
-        os.close(writing)
-        child = Child(process, reading)
+    theirs, ours = os.pipe()
+    given = ("--events-fd", str(writing), *arguments)
+    process: subprocess.Popen[bytes] | ForkedProcess
+    with Path(os.devnull).open("r+b") as nothing:
+        if forked:
+            files = {0: theirs, 1: nothing.fileno(), 2: nothing.fileno(), writing: writing}
+            process = forker(str(FORKED_TRAINER)).start(os.environ, ROOT, files, *given)
+        else:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "training", *given],
+                stdin=theirs, stdout=nothing, stderr=nothing, pass_fds=[writing], cwd=ROOT, start_new_session=True,
+            )  # fmt: skip
+    os.close(writing)
+    os.close(theirs)
+    with os.fdopen(ours, "wb") as stdin:
+        child = Child(process, stdin, reading)
         try:
             for spec in specs:
                 child.send(spec.model_dump_json())
@@ -115,3 +129,4 @@ def start(
             yield child
         finally:
             process.kill()
+            process.wait(timeout=30)

@@ -41,14 +41,13 @@ def _do(child: Child, order: JobSpec | HoldOrder) -> Ready:
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Callable[[], Child]]:
-    """A warm trainer, perhaps already used, for tests that only need a ready one. Replaced if the last test ended it;
-    starting one takes seconds."""
+    """A warm trainer, perhaps already used, for tests that need a ready one. Replaced if the last test ended it."""
     with ExitStack() as stack:
         children: list[Child] = []
 
         def get() -> Child:
             if not children or children[-1].process.poll() is not None:
-                children.append(stack.enter_context(start(arguments=WARM)))
+                children.append(stack.enter_context(start(arguments=WARM, forked=True)))
                 assert children[-1].wait_until_ready().base_model is None
             children[-1].events.clear()
             return children[-1]
@@ -142,7 +141,7 @@ def test_a_model_too_large_to_keep_has_the_memory_of_the_one_before_and_a_failed
     bad = spec_of(name="bad", dataset_path=write_dataset(tmp_path / "bad.jsonl", ["no conversation"]))
     small, large = spec_of("llama", name="small", num_epochs=1), spec_of("qwen3", num_epochs=3)
     room = model_bytes(open_model_folder(small.model_path, "small"), quantize=True, compute_type=compute_type)
-    with start(arguments=("--warm", "--keep-bytes", str(room))) as child:
+    with start(arguments=("--warm", "--keep-bytes", str(room)), forked=True) as child:
         child.wait_until_ready()
         order = HoldOrder(base_model=large.base_model, model_path=large.model_path, compute_type=compute_type)
         assert _do(child, order).base_model is None
@@ -182,7 +181,7 @@ def test_sigterm_ends_a_waiting_trainer_at_once(shared: Callable[[], Child]) -> 
 
 def test_sigterm_ends_a_working_trainer_with_a_checkpoint(spec_of: SpecOf) -> None:
     spec = spec_of(num_epochs=100)
-    with start(arguments=WARM) as child:
+    with start(arguments=WARM, forked=True) as child:
         child.send(spec.model_dump_json())
         child.wait_for("progress", step=2)
         # As the daemon does: SIGTERM to the whole group, so that the fork gets it twice.
@@ -212,7 +211,7 @@ def test_a_wish_to_stop_between_the_forks_of_a_job_is_not_lost(
 @pytest.mark.parametrize("victim", ["fork", "warm"])
 def test_kill_9_of_either_ends_both(victim: str, spec_of: SpecOf, tmp_path: Path) -> None:
     spec = spec_of(num_epochs=100, dataset_path=write_conversations(tmp_path / "many.jsonl", 100))
-    with start(arguments=WARM) as child:
+    with start(arguments=WARM, forked=True) as child:
         child.send(spec.model_dump_json())
         child.wait_for("progress", step=1)
         # Not the fork that reported `started`: another one continued once the base model was loaded.

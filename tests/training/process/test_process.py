@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -55,7 +53,7 @@ def test_sigterm_while_training_leaves_a_checkpoint_and_the_next_attempt_ends_th
     whole = spec_of(name="whole", num_epochs=3, lora_dropout=0.1)
     train(whole)
     cut = spec_of(name="cut", num_epochs=3, lora_dropout=0.1, dataset_path=whole.dataset_path)
-    with start(cut) as child:
+    with start(cut, forked=True) as child:
         child.wait_for("progress", step=2)
         child.terminate()
         assert child.exit_status() == EXIT_STOPPED
@@ -78,7 +76,7 @@ def test_kill_9_at_any_step_changes_nothing_in_the_final_adapter(
     whole = spec_of(architecture, name="whole", **chosen)
     expected = train(whole)
     killed = spec_of(architecture, name="killed", dataset_path=whole.dataset_path, checkpoint_seconds=0.001, **chosen)
-    with start(killed) as child:
+    with start(killed, forked=True) as child:
         child.wait_for("progress", step=step)
         os.kill(child.process.pid, signal.SIGKILL)
         assert child.exit_status() == -signal.SIGKILL
@@ -92,25 +90,10 @@ def test_kill_9_at_any_step_changes_nothing_in_the_final_adapter(
 
 def test_the_child_ends_when_nobody_listens(spec_of: SpecOf, tmp_path: Path) -> None:
     spec = spec_of(num_epochs=50, dataset_path=write_conversations(tmp_path / "many.jsonl", 200))
-    reading, writing = os.pipe()
-    with subprocess.Popen(
-        [sys.executable, "-m", "training", "--events-fd", str(writing)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        pass_fds=[writing],
-        start_new_session=True,
-    ) as process:
-        os.close(writing)
-        assert process.stdin is not None
-        process.stdin.write(spec.model_dump_json().encode() + b"\n")
-        process.stdin.flush()
-        with os.fdopen(reading, "rb") as pipe:
-            pipe.readline()
-        try:
-            assert process.wait(timeout=60) == 1
-        finally:
-            process.kill()
+    with start(spec, forked=True) as child:
+        child.wait_for("started")
+        child.stop_listening()
+        assert child.exit_status(60) == 1
 
 
 def _until_it_reads(pid: int) -> None:
