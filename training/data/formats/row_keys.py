@@ -141,7 +141,10 @@ def check_part_keys(part: Mapping[str, Any], where: str, notes: Notes) -> None:
         if key in _HARMLESS_IN_PART or not has(part, key):
             continue
         if key in _MARKS and part[key] != 1:
-            raise BadRow(f"{where} carries {key!r}", "only a whole message can be left out of training")
+            raise BadRow(
+                f"{where} carries {key!r}",
+                "put the mark on the whole message: a part of it cannot be left out of training",
+            )
         notes.unused_keys[f"{key} of a content part"] += 1
 
 
@@ -155,7 +158,9 @@ def is_trained(item: Mapping[str, Any], role: str, where: str) -> bool:
         if mark not in (0, 1):
             raise BadRow(f"{where}.{key} must be 0 or 1, got {shown(mark)}")
         if mark and role != "assistant":
-            raise BadRow(f"{where}.{key} asks to train on a message of the {role}", "only answers can be trained on")
+            raise BadRow(
+                f"{where}.{key} asks to train on a {role} message", "remove the mark: only answers can be trained on"
+            )
         trained = trained and bool(mark)
     return trained
 
