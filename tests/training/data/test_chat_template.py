@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from datetime import date
 from typing import Any
 
@@ -253,6 +254,17 @@ def test_an_empty_system_text_keeps_the_template_from_adding_its_own() -> None:
     assert template.default_system_text.startswith("You are Qwen")
     (example,) = template.encode(_said("system: ", "user: A?", "assistant: Aye.")).examples
     assert "You are Qwen" not in tokenizer.decode(example.input_ids)
+
+
+@pytest.mark.parametrize("name", ["llama3_2", "smolvlm", "qwen3"])
+def test_what_one_fork_has_prepared_another_goes_on_with(name: str) -> None:
+    """The warm trainer prepares a job's data in one fork and trains in the next, which holds the base model."""
+    tokenizer, stops = tokenizer_of(name)
+    template = ChatTemplate(tokenizer, stops=stops, today=date(2026, 11, 27))
+    sent = pickle.loads(pickle.dumps(template))
+    conversation = _said("user: A?", "assistant: Aye.")
+    assert _encoded(sent, conversation) == _encoded(template, conversation)
+    assert sent.prompt(conversation.turns[:1]) == template.prompt(conversation.turns[:1])
 
 
 def test_the_date_in_a_template_is_the_jobs() -> None:

@@ -48,10 +48,8 @@ class Renderer:
     """Calls a tokenizer's template. `list_form`: gives it a list of parts in place of plain text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, today: date | None = None) -> None:
-        from transformers.utils.chat_template_utils import _compile_jinja_template
-
-        # Not apply_chat_template: it refuses an empty conversation, and takes no function that tells the date.
-        self._template: Any = _compile_jinja_template(tokenizer.get_chat_template())
+        self._source = tokenizer.get_chat_template()
+        self._template = _compile(self._source)
         self._names: dict[str, Any] = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
         if today is not None:
             midnight = datetime.combine(today, time())
@@ -70,6 +68,14 @@ class Renderer:
             raise TemplateRefuses(str(error) or type(error).__name__) from None
         return rendered
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the compiled template, which holds functions: what one fork has prepared is sent to the next."""
+        return {name: value for name, value in self.__dict__.items() if name != "_template"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._template = _compile(self._source)
+
     def _content(self, text: str) -> Any:
         return [{"type": "text", "text": text}] if self.list_form else text
 
@@ -87,3 +93,10 @@ class Renderer:
         except TemplateRefuses:
             return False
         return all(message.content in text for message in probe)
+
+
+def _compile(source: str) -> Any:
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    # Not apply_chat_template: it refuses an empty conversation, and takes no function that tells the date.
+    return _compile_jinja_template(source)
