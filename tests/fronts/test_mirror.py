@@ -79,7 +79,7 @@ async def test_the_row_follows_its_job_with_one_write_for_each_of_ours(watched: 
     row = watched.row(row_id)
     assert (row["status"], row["started_at"]) == ("initializing", watched.job(row_id)["started_at"])
     assert seen(watched) == {"job": 1, "front": 1}
-    await store.record_plan(lease, total_steps=30, total_epochs=3, estimated_total_cost=1.0)
+    await store.record_plan(lease, total_steps=30, total_epochs=3, estimated_total_cost=1.0, trained_with={})
     await store.start_job(lease)
     await store.renew_lease(lease, 60)
     await progress(store, lease)
