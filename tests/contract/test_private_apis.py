@@ -39,7 +39,7 @@ IN_USE = {
     # The conversion that makes fused experts of single ones, remade with our packing in it.
     "_original_source_patterns": {"training/quantization/experts.py"},
     "_original_target_patterns": {"training/quantization/experts.py"},
-    # The compiled chat template: the public call takes neither an empty conversation nor a clock of ours.
+    # The compiled chat template: the public call takes no clock of ours.
     "_compile_jinja_template": {"training/data/template/rendering.py"},
     # Keeps transformers from initialising weights that we have put in their place.
     "_is_hf_initialized": {"training/quantization/experts.py"},

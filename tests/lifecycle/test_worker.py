@@ -81,6 +81,18 @@ def test_a_child_that_dies_is_tried_again_and_goes_on_from_its_checkpoint(queue:
     assert "retrying" in story and "resumed" in story
 
 
+def test_every_attempt_is_told_the_date_of_the_first(queue: Queue, daemon: DaemonProcess) -> None:
+    """Templates write it into the text: with another date, other tokens, and a checkpoint that does not fit them."""
+    job = queue.insert(script=[["tell_date"]])
+    with queue.connect() as connection:
+        connection.execute("SET session_replication_role = replica")  # past the guard
+        connection.execute("UPDATE training_jobs SET started_at = '2026-01-05 23:59+00' WHERE id = %s", (job,))
+    with daemon:
+        queue.wait_for(job, "completed")
+    told = [event["message"] for event in queue.events(job) if event["kind"] == "told_date"]
+    assert told and "2026-01-05" in told[0]
+
+
 def test_a_child_that_always_dies_ends_as_failed_when_its_attempts_are_spent(
     queue: Queue, daemon: DaemonProcess
 ) -> None:

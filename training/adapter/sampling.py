@@ -27,8 +27,10 @@ def choose_prompts(spec: JobSpec, corpus: Corpus) -> tuple[tuple[Turn, ...], ...
         return tuple((Turn("user", prompt, trained=False),) for prompt in asked)
     beginnings = []
     for conversation in corpus.held_out[:_PROMPTS]:
-        first = next(index for index, turn in enumerate(conversation.turns) if turn.trained)
-        beginnings.append(conversation.turns[:first])
+        # Nothing asks for an answer that opens a conversation.
+        first = next((index for index, turn in enumerate(conversation.turns) if turn.trained and index), None)
+        if first is not None:
+            beginnings.append(conversation.turns[:first])
     return tuple(beginnings)
 
 

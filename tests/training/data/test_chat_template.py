@@ -14,6 +14,7 @@ from training.data.chat_template import ChatTemplate
 from training.data.example import IGNORED, Example
 from training.data.formats.conversation import Conversation, Role, Turn
 from training.data.template.rendering import CannotEncode, Message, Renderer, TemplateRefuses
+from training.failures import TrainingFailed
 
 # Later Mistral models: the system text is in the last user turn.
 MISTRAL_WITH_SYSTEM = (
@@ -247,6 +248,13 @@ def test_a_template_that_loses_a_part_of_the_answer_is_named() -> None:
     template = ChatTemplate(tokenizer, stops=stops)
     with pytest.raises(CannotEncode, match="leaves out a part of the answer"):
         template.encode(_said("user: A?", "assistant: Aye! Sir."))
+
+
+def test_a_template_that_cannot_be_read_is_the_models_fault() -> None:
+    tokenizer, _ = tokenizer_of("chatml", "{% for message in messages %}{{ message['content'] }}")
+    with pytest.raises(TrainingFailed, match="chat template cannot be read") as failed:
+        ChatTemplate(tokenizer)
+    assert failed.value.code == "model_incomplete"
 
 
 def test_an_empty_system_text_keeps_the_template_from_adding_its_own() -> None:

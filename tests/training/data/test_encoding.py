@@ -13,6 +13,7 @@ from transformers.utils import chat_template_utils
 
 from tests.chat_templates import tokenizer_of
 from tests.tiny_models import conversation, make_model, write_dataset
+from tests.training.data.test_served_text import ODD_PIECES
 from training.data import encoding
 from training.data.chat_template import ChatTemplate
 from training.data.corpus import Corpus, gather
@@ -168,26 +169,6 @@ def test_the_tokens_that_stop_a_server_are_read_from_the_models_files(tmp_path: 
     assert stop_tokens(open_model_folder(folder, "m")) == {2}
 
 
-_PIECES = [
-    "Hello",
-    "é",
-    "🦊",
-    "日本",
-    "\n",
-    "\n\n",
-    "  ",
-    " \t",
-    "<b>",
-    "</think>?",
-    "user",
-    "assistant\n",
-    ".",
-    "",
-    "#",
-    "1.",
-]
-
-
 @pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "qwen3_instruct_2507"])
 def test_the_answers_of_invented_conversations_are_what_is_trained(name: str) -> None:
     """Two thousand conversations of odd pieces: what is trained is each answer and its end, and nothing else."""
@@ -198,7 +179,7 @@ def test_the_answers_of_invented_conversations_are_what_is_trained(name: str) ->
         turns = []
         for number in range(2 * chosen.randint(1, 5)):
             role: Role = "assistant" if number % 2 else "user"
-            words = "".join(chosen.choice(_PIECES) for _ in range(chosen.randint(1, 6))) + chosen.choice(
+            words = "".join(chosen.choice(ODD_PIECES) for _ in range(chosen.randint(1, 6))) + chosen.choice(
                 ["x", "é", "."]
             )
             turns.append(Turn(role, words, trained=role == "assistant" and (chosen.random() < 0.8 or number == 1)))

@@ -7,14 +7,18 @@ what is trained after them must be the answer and a token that stops a server, a
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jinja2
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from tests.chat_templates import SHIPPED, STRICT, tokenizer_of
+from daemon.demo.model import find_gguf
+from tests.chat_templates import SHIPPED, STRICT, template_text, tokenizer_of
 from training.data.chat_template import ChatTemplate, Encoded
 from training.data.example import IGNORED, Example
 from training.data.formats.conversation import Conversation, Role, Turn
@@ -55,7 +59,13 @@ CONVERSATIONS = {
 }
 
 
-def prove(template: ChatTemplate, tokenizer: Any, stops: Sequence[int], turns: _Rows, encoded: Encoded) -> int:
+ODD_PIECES = [
+    *("Hello", "é", "🦊", "日本", "<b>", "</think>?", "user", "assistant", ".", "#", "1."),
+    *("\n", "\n\n", "  ", " \t", "assistant\n", ""),
+]
+
+
+def prove(tokenizer: Any, stops: Sequence[int], turns: _Rows, encoded: Encoded) -> int:
     """Raises AssertionError unless each answer is trained as it will be asked for. Returns how many are."""
     runs = [run for example in encoded.examples for run in _runs(example)]
     opening = encoded.notes["opening_not_trained"]
@@ -156,6 +166,38 @@ _REASONS = (
 @pytest.mark.parametrize("name", [*SHIPPED, *STRICT])
 def test_every_answer_is_trained_as_it_will_be_asked_for(name: str) -> None:
     tokenizer, stops = tokenizer_of(name)
+    refused = prove_all(tokenizer, stops)
+    # What every model must be able to learn from, whatever its template is like.
+    assert not set(refused) - {"opening answer", "opening answer after a system text", "thoughts", "a last thought"}
+
+
+@pytest.mark.parametrize("spaces", ["first", "always", "never"])
+@pytest.mark.parametrize("name", ["mistral-v0.1", "mistral-v0.2", "mistral-v0.3", "llama-2", "zephyr"])
+def test_it_is_so_with_tokenizers_that_join_spaces_to_words(name: str, spaces: str) -> None:
+    """As sentencepiece does: `▁Hello` is one token, and a space before the first word comes from nowhere."""
+    tokenizer = _joining_spaces(spaces)
+    tokenizer.chat_template = template_text(name)
+    refused = prove_all(tokenizer, [tokenizer.eos_token_id])
+    assert not set(refused) - {"opening answer", "opening answer after a system text"}
+
+
+# Slow: the vocabulary is read from GGUF.
+@pytest.mark.system
+def test_it_is_so_for_two_thousand_odd_conversations_and_a_real_tokenizer() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(find_gguf().parent, gguf_file=find_gguf().name)
+    stops = [tokenizer.eos_token_id]
+    template = ChatTemplate(tokenizer)
+    chosen = random.Random(5)
+    for _ in range(2000):
+        rows: list[tuple[Role, str]] = [("system", "Be brief.")] if chosen.random() < 0.3 else []
+        for number in range(2 * chosen.randint(1, 5)):
+            words = "".join(chosen.choice(ODD_PIECES) for _ in range(chosen.randint(1, 6))) + chosen.choice("xé.")
+            rows.append(("assistant" if number % 2 else "user", words))
+        prove(tokenizer, stops, rows, template.encode(conversation(*rows)))
+
+
+def prove_all(tokenizer: Any, stops: Sequence[int]) -> dict[str, str]:
+    """Proves all conversations that the template takes. Returns why it does not take the others."""
     template = ChatTemplate(tokenizer, stops=stops)
     refused = {}
     for case, given in CONVERSATIONS.items():
@@ -167,7 +209,24 @@ def test_every_answer_is_trained_as_it_will_be_asked_for(name: str) -> None:
         turns: _Rows = [(turn.role, turn.content) for turn in given.turns]
         if encoded.notes["turns_merged"]:
             turns = _merged(turns)
-        assert prove(template, tokenizer, stops, turns, encoded), case
+        assert prove(tokenizer, stops, turns, encoded), case
     assert all(any(reason in said for reason in _REASONS) for said in refused.values()), refused
-    # What every model must be able to learn from, whatever its template is like.
-    assert not set(refused) - {"opening answer", "opening answer after a system text", "thoughts", "a last thought"}
+    return refused
+
+
+def _joining_spaces(scheme: Any) -> Any:
+    joining = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    joining.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    joining.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    words = [turn.content for given in CONVERSATIONS.values() for turn in given.turns]
+    joining.train_from_iterator(
+        [*words, *map(template_text, STRICT)],
+        trainers.BpeTrainer(
+            vocab_size=900,
+            special_tokens=["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "<|im_end|>"],
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=joining, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+    )

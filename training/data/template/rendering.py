@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from training.data.formats.conversation import Role
+from training.events import ErrorCode
+from training.failures import TrainingFailed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,8 +50,15 @@ class Renderer:
     """Calls a tokenizer's template. `list_form`: gives it a list of parts in place of plain text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, today: date | None = None) -> None:
-        self._source = tokenizer.get_chat_template()
-        self._template = _compile(self._source)
+        try:
+            self._source = tokenizer.get_chat_template()
+            self._template = _compile(self._source)
+        except (jinja2.TemplateError, ValueError) as error:
+            raise TrainingFailed(
+                ErrorCode.MODEL_INCOMPLETE,
+                f"the model's chat template cannot be read: {error}",
+                "restore tokenizer_config.json and chat_template.jinja from the model's repository",
+            ) from error
         self._names: dict[str, Any] = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
         if today is not None:
             midnight = datetime.combine(today, time())
@@ -64,7 +73,7 @@ class Renderer:
             rendered: str = self._template.render(
                 messages=rows, tools=None, documents=None, add_generation_prompt=prompt, **self._names
             )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise TemplateRefuses(str(error) or type(error).__name__) from None
         return rendered
 
@@ -98,5 +107,5 @@ class Renderer:
 def _compile(source: str) -> Any:
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    # Not apply_chat_template: it refuses an empty conversation, and takes no function that tells the date.
+    # Not apply_chat_template: it takes no function that tells the date.
     return _compile_jinja_template(source)
