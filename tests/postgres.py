@@ -164,6 +164,12 @@ class AppDatabase:
         given = app_job(user_id, dataset_id or self.insert_dataset(user_id))
         return self._insert("training_jobs", given | columns)
 
+    def delete_jobs(self) -> None:
+        """Deletes all jobs, with the artifacts that keep theirs from being deleted."""
+        self.run("UPDATE training_jobs SET artifact_id = NULL WHERE artifact_id IS NOT NULL")
+        self.run("DELETE FROM model_artifacts")
+        self.run("DELETE FROM training_jobs")
+
     def job(self, job_id: UUID) -> dict[str, Any]:
         return self.one("SELECT * FROM training_jobs WHERE id = %s", (job_id,))
 

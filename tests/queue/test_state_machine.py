@@ -161,7 +161,7 @@ class TwoWorkers(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         # The jobs go with their datasets; TRUNCATE would cost twenty times as much.
-        self.app.run("DELETE FROM training_jobs")
+        self.app.delete_jobs()
         self.user = self.app.insert_user()
         self.dataset = self.app.insert_dataset(self.user)
         self.jobs: dict[UUID, ModelJob] = {}

@@ -173,7 +173,7 @@ def test_an_edit_of_waiting_jobs_wakes_once_and_only_if_one_may_be_taken_sooner(
         with database.acting("service_role") as service:
             service.execute(f"UPDATE training_jobs SET {change}".encode())
         heard[change] = ear.heard()
-        database.run("DELETE FROM training_jobs")
+        database.delete_jobs()
     assert heard == {change: ["queued"] if wakes else [] for change, wakes in EDITS.items()}
 
 
@@ -270,7 +270,7 @@ async def test_whatever_ends_a_capped_users_lease_wakes_the_host_that_could_take
         requeues = end in (_retry, _release, _end_cancelled, _return_unanswered, _reap)
         assert ear.heard() == [f"queued {lease.job_id}" if requeues else "queued"], end.__name__
         assert (await claim(store, user_cap=1)).job is not None, end.__name__
-        database.run("DELETE FROM training_jobs")
+        database.delete_jobs()
 
 
 async def test_without_a_cap_or_without_a_waiting_job_an_ending_wakes_nobody(
@@ -303,7 +303,7 @@ async def test_whatever_ends_the_old_lease_of_a_job_submitted_again_says_that_it
         await end(store, lease)
         assert ear.heard() == [f"queued {job_id}"], end.__name__
         assert (await claim(store)).job is not None, end.__name__
-        database.run("DELETE FROM training_jobs")
+        database.delete_jobs()
 
 
 def test_a_rolled_back_insert_wakes_nobody(database: AppDatabase, user: UUID, ear: Ear) -> None:

@@ -205,7 +205,7 @@ async def test_a_claim_calls_no_trigger_that_has_nothing_to_do(database: AppData
         await connection.fetch("ROLLBACK")
     called = {trigger["Trigger Name"] for trigger in rows[0]["QUERY PLAN"][0]["Triggers"] if trigger["Calls"]}
     own = {name for name in called if not name.startswith("RI_")}
-    assert own == {"training_jobs_guard_update", "training_jobs_announce_update", "update_training_jobs_updated_at"}
+    assert own == {"training_jobs_guard_update", "training_jobs_announce_update", "training_jobs_updated_at"}
 
 
 async def test_heartbeats_and_progress_stay_hot(store: SqlJobStore, database: AppDatabase, user: UUID) -> None:

@@ -37,7 +37,7 @@ datasets
                                                total_validation_pairs, total_tokens,
                                                avg_turns_per_conversation, avg_tokens_per_turn,
                                                training_ready, validated_at, validation_errors, sample_data,
-                                               created_at, updated_at, deleted_at
+                                               created_at, updated_at, deleted_at, error_message
   .        .        ri       riu      ri       user_id
 
 training_jobs (queued)
@@ -77,7 +77,7 @@ training_jobs (running)
   .        .        r        ru       r        artifact_id, updated_at, max_attempts, max_cost, deadline_at
 
 training_jobs (completed)
-  .        .        .        d        .        (the row)
+  .        .        .        (d)      .        (the row)
   .        .        r        r        r        id, user_id, dataset_id, preset_id, hyperparameters,
                                                gpu_config, status, external_job_id, created_at, dataset_url,
                                                client_job_id, priority, due, lease_epoch, lease_token
@@ -272,7 +272,8 @@ async def build(store: SqlJobStore, database: AppDatabase) -> tuple[World, Jobs]
     shown: dict[str, Any] = {"quality_metrics": {}, "training_summary": {}, "configuration": {}, "artifacts": {}}
     targets = (
         Target("datasets", "datasets", {"id": database.insert_dataset(owner)},
-               {"user_id": owner, "storage_path": f"{owner}/fresh.jsonl"}),
+               {"user_id": owner, "storage_path": f"{owner}/fresh.jsonl", "name": "fresh", "file_name": "fresh",
+                "file_size": 1}),
         Target("training_jobs (queued)", "training_jobs", {"id": jobs.scheduled},
                {"user_id": owner, "dataset_id": dataset, "run_after": LATER}),
         Target("training_jobs (running)", "training_jobs", {"id": jobs.running}),

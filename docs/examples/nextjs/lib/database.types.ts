@@ -75,11 +75,12 @@ export type Database = {
           created_at: string | null
           deleted_at: string | null
           description: string | null
-          file_name: string | null
-          file_size: number | null
+          error_message: string | null
+          file_name: string
+          file_size: number
           format: string | null
           id: string
-          name: string | null
+          name: string
           sample_data: Json | null
           status: string | null
           storage_bucket: string | null
@@ -100,11 +101,12 @@ export type Database = {
           created_at?: string | null
           deleted_at?: string | null
           description?: string | null
-          file_name?: string | null
-          file_size?: number | null
+          error_message?: string | null
+          file_name: string
+          file_size: number
           format?: string | null
           id?: string
-          name?: string | null
+          name: string
           sample_data?: Json | null
           status?: string | null
           storage_bucket?: string | null
@@ -124,11 +126,12 @@ export type Database = {
           created_at?: string | null
           deleted_at?: string | null
           description?: string | null
-          file_name?: string | null
-          file_size?: number | null
+          error_message?: string | null
+          file_name?: string
+          file_size?: number
           format?: string | null
           id?: string
-          name?: string | null
+          name?: string
           sample_data?: Json | null
           status?: string | null
           storage_bucket?: string | null
