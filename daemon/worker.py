@@ -65,7 +65,9 @@ class Worker:
         self._cleanup = Cleanup(
             collaborators.store, collaborators.uploads, collaborators.storage, collaborators.settings
         )
-        self._prefetch = Prefetch(collaborators.settings, collaborators.host, collaborators.storage)
+        self._prefetch = Prefetch(
+            collaborators.settings, collaborators.host, collaborators.storage, collaborators.store.owns_training_file
+        )
         self._near_end: dict[asyncio.Task[FinishedAttempt], tuple[int, ...]] = {}
         self._claiming = asyncio.Lock()
         self._at_rest = False

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from uuid import UUID
 
+from daemon.database.retry import retry_until_database_is_back
 from daemon.fitness import Fitness
 from daemon.host.inspect import Host
 from daemon.queue.job_store import JobStore
@@ -34,6 +36,12 @@ class Collaborators:
     platform_price: Callable[[], float | None]
     troubles: Troubles
     redaction: Redaction
+
+    async def owns_file(self, user_id: UUID, path: str) -> bool:
+        """Whether a path in the bucket training-files is this user's. Waits while the database is away."""
+        return await retry_until_database_is_back(
+            lambda: self.store.owns_training_file(user_id, path), "training_file_not_read"
+        )
 
     @classmethod
     def of(

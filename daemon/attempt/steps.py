@@ -221,10 +221,12 @@ class Attempt:
         return replace(published, summary=verdict.summary)
 
     async def _fetch_dataset(self, to: Path) -> FetchedDataset:
-        dataset = await self._seen_dataset()
+        dataset, around = await self._seen_dataset(), self._with
         known = await self._early.take(to) if self._early is not None else None
         try:
-            return await fetch_dataset(dataset, self._with.settings, self._with.storage, to, known=known)
+            return await fetch_dataset(
+                dataset, around.settings, around.storage, to, known=known, owns_file=around.owns_file
+            )
         finally:
             if known is not None:
                 known.path.unlink(missing_ok=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import assert_never
+from uuid import UUID
 
 from daemon.dataset.transfer import COPY_BYTES, FetchedDataset, _forbidden, _judge_head, _too_large, _Transfer, download
 from daemon.errors import JobFailed, disk_fault
@@ -15,8 +17,12 @@ from daemon.settings import Settings
 from daemon.storage.interface import LocalFile, SignedUrl, Storage, safe_object_path
 from training.events import ErrorCode
 
-# The app's import writes to this bucket under its own paths; in all others a path begins with its owner's id.
+# In this bucket of the app's, a path may also begin with the id of a training file that the owner has made; in all
+# others it begins with the owner's id. The guard of `datasets` keeps the same rule (tests/dataset/paths.py).
 IMPORTED_BUCKET = "training-files"
+
+# Asks the database whether a path in that bucket is a training file of this user.
+OwnsFile = Callable[[UUID, str], Awaitable[bool]]
 
 
 async def fetch_dataset(
@@ -27,11 +33,12 @@ async def fetch_dataset(
     *,
     known: FetchedDataset | None = None,
     rules: AddressRules | None = None,
+    owns_file: OwnsFile | None = None,
 ) -> FetchedDataset:
     """Fetches a job's dataset to `to`, whole or not at all.
 
     `known` is an earlier copy of the same stored object, with a validator, which the caller can spare: it becomes
-    `to` if Storage says that nothing has changed.
+    `to` if Storage says that nothing has changed. Without `owns_file` no training file counts as the owner's.
 
     Raises JobFailed: dataset_forbidden (another owner's, or a bucket or address that is not allowed),
     dataset_invalid (too large, empty, not a dataset at all), dataset_unreachable (the server refused); and
@@ -51,7 +58,7 @@ async def fetch_dataset(
 
         limit = settings.max_dataset_bytes
         return await download(given, to, rules=rules, max_bytes=limit, source=redact(url), renewable=False)
-    bucket, path = _own_path(dataset, settings)
+    bucket, path = await _own_path(dataset, settings, owns_file)
     source = f"{bucket}/{path}"
     match await storage.open_dataset(bucket, path):
         case LocalFile(file):
@@ -69,7 +76,7 @@ async def fetch_dataset(
             assert_never(unexpected)
 
 
-def _own_path(dataset: JobDataset, settings: Settings) -> tuple[str, str]:
+async def _own_path(dataset: JobDataset, settings: Settings, owns_file: OwnsFile | None) -> tuple[str, str]:
     """Returns bucket and path of the job's dataset row, if this owner may read them."""
     if not dataset.storage_bucket or not dataset.storage_path:
         raise JobFailed(
@@ -90,10 +97,17 @@ def _own_path(dataset: JobDataset, settings: Settings) -> tuple[str, str]:
             f"datasets are not read from bucket {bucket!r}, only from {allowed}",
             "move the dataset, or ask the operator to add the bucket to TRAINER_DATASET_BUCKETS",
         )
-    if bucket != IMPORTED_BUCKET and not path.startswith(f"{dataset.user_id}/"):
+    if path.startswith(f"{dataset.user_id}/"):
+        return bucket, path
+    if bucket != IMPORTED_BUCKET:
         raise _forbidden(
             f"the dataset {bucket}/{path} is not under its owner's prefix {dataset.user_id}/",
             "upload the dataset under your own user id and correct storage_path",
+        )
+    if owns_file is None or not await owns_file(dataset.user_id, path):
+        raise _forbidden(
+            f"the dataset {bucket}/{path} is no training file of the owner of job {dataset.job_id}",
+            "import one of your own training files, or upload the dataset under your own user id",
         )
     return bucket, path
 

@@ -23,10 +23,10 @@ from uuid import UUID
 
 import structlog
 
-from daemon.dataset.fetch import fetch_dataset
+from daemon.dataset.fetch import OwnsFile, fetch_dataset
 from daemon.dataset.prefetch_folder import early_dataset_name, open_early_folder
 from daemon.dataset.transfer import FetchedDataset
-from daemon.errors import JobDelayed, JobFailed
+from daemon.errors import DatabaseAway, JobDelayed, JobFailed
 from daemon.host.inspect import Host
 from daemon.queue.job import JobDataset
 from daemon.settings import Settings
@@ -81,8 +81,9 @@ class EarlyDataset:
 class Prefetch:
     """Guesses once after each claim: on many hosts most guesses are wrong, and each is a download."""
 
-    def __init__(self, settings: Settings, host: Host, storage: Storage) -> None:
+    def __init__(self, settings: Settings, host: Host, storage: Storage, owns_file: OwnsFile | None = None) -> None:
         self._settings = settings
+        self._owns_file = owns_file
         self._host = host
         self._storage = storage
         # A file in a local folder needs no prefetch.
@@ -157,11 +158,11 @@ class Prefetch:
                 log.info("next_dataset_without_room", job_id=job_id, free_bytes=free)
                 return None
             path = folder / early_dataset_name(self._host, dataset.job_id)
-            fetched = await fetch_dataset(dataset, settings, self._storage, path)
+            fetched = await fetch_dataset(dataset, settings, self._storage, path, owns_file=self._owns_file)
         except JobFailed as error:
             log.warning("next_dataset_refused", job_id=job_id, code=error.code, error=error.message)
             return None
-        except (JobDelayed, OSError) as error:
+        except (JobDelayed, DatabaseAway, OSError) as error:
             log.info("next_dataset_not_fetched", job_id=job_id, error=str(error))
             return None
         log.info(

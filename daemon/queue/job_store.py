@@ -42,6 +42,9 @@ class JobStore(Protocol):
     async def read_dataset(self, dataset: JobDataset) -> JobDataset | None:
         """Returns the dataset as its row describes it now; None if that row is hidden."""
 
+    async def owns_training_file(self, user_id: UUID, path: str) -> bool:
+        """True if a path in the bucket training-files begins with the id of a training file that this user has made."""
+
     # Writes under a lease. Each raises LeaseLost, and writes nothing, when the job no longer has this lease.
 
     async def renew_lease(self, lease: Lease, lease_seconds: float) -> State:

@@ -168,6 +168,11 @@ class SqlJobStore:
         found = await self._statements.find_job(dataset.job_id)
         return dataset if found.can_tell and not found.dataset_exists else None
 
+    async def owns_training_file(self, user_id: UUID, path: str) -> bool:
+        """True if a path in the bucket training-files is a training file of this user."""
+        rows = await self._statements.run("find_training_file", {"user_id": user_id, "path": path})
+        return bool(rows[0]["is_own"])
+
     async def find_job(self, job_id: UUID) -> FoundJob:
         """Returns what exists of a job, even if row security hides it from us."""
         return await self._statements.find_job(job_id)

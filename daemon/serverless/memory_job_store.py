@@ -178,6 +178,9 @@ class MemoryJobStore:
     async def read_dataset(self, dataset: JobDataset) -> JobDataset | None:
         return dataset
 
+    async def owns_training_file(self, user_id: UUID, path: str) -> bool:  # noqa: ARG002
+        return False
+
     # -- JobStore: writes under a lease ----------------------------------------------------------------------------
 
     async def renew_lease(self, lease: Lease, lease_seconds: float) -> State:  # noqa: ARG002

@@ -459,12 +459,21 @@ async def test_what_a_job_may_not_read_is_refused_before_anything_is_opened(
     assert not (tmp_path / "d.jsonl").exists()
 
 
-async def test_the_imported_bucket_has_paths_of_its_own(tmp_path: Path) -> None:
-    file = tmp_path / "training-files" / "conversations" / "d.jsonl"
+async def test_a_training_file_is_read_where_the_database_says_that_it_is_the_owners(tmp_path: Path) -> None:
+    """Which paths are whose: tests/dataset/test_paths.py."""
+    path = f"{uuid4()}/training.jsonl"
+    file = tmp_path / "training-files" / path
     file.parent.mkdir(parents=True)
     file.write_bytes(LINES)
-    job = job_of(storage_bucket="training-files", storage_path="conversations/d.jsonl")
-    fetched = await fetch_dataset(job.dataset, settings_of(), FolderStorage(tmp_path), tmp_path / "d.jsonl")
+    job = job_of(storage_bucket="training-files", storage_path=path)
+
+    async def owns_file(user_id: UUID, asked: str) -> bool:
+        return (user_id, asked) == (OWNER, path)
+
+    to = tmp_path / "d.jsonl"
+    with pytest.raises(JobFailed, match="no training file of the owner"):
+        await fetch_dataset(job.dataset, settings_of(), FolderStorage(tmp_path), to)
+    fetched = await fetch_dataset(job.dataset, settings_of(), FolderStorage(tmp_path), to, owns_file=owns_file)
     assert fetched.bytes == len(LINES)
 
 

@@ -195,6 +195,7 @@ FUNCTIONS = """
   .        .        .        .        x        training_sample_rows
   .        .        .        .        x        training_record_cost
   .        .        .        .        x        training_notify_user
+  .        x        x        .        x        training_owns_file
 """
 
 A_FAILED_JOB = "(SELECT job FROM training_jobs AS job WHERE id = %(failed)s)"
@@ -219,6 +220,7 @@ CALLS = {
     "training_sample_rows": "training_sample_rows()",
     "training_record_cost": f"training_record_cost({A_FAILED_JOB}, 1)",
     "training_notify_user": f"training_notify_user({A_FAILED_JOB}, 'failed')",
+    "training_owns_file": "training_owns_file(%(owner)s, 'x')",
 }
 
 # The rows that each sees of a view with rows of two users.

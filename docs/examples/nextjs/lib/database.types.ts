@@ -1170,6 +1170,7 @@ export type Database = {
         }
         Returns: undefined
       }
+      training_owns_file: { Args: { owner: string; path: string }; Returns: boolean }
       training_read_needs: { Args: { gpu_config: Json; hyperparameters: Json }; Returns: Record<string, unknown> }
       training_real_job: {
         Args: { wanted: string }
