@@ -15,7 +15,8 @@ from psycopg.conninfo import conninfo_to_dict
 from daemon.database.connection import Database
 from daemon.database.listener import Listener
 from daemon.doctor.check_result import CheckResult, green, red, yellow
-from daemon.errors import DatabaseAway, DatabaseUnprepared, HostFault, HostUnfit, JobError
+from daemon.doctor.dispatcher_check import check_older_dispatcher
+from daemon.errors import DatabaseAway, HostFault, HostUnfit, JobError
 from daemon.fitness import ADVICE
 from daemon.pod.lifetime import pod_environment
 from daemon.pod.runpod_api import RunPod, RunPodError
@@ -86,7 +87,7 @@ async def check_database(settings: Settings) -> AsyncIterator[CheckResult]:
                 yield finding
             yield await _check_sight(RowVisibility(database))
             yield await _check_clock(database)
-            yield await _check_older_dispatcher(database)
+            yield await check_older_dispatcher(database)
             async for finding in _check_hosts(database):
                 yield finding
     except (HostUnfit, DatabaseAway) as error:
@@ -190,31 +191,6 @@ async def _check_clock(database: Database) -> CheckResult:
             "synchronise it: receivers refuse old signatures",
         )
     return green("clock", f"{skew * 1000:.0f} ms from the database's")
-
-
-async def _check_older_dispatcher(database: Database) -> CheckResult:
-    # From the catalogue, which every role may read: to_regclass fails without a right on the schema.
-    found = await database.fetch(
-        "SELECT EXISTS (SELECT FROM pg_class WHERE relname = 'job' AND relnamespace = "
-        "(SELECT oid FROM pg_namespace WHERE nspname = 'cron')) AS has_cron"
-    )
-    name = "older dispatcher"
-    if not found[0]["has_cron"]:
-        return green(name, "no pg_cron here")
-    try:
-        jobs = await database.fetch(
-            "SELECT jobname FROM cron.job WHERE active AND concat_ws(' ', command, jobname) ~* 'training'"
-        )
-    except (HostUnfit, DatabaseUnprepared):
-        return yellow(
-            name,
-            "pg_cron is installed and this role may not read its jobs",
-            "look in cron.job for the old dispatcher's job",
-        )
-    if jobs:
-        names = ", ".join(str(job["jobname"]) for job in jobs)
-        return yellow(name, f"pg_cron still runs {names}", "unschedule it: it would submit the same rows elsewhere")
-    return green(name, "pg_cron runs nothing about training")
 
 
 async def _check_hosts(database: Database) -> AsyncIterator[CheckResult]:

@@ -304,19 +304,6 @@ async def test_a_clock_that_is_off_is_told(
     assert_red(found["clock"], "synchronise", light=Status.YELLOW)
 
 
-async def test_a_cron_job_that_still_dispatches_is_named(database: AppDatabase, tmp_path: Path) -> None:
-    database.run("CREATE SCHEMA cron")
-    database.run("CREATE TABLE cron.job (jobname text, command text, active boolean)")
-    database.run("INSERT INTO cron.job VALUES ('dispatch', 'SELECT net.http_post(''…/training-dispatch'')', true)")
-    here = settings(tmp_path, database_url=database.dsn)
-    assert_red((await by_name(check_database(here)))["older dispatcher"], "may not read its jobs", light=Status.YELLOW)
-    database.run("GRANT USAGE ON SCHEMA cron TO training_daemon")
-    database.run("GRANT SELECT ON cron.job TO training_daemon")
-    assert_red((await by_name(check_database(here)))["older dispatcher"], "dispatch", "unschedule", light=Status.YELLOW)
-    database.run("UPDATE cron.job SET active = false")
-    assert (await by_name(check_database(here)))["older dispatcher"].light is Status.GREEN
-
-
 @pytest.mark.parametrize(
     ("address", "kind"),
     [

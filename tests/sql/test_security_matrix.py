@@ -131,9 +131,9 @@ cost_records
 
 notifications
   .        .        d        d        .        (the row)
-  .        .        r        riu      ri       id, user_id, type, title, message, priority, action_url,
+  .        .        ri       riu      ri       id, user_id, type, title, message, priority, action_url,
                                                metadata, created_at
-  .        .        ru       riu      ri       read
+  .        .        riu      riu      ri       read
 
 training_leases
   .        .        .        .        .        (the row)
@@ -196,6 +196,8 @@ FUNCTIONS = """
   .        .        .        .        x        training_record_cost
   .        .        .        .        x        training_notify_user
   .        x        x        .        x        training_owns_file
+  .        .        .        x        x        training_note_dispatcher
+  .        .        .        .        x        training_find_dispatchers
 """
 
 A_FAILED_JOB = "(SELECT job FROM training_jobs AS job WHERE id = %(failed)s)"
@@ -221,6 +223,8 @@ CALLS = {
     "training_record_cost": f"training_record_cost({A_FAILED_JOB}, 1)",
     "training_notify_user": f"training_notify_user({A_FAILED_JOB}, 'failed')",
     "training_owns_file": "training_owns_file(%(owner)s, 'x')",
+    "training_note_dispatcher": "training_note_dispatcher(%(running)s, 'job_started')",
+    "training_find_dispatchers": "training_find_dispatchers()",
 }
 
 # The rows that each sees of a view with rows of two users.

@@ -1136,6 +1136,7 @@ export type Database = {
         Args: { deadline_at: string; max_attempts: number; max_cost: number; run_after: string }
         Returns: undefined
       }
+      training_find_dispatchers: { Args: Record<PropertyKey, never>; Returns: Json }
       training_find_job: {
         Args: { wanted: string }
         Returns: {
@@ -1160,6 +1161,7 @@ export type Database = {
       }
       training_job_status: { Args: { job_id: string }; Returns: Json }
       training_name_url: { Args: { url: string }; Returns: Record<string, unknown> }
+      training_note_dispatcher: { Args: { job_id: string; said: string }; Returns: undefined }
       training_notify_user: {
         Args: {
           job: Omit<
