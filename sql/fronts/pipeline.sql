@@ -190,33 +190,6 @@ BEGIN
 END
 $$;
 
--- Whether a file in the bucket training-files is this user's: under his own id, or one that a row of training_files says
--- he has made.
-CREATE OR REPLACE FUNCTION public.training_pipeline_owns_file(owner_id uuid, file_path text) RETURNS boolean
-LANGUAGE plpgsql STABLE
-SET search_path = ''
-AS $$
-BEGIN
-    IF file_path ~ '(^|[/\\])\.{0,2}([/\\]|$)' THEN
-        RETURN false;
-    END IF;
-    IF starts_with(file_path, owner_id || '/') THEN
-        RETURN true;
-    END IF;
-    -- Who makes a row of training_files chooses its id: with another user's id he would claim that user's own folder.
-    IF to_regclass('public.training_files') IS NULL
-        OR EXISTS (SELECT FROM auth."users" AS somebody WHERE somebody.id::text = split_part(file_path, '/', 1))
-    THEN
-        RETURN false;
-    END IF;
-    RETURN EXISTS (
-        SELECT
-        FROM public.training_files AS file
-        WHERE file.id::text = split_part(file_path, '/', 1) AND file.created_by = owner_id
-    );
-END
-$$;
-
 -- The datasets row of the file that a row names: found, or made. dataset_file_path counts before dataset_id, because the
 -- app's pages train on that file. Never another user's file, whoever inserted the row.
 CREATE OR REPLACE FUNCTION public.training_pipeline_dataset(wish jsonb) RETURNS uuid
@@ -250,7 +223,9 @@ BEGIN
     IF FOUND THEN
         RETURN chosen;
     END IF;
-    IF NOT public.training_pipeline_owns_file(owner_id, file_path) THEN
+    IF file_path ~ '(^|[/\\])\.{0,2}([/\\]|$)'
+        OR NOT (starts_with(file_path, owner_id || '/') OR public.training_owns_file(owner_id, file_path))
+    THEN
         RAISE EXCEPTION USING ERRCODE = '42501',
             MESSAGE = format('the file %s in the bucket training-files is not yours', file_path),
             HINT = format('use a file under %s/, or one of a row of training_files that you have created', owner_id);
@@ -715,7 +690,7 @@ $$;
 
 REVOKE EXECUTE ON FUNCTION
     public.training_pipeline_faults(), public.training_jobs_guard_front(), public.training_pipeline_guard_insert(),
-    public.training_pipeline_owns_file(uuid, text), public.training_pipeline_dataset(jsonb),
+    public.training_pipeline_dataset(jsonb),
     public.training_pipeline_submit(jsonb), public.training_pipeline_insert(),
     public.training_pipeline_write(public.training_jobs), public.training_pipeline_mirror(),
     public.training_pipeline_catch_up(integer), public.training_pipeline_measure(),
