@@ -1,7 +1,7 @@
 """The Postgres for the tests, and the app's side of its tables: users, datasets and jobs, inserted as the app does.
 
-Chosen in this order: TEST_DATABASE_URL if set, a container if a Docker engine answers, an installed PostgreSQL, the
-wheel. Always a real server; each test has its own database.
+Chosen in this order: TEST_DATABASE_URL if set, the version that TEST_POSTGRES names, a container if a Docker engine
+answers, an installed PostgreSQL, the wheel. Always a real server; each test has its own database.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from psycopg.types.json import Jsonb
 
 from daemon.database.embedded_server import EmbeddedPostgres, installed_binaries, wheel_binaries
 from daemon.schema.migrations import migrate
+from tests.postgres_versions import binaries_of
 
 CONTAINER_IMAGE = "postgres:17-alpine"
 
@@ -66,6 +67,11 @@ def open_server() -> Iterator[Server]:
     given = os.environ.get("TEST_DATABASE_URL")
     if given:
         yield Server("given", _version(given), given)
+        return
+    version = os.environ.get("TEST_POSTGRES")
+    if version:
+        with EmbeddedPostgres(binaries_of(int(version))) as server:
+            yield Server(server.origin, server.describe(), server.dsn(), server)
         return
     if _docker_answers():
         from testcontainers.postgres import PostgresContainer
