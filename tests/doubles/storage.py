@@ -1,12 +1,15 @@
 """A double of Supabase Storage as a real HTTP server on loopback, with the behaviour that surprises clients.
 
 - Errors are HTTP 400 with the real code as a string in the body's `statusCode`; only 500 is HTTP 500.
+- The key is what `Authorization` says. Who is not the service role reads "not found" and writes to 403.
 - Signed URLs expire; a download in flight survives it, a later Range request does not.
+- `If-Range` is ignored: a Range request gets bytes of whatever lies there now.
 - A duplicate is answered before the body is read, and the connection is closed.
-- Buckets have size limits and lists of MIME types; keys are checked.
+- The project and each bucket have size limits; buckets have lists of MIME types; keys are checked.
 - An object is not sent again to a client that names its ETag (If-None-Match).
-- TUS: creation, HEAD, PATCH with offsets; 409 on a wrong offset, 423 while locked, 404/410 when gone; real
-  HTTP statuses with plain text.
+- Resumable uploads: tests.doubles.storage_uploads.
+
+tests/storage/test_double.py holds each of these against the double, and against a real server where there is one.
 
 A status of Cloudflare's (520 to 527, 530) is sent as its HTML page, with that HTTP status.
 
@@ -18,7 +21,6 @@ cuts every second PATCH somewhere inside its chunk, CUTS times in all, and print
 from __future__ import annotations
 
 import asyncio
-import base64
 import hashlib
 import hmac
 import json
@@ -26,16 +28,23 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any, Self
 from uuid import uuid4
 
-from tests.doubles.loopback import Cut, Exchange, LoopbackDouble
+from tests.doubles.loopback import Cut, Exchange, LoopbackDouble, LoopbackServer
+from tests.doubles.storage_keys import SERVICE_KEY, Gate, GatewayRefuses, KeyRefused
+from tests.doubles.storage_uploads import PATH as UPLOADS
+from tests.doubles.storage_uploads import ResumableUploads, Upload
 
-SERVICE_KEY = "eyJ-service-role-key-of-the-double"
 BASE = "/storage/v1"
+# Of a body that is refused, this much is read.
+EARLY_BYTES = 64 * 1024
 _KEY = re.compile(r"^(\w|/|!|-|\.|\*|'|\(|\)| |&|\$|@|=|;|:|\+|,|\?)*$", re.ASCII)
 
 
@@ -45,20 +54,13 @@ class Bucket:
     allowed_mime_types: list[str] | None = None
     public: bool = False
 
-
-@dataclass
-class Upload:
-    """A TUS upload that has begun."""
-
-    bucket: str
-    name: str
-    size: int
-    file: Path
-    gone_with: int | None = None
-
-    @property
-    def offset(self) -> int:
-        return self.file.stat().st_size
+    def takes(self, kind: str) -> bool:
+        """As the server reads its list: a type, or `type/*`; `*/*` is the type named `*`, which no file has."""
+        wanted, _, exact = kind.partition("/")
+        return any(
+            entry.partition("/")[0] == wanted and entry.partition("/")[2] in ("*", exact)
+            for entry in self.allowed_mime_types or ()
+        )
 
 
 @dataclass
@@ -76,23 +78,38 @@ class Fault:
     held_until: asyncio.Event | None = None
 
 
+# The codes that errors carry beside their older names, where the two differ.
+CODES = {
+    "not_found": "NoSuchKey", "Bucket not found": "NoSuchBucket", "Unauthorized": "AccessDenied",
+    "Duplicate": "KeyAlreadyExists", "Payload too large": "EntityTooLarge", "invalid_mime_type": "InvalidMimeType",
+    "invalid_range": "InvalidRange",
+}  # fmt: skip
+
+
 class StorageRefuses(Exception):
-    def __init__(self, status: int, error: str, message: str) -> None:
+    def __init__(self, status: int, error: str, message: str, *, shown: int | None = None) -> None:
         self.status, self.error, self.message = status, error, message
+        self.shown = shown
 
 
 class StorageDouble(LoopbackDouble):
     """Enter it to serve. Objects are files under `folder/objects/<bucket>/<path>`."""
 
-    def __init__(self, folder: Path, key: str = SERVICE_KEY) -> None:
+    def __init__(self, folder: Path, key: str = SERVICE_KEY, *, gateway: bool = False) -> None:
+        """`key` is the one that tests use. `gateway`: requests pass the one in front, as at <ref>.supabase.co."""
         self.key = key
+        self.gate = Gate()
+        self.gateway = gateway
+        self.base = BASE
         self.buckets: dict[str, Bucket] = {}
-        self.uploads: dict[str, Upload] = {}
+        # The project's own limit, above those of its buckets.
+        self.file_size_limit: int | None = None
+        # What the proxy in front says that the client came by.
+        self.forwarded_proto = "http"
+        self.tus = ResumableUploads(self, folder)
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str]] = []
         self.sent: list[str] = []
-        self.forget_finished_uploads = False
-        self.keep_partial_chunks = True
         self.damage_next_object = False
         self.clock = time.time
         self._folder = folder
@@ -102,6 +119,23 @@ class StorageDouble(LoopbackDouble):
     async def __aenter__(self) -> Self:
         self.path_of("", "").mkdir(parents=True, exist_ok=True)
         return await super().__aenter__()
+
+    @asynccontextmanager
+    async def behind_the_gateway(self) -> AsyncIterator[str]:
+        """Serves the same objects past the gateway as well, as <ref>.storage.supabase.co may."""
+        async with LoopbackServer(lambda exchange: self._serve(exchange, gateway=False)) as server:
+            yield server.url
+
+    @property
+    def uploads(self) -> dict[str, Upload]:
+        return self.tus.begun
+
+    def is_key(self, name: str) -> bool:
+        return bool(name and _KEY.match(name))
+
+    def size_limit(self, bucket: Bucket) -> int | None:
+        limits = (bucket.file_size_limit, self.file_size_limit)
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def path_of(self, bucket: str, name: str) -> Path:
         return self._folder / "objects" / bucket / name
@@ -130,6 +164,9 @@ class StorageDouble(LoopbackDouble):
     # -- one request ----------------------------------------------------------------------------------------------
 
     async def handle(self, exchange: Exchange) -> None:
+        await self._serve(exchange, gateway=self.gateway)
+
+    async def _serve(self, exchange: Exchange, *, gateway: bool) -> None:
         self.requests.append((exchange.method, exchange.path))
         fault = self._fault_for(exchange)
         if fault is not None and fault.held_until is not None:
@@ -139,14 +176,23 @@ class StorageDouble(LoopbackDouble):
             await exchange.answer(fault.status, fault.page.encode(), {"Content-Type": kind})
             return
         if fault is not None and fault.status is not None:
-            await _refuse(exchange, fault.status, "Injected", "as the test wants it", fault.headers)
+            if exchange.path.startswith(BASE + UPLOADS) and not 520 <= fault.status <= 530:
+                await exchange.answer(fault.status, b"as the test wants it", fault.headers)
+            else:
+                await _refuse(exchange, fault.status, "Injected", "as the test wants it", fault.headers)
             return
         if fault is not None and fault.lose_answer:
             exchange.writer = _Lost(exchange.writer)  # type: ignore[assignment]
         try:
+            if gateway:
+                exchange.headers = self.gate.through_gateway(exchange.headers)
             await self._route(exchange, fault)
+        except GatewayRefuses as refused:
+            await exchange.answer(401, json.dumps({"message": str(refused)}).encode(), _JSON)
+        except KeyRefused as refused:
+            await _refuse(exchange, 403, "Unauthorized", str(refused), shown=400)
         except StorageRefuses as refused:
-            await _refuse(exchange, refused.status, refused.error, refused.message)
+            await _refuse(exchange, refused.status, refused.error, refused.message, shown=refused.shown)
         if fault is not None and fault.lose_answer:
             raise Cut("the answer is lost")
 
@@ -159,60 +205,62 @@ class StorageDouble(LoopbackDouble):
 
     async def _route(self, exchange: Exchange, fault: Fault | None) -> None:
         path, method = exchange.path.removeprefix(BASE), exchange.method
-        if path.startswith("/upload/resumable"):
-            await self._tus(exchange, path, fault)
-        elif method == "GET" and path.startswith("/object/sign/"):
+        if method == "GET" and path.startswith("/object/sign/"):
             bucket, name = self._signed_object(exchange, path)
             await self._send_object(exchange, bucket, name, fault)
-        else:
-            self._require_key(exchange)
-            match method, path.split("/")[1:]:
-                case "GET", ["bucket", bucket]:
-                    await _json(exchange, self._bucket_json(bucket))
-                case "POST", ["bucket"]:
-                    await self._create_bucket(exchange)
-                case "POST", ["object", "sign", bucket, *name]:
-                    await self._sign(exchange, bucket, "/".join(name))
-                case "GET", ["object", "info", bucket, *name]:
-                    await self._info(exchange, bucket, "/".join(name))
-                case "GET", ["object", "authenticated", bucket, *name]:
-                    await self._send_object(exchange, bucket, "/".join(name), fault)
-                case "POST", ["object", bucket, *name]:
-                    await self._upload(exchange, bucket, "/".join(name), fault)
-                case "DELETE", ["object", bucket]:
-                    await self._delete(exchange, bucket)
-                case _:
-                    raise StorageRefuses(404, "not_found", f"Route {method}:{path} not found")
+            return
+        role = self.gate.role(exchange.headers)
+        if path.startswith(UPLOADS):
+            await self.tus.answer(exchange, path, role, fault)
+            return
+        match method, path.split("/")[1:]:
+            case "GET", ["bucket", bucket]:
+                await _json(exchange, self._bucket_json(bucket, role))
+            case "POST", ["bucket"]:
+                await self._create_bucket(exchange, role)
+            case "POST", ["object", "sign", bucket, *name]:
+                await self._sign(exchange, bucket, "/".join(name), role)
+            case "GET", ["object", "info", bucket, *name]:
+                await self._info(exchange, bucket, "/".join(name), role)
+            case "GET", ["object", "authenticated", bucket, *name]:
+                self._bucket(bucket)
+                self._existing(bucket, "/".join(name), role)
+                await self._send_object(exchange, bucket, "/".join(name), fault)
+            case "POST", ["object", bucket, *name]:
+                await self._upload(exchange, bucket, "/".join(name), role, fault)
+            case "DELETE", ["object", bucket]:
+                await self._delete(exchange, bucket, role)
+            case _:
+                raise StorageRefuses(404, "not_found", f"Route {method}:{path} not found", shown=404)
 
     # -- buckets and small requests -------------------------------------------------------------------------------
-
-    def _require_key(self, exchange: Exchange) -> None:
-        if exchange.headers.get("apikey") != self.key:
-            raise StorageRefuses(403, "Unauthorized", "signature verification failed")
 
     def _bucket(self, name: str) -> Bucket:
         if name not in self.buckets:
             raise StorageRefuses(404, "Bucket not found", "Bucket not found")
         return self.buckets[name]
 
-    def _bucket_json(self, name: str) -> dict[str, Any]:
-        bucket = self._bucket(name)
+    def _bucket_json(self, name: str, role: str) -> dict[str, Any]:
+        # Row security: a bucket that the key may not see is one that is not there.
+        bucket = self._bucket(name if role == "service_role" else "")
         at = "2026-11-01T00:00:00.000Z"
         return {
             "id": name, "name": name, "owner": "", "public": bucket.public, "created_at": at, "updated_at": at,
             "file_size_limit": bucket.file_size_limit, "allowed_mime_types": bucket.allowed_mime_types,
         }  # fmt: skip
 
-    async def _create_bucket(self, exchange: Exchange) -> None:
+    async def _create_bucket(self, exchange: Exchange, role: str) -> None:
         asked = json.loads(await exchange.body())
+        _require_right_to_write(role)
         if asked["id"] in self.buckets:
             raise StorageRefuses(409, "Duplicate", "The resource already exists")
         self.buckets[asked["id"]] = Bucket(asked.get("file_size_limit"), asked.get("allowed_mime_types"))
         await _json(exchange, {"name": asked["id"]})
 
-    async def _sign(self, exchange: Exchange, bucket: str, name: str) -> None:
+    async def _sign(self, exchange: Exchange, bucket: str, name: str, role: str) -> None:
         asked = json.loads(await exchange.body())
-        self._existing(bucket, name)
+        # The bucket is not looked at: in one that is not there, the object is not there.
+        self._existing(bucket, name, role)
         until = int(self.clock()) + int(asked["expiresIn"])
         token = f"{until}.{self._signature(bucket, name, until)}"
         await _json(exchange, {"signedURL": f"/object/sign/{bucket}/{name}?token={token}"})
@@ -229,56 +277,73 @@ class StorageDouble(LoopbackDouble):
             raise StorageRefuses(400, "InvalidJWT", '"exp" claim timestamp check failed')
         return bucket, name
 
-    async def _info(self, exchange: Exchange, bucket: str, name: str) -> None:
-        file = self._existing(bucket, name)
+    async def _info(self, exchange: Exchange, bucket: str, name: str, role: str) -> None:
+        self._bucket(bucket)
+        file = self._existing(bucket, name, role)
         await _json(exchange, {"name": name, "bucket_id": bucket, "size": file.stat().st_size})
 
-    async def _delete(self, exchange: Exchange, bucket: str) -> None:
+    async def _delete(self, exchange: Exchange, bucket: str, role: str) -> None:
+        """What the key may not see, and what is not there, is not deleted; neither is an error."""
         asked = json.loads(await exchange.body())
-        self._bucket(bucket)
-        gone = [name for name in asked["prefixes"] if self.path_of(bucket, name).is_file()]
+        seen = asked["prefixes"] if role == "service_role" else []
+        gone = [name for name in seen if self.path_of(bucket, name).is_file()]
         for name in gone:
             self.path_of(bucket, name).unlink()
         await _json(exchange, [{"name": name} for name in gone])
 
-    def _existing(self, bucket: str, name: str) -> Path:
-        self._bucket(bucket)
+    def _existing(self, bucket: str, name: str, role: str = "service_role") -> Path:
         file = self.path_of(bucket, name)
-        if not file.is_file():
+        if role != "service_role" or not file.is_file():
             raise StorageRefuses(404, "not_found", "Object not found")
         return file
 
     # -- whole objects --------------------------------------------------------------------------------------------
 
-    def _admit(self, bucket_name: str, name: str, size: int, mime: str) -> None:
+    async def _upload(self, exchange: Exchange, bucket_name: str, name: str, role: str, fault: Fault | None) -> None:
         bucket = self._bucket(bucket_name)
-        if not name or not _KEY.match(name):
+        if not self.is_key(name):
             raise StorageRefuses(400, "InvalidKey", f"Invalid key: {name}")
-        if bucket.file_size_limit is not None and size > bucket.file_size_limit:
-            raise StorageRefuses(413, "Payload too large", "The object exceeded the maximum allowed size")
-        if bucket.allowed_mime_types is not None and mime not in bucket.allowed_mime_types:
-            raise StorageRefuses(415, "invalid_mime_type", f"mime type {mime} is not supported")
-
-    async def _upload(self, exchange: Exchange, bucket: str, name: str, fault: Fault | None) -> None:
-        self._bucket(bucket)
-        if self.path_of(bucket, name).is_file() and exchange.headers.get("x-upsert") != "true":
-            # Answered before the body is read.
-            raise StorageRefuses(409, "Duplicate", "The resource already exists")
+        pieces = exchange.pieces()
         received = b""
-        async for piece in exchange.pieces():
+        while len(received) < EARLY_BYTES and (piece := await anext(pieces, b"")):
             received += piece
-            if fault is not None and fault.cut_request_after is not None and len(received) > fault.cut_request_after:
-                raise Cut("as the test wants it")
+        # Answered before the rest of the body is read.
+        _require_right_to_write(role)
+        if self.path_of(bucket_name, name).is_file() and exchange.headers.get("x-upsert") != "true":
+            raise StorageRefuses(409, "Duplicate", "The resource already exists")
+        limit = fault.cut_request_after if fault is not None else None
+        while not (limit is not None and len(received) > limit):
+            if not (piece := await anext(pieces, b"")):
+                break
+            received += piece
+        else:
+            raise Cut("as the test wants it")
         mime, content = _file_of_form(exchange.headers["content-type"], received)
-        self._admit(bucket, name, len(content), mime)
-        self._store(bucket, name, content)
-        await _json(exchange, {"Id": str(uuid4()), "Key": f"{bucket}/{name}"})
+        # An empty list allows every type here, and none in a resumable upload.
+        if bucket.allowed_mime_types and not bucket.takes(mime):
+            raise StorageRefuses(415, "invalid_mime_type", f"mime type {mime} is not supported")
+        most = self.size_limit(bucket)
+        if most is not None and len(content) > most:
+            raise StorageRefuses(413, "Payload too large", "The object exceeded the maximum allowed size")
+        self._store(bucket_name, name, content)
+        await _json(exchange, {"Id": str(uuid4()), "Key": f"{bucket_name}/{name}"})
 
     def _store(self, bucket: str, name: str, content: bytes) -> None:
         if self.damage_next_object:
             self.damage_next_object = False
             content = content[:-1] + bytes([content[-1] ^ 1])
         self.put(bucket, name, content)
+
+    def store_file(self, bucket: str, name: str, file: Path) -> None:
+        """Makes a finished upload an object."""
+        target = self.path_of(bucket, name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        target.hardlink_to(file)
+        if self.damage_next_object:
+            content = target.read_bytes()
+            target.unlink()
+            self._store(bucket, name, content)
 
     async def _send_object(self, exchange: Exchange, bucket: str, name: str, fault: Fault | None) -> None:
         file = self._existing(bucket, name)
@@ -288,11 +353,14 @@ class StorageDouble(LoopbackDouble):
             await exchange.answer(304, b"", {"ETag": tag})
             return
         wanted = re.match(r"bytes=(\d+)-$", exchange.headers.get("range", ""))
-        start = int(wanted.group(1)) if wanted and exchange.headers.get("if-range", tag) == tag else 0
+        start = int(wanted.group(1)) if wanted else 0  # whatever If-Range says
         if start >= size > 0:
-            await exchange.answer(416, b"", {"Content-Range": f"bytes */{size}"})
-            return
-        headers = {"Content-Length": str(size - start), "ETag": tag, "Content-Type": "application/octet-stream"}
+            raise StorageRefuses(416, "invalid_range", "invalid range provided", shown=416)
+        changed = datetime.fromtimestamp(file.stat().st_mtime, UTC)
+        headers = {
+            "Content-Length": str(size - start), "ETag": tag, "Content-Type": "application/octet-stream",
+            "Last-Modified": format_datetime(changed, usegmt=True), "Accept-Ranges": "bytes",
+        }  # fmt: skip
         if start:
             headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
         exchange.start_answer(206 if start else 200, headers)
@@ -310,83 +378,6 @@ class StorageDouble(LoopbackDouble):
                     # Close the stream cleanly, so that what was sent arrives; then send nothing more.
                     exchange.writer.close()
                     raise Cut("as the test wants it")
-
-    # -- resumable uploads ----------------------------------------------------------------------------------------
-
-    async def _tus(self, exchange: Exchange, path: str, fault: Fault | None) -> None:
-        if exchange.headers.get("apikey") != self.key:
-            await exchange.answer(403, b"new row violates row-level security policy")
-        elif exchange.headers.get("tus-resumable") != "1.0.0":
-            await exchange.answer(412, b"Tus-Resumable Required")
-        elif exchange.method == "POST":
-            await self._tus_create(exchange)
-        else:
-            upload = self.uploads.get(path.removeprefix("/upload/resumable/"))
-            if upload is None or upload.gone_with is not None:
-                status = upload.gone_with if upload is not None and upload.gone_with is not None else 404
-                await exchange.answer(status, b"The file for this url was not found")
-            elif exchange.method == "HEAD":
-                offset = str(upload.offset)
-                headers = {"Upload-Offset": offset, "Upload-Length": str(upload.size), "Tus-Resumable": "1.0.0"}
-                await exchange.answer(200, b"", headers)
-            else:
-                await self._tus_patch(exchange, upload, fault)
-
-    async def _tus_create(self, exchange: Exchange) -> None:
-        pairs = (pair.split(" ") for pair in exchange.headers["upload-metadata"].split(","))
-        facts = {name: base64.b64decode(value).decode() for name, value in pairs}
-        size = int(exchange.headers["upload-length"])
-        bucket, name = facts["bucketName"], facts["objectName"]
-        try:
-            self._admit(bucket, name, size, facts.get("contentType", ""))
-        except StorageRefuses as refused:
-            await exchange.answer(refused.status, refused.message.encode())
-            return
-        if self.path_of(bucket, name).is_file() and exchange.headers.get("x-upsert") != "true":
-            await exchange.answer(409, b"The resource already exists")
-            return
-        identity = base64.urlsafe_b64encode(f"{bucket}/{name}/{uuid4()}".encode()).decode()
-        file = self._folder / f"upload-{len(self.uploads)}"
-        file.touch()
-        self.uploads[identity] = Upload(bucket, name, size, file)
-        await exchange.answer(201, b"", {"Location": f"{self.url}{BASE}/upload/resumable/{identity}"})
-
-    async def _tus_patch(self, exchange: Exchange, upload: Upload, fault: Fault | None) -> None:
-        if int(exchange.headers["upload-offset"]) != upload.offset:
-            await exchange.answer(409, b"Upload-Offset conflict")
-            return
-        begun_at, received = upload.offset, 0
-        with upload.file.open("ab") as file:
-            try:
-                async for piece in exchange.pieces():
-                    limit = fault.cut_request_after if fault is not None else None
-                    if limit is not None and received + len(piece) >= limit:
-                        file.write(piece[: limit - received])
-                        raise Cut("as the test wants it")
-                    file.write(piece)
-                    received += len(piece)
-            except Cut:
-                file.flush()
-                if not self.keep_partial_chunks:
-                    file.truncate(begun_at)
-                raise
-        offset = upload.offset
-        if offset == upload.size:
-            self._finish(upload)
-        await exchange.answer(204, b"", {"Upload-Offset": str(offset), "Tus-Resumable": "1.0.0"})
-
-    def _finish(self, upload: Upload) -> None:
-        target = self.path_of(upload.bucket, upload.name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)
-        target.hardlink_to(upload.file)
-        if self.damage_next_object:
-            self.damage_next_object = False
-            content = target.read_bytes()
-            target.unlink()
-            self.put(upload.bucket, upload.name, content[:-1] + bytes([content[-1] ^ 1]))
-        if self.forget_finished_uploads:
-            upload.gone_with = 404
 
 
 class _Lost:
@@ -411,24 +402,37 @@ CLOUDFLARE_PAGE = (
 )
 
 
+_JSON = {"Content-Type": "application/json; charset=utf-8"}
+
+
 async def _json(exchange: Exchange, value: Any) -> None:
-    await exchange.answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+    await exchange.answer(200, json.dumps(value).encode(), _JSON)
+
+
+def _require_right_to_write(role: str) -> None:
+    if role != "service_role":
+        raise StorageRefuses(403, "Unauthorized", "new row violates row-level security policy")
 
 
 async def _refuse(
-    exchange: Exchange, status: int, error: str, message: str, headers: dict[str, str] | None = None
+    exchange: Exchange,
+    status: int,
+    error: str,
+    message: str,
+    headers: dict[str, str] | None = None,
+    *,
+    shown: int | None = None,
 ) -> None:
-    body = json.dumps({"statusCode": str(status), "error": error, "message": message}).encode()
+    """Refuses in Storage's JSON. `shown` is the HTTP status where it is not the usual 400."""
     if 520 <= status <= 530:
         await exchange.body()  # Cloudflare reads the whole request before it answers
         page = {"Content-Type": "text/html; charset=UTF-8", "Server": "cloudflare", "CF-RAY": "8f2a1b3c4d5e6f70-FRA"}
         await exchange.answer(status, CLOUDFLARE_PAGE.format(status=status).encode(), {**page, **(headers or {})})
         return
-    shown = 500 if status == 500 else status if exchange.path.startswith(f"{BASE}/upload/") else 400
-    if exchange.method != "HEAD" and not exchange.path.startswith(f"{BASE}/upload/"):
-        await exchange.answer(shown, body, {"Content-Type": "application/json", **(headers or {})})
-    else:
-        await exchange.answer(shown, b"", headers)
+    body = {"statusCode": str(status), "code": CODES.get(error, error), "error": error, "message": message}
+    await exchange.answer(
+        shown or (500 if status == 500 else 400), json.dumps(body).encode(), {**_JSON, **(headers or {})}
+    )
 
 
 def _file_of_form(content_type: str, form: bytes) -> tuple[str, bytes]:

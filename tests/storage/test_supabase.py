@@ -1,12 +1,12 @@
 """Supabase Storage through its double: what is stored is whole, whatever goes wrong on the way.
 
-With TEST_SUPABASE_URL and TEST_SUPABASE_KEY the tests that need no injected fault run against a real one too.
+With TEST_SUPABASE_URL and TEST_SUPABASE_KEY the tests that need no injected fault run against a real one too: see
+tests/storage/real_server.py.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import time
 from collections.abc import AsyncIterator
@@ -21,6 +21,7 @@ from daemon.storage.interface import SignedUrl, Storage
 from daemon.storage.supabase import SupabaseStorage
 from daemon.storage.tus import CHUNK_BYTES
 from tests.doubles.storage import SERVICE_KEY, Bucket, StorageDouble
+from tests.storage.real_server import SERVERS, serve
 from training.events import ErrorCode
 
 SMALL = 100_000
@@ -48,14 +49,10 @@ async def storage(double: StorageDouble) -> AsyncIterator[SupabaseStorage]:
     await storage.close()
 
 
-REAL_URL, REAL_KEY = os.environ.get("TEST_SUPABASE_URL", ""), os.environ.get("TEST_SUPABASE_KEY", "")
-
-
-@pytest.fixture(params=["double", "real"] if REAL_URL and REAL_KEY else ["double"])
+@pytest.fixture(params=SERVERS)
 async def any_storage(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Storage]:
-    async with StorageDouble(tmp_path / "any") as double:
-        url, key = (double.url, SERVICE_KEY) if request.param == "double" else (REAL_URL, REAL_KEY)
-        storage = SupabaseStorage(url, key, "trainer-test")
+    async with serve(request.param, tmp_path) as server:
+        storage = SupabaseStorage(server.url, server.key, server.bucket)
         yield storage
         await storage.close()
 
@@ -108,7 +105,7 @@ async def test_a_leftover_of_other_content_is_replaced(
 async def test_an_upload_survives_a_cut_inside_any_chunk(
     storage: SupabaseStorage, double: StorageDouble, tmp_path: Path, cut_after: int, keep_partial: bool
 ) -> None:
-    double.keep_partial_chunks = keep_partial
+    double.tus.keep_partial_chunks = keep_partial
     double.fail("PATCH", cut_request_after=cut_after, times=3)
     file, sha256 = file_of(tmp_path, LARGE)
     await storage.upload(file, "adapters/a.tar.gz", sha256=sha256, resume_dir=tmp_path)
@@ -123,7 +120,7 @@ async def test_an_upload_survives_a_cut_inside_any_chunk(
 async def test_a_lost_answer_does_not_lose_or_double_the_object(
     storage: SupabaseStorage, double: StorageDouble, tmp_path: Path, method: str, forgets: bool
 ) -> None:
-    double.forget_finished_uploads = forgets
+    double.tus.forget_finished = forgets
     file, sha256 = file_of(tmp_path, CHUNK_BYTES + 5)
     lost = double.fail(method, "/upload/resumable", lose_answer=True, times=2)
     await storage.upload(file, "adapters/a.tar.gz", sha256=sha256, resume_dir=tmp_path)
