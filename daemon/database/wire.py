@@ -2,6 +2,10 @@
 
 For each statement a psycopg cursor creates a dozen objects, a generator and two registrations with the event loop.
 In a daemon that has just been woken this code is cold: it takes a fifth of the time from an insert to its claim.
+
+Kept for a number: with this, and with the claim that a wake-up sends at once (Worker.wake), a claim follows its insert
+in 1.52 times what a bare LISTEN loop takes, without both in 2.07 times (benchmarks/pickup_latency.py, four interleaved
+rounds). Two is what the service promises. Of an idle queue's claim, 0.60 ms through this are 0.81 ms through a cursor.
 """
 
 from __future__ import annotations

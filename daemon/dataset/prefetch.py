@@ -3,6 +3,8 @@
 It is only a guess. The claim chooses as always; the attempt uses the file only if the rows are the same and
 Storage says that the object is unchanged. Whatever fails here is done again there, and reported there.
 
+What it saves is the download between two jobs of a host: at 35 MB/s a GPU idles 3 s for 100 MB and a minute for 2 GiB.
+
 Only for datasets in Storage: a dataset_url is a third party's server, which may count, charge for, or limit reads.
 """
 
