@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,8 +25,9 @@ from daemon.read_settings import load_settings
 from daemon.settings import Settings
 from daemon.trainer.run_selfcheck import read_selfcheck
 from tests.doubles.storage import Bucket, StorageDouble
+from tests.forked_process import PipedProcess, forker
 from tests.lifecycle.queue import write_model_folder
-from tests.paths import ROOT
+from tests.paths import COMMAND_LINE, ROOT
 from tests.postgres import AppDatabase, Server
 
 # What `python -m training.preflight.selfcheck cuda` says on an H100 with everything installed.
@@ -372,10 +372,9 @@ def doctor(environment: dict[str, str], *arguments: str, folder: Path) -> subpro
         "TRAINER_WORK_DIR": str(folder / "jobs"),
         "TRAINER_STORAGE_DIR": str(folder / "storage"),
     }
-    return subprocess.run(
-        [sys.executable, "-m", "daemon", "doctor", *arguments],
-        env=given | environment, cwd=folder, capture_output=True, text=True, timeout=150, check=False,
-    )  # fmt: skip
+    process = PipedProcess(forker(str(COMMAND_LINE)), given | environment, folder, "doctor", *arguments)
+    out, err = process.communicate(150)
+    return subprocess.CompletedProcess(["doctor"], process.wait(10), out, err)
 
 
 def test_the_screen_is_json_on_request_and_its_exit_code_says_red(database: AppDatabase, tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from tests.daemon_process import DaemonProcess, eventually
 from tests.doubles.receiver import Receiver
 from tests.doubles.runpod_api import RunPodDouble
 from tests.fleet.yard import PLAN
+from tests.paths import COMMAND_LINE
 from tests.postgres import AppDatabase
 
-FLEET = (sys.executable, "-m", "daemon", "fleet")
+FLEET = (sys.executable, str(COMMAND_LINE), "fleet")
 
 
 def fleet(database: AppDatabase, runpod: RunPodDouble, folder: Path, name: str, **settings: Any) -> DaemonProcess:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import sys
+import os
 from pathlib import Path
 
 import pytest
@@ -13,16 +13,19 @@ from daemon.storage.archive import unpack_adapter
 from daemon.storage.publish import object_names
 from daemon.storage.tus import CHUNK_BYTES
 from tests.doubles.storage import SERVICE_KEY, Bucket, StorageDouble
+from tests.forked_process import ForkedProcess, forker
+from tests.paths import ROOT
 from tests.storage.publishing_process import JOB
+
+PUBLISHING = ROOT / "tests" / "storage" / "publishing_process.py"
 
 # The weights do not shrink: the archive has four chunks.
 WEIGHTS = 3 * CHUNK_BYTES + 1000
 
 
-async def start(double: StorageDouble, folder: Path) -> asyncio.subprocess.Process:
-    return await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "tests.storage.publishing_process", double.url, SERVICE_KEY, str(folder), str(WEIGHTS)
-    )
+def start(double: StorageDouble, folder: Path) -> ForkedProcess:
+    arguments = (double.url, SERVICE_KEY, str(folder), str(WEIGHTS))
+    return forker(str(PUBLISHING)).start_quietly(os.environ, ROOT, folder / "publishing.log", *arguments)
 
 
 @pytest.mark.parametrize(
@@ -41,17 +44,16 @@ async def test_a_daemon_killed_while_it_publishes_is_gone_on_from(
 ) -> None:
     async with StorageDouble(tmp_path / "double") as double:
         double.buckets["lora-models"] = Bucket()
-        process = await start(double, tmp_path)
+        process = start(double, tmp_path)
         async with asyncio.timeout(60):
             # The server counts a request when its head has arrived: the kill falls into its middle.
             while double.count(method, where) < nth:
-                assert process.returncode is None, "it ended before it could be killed"
+                assert process.poll() is None, "it ended before it could be killed"
                 await asyncio.sleep(0.001)
         process.kill()
-        await process.wait()
-        process = await start(double, tmp_path)
-        async with asyncio.timeout(60):
-            assert await process.wait() == 0
+        await asyncio.to_thread(process.wait, 60)
+        process = start(double, tmp_path)
+        assert await asyncio.to_thread(process.wait, 60) == 0, (tmp_path / "publishing.log").read_text()
         names = object_names(JOB, 1)
         stored = {path.relative_to(double.path_of("lora-models", "")).as_posix()
                   for path in double.path_of("lora-models", "").rglob("*") if path.is_file()}  # fmt: skip

@@ -58,7 +58,7 @@ def test_two_processes_make_the_steps_of_one(compute_type: ComputeType, spec_of:
     chosen = {"batch_size": 7, "num_epochs": 2, "lora_dropout": 0.0, "sample_prompts": None}
     alone = train(spec_of(name="alone", **chosen))
     together = spec_of(name="together", num_gpus=2, **chosen)
-    with start(together) as child:
+    with start(together, forked=compute_type == "bfloat16") as child:
         assert child.exit_status(SECONDS) == 0
     assert _same_run(_steps(child.events), _steps(alone.heard), compute_type)
     for ours, theirs in zip(
@@ -112,7 +112,7 @@ def test_a_killed_process_takes_the_others_with_it_and_is_named(
 ) -> None:
     data = write_conversations(tmp_path / "many.jsonl", 200)
     spec = spec_of(num_gpus=2, num_epochs=50, dataset_path=data, checkpoint_seconds=0.001)
-    with start(spec) as child:
+    with start(spec, forked=True) as child:
         child.wait_for("checkpoint_saved", step=2, seconds=SECONDS)
         ranks = _ranks_of(child)
         assert sorted(ranks) == [0, 1]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from tests.forked_process import ForkedProcess, forker
-from tests.paths import FORKED_TRAINER, ROOT
+from tests.paths import ROOT, TRAINER_PYTHON
 from training.events import Event, Ready, parse_line
 from training.spec import JobSpec
 
@@ -106,15 +106,15 @@ def start(*specs: JobSpec, arguments: Sequence[str] = (), forked: bool = False) 
     """
     reading, writing = os.pipe()
     theirs, ours = os.pipe()
-    given = ("--events-fd", str(writing), *arguments)
+    given = ("-m", "training", "--events-fd", str(writing), *arguments)
     process: subprocess.Popen[bytes] | ForkedProcess
     with Path(os.devnull).open("r+b") as nothing:
         if forked:
             files = {0: theirs, 1: nothing.fileno(), 2: nothing.fileno(), writing: writing}
-            process = forker(str(FORKED_TRAINER)).start(os.environ, ROOT, files, *given)
+            process = forker(str(TRAINER_PYTHON)).start(os.environ, ROOT, files, *given)
         else:
             process = subprocess.Popen(
-                [sys.executable, "-m", "training", *given],
+                [sys.executable, *given],
                 stdin=theirs, stdout=nothing, stderr=nothing, pass_fds=[writing], cwd=ROOT, start_new_session=True,
             )  # fmt: skip
     os.close(writing)

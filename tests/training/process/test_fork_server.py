@@ -192,13 +192,11 @@ def test_sigterm_ends_a_working_trainer_with_a_checkpoint(spec_of: SpecOf) -> No
 
 
 def test_a_wish_to_stop_between_the_forks_of_a_job_is_not_lost(
-    spec_of: SpecOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spec_of: SpecOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first fork has asked for a base model and can no longer handle it; the second would train to the end."""
-    slow_to_leave = "import os, time\nleave = os._exit\nos._exit = lambda status: (time.sleep(2), leave(status))\n"
-    (tmp_path / "sitecustomize.py").write_text(slow_to_leave)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with start(arguments=WARM) as child:
+    monkeypatch.setenv("LEAVES_AFTER_SECONDS", "2")
+    with start(arguments=WARM, forked=True) as child:
         child.send(spec_of(num_epochs=100).model_dump_json())
         child.wait_for("planned")
         (fork,) = children_of(child.process.pid)
