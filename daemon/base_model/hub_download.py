@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from daemon.base_model.files import Marker
+from daemon.network.endpoint_client import hub_hooks
 from training.death_signal import end_with_parent
 
 # The files that a causal language model needs; no code, and no second format of the weights.
@@ -68,6 +69,7 @@ def download(order: Order) -> Done | NotDone:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     target = Path(order.target)
+    _keep_the_token_at_the_hub()
     try:
         info = HfApi(token=order.token or False).model_info(order.model, files_metadata=True)
         files = {file.rfilename: file for file in info.siblings or [] if is_wanted(file.rfilename)}
@@ -109,6 +111,15 @@ def download(order: Order) -> Done | NotDone:
     return Done(revision)
 
 
+def _keep_the_token_at_the_hub() -> None:
+    from huggingface_hub import constants, get_session, set_client_factory
+
+    usual, hooks = get_session(), hub_hooks(constants.ENDPOINT)
+    merged = {name: [*usual.event_hooks[name], *hooks[name]] for name in hooks}
+    # A factory: the library makes a new client when a connection has failed.
+    set_client_factory(lambda: type(usual)(event_hooks=merged, follow_redirects=True, timeout=None))
+
+
 def is_wanted(name: str) -> bool:
     return any(fnmatch(name, wanted) for wanted in WANTED) and not any(fnmatch(name, unwanted) for unwanted in UNWANTED)
 
@@ -133,7 +144,13 @@ def main() -> int:
     # End with the daemon: without it, no process waits for the answer.
     end_with_parent()
     order: dict[str, Any] = json.loads(sys.stdin.readline())
-    answer = download(Order(**order))
+    answer: Done | NotDone
+    try:
+        answer = download(Order(**order))
+    # The outermost place of this process. The hub's client raises what its HTTP library raises, and KeyError and the
+    # like where an answer is not the hub's.
+    except Exception as error:  # noqa: BLE001
+        answer = NotDone("network", f"the hub's client failed ({type(error).__name__})")
     _say(answer)
     return 0 if isinstance(answer, Done) else 1
 

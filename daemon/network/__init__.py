@@ -1,2 +1,2 @@
-"""Makes requests to URLs that tenants wrote. None of them reaches a private address, and no credential is sent to a
-host that was not configured. Downloads, callbacks and the hub client use it."""
+"""Makes requests to URLs that tenants wrote, and to endpoints that the operator configured. The first reach no private
+address; a credential goes to the endpoint that it was configured for, and nowhere else. All clients come from here."""

@@ -19,13 +19,12 @@ from urllib.parse import urlsplit
 import httpx
 
 from daemon.errors import TrainerError
+from daemon.network.endpoint_client import DEFAULT_PORTS
 from daemon.network.pinned_client import Target
 from daemon.network.public_addresses import Address, is_public
 from daemon.settings import Settings
 
 Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
-
-DEFAULT_PORTS = {"https": 443, "http": 80}
 
 # Names that mean this machine, this network or a cloud's metadata service, whatever DNS says about them.
 _LOCAL_NAMES = re.compile(r"(^|\.)(localhost|local|localdomain|internal|intranet|lan|home\.arpa|metadata)$")

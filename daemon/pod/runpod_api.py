@@ -18,6 +18,7 @@ import httpx
 import structlog
 
 from daemon.errors import TrainerError
+from daemon.network.endpoint_client import endpoint_client
 from daemon.network.retry_after import is_page, is_transient, retry_after_seconds, said_by_page
 
 log = structlog.get_logger()
@@ -90,7 +91,7 @@ class RunPod:
     def __init__(self, keys: Sequence[Key], *, api: str = API, call_seconds: float = CALL_SECONDS) -> None:
         self._keys = list(keys)
         self._api = api.rstrip("/")
-        self._client = httpx.AsyncClient(timeout=call_seconds)
+        self._client = endpoint_client(self._api, timeout=call_seconds)
 
     async def __aenter__(self) -> RunPod:
         return self

@@ -282,7 +282,8 @@ class CallbackCourier:
             return Postponed(None, str(error))
         except TimeoutError:
             return Postponed(None, f"no answer within {TOTAL_SECONDS:.0f} seconds")
-        except httpx.HTTPError as error:
+        # httpx reads a redirect that it does not follow, and raises InvalidURL where that is none.
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             return Postponed(None, f"{target.host}: {type(error).__name__}")
         status = response.status_code
         if response.is_success:

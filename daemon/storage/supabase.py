@@ -22,6 +22,7 @@ from storage3 import AsyncStorageClient
 from storage3.exceptions import StorageApiError
 
 from daemon.errors import JobDelayed, JobError, JobFailed, disk_fault
+from daemon.network.endpoint_client import at_endpoint, endpoint_client
 from daemon.network.retry_after import is_transient
 from daemon.storage import tus
 from daemon.storage.interface import (
@@ -68,7 +69,6 @@ class SupabaseStorage:
         bucket: str = "lora-models",
         *,
         first_wait_seconds: float = FIRST_WAIT_SECONDS,
-        client: httpx.AsyncClient | None = None,
     ) -> None:
         self._location = Location(url.rstrip("/"), bucket)
         self._base = f"{url.rstrip('/')}/storage/v1"
@@ -80,7 +80,8 @@ class SupabaseStorage:
             # The newer keys are not JWTs: the gateway exchanges them, and refuses them as bearer tokens.
             self._headers["Authorization"] = f"Bearer {service_key}"
         # The vendor's timeout of 20 seconds cuts long answers off; its HTTP/2 hides which request hangs.
-        self._client = client or httpx.AsyncClient(timeout=httpx.Timeout(60.0, connect=10.0), follow_redirects=False)
+        timeout = httpx.Timeout(60.0, connect=10.0)
+        self._client = endpoint_client(self._base, self._tus_endpoint, timeout=timeout)
         self._api = AsyncStorageClient(f"{self._base}/", self._headers, http_client=self._client)
 
     @property
@@ -97,7 +98,7 @@ class SupabaseStorage:
     async def open_dataset(self, bucket: str, path: str) -> DatasetSource:
         async def sign() -> str:
             signed = await self._api.from_(bucket).create_signed_url(safe_object_path(path), SIGNED_SECONDS)
-            return str(signed["signedURL"])
+            return at_endpoint(self._base, str(signed["signedURL"]))
 
         try:
             return SignedUrl(await self._retried(sign, f"signing {bucket}/{path}", ErrorCode.DATASET_UNREACHABLE))

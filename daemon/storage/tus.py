@@ -23,6 +23,7 @@ import structlog
 import tenacity
 
 from daemon.errors import TrainerError
+from daemon.network.endpoint_client import beneath_endpoint
 from daemon.network.retry_after import is_page, is_transient, retry_after_seconds, said_by_page
 from training.files.durable_files import write_whole
 
@@ -151,10 +152,11 @@ class TusUpload:
         response = await self._client.post(self._endpoint, headers=headers)
         if response.status_code != 201 or "location" not in response.headers:
             raise refusal(response)
-        url = str(httpx.URL(self._endpoint).join(response.headers["location"]))
-        # Our key must not be sent to another host, even if the server names one.
-        if httpx.URL(url).host != httpx.URL(self._endpoint).host:
-            raise UploadRefused(502, "ForeignLocation", "the upload's address is on another host than the storage")
+        try:
+            # Only its path: behind a TLS proxy the server may call itself http://, and our key is in every request.
+            url = beneath_endpoint(self._endpoint, response.headers["location"])
+        except ValueError as error:
+            raise UploadRefused(502, "BadLocation", f"the upload's address is unusable: {error}") from error
         self._resume_point(url).save(self._resume_file)
         return url
 
@@ -196,7 +198,9 @@ class TusUpload:
         point = load_resume_point(self._resume_file)
         if point is None or point != self._resume_point(point.url):
             return None
-        return point.url
+        with contextlib.suppress(ValueError):
+            return beneath_endpoint(self._endpoint, point.url)
+        return None
 
     def _out_of_patience(self, _state: tenacity.RetryCallState) -> bool:
         self._fruitless = 1 if self._moved else self._fruitless + 1

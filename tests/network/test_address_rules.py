@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import datetime
 import ipaddress
-import ssl
 from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from daemon.network.address_rules import AddressRefused, AddressRules, AddressUnknown, own_hosts, redact, rules_from
 from daemon.network.pinned_client import guarded_client
 from daemon.network.public_addresses import is_public
 from daemon.settings import Settings
+from tests.doubles.certificate import certificate
 from tests.doubles.loopback import Exchange, LoopbackServer
 
 PUBLIC = "93.184.216.34"
@@ -229,34 +224,6 @@ def test_a_url_is_shown_without_its_secrets() -> None:
     assert "secret" not in redact("https://[broken/?token=secret")
 
 
-def _certificate(folder: Path, name: str) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """A server's TLS for one name, and a client's that trusts it."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    now = datetime.datetime.now(datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    pem = folder / f"{name}.pem"
-    pem.write_bytes(
-        certificate.public_bytes(serialization.Encoding.PEM)
-        + key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    server.load_cert_chain(pem)
-    client = ssl.create_default_context(cafile=str(pem))
-    return server, client
-
-
 async def test_the_connection_goes_to_the_checked_address_under_the_checked_name(tmp_path: Path) -> None:
     """DNS changes its mind after the check; nobody asks it again, and the certificate is judged by the name."""
     seen: list[str] = []
@@ -265,7 +232,7 @@ async def test_the_connection_goes_to_the_checked_address_under_the_checked_name
         seen.append(exchange.headers["host"])
         await exchange.answer(200, b"here")
 
-    server_tls, client_tls = _certificate(tmp_path, "files.example.com")
+    server_tls, client_tls = certificate(tmp_path, "files.example.com")
     async with LoopbackServer(handle, tls=server_tls) as server:
         dns = Dns(["127.0.0.1"], ["10.255.255.1"])
         rules = AddressRules([f"files.example.com:{server.port}"], resolve=dns)
@@ -285,7 +252,7 @@ async def test_a_server_at_the_address_that_cannot_prove_the_name_is_not_spoken_
         asked.append(exchange.path)
         await exchange.answer(200)
 
-    server_tls, client_tls = _certificate(tmp_path, "somebody-else.example.com")
+    server_tls, client_tls = certificate(tmp_path, "somebody-else.example.com")
     async with LoopbackServer(handle, tls=server_tls) as server:
         rules = AddressRules([f"files.example.com:{server.port}"], resolve=Dns(["127.0.0.1"]))
         target = await rules.check(f"https://files.example.com:{server.port}/x")
