@@ -9,7 +9,7 @@ from typing import Any
 
 from daemon.demo.errors import DemoFailed
 from daemon.demo.screen import Screen
-from daemon.job_view.output import JsonLines, View
+from daemon.job_view.output import JobsView, JsonLines
 from daemon.sentence import as_sentence
 from daemon.terminal.console import console, print_json
 
@@ -45,7 +45,7 @@ class JsonScreen(Screen):
         """Prints nothing: a program needs no blank lines."""
 
     @contextmanager
-    def view(self) -> Iterator[View]:
+    def view(self) -> Iterator[JobsView]:
         yield JsonLines(lambda name, value: _line(name, **{name: value}))
 
 

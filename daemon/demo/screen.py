@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from daemon.demo.errors import DemoFailed
-from daemon.job_view.output import View, open_view
+from daemon.job_view.output import JobsView, open_view
 from daemon.sentence import as_sentence
 
 
@@ -74,7 +74,7 @@ class Screen:
         self._console.print()
 
     @contextmanager
-    def view(self) -> Iterator[View]:
+    def view(self) -> Iterator[JobsView]:
         """Shows the job, for as long as it runs."""
         with open_view(self._console, several=False) as view:
             yield view

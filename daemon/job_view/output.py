@@ -23,14 +23,14 @@ from daemon.terminal.sanitize import plain
 _LAST_EVENTS = 5
 
 
-class View(Protocol):
+class JobsView(Protocol):
     """Shows the jobs as they are now. `news` are the events since the last call; `notice` says what is wrong."""
 
     def show(self, jobs: Sequence[WatchedJob], news: Sequence[Event], notice: str | None) -> None: ...
 
 
 @contextmanager
-def open_view(screen: Console, *, several: bool) -> Iterator[View]:
+def open_view(screen: Console, *, several: bool) -> Iterator[JobsView]:
     """A live view if `screen` is a terminal, else lines; these begin with the job's id if there are several."""
     if not screen.is_terminal:
         yield PlainLines(screen, several)

@@ -18,7 +18,7 @@ from rich.terminal_theme import MONOKAI
 
 from daemon.demo.run import run_demo
 from daemon.demo.screen import Screen
-from daemon.job_view.output import View
+from daemon.job_view.output import JobsView
 from daemon.job_view.picture import picture
 from daemon.job_view.reads import Event
 from daemon.job_view.watched_jobs import WatchedJob
@@ -40,7 +40,7 @@ class RecordedScreen(Screen):
         self._recorder = console
 
     @contextmanager
-    def view(self) -> Iterator[View]:
+    def view(self) -> Iterator[JobsView]:
         moment = _Moment()
         yield moment
         if moment.drawn is not None:

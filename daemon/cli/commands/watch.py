@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from daemon.cli.data.connection import Connection
-    from daemon.job_view.output import View
+    from daemon.job_view.output import JobsView
     from daemon.job_view.watched_jobs import WatchedJobs
 
 # A daemon writes a job's progress about once a second.
@@ -72,7 +72,7 @@ def watch_jobs(ids: Sequence[UUID], *, as_json: bool = False) -> int:
     return 0 if jobs.succeeded else EXIT_FAILED
 
 
-def _follow(jobs: WatchedJobs, view: View) -> None:
+def _follow(jobs: WatchedJobs, view: JobsView) -> None:
     """Reads and shows until all jobs have ended. Waits if the database goes away, but the first read must succeed."""
     from daemon.cli.data.connection import connect, said_plainly
     from daemon.cli.data.notifications import listen, wait_for_change
@@ -108,7 +108,7 @@ def _follow(jobs: WatchedJobs, view: View) -> None:
 
 
 @contextlib.contextmanager
-def _open_view(*, as_json: bool, several: bool) -> Iterator[View]:
+def _open_view(*, as_json: bool, several: bool) -> Iterator[JobsView]:
     from daemon.job_view.output import JsonLines, open_view
     from daemon.terminal.console import console
 
