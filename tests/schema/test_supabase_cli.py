@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 
+from daemon.database.embedded_server import EmbeddedPostgres
 from daemon.schema.fronts import fronts
 from daemon.schema.migrations import bring_up_to_date, faults, migrate, migrations, pending
 from tests.docs.database_types import TOOLS
 from tests.docs.npm import NpmMissing, installed
 from tests.fronts.pipeline import app_tables
 from tests.paths import ROOT
-from tests.postgres import AppDatabase, Server, app_job, insert_statement
+from tests.postgres import BINARIES, AppDatabase, Server, app_job, hosted_project, insert_statement
 
 pytestmark = pytest.mark.system
 
@@ -132,6 +133,18 @@ def test_pushed_into_a_project_with_a_history_of_its_own(
     project.push(branch)
     assert project.differences(branch, database) == project.differences(database, branch) == []
     works(branch)
+
+
+def test_pushed_by_an_owner_without_superuser_as_on_supabase(project: SupabaseProject) -> None:
+    for binaries in BINARIES.values():
+        # A server of its own: roles belong to the cluster, and there must be none of ours in it yet.
+        with EmbeddedPostgres(binaries) as server:
+            owner = AppDatabase(hosted_project(server))
+            project.add(EARLIER)
+            project.add_ours()
+            project.push(owner)
+            owner.close()
+            assert migrate(owner.dsn, local=False) == [] and faults(owner.dsn) == []
 
 
 def test_after_migrate_the_cli_wants_our_files_and_can_fetch_them(
