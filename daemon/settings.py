@@ -198,6 +198,12 @@ class Settings(BaseSettings):
     dataset_buckets: _CommaList = Field(
         default=("lora-datasets", "training-files"), description="buckets that datasets may be in, separated by commas"
     )
+    upload_hours: float = Field(
+        default=6.0,
+        ge=0,
+        description="how long a finished adapter waits for a storage that is away; then the attempt ends, and the next "
+        "one stores the same adapter",
+    )
     max_dataset_bytes: int = Field(default=2 * 1024**3, ge=1, description="larger dataset files are refused")
 
     # Callbacks and downloads.

@@ -2,6 +2,8 @@
 
     parse -> fetch the data, find the model -> run the trainer -> publish the adapter
 
+An adapter that an earlier attempt has finished is published without a model or a trainer.
+
 Each step either returns what the next one needs or raises a JobError; a stop request cuts any of
 them short. The outcome is decided here and written by daemon.attempt.settle.
 """
@@ -13,14 +15,16 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import UTC
 from pathlib import Path
-from typing import Any, TypeVar, assert_never
+from typing import TypeVar, assert_never
 
 import structlog
 
 from daemon.attempt.choose_trackers import Tracking, choose_trackers
 from daemon.attempt.cleanup import FinishedAttempt
 from daemon.attempt.collaborators import Collaborators
+from daemon.attempt.finished_adapter import EarlierAdapters, FinishedAdapter, keep_finished, spec_hash
 from daemon.attempt.limits import enforce_limits
+from daemon.attempt.publishing import Publishing, manifest_facts
 from daemon.attempt.settle import settle
 from daemon.attempt.stored_checkpoints import CheckpointStore
 from daemon.attempt.work_folder import WorkFolder
@@ -34,17 +38,14 @@ from daemon.dataset.prefetch import NEAR_END_SECONDS, EarlyDataset
 from daemon.dataset.transfer import FetchedDataset
 from daemon.errors import HostFault, JobDelayed, JobError, JobFailed, LeaseLost
 from daemon.host.gpu_load import read_load
-from daemon.host.inspect import installed_versions
 from daemon.queue.job import ClaimedJob, JobDataset, Returned
 from daemon.queue.lease import HeldLease
-from daemon.queue.outcome import Cancelled, Completed, Failed, Outcome, Released, Superseded
+from daemon.queue.outcome import Cancelled, Failed, Outcome, Released, Superseded
 from daemon.report.cost import CostMeter, price_per_gpu_hour
 from daemon.report.reporter import Reporter
 from daemon.report.trained_with import model_in_words
 from daemon.settings import quantized_dir
 from daemon.stop_request import Stop, StopReason
-from daemon.storage.publish import publish_adapter
-from daemon.storage.upload_log import note_adapter
 from daemon.trainer.process import Timeouts
 from daemon.trainer.verdict import Stopped, Verdict
 from training.events import CheckpointSaved, ErrorCode, Event, Stage
@@ -89,7 +90,7 @@ class Attempt:
         self._slots = slots
         self._early = early
         self._on_near_end = on_near_end
-        self._stored = False
+        self._publishing = Publishing(collaborators, job)
         # A job without a callback adds nothing to the outbox: the courier need not look.
         self._tell = collaborators.courier.wake if job.callback_url is not None else lambda: None
 
@@ -118,7 +119,7 @@ class Attempt:
             self._tell()
         log.info("attempt_settled", outcome=type(outcome).__name__.lower(), seconds=round(reporter.attempt_seconds, 1))
         filled = isinstance(outcome, Failed | Returned) and outcome.code is ErrorCode.DISK_FULL
-        return FinishedAttempt(job, ending, self._stored, filled)
+        return FinishedAttempt(job, ending, self._publishing.begun, filled)
 
     def _reporter(self, held: HeldLease) -> Reporter:
         asked_price, num_gpus = _asked_price(self._job)
@@ -175,6 +176,27 @@ class Attempt:
         # The data first: it is wrong most often, and fetching it takes seconds where a model may take hours.
         reporter.enter(Stage.DOWNLOADING)
         dataset = await _until_stopped(self._fetch_dataset(workspace.dataset_path), stop)
+        earlier = EarlierAdapters(self._with.uploads, self._with.storage, job, workspace)
+        adapter = await _until_stopped(earlier.adopt(row.hyperparameters, dataset.sha256, reporter), stop)
+        if adapter is None:
+            ended = await self._run_trainer(row, tracking, dataset, workspace, reporter)
+            if not isinstance(ended, FinishedAdapter):
+                return ended
+            adapter = ended
+
+        reporter.enter(Stage.UPLOADING)
+        published = await _until_stopped(
+            self._publishing.publish(adapter, workspace, reporter),
+            stop,
+            grace=lambda reason: settings.drain_seconds if reason is StopReason.SHUTDOWN else 0.0,
+        )
+        return replace(published, summary=adapter.summary)
+
+    async def _run_trainer(
+        self, row: ParsedRow, tracking: Tracking, dataset: FetchedDataset, workspace: WorkFolder, reporter: Reporter
+    ) -> FinishedAdapter | Outcome:
+        """Finds the model and trains. Returns the adapter, or how the attempt ended without one."""
+        job, stop, settings = self._job, self._stop, self._with.settings
         model = await _until_stopped(self._find_model(row.hyperparameters.base_model, reporter), stop)
         adapter_bytes = await asyncio.to_thread(expected_adapter_bytes, model.path, row.hyperparameters)
         await _until_stopped(self._with.storage.check(adapter_bytes), stop)
@@ -210,15 +232,9 @@ class Attempt:
             return await self._job_or_host(verdict)
         if isinstance(verdict, Stopped):
             return _outcome_of_stop(verdict.reason, reporter)
-
-        reporter.enter(Stage.UPLOADING)
-        facts = self._with.redaction.value(_manifest_facts(spec, reporter, verdict.summary))
-        published = await _until_stopped(
-            self._publish(verdict.adapter_dir, facts, workspace.attempt_dir),
-            stop,
-            grace=lambda reason: settings.drain_seconds if reason is StopReason.SHUTDOWN else 0.0,
-        )
-        return replace(published, summary=verdict.summary)
+        spec_sha256 = spec_hash(row.hyperparameters.base_model or model.name, row.hyperparameters, dataset.sha256)
+        facts = manifest_facts(spec, spec_sha256, reporter, verdict.summary)
+        return await asyncio.to_thread(keep_finished, workspace, verdict.adapter_dir, facts)
 
     async def _fetch_dataset(self, to: Path) -> FetchedDataset:
         dataset, around = await self._seen_dataset(), self._with
@@ -306,13 +322,6 @@ class Attempt:
         self._with.fitness.report(part, f"{failed.message} ({detail})" if detail != failed.message else detail)
         return Returned(part, failed.code, failed.message, failed.hint, failed.stack)
 
-    async def _publish(self, adapter_dir: Path, manifest_facts: dict[str, Any], work_dir: Path) -> Completed:
-        """Records what will be stored, then stores it, so that the objects can be found whatever happens in between."""
-        job, storage = self._job, self._with.storage
-        await note_adapter(self._with.uploads, job, storage.location)
-        self._stored = True
-        return await publish_adapter(storage, adapter_dir, job.id, job.lease_epoch, manifest_facts, work_dir)
-
 
 def _outcome_of_stop(reason: StopReason, reporter: Reporter) -> Outcome:
     match reason:
@@ -383,16 +392,3 @@ def _asked_price(job: ClaimedJob) -> tuple[float | None, int]:
     except SpecInvalid:
         return None, 1
     return config.cost_per_gpu_hour, config.num_gpus
-
-
-def _manifest_facts(spec: JobSpec, reporter: Reporter, summary: dict[str, Any]) -> dict[str, Any]:
-    """Returns facts for serving the adapter, stored beside it: what it was made from, and how training went."""
-    return {
-        "job_id": spec.job_id,
-        "base_model": spec.base_model,
-        "base_model_revision": spec.model_revision,
-        "hyperparameters": spec.hyperparameters.model_dump(mode="json"),
-        "trained_with": reporter.trained_with,
-        "summary": summary,
-        "versions": installed_versions(),
-    }

@@ -1,7 +1,7 @@
 """One job's folder on the volume: what each attempt writes and the next one finds.
 
 <work_dir>/<job_id>/checkpoints/e<epoch>-<token>/   any host that sees the volume can resume from these
-                    attempts/e<epoch>-<token>/      dataset, logs, adapter, upload state
+                    attempts/e<epoch>-<token>/      dataset, logs, adapter and its record, upload state
 <work_dir>/.early/                                  datasets prefetched for jobs expected here, for minutes
 """
 
@@ -27,6 +27,9 @@ from daemon.queue.job import Lease
 
 log = structlog.get_logger()
 
+ADAPTER = "adapter"
+# Written once the training has ended well: what the adapter was trained from, and its files' hashes.
+FINISHED = "finished.json"
 
 # Folders of older versions have no token.
 _LEASE_FOLDER = re.compile(r"e(\d+)(-[0-9a-f]{8})?")
@@ -73,7 +76,11 @@ class WorkFolder:
 
     @property
     def adapter_dir(self) -> Path:
-        return self.attempt_dir / "adapter"
+        return self.attempt_dir / ADAPTER
+
+    @property
+    def finished_path(self) -> Path:
+        return self.attempt_dir / FINISHED
 
     @property
     def upload_dir(self) -> Path:
@@ -87,13 +94,7 @@ class WorkFolder:
         # After the rename a stale host cannot reach them: what it still writes goes to the old name.
         if self.checkpoint_dir.exists():
             return
-        # Includes our own epoch: after a restore from a backup it may be used twice. A later epoch is our successor's.
-        earlier = [
-            (int(match[1]), folder)
-            for folder in self.checkpoint_dir.parent.iterdir()
-            if (match := _LEASE_FOLDER.fullmatch(folder.name)) and int(match[1]) <= self.lease.epoch
-        ]
-        for epoch, folder in sorted(earlier, reverse=True):
+        for epoch, folder in self._earlier(self.checkpoint_dir):
             # Its host may still be writing or deleting there: if the folder disappears, go on without it.
             with contextlib.suppress(FileNotFoundError):
                 if any(folder.iterdir()):
@@ -101,9 +102,31 @@ class WorkFolder:
                     log.info("checkpoints_adopted", from_epoch=epoch)
                     return
 
+    def earlier_attempts(self) -> list[Path]:
+        """Lists the folders of this job's earlier attempts on this volume, the latest first."""
+        return [folder for _, folder in self._earlier(self.attempt_dir)]
+
+    def _earlier(self, own: Path) -> list[tuple[int, Path]]:
+        # Includes our own epoch: after a restore from a backup it may be used twice. A later epoch is our successor's.
+        earlier = [
+            (int(match[1]), folder)
+            for folder in own.parent.iterdir()
+            if (match := _LEASE_FOLDER.fullmatch(folder.name)) and int(match[1]) <= self.lease.epoch and folder != own
+        ]
+        return sorted(earlier, reverse=True)
+
     def forget_attempt(self) -> None:
-        """Deletes what only this attempt needed and keeps the checkpoints for the next one."""
-        shutil.rmtree(self.attempt_dir, ignore_errors=True)
+        """Deletes what only this attempt needed; keeps the checkpoints, and a finished adapter, for the next one."""
+        if not self.finished_path.exists():
+            shutil.rmtree(self.attempt_dir, ignore_errors=True)
+            return
+        for path in self.attempt_dir.iterdir():
+            if path.name in (ADAPTER, FINISHED):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Deletes the whole job folder: the job is final."""

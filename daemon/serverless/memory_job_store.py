@@ -291,6 +291,10 @@ class MemoryJobStore:
         """Always empty: a later attempt runs in this process and has them on its own disk."""
         return []
 
+    async def stored_adapters(self, job_id: UUID, location: Location) -> list[RecordedUpload]:  # noqa: ARG002
+        """Always empty, as for checkpoints."""
+        return []
+
     async def leftovers(
         self,
         location: Location,

@@ -50,6 +50,8 @@ class UploadLog(Protocol):
 
     async def stored_checkpoints(self, job_id: UUID, location: Location) -> list[RecordedUpload]: ...
 
+    async def stored_adapters(self, job_id: UUID, location: Location) -> list[RecordedUpload]: ...
+
     async def leftovers(
         self,
         location: Location,
@@ -100,6 +102,11 @@ class SqlUploadLog:
             seen = await self._statements.run("count_seen_checkpoints", {"job_id": job_id})
             if seen[0]["seen"] < found.checkpoints:
                 raise RowsHidden(f"the stored checkpoints of job {job_id} are hidden from the daemon by row security")
+        return [RecordedUpload(**row) for row in rows]
+
+    async def stored_adapters(self, job_id: UUID, location: Location) -> list[RecordedUpload]:
+        """Lists what attempts may have stored of an adapter, whole or not, the latest attempt's first."""
+        rows = await self._statements.run("read_stored_adapters", {"job_id": job_id} | location.parameters())
         return [RecordedUpload(**row) for row in rows]
 
     async def leftovers(

@@ -1,5 +1,6 @@
--- Reads uploads that are not needed any more, up to a limit: adapters that no completed row names, and checkpoints of
--- jobs that are completed, gone, or failed or cancelled long ago. Never of a job with a lease, even one hidden from us.
+-- Reads uploads that are not needed any more, up to a limit: adapters of final jobs that no completed row names (of a
+-- job that waits, the next attempt may adopt one), and checkpoints of jobs that are completed, gone, or failed or
+-- cancelled long ago. Never of a job with a lease, even one hidden from us.
 -- A job that we cannot see counts as gone only if that is certain and the caller asks for such jobs (`orphans`).
 -- `named` is true if the job's row names the adapter: then only the record is deleted.
 SELECT
@@ -27,7 +28,7 @@ WHERE upload.storage = %(storage)s
   AND (
       %(orphans)s AND NOT found.job_exists
       OR job.status = 'completed'
-      OR upload.kind = 'adapter' AND job.id IS NOT NULL
+      OR upload.kind = 'adapter' AND job.status IN ('failed', 'cancelled')
       OR (
           job.status IN ('failed', 'cancelled')
           AND coalesce(job.completed_at, upload.noted_at) < clock_timestamp() - %(keep_seconds)s * interval '1 second'
