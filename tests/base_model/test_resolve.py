@@ -330,6 +330,24 @@ async def test_an_interrupted_pull_is_gone_on_with(
     assert faults_of_model(folder) == []
 
 
+async def test_a_file_with_other_bytes_than_the_hubs_is_downloaded_again(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, quick_hub: None
+) -> None:
+    """The hub's client goes on by Range after a cut, whatever bytes come, and compares the size alone."""
+    settings = settings_of(tmp_path, model_downloads=True)
+    shard = "model-00001-of-00002.safetensors"
+    content = (source / shard).read_bytes()
+    async with HubDouble(NAME, source) as double:
+        monkeypatch.setenv("HF_ENDPOINT", double.url)
+        double.sent_instead[shard] = content[:1000] + b"\x01" * (len(content) - 1000)
+        with pytest.raises(JobDelayed, match="did not arrive as the hub has it"):
+            await resolve_model(NAME, settings)
+        double.sent_instead = {}
+        await resolve_model(NAME, settings)
+    assert (tmp_path / "models" / NAME / shard).read_bytes() == content
+    assert verify_model(NAME, settings) == []
+
+
 async def test_a_hub_without_the_model_says_so(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, quick_hub: None
 ) -> None:

@@ -17,6 +17,8 @@ class HubDouble(LoopbackDouble):
     def __init__(self, model: str, folder: Path, token: str | None = None) -> None:
         self.model, self.folder, self.token = model, folder, token
         self.cut_after: dict[str, int] = {}
+        # Bytes that are sent in place of a file's own.
+        self.sent_instead: dict[str, bytes] = {}
         self.status: int | None = None
         self.error_code: str | None = None
         self.served: list[str] = []
@@ -53,7 +55,7 @@ class HubDouble(LoopbackDouble):
         if not file.is_file():
             await self._refuse(exchange, 404, "EntryNotFound")
             return
-        content = file.read_bytes()
+        content = self.sent_instead.get(name, file.read_bytes())
         asked = exchange.headers.get("range", "")
         start = int(asked.removeprefix("bytes=").rstrip("-")) if asked.startswith("bytes=") else 0
         headers = {

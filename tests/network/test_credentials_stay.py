@@ -287,7 +287,7 @@ async def test_the_hubs_token_stays_at_the_hub(tmp_path: Path, monkeypatch: pyte
     for number, form in enumerate(ABROAD):
         for what in ("info", "file"):
             lured_by[f"acme/{what}-{len(lured_by)}"] = (f"{what} {STATUSES[number % len(STATUSES)]}", form)
-        for what in ("next", "xet-auth", "x-xet-refresh-route"):
+        for what in ("next", "xet-auth", "x-xet-refresh-route") if number in (0, 2, 3, 5) else ():
             lured_by[f"acme/{what}-{len(lured_by)}"] = (what, form)
     commit = "0123456789abcdef0123456789abcdef01234567"
     seen_with_token: set[str] = set()
