@@ -10,6 +10,10 @@ from daemon.report.curve import Curve
 from training import events
 from training.events import Stage
 
+# What the app's page reads of current_metrics. A reader finds every key from the first step on; null: not known.
+_ALWAYS_THERE = dict.fromkeys(
+    ("training_loss", "validation_loss", "learning_rate", "throughput", "gpu_utilization", "gradient_norm")
+)
 # Before training 0-5, by optimizer step 5-95, saving and uploading 95-100.
 STAGE_PROGRESS = {
     Stage.SETUP: 0.5,
@@ -59,13 +63,17 @@ class JobStatus:
         self.stage = Stage.TRAINING
         self.step, self.total_steps, self.epoch = event.step, event.total_steps, int(event.epoch)
         self._raise_progress(5.0 + 90.0 * event.step / max(event.total_steps, 1))
-        self.metrics |= {
-            "training_loss": event.loss,
-            "learning_rate": event.learning_rate,
-            "gradient_norm": event.grad_norm,
-            "throughput": event.tokens_per_second,
-            "gpu_memory_gib": event.gpu_memory_gib,
-        }
+        self.metrics = (
+            _ALWAYS_THERE
+            | self.metrics
+            | {
+                "training_loss": event.loss,
+                "learning_rate": event.learning_rate,
+                "gradient_norm": event.grad_norm,
+                "throughput": event.tokens_per_second,
+                "gpu_memory_gib": event.gpu_memory_gib,
+            }
+        )
         self.seconds_left = self._seconds_left(event)
         self.curve.take_step(
             MetricPoint(

@@ -95,7 +95,10 @@ async def test_the_first_step_makes_the_job_running_and_steps_make_points(claime
     assert (row["status"], row["current_stage"], row["current_step"]) == ("running", "training", 3)
     assert float(row["progress"]) == 5 + 90 * 0.3
     assert [point["step"] for point in claimed.points()] == [1, 2, 3]
-    assert row["current_metrics"]["training_loss"] == 2.0
+    metrics = row["current_metrics"]
+    assert metrics["training_loss"] == 2.0
+    # A page finds each of its keys, also what is not known yet or not on this host.
+    assert metrics["validation_loss"] is metrics["gpu_utilization"] is None
 
 
 async def test_many_events_become_one_write_of_the_row_a_second(claimed: Claimed) -> None:
