@@ -47,11 +47,15 @@ def write_conversations(path: Path, count: int, **options: Any) -> Path:
     return write_dataset(path, [conversation(number, **options) for number in range(count)])
 
 
-def make_tokenizer(template: str | None = CHATML, *, extra_tokens: Sequence[str] = ()) -> Any:
-    """Returns a byte-level BPE tokenizer with 512 words; `<|im_end|>` ends a text, as in Qwen's models."""
+def make_tokenizer(
+    template: str | None = CHATML, *, extra_tokens: Sequence[str] = (), bos: str | None = None, eos: str = "<|im_end|>"
+) -> Any:
+    """Returns a byte-level BPE tokenizer with 512 words; `<|im_end|>` ends a text, as in Qwen's models. `bos` and `eos`
+    may be other tokens, as in Mistral's."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
+    given = [token for token in (bos, eos, *extra_tokens) if token]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -60,14 +64,15 @@ def make_tokenizer(template: str | None = CHATML, *, extra_tokens: Sequence[str]
         [*corpus, "system user assistant\n"],
         trainers.BpeTrainer(
             vocab_size=512,
-            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", *extra_tokens],
+            special_tokens=list(dict.fromkeys(["<|endoftext|>", "<|im_start|>", "<|im_end|>", *given])),
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         ),
     )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
+        bos_token=bos,
+        eos_token=eos,
         pad_token="<|endoftext|>",
         additional_special_tokens=["<|im_start|>", *extra_tokens],
     )
@@ -75,18 +80,21 @@ def make_tokenizer(template: str | None = CHATML, *, extra_tokens: Sequence[str]
     return fast
 
 
-def make_model(folder: Path, architecture: str, *, template: str | None = CHATML, **config: Any) -> Path:
-    """Writes a random model of one of ARCHITECTURES with its tokenizer. `config` overrides single values."""
+def make_model(
+    folder: Path, architecture: str, *, template: str | None = CHATML, tokenizer: Any = None, **config: Any
+) -> Path:
+    """Writes a random model of one of ARCHITECTURES, or a mistral, with its tokenizer. `config` overrides single
+    values."""
     import torch
     import transformers
 
-    tokenizer = make_tokenizer(template)
+    tokenizer = tokenizer or make_tokenizer(template)
     values: dict[str, Any] = {
         **_SHAPE,
         "vocab_size": -(-len(tokenizer) // 64) * 64,
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": None,
+        "bos_token_id": tokenizer.bos_token_id,
         "max_position_embeddings": 2048,
         "tie_word_embeddings": False,
         **_SPECIAL[architecture],
@@ -103,6 +111,7 @@ def make_model(folder: Path, architecture: str, *, template: str | None = CHATML
 _CLASS_PREFIX = {
     "qwen3": "Qwen3",
     "llama": "Llama",
+    "mistral": "Mistral",
     "qwen3_next": "Qwen3Next",
     "qwen3_moe": "Qwen3Moe",
     "mixtral": "Mixtral",
@@ -110,6 +119,7 @@ _CLASS_PREFIX = {
 _SPECIAL: dict[str, dict[str, Any]] = {
     "qwen3": {"intermediate_size": 128, "head_dim": 32},
     "llama": {"intermediate_size": 128},
+    "mistral": {"intermediate_size": 128, "sliding_window": None},
     "qwen3_next": {
         "intermediate_size": 128,
         "head_dim": 32,

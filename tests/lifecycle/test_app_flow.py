@@ -18,6 +18,7 @@ import pytest
 from daemon.schema.migrations import migrate
 from daemon.schema.sql_script import split_statements
 from tests.daemon_process import SCRIPTED, DaemonProcess, eventually
+from tests.doubles.app_routes import LONG, SHORT
 from tests.doubles.receiver import Receiver
 from tests.doubles.storage import StorageDouble
 from tests.lifecycle.queue import write_model_folder
@@ -28,18 +29,6 @@ TESTS = ROOT / "tests"
 SCRIPTS = (TESTS.parent / "sql" / "local" / "supabase.sql", TESTS / "app_schema.sql")
 FINAL = ("completed", "failed", "cancelled")
 
-# The two ways in which the app spells the same wish.
-LONG = {
-    "hyperparameters": {
-        "base_model": "acme/tiny", "learning_rate": 2e-4, "batch_size": 4, "num_epochs": 3, "lora_rank": 16,
-        "lora_alpha": 32, "lora_dropout": 0.05, "warmup_steps": 5, "weight_decay": 0.01,
-    },
-    "gpu_config": {"gpu_type": "H100", "num_gpus": 1, "gpu_memory_gb": 80, "cost_per_gpu_hour": 3.5},
-}  # fmt: skip
-SHORT = {
-    "hyperparameters": {"learning_rate": 2e-4, "batch_size": 4, "epochs": 3, "rank": 16, "alpha": 32, "dropout": 0.05},
-    "gpu_config": {"type": "H100", "count": 1},
-}
 SCRIPT = [
     ["steps", 130, 0.03],
     ["say", "evaluated", {"step": 130, "epoch": 3.0, "validation_loss": 0.9}],
@@ -113,12 +102,9 @@ async def app(living: AppDatabase, tmp_path: Path) -> AsyncIterator[App]:
         yield App(living, storage, receiver, living.insert_user(), tmp_path)
 
 
-@pytest.mark.parametrize("wish", [LONG, SHORT], ids=["long", "short"])
-async def test_a_row_as_the_app_inserts_it_ends_with_all_the_rows_that_the_app_expects(
-    app: App, wish: dict[str, Any]
-) -> None:
+async def test_a_row_as_the_app_inserts_it_ends_with_all_the_rows_that_the_app_expects(app: App) -> None:
     with app.daemon(cost_per_gpu_hour=3.6):
-        job = app.insert(wish, [json.dumps({"script": SCRIPT})])
+        job = app.insert(SHORT, [json.dumps({"script": SCRIPT})])
         row = await app.finished(job)
         await app.receiver.wait_for(lambda all_: any(one.payload["event"] == "job.completed" for one in all_), 30)
     assert row["status"] == "completed", row["error_message"]
@@ -137,7 +123,7 @@ async def test_a_row_as_the_app_inserts_it_ends_with_all_the_rows_that_the_app_e
     assert wanted <= set(artifact["quality_metrics"])
     wanted = {"epochs_completed", "total_steps", "final_loss", "training_duration_hours", "total_cost"}
     assert wanted <= set(artifact["training_summary"])
-    assert artifact["configuration"]["hyperparameters"] == wish["hyperparameters"]
+    assert artifact["configuration"]["hyperparameters"] == SHORT["hyperparameters"]
     # Which model it was, whoever chose it.
     assert artifact["name"].startswith("tiny on ") and artifact["configuration"]["base_model"] == "acme/tiny"
     assert row["base_model"] == row["trained_with"]["base_model"] == "acme/tiny"
