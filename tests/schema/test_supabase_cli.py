@@ -5,7 +5,9 @@ The CLI works on plain Postgres databases here, without Docker. Each stands for 
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -22,6 +24,8 @@ from tests.docs.npm import NpmMissing, installed
 from tests.fronts.pipeline import app_tables
 from tests.paths import ROOT
 from tests.postgres import BINARIES, AppDatabase, Server, app_job, hosted_project, insert_statement
+from tests.sql.lints import findings
+from tests.sql.test_lints import FLAWED
 
 pytestmark = pytest.mark.system
 
@@ -33,6 +37,12 @@ EARLIER = {
 }
 # One that falls between ours, and one after them all.
 BETWEEN = {"20261125000001_between.sql": "ALTER TABLE public.datasets ADD COLUMN colour text DEFAULT 'grey';"}
+# Rules of the dashboard that this edition of the CLI does not have.
+NOT_IN_THE_CLI = {
+    "anon_table_exposed",
+    "anon_security_definer_function_executable",
+    "authenticated_security_definer_function_executable",
+}
 LATER = {"20991231000001_later.sql": "ALTER TABLE public.training_jobs ADD COLUMN note text;"}
 
 
@@ -65,6 +75,12 @@ class SupabaseProject:
 
     def push(self, database: AppDatabase, *options: str, refused: bool = False) -> str:
         return self.run("db", "push", f"--remote={database.dsn}", *options, refused=refused)
+
+    def advice(self, database: AppDatabase) -> set[tuple[str, str]]:
+        """What Supabase's own linter finds, as the CLI brings it: rule and object. No index has been used here yet."""
+        said = self.run("db", "advisors", "--level=info", f"--remote={database.dsn}")
+        found = json.loads(said[said.index("[") : said.rindex("]") + 1]) if "[" in said else []
+        return {(one["name"], one["metadata"]["name"]) for one in found if one["name"] != "unused_index"}
 
     def differences(self, one: AppDatabase, other: AppDatabase) -> list[str]:
         """The statements of `supabase db diff` from one database to the other."""
@@ -205,3 +221,28 @@ def test_a_repaired_record_that_is_wrong_is_put_right(
     assert pending(empty.dsn) == []
     assert migrate(empty.dsn, local=False) == []
     works(empty)
+
+
+def test_supabases_own_linter_finds_nothing_that_our_rules_do_not(
+    project: SupabaseProject, hosted: Callable[[], AppDatabase]
+) -> None:
+    ours, both, flawed = hosted(), hosted(), hosted()
+    migrate(ours.dsn, local=False)
+    assert project.advice(ours) == set()
+    app_tables(both, ("tests/app_schema.sql", "tests/app_pipeline_schema.sql"))
+    bring_up_to_date(both.dsn, local=False, fronts=list(fronts().values()))
+    flawed.run("ALTER TABLE auth.users ADD UNIQUE (email)")
+    for statement in FLAWED.split(";\n")[:-1]:
+        flawed.run(statement)
+    assert project.advice(both) == by_our_rules(both)
+    # Ours also find what nobody could reach.
+    assert len(project.advice(flawed)) > 5 and project.advice(flawed) <= by_our_rules(flawed)
+
+
+def by_our_rules(database: AppDatabase) -> set[tuple[str, str]]:
+    return {(rule, name) for rule, name in map(_ruled, findings(database)) if rule not in NOT_IN_THE_CLI}
+
+
+def _ruled(finding: str) -> tuple[str, str]:
+    rule, subject = finding.split(": ", 1)
+    return rule, re.split(r"[ .:(]", subject)[0]
