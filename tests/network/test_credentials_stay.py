@@ -7,6 +7,7 @@ somebody who listens in plain text, and on another port somebody with a trusted 
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import json
 import os
@@ -331,6 +332,43 @@ async def test_the_hubs_token_stays_at_the_hub(tmp_path: Path, monkeypatch: pyte
     assert seen_with_token == set(lured_by), "each was asked for with the token, at home"
     assert TOKEN not in lures.all_heard
     assert lures.met, "redirects to file servers are followed, without it"
+
+
+TRACKING = """
+import wandb
+try:
+    wandb.init(project="p", settings=wandb.Settings(init_timeout=15, silent=True, console="off", disable_git=True))
+except wandb.Error:
+    print("refused")
+"""
+
+
+@pytest.mark.system
+@pytest.mark.parametrize(
+    ("status", "form"), [(302, "http://{other}{path}"), (307, "http://{home}{path}"), (308, ABROAD[5])]
+)
+async def test_the_key_of_weights_and_biases_follows_no_redirect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, form: str
+) -> None:
+    """Its client is not ours: this says of the version that is installed that it needs no guard of ours."""
+    server, asked = Redirecting(), []
+
+    async def home(exchange: Exchange) -> None:
+        asked.append(exchange.headers.get("authorization"))
+        await server(exchange)
+
+    key = "0123456789" * 4
+    async with lured(tmp_path, home, monkeypatch) as lures:
+        server.status, server.location = status, lures.location(form, "/graphql")
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", TRACKING, cwd=tmp_path, stdout=asyncio.subprocess.PIPE,
+            env={**os.environ, "WANDB_API_KEY": key, "WANDB_BASE_URL": lures.url, "HOME": str(tmp_path)},
+        )  # fmt: skip
+        # Whether it gives up or breaks is its own affair; training goes on without it.
+        await asyncio.wait_for(process.communicate(), 120)
+    sent = base64.b64encode(f"api:{key}".encode()).decode()
+    assert f"Basic {sent}" in asked
+    assert key not in lures.all_heard and sent not in lures.all_heard
 
 
 async def test_a_client_with_a_credential_refuses_any_other_address(
