@@ -20,6 +20,7 @@ import httpx
 import structlog
 import tenacity
 
+from daemon.dataset.object_version import ObjectVersion, version_of
 from daemon.errors import JobDelayed, JobFailed, TrainerError, disk_fault
 from daemon.network.address_rules import AddressRefused, AddressRules, AddressUnknown
 from daemon.network.pinned_client import Target, guarded_client
@@ -39,7 +40,8 @@ FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 30.0
 COPY_BYTES = 1024 * 1024
 
-_CONTENT_RANGE = re.compile(r"^bytes (?P<first>\d+)-\d+/(?P<total>\d+|\*)$")
+# Storage's own status in the body of an HTTP 400.
+_IS_RANGE_REFUSED = re.compile(rb'"statusCode"\s*:\s*"?416\b')
 _SUBMIT_AGAIN = "check the dataset URL and submit again"
 
 
@@ -78,7 +80,7 @@ class _Digest(Protocol):
 
 @dataclass
 class _Transfer:
-    """What is on disk so far, and what proves that the rest belongs to the same object.
+    """What is on disk so far, and which version of the object it is part of.
 
     `known` is the validator of an earlier copy; `unchanged` is True when the server confirms that copy."""
 
@@ -89,7 +91,7 @@ class _Transfer:
     unchanged: bool = False
     received: int = 0
     digest: _Digest = field(default_factory=hashlib.sha256)
-    validator: str | None = None
+    version: ObjectVersion | None = None
     fruitless: int = 0
     counted: int = 0
 
@@ -98,7 +100,7 @@ class _Transfer:
         self.file.truncate()
         self.received = 0
         self.digest = hashlib.sha256()
-        self.validator = None
+        self.version = None
 
     def write(self, piece: bytes) -> None:
         self.file.write(piece)
@@ -174,17 +176,21 @@ async def download(
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
-    return FetchedDataset(to, transfer.received, transfer.digest.hexdigest(), source, transfer.validator)
+    validator = transfer.version.strong_etag if transfer.version is not None else None
+    return FetchedDataset(to, transfer.received, transfer.digest.hexdigest(), source, validator)
 
 
 async def _continue(client: httpx.AsyncClient, rules: AddressRules, url: str, transfer: _Transfer) -> None:
     """Makes one try: asks for what is missing, follows redirects by the rules, writes what arrives."""
     headers = {"Accept-Encoding": "identity", "Accept": "*/*"}
-    if transfer.received and transfer.validator:
-        headers |= {"Range": f"bytes={transfer.received}-", "If-Range": transfer.validator}
+    if transfer.received and transfer.version is not None and transfer.version.can_be_continued:
+        headers["Range"] = f"bytes={transfer.received}-"
+        if transfer.version.strong_etag:
+            # Saves a request where it is heeded. What comes back is compared all the same.
+            headers["If-Range"] = transfer.version.strong_etag
     elif transfer.received:
         await asyncio.to_thread(transfer.restart)
-    elif transfer.known:
+    if not transfer.received and transfer.known:
         headers["If-None-Match"] = transfer.known
     try:
         target = await _checked(rules, url, transfer.source)
@@ -210,43 +216,55 @@ async def _continue(client: httpx.AsyncClient, rules: AddressRules, url: str, tr
 async def _receive(response: httpx.Response, transfer: _Transfer) -> None:
     status = response.status_code
     if status == 304 and transfer.known and not transfer.received:
+        tag, transfer.known = transfer.known, None
+        if response.headers.get("etag", tag).removeprefix("W/") != tag:
+            raise _TransferBroken("the server called another version unchanged")
         transfer.unchanged = True
         return
     if status == 416 and transfer.received:
-        # No bytes after what we have: complete if the server's size agrees, else the file has changed.
-        if response.headers.get("content-range") == f"bytes */{transfer.received}":
-            return
+        # The file is shorter than what we have, or as long: it has changed, for all of the old one would have arrived.
         await asyncio.to_thread(transfer.restart)
         raise _TransferBroken("the file changed while it was read")
     if status not in (200, 206):
-        await _refuse(response, transfer.source)
-    total: int | None = None
-    if status == 206:
-        part = _CONTENT_RANGE.match(response.headers.get("content-range", ""))
-        if part is None or int(part["first"]) != transfer.received:
-            await asyncio.to_thread(transfer.restart)
-            raise _TransferBroken("the server sent another part than the one it was asked for")
-        total = int(part["total"]) if part["total"] != "*" else None
-    elif transfer.received:
-        await asyncio.to_thread(transfer.restart)
+        await _refuse(response, transfer)
+    await _accept_version(response, transfer)
     announced = transfer.received + int(response.headers.get("content-length") or 0)
     if announced > transfer.max_bytes:
         raise _too_large(transfer, f"{announced:,} bytes")
-    if status == 200:
-        transfer.validator = _strong_validator(response)
     # In the network's own pieces: with a fixed size, httpx would drop its buffer on an interruption.
     async for piece in response.aiter_bytes():
         if transfer.received + len(piece) > transfer.max_bytes:
             raise _too_large(transfer, f"more than {transfer.max_bytes:,} bytes")
         await asyncio.to_thread(transfer.write, piece)
+    total = transfer.version.total_bytes if transfer.version is not None else None
     if total is not None and transfer.received < total:
         raise _TransferBroken(f"the server sent {transfer.received:,} of {total:,} bytes")
 
 
-async def _refuse(response: httpx.Response, source: str) -> None:
+async def _accept_version(response: httpx.Response, transfer: _Transfer) -> None:
+    """Compares the answer with what is on disk, which goes on from here or is begun anew."""
+    version = version_of(response)
+    if transfer.received and response.status_code == 200:
+        await asyncio.to_thread(transfer.restart)
+    if transfer.received and transfer.version is not None:
+        difference = transfer.version.difference(version, transfer.received)
+    else:
+        difference = None if version.first_byte == 0 else "the server sent a part that it was not asked for"
+    if difference is not None:
+        await asyncio.to_thread(transfer.restart)
+        raise _TransferBroken(difference)
+    if not transfer.received:
+        transfer.version = version
+
+
+async def _refuse(response: httpx.Response, transfer: _Transfer) -> None:
     """Turns an error status into the exception that says what to do."""
-    status = response.status_code
-    code = _storage_code(await _head_of(response))
+    status, source = response.status_code, transfer.source
+    body = await _head_of(response)
+    if transfer.received and _IS_RANGE_REFUSED.search(body):
+        await asyncio.to_thread(transfer.restart)
+        raise _TransferBroken("the file changed while it was read")
+    code = _storage_code(body)
     if code == "InvalidJWT" or status in (401, 403):
         raise _Rejected(f"the server refuses the URL as expired or not allowed (HTTP {status})")
     if is_transient(status):
@@ -264,14 +282,6 @@ def _storage_code(body: bytes) -> str | None:
     """Finds the error code in the body: Supabase Storage answers with HTTP 400 and puts the real reason there."""
     found = re.search(rb'"error"\s*:\s*"([A-Za-z_ ]{1,40})"', body)
     return found.group(1).decode() if found else None
-
-
-def _strong_validator(response: httpx.Response) -> str | None:
-    """Returns the validator that If-Range needs. With a weak tag or a compressed body a download cannot be resumed."""
-    if response.headers.get("content-encoding", "identity") != "identity":
-        return None
-    tag = response.headers.get("etag")
-    return tag if tag and not tag.startswith("W/") else None
 
 
 async def _checked(rules: AddressRules, url: str, source: str) -> Target:

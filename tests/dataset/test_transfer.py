@@ -22,7 +22,7 @@ from daemon.settings import Settings
 from daemon.storage.folder import FolderStorage
 from daemon.storage.supabase import SIGNED_SECONDS, SupabaseStorage
 from tests.doubles.loopback import Cut, Exchange, LoopbackDouble
-from tests.doubles.storage import SERVICE_KEY, Bucket, StorageDouble
+from tests.doubles.storage import SERVICE_KEY, Bucket, Fault, StorageDouble
 from training.events import ErrorCode
 
 OWNER, OTHER = uuid4(), uuid4()
@@ -52,7 +52,12 @@ class FileServer(LoopbackDouble):
         self.content = content
         self.faults = list(faults)
         self.ranges: list[str | None] = []
-        self.tag = '"first"'
+        # What names this version; None is not sent.
+        self.tag: str | None = '"first"'
+        self.modified: str | None = None
+        self.sent = "Wed, 04 Nov 2026 10:00:00 GMT"
+        # Supabase Storage ignores If-Range.
+        self.heeds_if_range = True
         super().__init__()
 
     @property
@@ -77,10 +82,17 @@ class FileServer(LoopbackDouble):
     async def send(self, exchange: Exchange, stop_after: int | None = None) -> None:
         asked = exchange.headers.get("range")
         start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
-        if exchange.headers.get("if-range", self.tag) != self.tag:
+        if self.heeds_if_range and exchange.headers.get("if-range", self.tag) != self.tag:
             start = 0
+        if start and start >= len(self.content):
+            # As Supabase Storage does it: no Content-Range says how long the object is.
+            body = b'{"statusCode":"416","code":"InvalidRange","error":"InvalidRange","message":"not satisfiable"}'
+            await exchange.answer(416, body, {"Content-Type": "application/json"})
+            return
         body = self.content[start:]
-        headers = {"Content-Length": str(len(body)), "ETag": self.tag}
+        headers = {"Content-Length": str(len(body))}
+        headers |= {"ETag": self.tag} if self.tag is not None else {}
+        headers |= {"Last-Modified": self.modified, "Date": self.sent} if self.modified is not None else {}
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(self.content) - 1}/{len(self.content)}"
         exchange.start_answer(206 if start else 200, headers)
@@ -145,6 +157,136 @@ async def test_a_file_that_changed_in_between_is_read_from_its_start(tmp_path: P
     async with FileServer(LINES, cut_after(held, 5000), change) as server:
         held.append(server)
         fetched = await server.fetch(tmp_path / "d.jsonl")
+    assert fetched.path.read_bytes() == LINES[::-1]
+
+
+MONDAY, TUESDAY = "Mon, 02 Nov 2026 10:00:00 GMT", "Tue, 03 Nov 2026 10:00:00 GMT"
+TURNED = LINES[::-1]
+
+
+@pytest.mark.parametrize("stopped_at", [5000, len(LINES) // 2, len(LINES) - 1])
+@pytest.mark.parametrize(
+    "second", [TURNED[: len(LINES) // 2], TURNED, TURNED + LINES], ids=["shorter", "as long", "longer"]
+)
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (('"first"', None), ('"second"', None)),
+        (('W/"first"', None), ('W/"second"', None)),
+        (('"first"', MONDAY), ('"second"', MONDAY)),
+        ((None, MONDAY), (None, TUESDAY)),
+        (('"first"', None), (None, None)),
+        (('"first"', None), (None, TUESDAY)),
+        ((None, None), ('"second"', None)),
+        ((None, None), (None, None)),
+    ],
+)
+async def test_a_file_that_was_replaced_during_an_interruption_is_never_joined_with_its_successor(
+    tmp_path: Path,
+    stopped_at: int,
+    second: bytes,
+    before: tuple[str | None, str | None],
+    after: tuple[str | None, str | None],
+) -> None:
+    """As Supabase Storage does it: If-Range is ignored, and 206 brings bytes of the new object."""
+    held: list[FileServer] = []
+
+    async def replace(exchange: Exchange) -> bool:
+        held[0].content = second
+        held[0].tag, held[0].modified = after
+        return False
+
+    async with FileServer(LINES, cut_after(held, stopped_at), replace) as server:
+        held.append(server)
+        server.heeds_if_range = False
+        server.tag, server.modified = before
+        fetched = await server.fetch(tmp_path / "d.jsonl")
+    assert fetched.path.read_bytes() == second
+    assert (fetched.bytes, fetched.sha256) == (len(second), hashlib.sha256(second).hexdigest())
+
+
+async def test_a_file_of_another_length_is_another_file_whatever_its_tag(tmp_path: Path) -> None:
+    held: list[FileServer] = []
+
+    async def grow(exchange: Exchange) -> bool:
+        held[0].content = LINES[::-1] + b"{}"
+        return False
+
+    async with FileServer(LINES, cut_after(held, 5000), grow) as server:
+        held.append(server)
+        fetched = await server.fetch(tmp_path / "d.jsonl")
+    assert fetched.path.read_bytes() == LINES[::-1] + b"{}"
+
+
+@pytest.mark.parametrize(("tag", "modified"), [('W/"first"', None), (None, MONDAY), ('"first"', MONDAY)])
+async def test_a_download_goes_on_where_any_validator_proves_that_the_file_is_the_same(
+    tmp_path: Path, tag: str | None, modified: str | None
+) -> None:
+    held: list[FileServer] = []
+    async with FileServer(LINES, cut_after(held, 5000)) as server:
+        held.append(server)
+        server.heeds_if_range = False
+        server.tag, server.modified = tag, modified
+        fetched = await server.fetch(tmp_path / "d.jsonl")
+        assert server.ranges == [None, "bytes=5000-"]
+    assert fetched.path.read_bytes() == LINES
+
+
+async def test_a_date_of_the_same_second_proves_nothing(tmp_path: Path) -> None:
+    held: list[FileServer] = []
+
+    async def replace(exchange: Exchange) -> bool:
+        held[0].content = TURNED
+        return False
+
+    async with FileServer(LINES, cut_after(held, 5000), replace) as server:
+        held.append(server)
+        server.tag, server.modified, server.sent = None, MONDAY, MONDAY
+        fetched = await server.fetch(tmp_path / "d.jsonl")
+    assert fetched.path.read_bytes() == TURNED
+
+
+async def test_a_strong_tag_that_a_proxy_weakened_is_the_same_tag(tmp_path: Path) -> None:
+    held: list[FileServer] = []
+
+    async def weaken(exchange: Exchange) -> bool:
+        held[0].tag = 'W/"first"'
+        return False
+
+    async with FileServer(LINES, cut_after(held, 5000), weaken) as server:
+        held.append(server)
+        server.heeds_if_range = False
+        fetched = await server.fetch(tmp_path / "d.jsonl")
+        assert server.ranges == [None, "bytes=5000-"]
+    assert fetched.path.read_bytes() == LINES
+
+
+@pytest.mark.parametrize("status", [416, 400])
+async def test_a_refused_range_without_content_range_starts_the_download_again(tmp_path: Path, status: int) -> None:
+    held: list[FileServer] = []
+    body = b'{"statusCode":"416","code":"InvalidRange","error":"InvalidRange","message":"not satisfiable"}'
+    async with FileServer(LINES, cut_after(held, 5000), says(status, body)) as server:
+        held.append(server)
+        fetched = await server.fetch(tmp_path / "d.jsonl")
+        assert server.ranges == [None, "bytes=5000-", None]
+    assert fetched.path.read_bytes() == LINES
+
+
+async def test_a_successor_as_long_as_what_had_arrived_is_not_taken_for_the_end(tmp_path: Path) -> None:
+    held: list[FileServer] = []
+    ends = says(416, b"", Content_Range="bytes */5000")
+    async with FileServer(LINES, cut_after(held, 5000), ends) as server:
+        held.append(server)
+        fetched = await server.fetch(tmp_path / "d.jsonl")
+    assert fetched.path.read_bytes() == LINES
+
+
+async def test_unchanged_is_not_believed_under_another_tag(tmp_path: Path) -> None:
+    async with FileServer(LINES) as server:
+        known = await server.fetch(tmp_path / "early")
+        server.content, server.tag = LINES[::-1], '"second"'
+        server.faults = [says(304, ETag='"second"')]
+        fetched = await server.fetch(tmp_path / "d.jsonl", known=known)
     assert fetched.path.read_bytes() == LINES[::-1]
 
 
@@ -355,6 +497,25 @@ async def test_a_url_that_expired_between_two_tries_is_signed_again(
     assert fetched.path.read_bytes() == LINES
     # Once to see where it is, once to start, once because that one expired.
     assert double.count("POST", "/object/sign/") - signed_before == 3
+
+
+async def test_a_stored_dataset_that_is_replaced_between_two_tries_is_read_from_its_start(
+    storage: SupabaseStorage, double: StorageDouble, tmp_path: Path
+) -> None:
+    name = f"{OWNER}/d.jsonl"
+    double.put("lora-datasets", name, LINES)
+    double.fail("GET", "/object/sign/", cut_answer_after=5000)
+
+    def replaced(exchange: Exchange) -> bool:
+        if exchange.headers.get("range"):
+            double.put("lora-datasets", name, TURNED)
+        return False
+
+    double.faults.append(Fault(replaced))
+    settings = settings_of(supabase_url=double.url, supabase_service_role_key=SERVICE_KEY)
+    fetched = await fetch_dataset(job_of().dataset, settings, storage, tmp_path / "d.jsonl")
+    assert fetched.path.read_bytes() == TURNED
+    assert fetched.sha256 == hashlib.sha256(TURNED).hexdigest()
 
 
 @pytest.mark.parametrize("changed", [False, True])
