@@ -209,6 +209,8 @@ class StorageDouble(LoopbackDouble):
             bucket, name = self._signed_object(exchange, path)
             await self._send_object(exchange, bucket, name, fault)
             return
+        if not path.startswith(UPLOADS) and "authorization" not in exchange.headers:
+            raise StorageRefuses(400, "InvalidRequest", "headers must have required property 'authorization'")
         role = self.gate.role(exchange.headers)
         if path.startswith(UPLOADS):
             await self.tus.answer(exchange, path, role, fault)

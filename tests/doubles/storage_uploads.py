@@ -185,7 +185,7 @@ class ResumableUploads:
         await exchange.answer(204, b"", {"Upload-Offset": str(offset), "Tus-Resumable": "1.0.0"})
 
     async def _pieces(self, exchange: Exchange, upload: Upload) -> AsyncIterator[bytes]:
-        """The body, until another request wants the lock."""
+        """The body, until another request wants the lock: what had come by then is kept, and told as a success."""
         wanted = asyncio.ensure_future(upload.wanted.wait())
         pieces = exchange.pieces()
         try:
@@ -196,7 +196,7 @@ class ResumableUploads:
                     await asyncio.wait({piece}, timeout=self.drain_seconds)
                 if not piece.done():
                     piece.cancel()
-                    raise Cut("another request wants the lock")
+                    return
                 if (came := piece.result()) is None:
                     return
                 yield came
