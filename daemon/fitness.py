@@ -1,7 +1,7 @@
 """Whether this host can work at all: its broken parts, and the probes that find them repaired.
 
 A host with a fault claims nothing (daemon.worker), says so in its row, and is probed until the broken part works again.
-A probe does what a job does: it writes and syncs a file, starts a trainer, computes on the GPU.
+A probe does what a job does: it writes and syncs a file, asks the storage, starts a trainer, computes on the GPU.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from typing import assert_never
 
 import structlog
 
+from daemon.errors import JobError
 from daemon.host.disk_probe import probe_disk
 from daemon.host.inspect import Host, find_gpus
 from daemon.sentence import as_sentence
 from daemon.settings import Settings
+from daemon.storage.interface import Storage
 from daemon.trainer.process import TrainerProcess
 from daemon.trainer.run_selfcheck import run_selfcheck
 from daemon.troubles import Troubles
@@ -32,16 +34,21 @@ PROBE_BYTES = 4 * 2**20
 MIN_FREE_BYTES = 256 * 2**20
 # Importing torch, transformers, peft and trl takes 5 s from a warm page cache and a minute from a cold network volume.
 START_SECONDS = 180.0
+# Storage that does not answer for this long at the start is away: nothing is claimed until it answers.
+ANSWER_SECONDS = 10.0
 
 
 class Fitness:
     """The broken parts of this host. `on_mended` is called when the last of them works again."""
 
-    def __init__(self, settings: Settings, host: Host, command: tuple[str, ...], troubles: Troubles) -> None:
+    def __init__(
+        self, settings: Settings, host: Host, command: tuple[str, ...], troubles: Troubles, storage: Storage
+    ) -> None:
         self._settings = settings
         self._host = host
         self._command = command
         self._troubles = troubles
+        self._storage = storage
         self._broken: dict[HostPart, str] = {}
         self._changed = asyncio.Event()
         self.on_mended: Callable[[], None] = lambda: None
@@ -59,11 +66,10 @@ class Fitness:
         self._changed.set()
 
     async def look(self) -> None:
-        """Checks before the first claim that the disks can be written."""
-        on_disk: list[HostPart] = ["work folder"]
-        if self._settings.effective_storage == "folder":
-            on_disk.append("storage folder")
-        for part in on_disk:
+        """Checks before the first claim that the disks can be written and the storage takes our key."""
+        parts: list[HostPart] = ["work folder"]
+        parts.append("storage folder" if self._settings.effective_storage == "folder" else "storage")
+        for part in parts:
             if (fault := await self.probe(part)) is not None:
                 self.report(part, fault)
 
@@ -97,12 +103,24 @@ class Fitness:
                 return await asyncio.to_thread(probe_folder, self._settings.models_dir)
             case "storage folder":
                 return await asyncio.to_thread(probe_folder, self._settings.storage_dir)
+            case "storage":
+                return await self._probe_storage()
             case "trainer":
                 return await self._probe_trainer()
             case "GPU":
                 return await self._probe_gpu()
             case _:
                 assert_never(part)
+
+    async def _probe_storage(self) -> str | None:
+        """With a key that is not the service role's, every job would fail as if its dataset were not there."""
+        try:
+            await asyncio.wait_for(self._storage.prove(), ANSWER_SECONDS)
+        except JobError as error:
+            return error.for_the_operator
+        except TimeoutError:
+            return f"{self._settings.supabase_url} did not answer within {ANSWER_SECONDS:.0f} s"
+        return None
 
     async def _probe_trainer(self) -> str | None:
         """Starts a trainer as the pool does: it reports that it is ready once the libraries are imported."""
@@ -138,6 +156,8 @@ ADVICE: dict[HostPart, str] = {
     "work folder": "Mount the volume, free space on it, or set TRAINER_WORK_DIR to a writable folder",
     "models folder": "Mount the volume, free space on it, or set TRAINER_MODELS_DIR to a larger disk",
     "storage folder": "Free space, or set TRAINER_STORAGE_DIR to a folder that the daemon may write",
+    "storage": "Set SUPABASE_URL and SUPABASE_SERVICE_ROLE_KEY to the URL and the service_role (or sb_secret_) key of "
+    "one project; `brightrun-trainer doctor` shows what is wrong",
     "trainer": "Install the libraries with constraints.txt; `brightrun-trainer doctor` shows what is wrong",
     "GPU": "Look at nvidia-smi and dmesg for Xid errors; the pod may have to be replaced",
 }

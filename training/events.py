@@ -46,7 +46,7 @@ class Stage(StrEnum):
 
 
 # The parts of a host that can be broken, whatever the job.
-HostPart = Literal["work folder", "models folder", "storage folder", "trainer", "GPU"]
+HostPart = Literal["work folder", "models folder", "storage folder", "storage", "trainer", "GPU"]
 
 # Exit status of a trainer that was asked to stop and saved a checkpoint (EX_TEMPFAIL).
 EXIT_STOPPED = 75

@@ -73,7 +73,7 @@ class Collaborators:
             storage=storage,
             courier=courier,
             trainers=TrainerPool(settings, host, trainer_command),
-            fitness=Fitness(settings, host, trainer_command, troubles),
+            fitness=Fitness(settings, host, trainer_command, troubles, storage),
             platform_price=platform_price,
             troubles=troubles,
             redaction=Redaction.of(settings, (host.hostname, host.pod_id)),

@@ -16,7 +16,7 @@ from daemon.database.connection import Database
 from daemon.database.listener import Listener
 from daemon.doctor.check_result import CheckResult, green, red, yellow
 from daemon.doctor.dispatcher_check import check_older_dispatcher
-from daemon.errors import DatabaseAway, HostFault, HostUnfit, JobError
+from daemon.errors import DatabaseAway, HostFault, HostUnfit, JobError, JobFailed
 from daemon.fitness import ADVICE
 from daemon.pod.lifetime import pod_environment
 from daemon.pod.runpod_api import RunPod, RunPodError
@@ -243,7 +243,10 @@ async def check_storage(settings: Settings) -> CheckResult:
         await storage.delete(object_path)
         try:
             await storage.check(LARGE_ADAPTER_BYTES)
-        except JobError as error:
+            await storage.try_large_upload(f"doctor/{uuid4().hex}.tar.gz", LARGE_ADAPTER_BYTES)
+        except HostFault:
+            raise
+        except JobFailed as error:
             return yellow(name, f"works, but small: {error.message}", "raise the bucket's file size limit")
     except HostFault as fault:
         return red(name, fault.for_the_operator, ADVICE[fault.part])

@@ -87,8 +87,14 @@ class Storage(Protocol):
     async def delete(self, object_path: str) -> None:
         """Deletes the object; an absent one is no error."""
 
+    async def prove(self) -> None:
+        """Raises HostFault, or JobDelayed, if this host cannot work with the storage at all, whatever the job."""
+
     async def check(self, expected_bytes: int) -> None:
         """Checks before hours of training that the bucket exists (or creates it) and accepts a file of this size."""
+
+    async def try_large_upload(self, object_path: str, size: int) -> None:
+        """Begins an upload of this size and takes it back. Raises what the upload would."""
 
     async def close(self) -> None:
         """Closes connections."""

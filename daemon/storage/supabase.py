@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import mimetypes
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,9 +20,8 @@ import tenacity
 from storage3 import AsyncStorageClient
 from storage3.exceptions import StorageApiError
 
-from daemon.errors import JobDelayed, JobError, JobFailed, disk_fault
+from daemon.errors import HostFault, JobDelayed, JobFailed, disk_fault
 from daemon.network.endpoint_client import at_endpoint, endpoint_client
-from daemon.network.retry_after import is_transient
 from daemon.storage import tus
 from daemon.storage.interface import (
     DatasetSource,
@@ -35,7 +33,10 @@ from daemon.storage.interface import (
     safe_object_path,
     upload_mismatch,
 )
-from daemon.storage.tus import TusUpload, UploadGone, UploadInterrupted, UploadRefused
+from daemon.storage.object_types import STORED_TYPES, takes, type_of
+from daemon.storage.refusals import Absent, job_error, may_pass, reason_of, refuses_the_key
+from daemon.storage.service_key import direct_host, key_fault
+from daemon.storage.tus import TusUpload, UploadGone, UploadInterrupted, UploadRefused, try_upload
 from training.events import ErrorCode
 from training.files.durable_files import READ_BYTES, beside, put_in_place, sync
 
@@ -53,9 +54,6 @@ LONGEST_WAIT_SECONDS = 20.0
 # A TUS upload that the server has forgotten is started again, up to this many times.
 BEGINNINGS = 3
 
-# What an attempt stores: archive; weights and log; configuration and manifest; chart.
-STORED_TYPES = ("application/gzip", "application/octet-stream", "application/json", "image/png")
-
 Result = TypeVar("Result")
 
 
@@ -68,11 +66,13 @@ class SupabaseStorage:
         service_key: str,
         bucket: str = "lora-models",
         *,
+        large_files_url: str | None = None,
         first_wait_seconds: float = FIRST_WAIT_SECONDS,
     ) -> None:
         self._location = Location(url.rstrip("/"), bucket)
         self._base = f"{url.rstrip('/')}/storage/v1"
-        self._tus_endpoint = f"{_direct_host(url.rstrip('/'))}/storage/v1/upload/resumable"
+        self._tus_endpoint = f"{large_files_url or direct_host(url.rstrip('/'))}/storage/v1/upload/resumable"
+        self._key_fault = key_fault(url, service_key)
         self._bucket = bucket
         self._first_wait_seconds = first_wait_seconds
         self._headers = {"apikey": service_key}
@@ -102,11 +102,21 @@ class SupabaseStorage:
 
         try:
             return SignedUrl(await self._retried(sign, f"signing {bucket}/{path}", ErrorCode.DATASET_UNREACHABLE))
-        except _Absent as error:
+        except Absent as error:
+            await self._require_bucket_of(bucket, path)
             raise dataset_absent(bucket, path) from error
 
     async def exists(self, object_path: str) -> bool:
         return await self._stored_size(object_path) is not None
+
+    async def _is_there(self, object_path: str) -> bool:
+        """False too if the storage does not say."""
+        try:
+            return await self.exists(object_path)
+        except HostFault:
+            raise
+        except JobDelayed:
+            return False
 
     async def verify(self, object_path: str, size: int, sha256: str) -> bool:
         stored = await self._stored_size(object_path)
@@ -123,7 +133,7 @@ class SupabaseStorage:
 
         try:
             return await self._retried(read_back, f"reading back {self._bucket}/{object_path}") == (size, sha256)
-        except _Absent:
+        except Absent:
             return False
 
     async def download(self, object_path: str, to: Path) -> StoredObject:
@@ -144,7 +154,7 @@ class SupabaseStorage:
                 # Not in the same thread as the rename: a thread would go on and rename after we were cancelled.
                 await asyncio.to_thread(sync, hidden)
                 put_in_place(hidden, to)
-        except _Absent as error:
+        except Absent as error:
             raise object_absent(self._bucket, object_path) from error
         except OSError as error:
             raise disk_fault("work folder", to.parent, error) from error
@@ -156,7 +166,7 @@ class SupabaseStorage:
 
         try:
             await self._retried(remove, f"deleting {self._bucket}/{object_path}")
-        except _Absent:
+        except Absent:
             return
 
     async def upload(self, local: Path, object_path: str, *, sha256: str, resume_dir: Path) -> StoredObject:
@@ -178,25 +188,16 @@ class SupabaseStorage:
             return StoredObject(object_path, size, sha256)
         raise upload_mismatch(f"{self._bucket}/{object_path}", size, sha256)
 
+    async def prove(self) -> None:
+        if self._key_fault is not None:
+            message = "The storage key of this host is not the one that it needs."
+            raise HostFault("storage", ErrorCode.UPLOAD_FAILED, message, detail=self._key_fault)
+        await self._limits()
+
     async def check(self, expected_bytes: int) -> None:
-        async def limits() -> tuple[int | None, list[str] | None, bool]:
-            found = await self._api.get_bucket(self._bucket)
-            return found.file_size_limit, found.allowed_mime_types, found.public
-
-        async def create() -> None:
-            try:
-                await self._api.create_bucket(self._bucket, options={"public": False})
-            except StorageApiError as error:
-                # Another daemon created it first.
-                if _status_of(error) != 409:
-                    raise
-
-        try:
-            limit, types, public = await self._retried(limits, f"looking at bucket {self._bucket}")
-        except _Absent:
-            await self._retried(create, f"creating bucket {self._bucket}")
-            log.info("bucket_created", bucket=self._bucket)
-            limit, types, public = await self._retried(limits, f"looking at bucket {self._bucket}")
+        if self._key_fault is not None:
+            await self.prove()
+        limit, types, public = await self._limits()
         if public:
             log.warning("bucket_is_public", bucket=self._bucket, hint="anybody can download adapters; make it private")
         if limit is not None and expected_bytes > limit:
@@ -206,13 +207,67 @@ class SupabaseStorage:
                 f"may have {limit:,}",
                 "raise the bucket's file size limit, or lower lora_rank",
             )
-        refused = [kind for kind in STORED_TYPES if not _takes(types, kind)]
+        refused = [kind for kind in STORED_TYPES if not takes(types, kind)]
         if refused:
             raise JobFailed(
                 ErrorCode.UPLOAD_FAILED,
                 f"the bucket {self._bucket} accepts only {', '.join(types or [])}, not {', '.join(refused)}",
                 "add these MIME types to the bucket's list of allowed ones, or remove the list",
             )
+
+    async def try_large_upload(self, object_path: str, size: int) -> None:
+        """See Storage. The server may have limits that no bucket shows."""
+        name = f"beginning a resumable upload of {size:,} bytes to {self._bucket}/{object_path}"
+        endpoint, headers, metadata = self._tus_endpoint, self._headers, self._metadata(object_path)
+        try:
+            await self._retried(lambda: try_upload(self._client, endpoint, headers, metadata, size), name)
+        except HostFault as error:
+            if not self._leave_direct_host(str(error)):
+                raise
+            await self.try_large_upload(object_path, size)
+
+    async def _limits(self) -> tuple[int | None, list[str] | None, bool]:
+        """The limits of the bucket for adapters, which is made if it is not there."""
+
+        async def create() -> None:
+            try:
+                await self._api.create_bucket(self._bucket, options={"public": False})
+            except StorageApiError as error:
+                # Another daemon created it first.
+                if reason_of(error)[0] != 409:
+                    raise
+
+        try:
+            return await self._look_at(self._bucket)
+        except Absent:
+            await self._retried(create, f"creating bucket {self._bucket}")
+            log.info("bucket_created", bucket=self._bucket)
+            return await self._look_at(self._bucket)
+
+    async def _look_at(self, bucket: str) -> tuple[int | None, list[str] | None, bool]:
+        async def limits() -> tuple[int | None, list[str] | None, bool]:
+            found = await self._api.get_bucket(bucket)
+            return found.file_size_limit, found.allowed_mime_types, found.public
+
+        return await self._retried(limits, f"looking at bucket {bucket}")
+
+    async def _require_bucket_of(self, bucket: str, path: str) -> None:
+        """An object is absent only in a bucket that we see: a key that may not read is told "not found" as well.
+
+        Raises HostFault if the key sees no bucket, JobDelayed if only this one is not there."""
+        try:
+            await self._look_at(bucket)
+        except Absent as error:
+            await self.prove()
+            raise JobDelayed(
+                ErrorCode.DATASET_UNREACHABLE,
+                f"the dataset {bucket}/{path} cannot be read: the project's storage has no bucket {bucket}",
+                "the operator must create the bucket, or correct storage_bucket in the dataset's row",
+            ) from error
+
+    def _metadata(self, object_path: str) -> dict[str, str]:
+        kind = type_of(object_path)
+        return {"bucketName": self._bucket, "objectName": object_path, "contentType": kind, "cacheControl": "3600"}
 
     async def _upload_whole(self, local: Path, object_path: str) -> None:
         content = await asyncio.to_thread(local.read_bytes)
@@ -226,12 +281,10 @@ class SupabaseStorage:
             if tries > 1 and await self.exists(object_path):
                 return
             try:
-                await self._api.from_(self._bucket).upload(
-                    object_path, content, {"content-type": _type_of(object_path)}
-                )
+                await self._api.from_(self._bucket).upload(object_path, content, {"content-type": type_of(object_path)})
             except StorageApiError as error:
                 # An earlier try stored it after all: the caller reads it back and decides.
-                if _status_of(error) != 409:
+                if reason_of(error)[0] != 409:
                     raise
 
         await self._retried(send, f"uploading {self._bucket}/{object_path} ({len(content):,} bytes)")
@@ -239,17 +292,11 @@ class SupabaseStorage:
     async def _upload_resumable(self, local: Path, object_path: str, size: int, sha256: str, resume_dir: Path) -> None:
         await asyncio.to_thread(resume_dir.mkdir, parents=True, exist_ok=True)
         name = f"uploading {self._bucket}/{object_path} ({size:,} bytes)"
-        metadata = {
-            "bucketName": self._bucket,
-            "objectName": object_path,
-            "contentType": _type_of(object_path),
-            "cacheControl": "3600",
-        }
+        metadata = self._metadata(object_path)
         for _ in range(BEGINNINGS):
+            where = (self._client, self._tus_endpoint, self._headers)
             upload = TusUpload(
-                self._client,
-                self._tus_endpoint,
-                self._headers,
+                *where,
                 metadata,
                 local,
                 sha256=sha256,
@@ -259,22 +306,42 @@ class SupabaseStorage:
             try:
                 await upload.run()
             except UploadInterrupted as error:
-                # The upload's address stays on disk: the next attempt resumes from it.
-                raise _job_error(503, "", str(error), name) from error
+                # The upload's address stays on disk: the next attempt resumes from it. A name that has an object by now
+                # is refused by cutting the connection; the caller reads that object back.
+                if await self._is_there(object_path):
+                    return
+                raise job_error(503, "", str(error), name) from error
             except UploadGone:
-                # Finished although the answer was lost, or expired: the caller reads it back and finds out.
+                # Finished although the answer was lost, or expired: the caller reads it back and finds out. Forgotten
+                # only after an answer, which a key that is not accepted does not get.
+                found = await self.exists(object_path)
                 upload.forget()
-                if await self.exists(object_path):
+                if found:
                     return
             except UploadRefused as error:
+                if refuses_the_key(error.status, error.code):
+                    # What is stored is kept: the key may be corrected.
+                    if self._leave_direct_host(str(error)):
+                        continue
+                    raise job_error(error.status, error.code, error.message, name) from error
                 upload.forget()
                 if error.status == 409:
                     return
-                raise _job_error(error.status, error.code, str(error), name) from error
+                raise job_error(error.status, error.code, error.message, name) from error
             else:
                 upload.forget()
                 return
-        raise _job_error(404, "", f"the storage forgot the upload {BEGINNINGS} times", name)
+        raise job_error(404, "", f"the storage forgot the upload {BEGINNINGS} times", name)
+
+    def _leave_direct_host(self, reason: str) -> bool:
+        """Sends large files by the project's URL from now on. False if they go there already."""
+        endpoint = f"{self._base}/upload/resumable"
+        if self._tus_endpoint == endpoint:
+            return False
+        # The newer keys are exchanged by the gateway, which the direct host may not have.
+        log.warning("direct_storage_host_left", endpoint=endpoint, reason=reason)
+        self._tus_endpoint = endpoint
+        return True
 
     async def _stored_size(self, object_path: str) -> int | None:
         """Bytes in storage, None if absent, _UNKNOWN_SIZE if the server does not report a size."""
@@ -286,7 +353,7 @@ class SupabaseStorage:
 
         try:
             return await self._retried(ask, f"looking for {self._bucket}/{object_path}")
-        except _Absent:
+        except Absent:
             return None
 
     @asynccontextmanager
@@ -307,7 +374,7 @@ class SupabaseStorage:
         """Retries transient errors, and turns the remaining ones into an error that a row can show."""
         try:
             async for attempt in tenacity.AsyncRetrying(
-                retry=tenacity.retry_if_exception(_may_pass),
+                retry=tenacity.retry_if_exception(may_pass),
                 stop=tenacity.stop_after_attempt(TRIES),
                 wait=tenacity.wait_exponential_jitter(
                     self._first_wait_seconds, max=LONGEST_WAIT_SECONDS, jitter=self._first_wait_seconds
@@ -316,79 +383,17 @@ class SupabaseStorage:
             ):
                 with attempt:
                     return await action()
-        except StorageApiError as error:
-            raise _job_error(_status_of(error), error.code, _message_of(error), name, code) from error
+        except (StorageApiError, UploadRefused) as error:
+            raise job_error(*reason_of(error), name, code) from error
+        except UploadInterrupted as error:
+            raise job_error(503, "", str(error), name, code) from error
         except httpx.TransportError as error:
-            raise _job_error(503, "", f"no answer ({type(error).__name__})", name, code) from error
+            raise job_error(503, "", f"no answer ({type(error).__name__})", name, code) from error
         except ValueError as error:
             message = "the answer is not Supabase Storage's; check SUPABASE_URL"
-            raise _job_error(502, "", message, name, code) from error
+            raise job_error(502, "", message, name, code) from error
         raise AssertionError("tenacity either returned or raised")
 
 
 # What `_stored_size` returns when the server does not report a size.
 _UNKNOWN_SIZE = -1
-
-
-class _Absent(JobDelayed):
-    """Object or bucket not found; most callers in this module expect it."""
-
-
-def _may_pass(error: BaseException) -> bool:
-    if isinstance(error, StorageApiError):
-        return is_transient(_status_of(error))
-    return isinstance(error, httpx.TransportError)
-
-
-def _status_of(error: StorageApiError) -> int:
-    """Storage's own status: a string inside the body of an HTTP 400, sometimes a number, sometimes a word."""
-    text = str(error.status)
-    return int(text) if text.isdigit() else 400
-
-
-def _message_of(error: StorageApiError) -> str:
-    """Storage's own message. For other servers' answers the vendor's client passes on their whole text."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, httpx.HTTPStatusError):
-        cause = cause.__cause__ or cause.__context__
-    if cause is None:
-        return error.message
-    status, code, message = tus.unfold_error(cause.response)
-    return message or f"HTTP {status} {code}"
-
-
-def _job_error(
-    status: int, code: str, message: str, name: str, error_code: ErrorCode = ErrorCode.UPLOAD_FAILED
-) -> JobError:
-    said = f"{name} failed: {code + ': ' if code and not message.startswith(code) else ''}{message}"
-    if status == 413:
-        return JobFailed(error_code, said, "raise the file size limit of the bucket or project, or lower lora_rank")
-    if status == 415 or code == "InvalidKey":
-        return JobFailed(error_code, said, "the operator must allow this name and MIME type in the bucket")
-    if status == 404:
-        return _Absent(error_code, said, "check that the bucket exists")
-    if status in (401, 403) or code in ("InvalidJWT", "Unauthorized"):
-        # Not the user's fault, and not permanent: keys are rotated, and another host may have the right one.
-        return JobDelayed(error_code, said, "the operator must check SUPABASE_SERVICE_ROLE_KEY")
-    return JobDelayed(
-        error_code, said, "the next attempt continues from here; if it fails again, check the status of the storage"
-    )
-
-
-def _direct_host(url: str) -> str:
-    """Returns the host for large files, which bypasses a hosted project's API gateway: <ref>.storage.supabase.co."""
-    parsed = httpx.URL(url)
-    project, _, domain = parsed.host.partition(".")
-    return f"https://{project}.storage.{domain}" if domain in ("supabase.co", "supabase.in") else url
-
-
-def _type_of(object_path: str) -> str:
-    if object_path.endswith(".tar.gz"):
-        return "application/gzip"
-    if object_path.endswith(".jsonl"):
-        return "application/octet-stream"
-    return mimetypes.guess_type(object_path)[0] or "application/octet-stream"
-
-
-def _takes(allowed: list[str] | None, kind: str) -> bool:
-    return not allowed or any(entry in ("*/*", kind, f"{kind.partition('/')[0]}/*") for entry in allowed)

@@ -49,6 +49,7 @@ class UploadRefused(TrainerError):
         super().__init__(f"{code}: {message}" if message else code)
         self.status = status
         self.code = code
+        self.message = message
 
 
 class UploadGone(TrainerError):
@@ -145,10 +146,7 @@ class TusUpload:
                 offset = await self._send_chunk(url, file, offset)
 
     async def _create(self) -> str:
-        encoded = ",".join(
-            f"{key} {base64.b64encode(value.encode()).decode()}" for key, value in self._metadata.items()
-        )
-        headers = {**self._headers, "Upload-Length": str(self._size), "Upload-Metadata": encoded, "Content-Length": "0"}
+        headers = self._headers | creation_headers(self._size, self._metadata)
         response = await self._client.post(self._endpoint, headers=headers)
         if response.status_code != 201 or "location" not in response.headers:
             raise refusal(response)
@@ -214,28 +212,57 @@ class TusUpload:
         return min(max(self._first_wait_seconds * 2.0 ** (self._fruitless - 1), asked), LONGEST_WAIT_SECONDS)
 
 
+async def try_upload(
+    client: httpx.AsyncClient, endpoint: str, headers: Mapping[str, str], metadata: Mapping[str, str], size: int
+) -> None:
+    """Creates an upload of this size and deletes it again: what the server refuses, it refuses before the first byte.
+
+    Raises UploadRefused, UploadInterrupted, or httpx's errors."""
+    headers = {**headers, "Tus-Resumable": "1.0.0"}
+    response = await client.post(endpoint, headers=headers | creation_headers(size, metadata))
+    if response.status_code != 201 or "location" not in response.headers:
+        raise refusal(response)
+    with contextlib.suppress(ValueError):
+        # An upload that cannot be deleted expires by itself.
+        await client.delete(beneath_endpoint(endpoint, response.headers["location"]), headers=headers)
+
+
+def creation_headers(size: int, metadata: Mapping[str, str]) -> dict[str, str]:
+    encoded = ",".join(f"{key} {base64.b64encode(value.encode()).decode()}" for key, value in metadata.items())
+    return {"Upload-Length": str(size), "Upload-Metadata": encoded, "Content-Length": "0"}
+
+
 def refusal(response: httpx.Response) -> UploadRefused | UploadGone | UploadInterrupted:
     """Classifies an error response. Storage puts the real status into the body of an HTTP 400, as a string."""
     status, code, message = unfold_error(response)
-    # 423: an earlier request of ours still locks the upload. 409: a duplicate is permanent; a wrong offset is not, and
-    # only PATCH and HEAD can get that one.
-    if is_transient(status) or (status == 409 and response.request.method != "POST"):
-        return UploadInterrupted(f"the storage answered {status} {code}", retry_after_seconds(response))
-    if status in (404, 410) and response.request.method != "POST":
+    begun = response.request.method != "POST"
+    # 423: an earlier request of ours still locks the upload. 409: a duplicate is permanent; a wrong offset is not.
+    if is_transient(status) or (status == 409 and begun and "already exists" not in message):
+        return UploadInterrupted(f"the storage answered {status} {message or code}", retry_after_seconds(response))
+    # A HEAD is refused without a word: 400 is an upload that is none, or a key that is not accepted. Whoever goes on
+    # hears which.
+    if begun and (status in (404, 410) or (status == 400 and response.request.method == "HEAD")):
         return UploadGone(f"the storage no longer knows the upload ({status})")
     return UploadRefused(status, code, message)
 
 
 def unfold_error(response: httpx.Response) -> tuple[int, str, str]:
-    """(status, code, message) of a Storage error: {"statusCode": "404", "error": "not_found", "message": "…"}."""
+    """(status, code, message) of a Storage error: {"statusCode": "404", "code": "NoSuchKey", "message": "…"}.
+
+    Resumable uploads are refused in plain text with the real status."""
     status, code, message = response.status_code, response.reason_phrase or "error", ""
     if is_page(response):
         return status, "error", said_by_page(status)
-    with contextlib.suppress(ValueError, TypeError, AttributeError):
+    try:
         body = response.json()
         status = int(body.get("statusCode") or status)
-        code = str(body.get("error") or body.get("code") or code)
+        # `error` is the older name of the same; where it is a sentence, `code` is still a word.
+        code = str(body.get("code") or body.get("error") or code)
         message = str(body.get("message") or "")
+    except (ValueError, TypeError, AttributeError):
+        # The header proves that the upload server itself says it: another server's text reaches no row.
+        if "tus-resumable" in response.headers:
+            message = " ".join(response.text.split())
     return status, code[:100], message[:300]
 
 

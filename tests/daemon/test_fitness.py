@@ -12,6 +12,7 @@ from daemon import fitness
 from daemon.fitness import Fitness, probe_folder
 from daemon.host.inspect import Gpu, Host
 from daemon.settings import Settings
+from daemon.storage.folder import FolderStorage
 from daemon.trainer.run_selfcheck import Selfcheck, read_selfcheck
 from daemon.troubles import Troubles
 
@@ -40,7 +41,7 @@ async def test_a_card_is_mended_when_it_computes(
     monkeypatch.setattr(fitness, "run_selfcheck", selfcheck)
     monkeypatch.setattr(fitness, "find_gpus", lambda: (CARD,))
     settings = Settings(_env_file=None, database_url="postgresql://x", work_dir=tmp_path)
-    assert await Fitness(settings, HOST, (), Troubles()).probe("GPU") == fault
+    assert await Fitness(settings, HOST, (), Troubles(), FolderStorage(tmp_path)).probe("GPU") == fault
 
 
 def test_a_folder_that_gives_back_other_bytes_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from daemon.read_settings import load_settings
 from daemon.settings import Settings
 from daemon.trainer.run_selfcheck import read_selfcheck
 from tests.doubles.storage import Bucket, StorageDouble
+from tests.doubles.storage_keys import ANON_KEY, PUBLISHABLE_KEY
 from tests.forked_process import PipedProcess, forker
 from tests.lifecycle.queue import write_model_folder
 from tests.paths import COMMAND_LINE, ROOT
@@ -335,6 +336,25 @@ async def test_storage_is_written_read_and_left_empty(storage: StorageDouble, tm
     finding = await check_storage(with_storage(storage, tmp_path))
     assert finding.light is Status.GREEN, finding
     assert not [file for file in storage.path_of("lora-models", "").rglob("*") if file.is_file()]
+
+
+async def test_a_resumable_upload_is_tried_and_taken_back(storage: StorageDouble, tmp_path: Path) -> None:
+    """The project's own limit is in no bucket's row."""
+    storage.file_size_limit = 50 * 2**20
+    small = await check_storage(with_storage(storage, tmp_path))
+    assert_red(small, "Maximum size exceeded", "size limit", light=Status.YELLOW)
+    storage.file_size_limit = None
+    assert (await check_storage(with_storage(storage, tmp_path))).light is Status.GREEN
+    assert [upload.gone_with for upload in storage.uploads.values()] == [404]
+
+
+@pytest.mark.parametrize(("key", "said"), [(ANON_KEY, "anon key"), (PUBLISHABLE_KEY, "publishable key")])
+async def test_a_key_of_the_browsers_is_told_by_its_name(
+    storage: StorageDouble, tmp_path: Path, key: str, said: str
+) -> None:
+    finding = await check_storage(with_storage(storage, tmp_path, supabase_service_role_key=key))
+    assert_red(finding, said, "SUPABASE_SERVICE_ROLE_KEY")
+    assert key not in repr(finding)
 
 
 async def test_a_wrong_key_a_narrow_bucket_and_a_small_one_are_told_apart(

@@ -190,6 +190,7 @@ class StorageDouble(LoopbackDouble):
         except GatewayRefuses as refused:
             await exchange.answer(401, json.dumps({"message": str(refused)}).encode(), _JSON)
         except KeyRefused as refused:
+            await exchange.body()  # read to its end, unlike where a body has been looked into
             await _refuse(exchange, 403, "Unauthorized", str(refused), shown=400)
         except StorageRefuses as refused:
             await _refuse(exchange, refused.status, refused.error, refused.message, shown=refused.shown)
@@ -236,6 +237,12 @@ class StorageDouble(LoopbackDouble):
                 raise StorageRefuses(404, "not_found", f"Route {method}:{path} not found", shown=404)
 
     # -- buckets and small requests -------------------------------------------------------------------------------
+
+    async def _bucket_for(self, exchange: Exchange, name: str) -> Bucket:
+        """The bucket that an object is sent to; its body is read all the same."""
+        if name not in self.buckets:
+            await exchange.body()
+        return self._bucket(name)
 
     def _bucket(self, name: str) -> Bucket:
         if name not in self.buckets:
@@ -302,7 +309,7 @@ class StorageDouble(LoopbackDouble):
     # -- whole objects --------------------------------------------------------------------------------------------
 
     async def _upload(self, exchange: Exchange, bucket_name: str, name: str, role: str, fault: Fault | None) -> None:
-        bucket = self._bucket(bucket_name)
+        bucket = await self._bucket_for(exchange, bucket_name)
         if not self.is_key(name):
             raise StorageRefuses(400, "InvalidKey", f"Invalid key: {name}")
         pieces = exchange.pieces()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import sys
@@ -13,6 +14,8 @@ from uuid import UUID
 import pytest
 
 from tests.daemon_process import eventually
+from tests.doubles.storage_keys import ANON_KEY, make_key
+from tests.lifecycle.project import Project
 from tests.lifecycle.queue import Queue
 from tests.paths import SCRIPTED_TRAINER
 
@@ -25,6 +28,11 @@ def worker_rows(queue: Queue) -> list[dict[str, Any]]:
 
 def returned(queue: Queue, job: UUID) -> list[dict[str, Any]]:
     return [event for event in queue.events(job) if event["kind"] == "returned"]
+
+
+def queued(queue: Queue, job: UUID) -> dict[str, Any] | None:
+    row = queue.row(job)
+    return row if row["status"] == "queued" else None
 
 
 def out_of_service(queue: Queue, part: str) -> Callable[[], dict[str, Any] | None]:
@@ -172,3 +180,42 @@ def test_a_models_volume_that_is_not_mounted_fails_no_job_for_good(queue: Queue,
         assert "TRAINER_MODELS_DIR" in trouble["message"]
         shutil.copytree(tmp_path / "models", tmp_path / "volume" / "models")
         assert queue.wait_for(job, "completed")["attempt"] == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [(ANON_KEY, "is the anon key"), (make_key("somebody"), "new row violates row-level security policy")],
+    ids=["anon", "a role without rights"],
+)
+async def test_a_storage_key_that_may_not_work_fails_no_job_and_takes_none(
+    project: Project, key: str, said: str
+) -> None:
+    """Storage answers it "not found": each job would fail for good, as if its user had not uploaded the dataset."""
+    right, project.storage.key = project.storage.key, key
+    jobs = [project.insert() for _ in range(3)]
+    with project.daemon("wrong") as daemon:
+        trouble = await asyncio.to_thread(eventually, out_of_service(project.queue, "storage"))
+        assert said in trouble["message"] and "SUPABASE_SERVICE_ROLE_KEY" in trouble["message"], trouble
+        assert not daemon.logged("job_claimed")
+        assert key not in daemon.log_path.read_text()
+    assert {(row["status"], row["attempt"]) for row in map(project.queue.row, jobs)} == {("queued", 0)}
+    project.storage.key = right
+    with project.daemon("right"):
+        assert (await project.wait_for(jobs[0], "completed"))["attempt"] == 1
+
+
+async def test_a_storage_key_that_is_withdrawn_sends_jobs_back_uncounted_until_it_is_accepted(project: Project) -> None:
+    secret = project.storage.gate.secret
+    with project.daemon() as daemon:
+        await asyncio.to_thread(daemon.wait_for_log, "bucket_created")
+        project.storage.gate.secret = b"another, as after a rotation of the project's keys"
+        job = project.insert()
+        trouble = await asyncio.to_thread(eventually, out_of_service(project.queue, "storage"))
+        assert "signature verification failed" in trouble["message"]
+        (told,) = await asyncio.to_thread(eventually, lambda: returned(project.queue, job))
+        assert "refuses the key of this host" in told["message"]
+        row = await asyncio.to_thread(eventually, lambda: queued(project.queue, job))
+        assert row["attempt"] == 0
+        project.storage.gate.secret = secret
+        assert (await project.wait_for(job, "completed", seconds=70))["attempt"] == 1
+        daemon.wait_for_log("trouble_ended", trouble="storage")

@@ -16,11 +16,13 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from daemon.errors import JobDelayed, JobFailed
+from daemon.errors import HostFault, JobDelayed, JobFailed
 from daemon.storage.interface import SignedUrl, Storage
 from daemon.storage.supabase import SupabaseStorage
 from daemon.storage.tus import CHUNK_BYTES
-from tests.doubles.storage import SERVICE_KEY, Bucket, StorageDouble
+from tests.doubles.loopback import Exchange
+from tests.doubles.storage import SERVICE_KEY, Bucket, Fault, StorageDouble
+from tests.doubles.storage_keys import ANON_KEY, PUBLISHABLE_KEY, SECRET_KEY, make_key
 from tests.storage.real_server import SERVERS, serve
 from training.events import ErrorCode
 
@@ -191,10 +193,10 @@ async def test_an_answer_that_is_not_storages_is_told_by_its_status(
 ) -> None:
     """A firewall's 403, a gateway's JSON of another shape: neither text reaches a row, neither is tried for ever."""
     double.fail("GET", "/object/info", status=403, page="<html><body>blocked: ray 8f2a</body></html>")
-    with pytest.raises(JobDelayed) as raised:
+    with pytest.raises(HostFault) as refused:
         await storage.exists("a.tar.gz")
-    assert "HTTP 403, an HTML error page" in raised.value.message and "8f2a" not in raised.value.message
-    assert "SUPABASE_SERVICE_ROLE_KEY" in str(raised.value.hint)
+    told = f"{refused.value.message} {refused.value.for_the_operator}"
+    assert "HTTP 403, an HTML error page" in told and "8f2a" not in told
     double.fail("GET", "/object/info", status=400, page='{"msg": "no route"}')
     with pytest.raises(JobDelayed) as raised:
         await storage.exists("a.tar.gz")
@@ -283,13 +285,136 @@ async def test_a_file_over_the_limit_fails_for_good_and_says_so(
         await storage.check(size)
 
 
-async def test_a_wrong_key_delays_the_job_and_blames_the_operator(double: StorageDouble, tmp_path: Path) -> None:
-    storage = SupabaseStorage(double.url, "eyJ-wrong-key-of-somebody")
-    with pytest.raises(JobDelayed) as raised:
-        await storage.check(1)
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        (make_key("service_role", secret=b"of another project"), "signature verification failed"),
+        ("sb_secret_of-another-project", "headers must have required property 'authorization'"),
+        ("eyJ-half-a-key", "Invalid Compact JWS"),
+        # Not one that we know to be powerless: Storage finds no bucket for it, and lets it make none.
+        (make_key("somebody"), "new row violates row-level security policy"),
+        (ANON_KEY, "is the anon key"),
+        (PUBLISHABLE_KEY, "is the publishable key"),
+        (make_key("service_role", exp=1), "has expired"),
+    ],
+)
+async def test_a_key_that_may_not_work_is_the_hosts_fault_whatever_is_asked(
+    double: StorageDouble, tmp_path: Path, key: str, said: str
+) -> None:
+    double.put("lora-datasets", "u/d.jsonl", b"{}")
+    storage = SupabaseStorage(double.url, key, first_wait_seconds=0.001)
+    file, sha256 = file_of(tmp_path, SMALL)
+    for ask in (
+        storage.prove(),
+        storage.check(1),
+        storage.open_dataset("lora-datasets", "u/d.jsonl"),
+        storage.open_dataset("lora-datasets", "u/none.jsonl"),
+        storage.upload(file, "adapters/a.tar.gz", sha256=sha256, resume_dir=tmp_path),
+    ):
+        with pytest.raises(HostFault) as raised:
+            await ask
+        assert raised.value.part == "storage"
+        assert key not in f"{raised.value} {raised.value.hint} {raised.value.for_the_operator}"
+    with pytest.raises(HostFault) as raised:
+        await storage.prove()
+    assert said in raised.value.for_the_operator
     await storage.close()
-    assert "SUPABASE_SERVICE_ROLE_KEY" in str(raised.value.hint)
-    assert "wrong-key" not in f"{raised.value} {raised.value.hint}"
+
+
+async def test_the_gateways_refusal_is_told_in_its_words(tmp_path: Path) -> None:
+    async with StorageDouble(tmp_path / "double", gateway=True) as double:
+        storage = SupabaseStorage(double.url, "sb_secret_of-another-project", first_wait_seconds=0.001)
+        with pytest.raises(HostFault) as raised:
+            await storage.prove()
+        assert "Unregistered API key" in raised.value.message and "parse" not in raised.value.for_the_operator
+        await storage.close()
+
+
+async def test_a_newer_key_that_the_direct_host_refuses_goes_by_the_projects_url(tmp_path: Path) -> None:
+    """Past the gateway an sb_secret_ key is no JWT; it is asked once, and every later upload goes the other way."""
+    async with (
+        StorageDouble(tmp_path / "double", gateway=True) as double,
+        double.behind_the_gateway() as direct,
+    ):
+        storage = SupabaseStorage(double.url, SECRET_KEY, large_files_url=direct, first_wait_seconds=0.001)
+        await storage.check(LARGE)
+        for name in ("a", "b"):
+            file, sha256 = file_of(tmp_path, LARGE)
+            await storage.upload(file, f"adapters/{name}.tar.gz", sha256=sha256, resume_dir=tmp_path)
+            assert double.path_of("lora-models", f"adapters/{name}.tar.gz").read_bytes() == file.read_bytes()
+        await storage.close()
+        assert double.count("POST", "/upload/resumable") == 3
+
+
+async def test_an_upload_is_resumed_after_its_key_was_refused_for_a_while(
+    storage: SupabaseStorage, double: StorageDouble, tmp_path: Path
+) -> None:
+    """A HEAD is refused without a word: what had arrived must not be forgotten for it."""
+    file, sha256 = file_of(tmp_path, LARGE)
+    secret, seen = double.gate.secret, 0
+
+    def after_the_first_chunk(exchange: Exchange) -> bool:
+        nonlocal seen
+        seen += exchange.method == "PATCH"
+        if seen > 1:
+            double.gate.secret = b"rotated"
+        return False
+
+    double.faults.append(Fault(after_the_first_chunk))
+    for _ in range(2):
+        with pytest.raises(HostFault):
+            await storage.upload(file, "adapters/a.tar.gz", sha256=sha256, resume_dir=tmp_path)
+    double.faults.clear()
+    double.gate.secret = secret
+    await storage.upload(file, "adapters/a.tar.gz", sha256=sha256, resume_dir=tmp_path)
+    assert double.count("POST", "/upload/resumable") == 1
+    assert double.path_of("lora-models", "adapters/a.tar.gz").read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("bucket", "size", "said"),
+    [
+        (Bucket(allowed_mime_types=["image/png"]), LARGE, "mime type application/gzip is not supported"),
+        (Bucket(allowed_mime_types=[]), LARGE, "mime type application/gzip is not supported"),
+        (Bucket(allowed_mime_types=["image/png"]), SMALL, "mime type application/gzip is not supported"),
+        (Bucket(file_size_limit=5), LARGE, "Maximum size exceeded"),
+        (Bucket(file_size_limit=5), SMALL, "EntityTooLarge: The object exceeded the maximum allowed size"),
+    ],
+)
+async def test_the_reason_of_a_refusal_is_in_the_message(
+    storage: SupabaseStorage, double: StorageDouble, tmp_path: Path, bucket: Bucket, size: int, said: str
+) -> None:
+    double.buckets["lora-models"] = bucket
+    file, sha256 = file_of(tmp_path, size)
+    with pytest.raises(JobFailed) as raised:
+        await storage.upload(file, "adapters/a.tar.gz", sha256=sha256, resume_dir=tmp_path)
+    assert said in raised.value.message and "parse" not in raised.value.message
+
+
+async def test_a_bucket_that_vanished_is_named_by_either_kind_of_upload(
+    storage: SupabaseStorage, double: StorageDouble, tmp_path: Path
+) -> None:
+    double.buckets.clear()
+    for size in (SMALL, LARGE):
+        file, sha256 = file_of(tmp_path, size)
+        with pytest.raises(JobDelayed, match="Bucket not found"):
+            await storage.upload(file, "adapters/a.tar.gz", sha256=sha256, resume_dir=tmp_path)
+
+
+async def test_a_name_taken_while_an_upload_goes_on_is_looked_at(
+    storage: SupabaseStorage, double: StorageDouble, tmp_path: Path
+) -> None:
+    """Storage cuts the connection without a word. The object is read back, and replaced as it is not ours."""
+    file, sha256 = file_of(tmp_path, LARGE)
+
+    def store_another(exchange: Exchange) -> bool:
+        if exchange.method == "PATCH" and double.count("PATCH") == 2:
+            double.put("lora-models", "adapters/a.tar.gz", b"of somebody else")
+        return False
+
+    double.faults.append(Fault(store_another))
+    await storage.upload(file, "adapters/a.tar.gz", sha256=sha256, resume_dir=tmp_path)
+    assert double.path_of("lora-models", "adapters/a.tar.gz").read_bytes() == file.read_bytes()
 
 
 async def test_a_missing_bucket_is_created_private(storage: SupabaseStorage, double: StorageDouble) -> None:
@@ -317,6 +442,15 @@ async def test_a_missing_dataset_is_named(storage: SupabaseStorage, double: Stor
     with pytest.raises(JobFailed, match="no dataset lora-datasets/u/none") as raised:
         await storage.open_dataset("lora-datasets", "u/none.jsonl")
     assert raised.value.code is ErrorCode.DATASET_UNREACHABLE
+
+
+async def test_a_missing_bucket_for_datasets_fails_no_job_for_good(
+    storage: SupabaseStorage, double: StorageDouble
+) -> None:
+    """Signing looks at no bucket: the answer is the same as for a missing object."""
+    with pytest.raises(JobDelayed, match="has no bucket lora-datasets") as raised:
+        await storage.open_dataset("lora-datasets", "u/none.jsonl")
+    assert not isinstance(raised.value, HostFault) and raised.value.code is ErrorCode.DATASET_UNREACHABLE
 
 
 async def test_something_that_is_no_storage_is_named_by_its_setting(tmp_path: Path) -> None:

@@ -1,0 +1,20 @@
+"""The MIME types of what an attempt stores, and whether a bucket takes them."""
+
+from __future__ import annotations
+
+import mimetypes
+
+# What an attempt stores: archive; weights and log; configuration and manifest; chart.
+STORED_TYPES = ("application/gzip", "application/octet-stream", "application/json", "image/png")
+
+
+def type_of(object_path: str) -> str:
+    if object_path.endswith(".tar.gz"):
+        return "application/gzip"
+    if object_path.endswith(".jsonl"):
+        return "application/octet-stream"
+    return mimetypes.guess_type(object_path)[0] or "application/octet-stream"
+
+
+def takes(allowed: list[str] | None, kind: str) -> bool:
+    return not allowed or any(entry in ("*/*", kind, f"{kind.partition('/')[0]}/*") for entry in allowed)
