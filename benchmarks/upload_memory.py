@@ -5,7 +5,8 @@
 It uploads to the double of Supabase Storage, which runs in a separate process, and prints a table: the uploader's
 memory before and at its peak, the time, and whether the stored bytes are those that were sent. The floor beside it is
 plain httpx: the same bytes to the same server in one request that is never cut; then the same with the object read back
-and hashed, as ours always does.
+and hashed, as ours always does. Last, the same bytes through cuts, a kill, a changed key and an upload that expires on
+the server, as tests.storage.upload_ordeal has it; with 1000 MEGABYTES that is two minutes and 3 GB of disk.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 from daemon.storage.supabase import SupabaseStorage  # noqa: E402
 from daemon.storage.tus import CHUNK_BYTES, PIECE_BYTES  # noqa: E402
 from tests.doubles.storage import SERVICE_KEY  # noqa: E402
+from tests.storage.upload_ordeal import survive  # noqa: E402
 
 MIB = 1024 * 1024
 KEY = {"apikey": SERVICE_KEY}
@@ -173,6 +175,13 @@ def main() -> None:
             f"| {name} | {row.cuts} | {row.before_mib:.1f} | {row.peak_mib:.1f} | {row.extra_mib:.1f} "
             f"| {row.seconds:.1f} | {'yes' if row.whole else 'NO'} |"
         )
+    with tempfile.TemporaryDirectory() as name:
+        survived = asyncio.run(survive(Path(name), megabytes, cuts=max(2, megabytes // 50)))
+    print(
+        f"\nThrough {survived.cuts} cuts, a kill, a changed key and an expiry: {survived.sent_chunks} chunks sent of "
+        f"{survived.chunks}, begun {survived.begun} times, peak {survived.peak_mib:.1f} MiB, "
+        f"{survived.seconds:.1f} seconds, arrived whole: {'yes' if survived.whole else 'NO'}"
+    )
 
 
 if __name__ == "__main__":
