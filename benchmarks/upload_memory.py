@@ -37,7 +37,7 @@ from tests.doubles.storage import SERVICE_KEY  # noqa: E402
 from tests.storage.upload_ordeal import survive  # noqa: E402
 
 MIB = 1024 * 1024
-KEY = {"apikey": SERVICE_KEY}
+KEY = {"apikey": SERVICE_KEY, "Authorization": f"Bearer {SERVICE_KEY}"}
 BUCKET = "lora-models"
 
 # (URL of the project, file, name in the bucket, sha256, folder for the state of an interrupted upload)
