@@ -132,6 +132,7 @@ class Worker:
                 host,
                 running=self._running,
                 may_come_back=queue.visibility.may_come_back,
+                end_uploads=self._with.storage.end_unfinished_uploads,
             ),
         )
         chores.start("waiting trainers", self._with.trainers.tend)

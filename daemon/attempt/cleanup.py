@@ -75,6 +75,10 @@ class Cleanup:
     async def _tidy(self, remains: FinishedAttempt) -> None:
         job, ending = remains.job, remains.ending
         workspace = WorkFolder(self._settings.work_dir, job.lease)
+        # Names carry the attempt's epoch: no later attempt goes on with these uploads.
+        for folder in (workspace.attempt_dir, *await asyncio.to_thread(workspace.earlier_attempts)):
+            if folder.is_dir():
+                await self._storage.end_unfinished_uploads(folder)
         deleted = ending is None and await self._is_deleted(job)
         # The job failed permanently and fills the disk: its folder would leave no space for other jobs.
         hopeless = ending is not None and ending.state is State.FAILED and remains.filled

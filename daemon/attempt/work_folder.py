@@ -110,7 +110,7 @@ class WorkFolder:
         # Includes our own epoch: after a restore from a backup it may be used twice. A later epoch is our successor's.
         earlier = [
             (int(match[1]), folder)
-            for folder in own.parent.iterdir()
+            for folder in (own.parent.iterdir() if own.parent.is_dir() else ())
             if (match := _LEASE_FOLDER.fullmatch(folder.name)) and int(match[1]) <= self.lease.epoch and folder != own
         ]
         return sorted(earlier, reverse=True)
@@ -145,12 +145,14 @@ async def clean_up_forever(
     *,
     running: Callable[[], set[str]],
     may_come_back: Callable[[UUID], Awaitable[bool]],
+    end_uploads: Callable[[Path], Awaitable[None]],
 ) -> None:
     """Deletes old job folders on the volume that are no longer needed, until cancelled."""
     while True:
         for folder in await asyncio.to_thread(old_jobs, work_dir, keep_days, running()):
             # A job that waits longer than keep_days, for its time or for the database, keeps its checkpoints.
             if not await may_come_back(UUID(folder.name)):
+                await end_uploads(folder)
                 await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
                 log.info("job_folder_removed", job_id=folder.name)
         await asyncio.to_thread(remove_early_datasets, work_dir, host)

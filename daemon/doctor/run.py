@@ -12,7 +12,13 @@ from typing import Any
 
 from daemon.doctor.check_result import CheckResult, Status
 from daemon.doctor.host_checks import check_device, check_disk, check_model, check_python, check_trainer
-from daemon.doctor.service_checks import check_callbacks, check_database, check_pod, check_storage
+from daemon.doctor.service_checks import (
+    check_callbacks,
+    check_database,
+    check_pod,
+    check_storage,
+    check_unfinished_uploads,
+)
 from daemon.settings import Settings
 
 
@@ -29,6 +35,7 @@ async def examine(settings: Settings) -> AsyncIterator[CheckResult]:
     async for finding in check_database(settings):
         yield finding
     yield await check_storage(settings)
+    yield await asyncio.to_thread(check_unfinished_uploads, settings)
     yield check_callbacks(settings)
     yield await check_pod(settings)
 

@@ -89,7 +89,10 @@ class FolderStorage:
     async def prove(self) -> None:
         """Nothing to prove: the folder is a part of the host with a probe of its own."""
 
-    async def check(self, expected_bytes: int) -> None:
+    async def end_unfinished_uploads(self, folder: Path) -> None:
+        """There are none: a copy is whole or removed."""
+
+    async def check(self, expected_bytes: int) -> str | None:
         folder = self._root / self._bucket
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -103,11 +106,7 @@ class FolderStorage:
                 f"The storage folder of the host is full: the adapter needs about {expected_bytes:,} bytes.",
                 detail=f"{folder} has {free:,} bytes left and an adapter needs about {expected_bytes:,}",
             )
-
-    async def try_large_upload(self, object_path: str, size: int) -> None:
-        """A folder takes what fits on its disk: see check."""
-        del object_path
-        await self.check(size)
+        return None
 
     async def close(self) -> None:
         """There is nothing to close."""

@@ -90,11 +90,14 @@ class Storage(Protocol):
     async def prove(self) -> None:
         """Raises HostFault, or JobDelayed, if this host cannot work with the storage at all, whatever the job."""
 
-    async def check(self, expected_bytes: int) -> None:
-        """Checks before hours of training that the bucket exists (or creates it) and accepts a file of this size."""
+    async def end_unfinished_uploads(self, folder: Path) -> None:
+        """Deletes in the storage what uploads from this `resume_dir`, or a folder below it, left unfinished. No error
+        if that is not possible now."""
 
-    async def try_large_upload(self, object_path: str, size: int) -> None:
-        """Begins an upload of this size and takes it back. Raises what the upload would."""
+    async def check(self, expected_bytes: int) -> str | None:
+        """Checks before hours of training that the bucket exists (or creates it) and accepts a file of this size.
+
+        Returns what could not be found out, in words for the operator; None if everything was."""
 
     async def close(self) -> None:
         """Closes connections."""

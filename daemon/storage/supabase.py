@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote
+from uuid import uuid4
 
 import httpx
 import structlog
@@ -36,14 +37,13 @@ from daemon.storage.interface import (
 from daemon.storage.object_types import STORED_TYPES, takes, type_of
 from daemon.storage.refusals import Absent, job_error, may_pass, reason_of, refuses_the_key
 from daemon.storage.service_key import direct_host, key_fault
-from daemon.storage.tus import TusUpload, UploadGone, UploadInterrupted, UploadRefused, try_upload
+from daemon.storage.tus import RESUME_SUFFIX, TusUpload, UploadGone, UploadInterrupted, UploadRefused
+from daemon.storage.unfinished_uploads import STANDARD_UPLOAD_BYTES, end_unfinished_uploads, probe_upload
 from training.events import ErrorCode
 from training.files.durable_files import READ_BYTES, beside, put_in_place, sync
 
 log = structlog.get_logger()
 
-# Above this size Supabase recommends resumable uploads.
-STANDARD_UPLOAD_BYTES = 6 * 1024 * 1024
 # Long enough for the largest dataset, short enough that a URL in an old log is worthless.
 SIGNED_SECONDS = 3600
 # Six tries are 15 seconds of patience at least: the pauses double, and jitter only adds to them. With pauses drawn from
@@ -80,8 +80,7 @@ class SupabaseStorage:
             # The newer keys are not JWTs: the gateway exchanges them, and refuses them as bearer tokens.
             self._headers["Authorization"] = f"Bearer {service_key}"
         # The vendor's timeout of 20 seconds cuts long answers off; its HTTP/2 hides which request hangs.
-        timeout = httpx.Timeout(60.0, connect=10.0)
-        self._client = endpoint_client(self._base, self._tus_endpoint, timeout=timeout)
+        self._client = endpoint_client(self._base, self._tus_endpoint, timeout=httpx.Timeout(60.0, connect=10.0))
         self._api = AsyncStorageClient(f"{self._base}/", self._headers, http_client=self._client)
 
     @property
@@ -194,7 +193,10 @@ class SupabaseStorage:
             raise HostFault("storage", ErrorCode.UPLOAD_FAILED, message, detail=self._key_fault)
         await self._limits()
 
-    async def check(self, expected_bytes: int) -> None:
+    async def end_unfinished_uploads(self, folder: Path) -> None:
+        await end_unfinished_uploads(self._client, self._headers, folder)
+
+    async def check(self, expected_bytes: int) -> str | None:
         if self._key_fault is not None:
             await self.prove()
         limit, types, public = await self._limits()
@@ -214,17 +216,16 @@ class SupabaseStorage:
                 f"the bucket {self._bucket} accepts only {', '.join(types or [])}, not {', '.join(refused)}",
                 "add these MIME types to the bucket's list of allowed ones, or remove the list",
             )
+        return await self._probe(expected_bytes, limit, types)
 
-    async def try_large_upload(self, object_path: str, size: int) -> None:
-        """See Storage. The server may have limits that no bucket shows."""
-        name = f"beginning a resumable upload of {size:,} bytes to {self._bucket}/{object_path}"
-        endpoint, headers, metadata = self._tus_endpoint, self._headers, self._metadata(object_path)
+    async def _probe(self, size: int, limit: int | None, types: list[str] | None) -> str | None:
+        metadata = self._metadata(f"adapters/probe-{uuid4().hex}.tar.gz")
         try:
-            await self._retried(lambda: try_upload(self._client, endpoint, headers, metadata, size), name)
+            return await probe_upload(self._client, self._tus_endpoint, self._headers, metadata, size, limit, types)
         except HostFault as error:
             if not self._leave_direct_host(str(error)):
                 raise
-            await self.try_large_upload(object_path, size)
+            return await self._probe(size, limit, types)
 
     async def _limits(self) -> tuple[int | None, list[str] | None, bool]:
         """The limits of the bucket for adapters, which is made if it is not there."""
@@ -300,7 +301,7 @@ class SupabaseStorage:
                 metadata,
                 local,
                 sha256=sha256,
-                resume_file=resume_dir / f"{object_path.replace('/', '__')}.upload.json",
+                resume_file=resume_dir / f"{object_path.replace('/', '__')}{RESUME_SUFFIX}",
                 first_wait_seconds=self._first_wait_seconds,
             )
             try:

@@ -40,6 +40,9 @@ TIMEOUT = httpx.Timeout(60.0, connect=10.0, read=180.0)
 FRUITLESS_TRIES = 8
 FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 30.0
+# The name of a file with an upload's address ends so.
+RESUME_SUFFIX = ".upload.json"
+_VERSION = {"Tus-Resumable": "1.0.0"}
 
 
 class UploadRefused(TrainerError):
@@ -104,7 +107,7 @@ class TusUpload:
     ) -> None:
         self._client = client
         self._endpoint = endpoint
-        self._headers = {**headers, "Tus-Resumable": "1.0.0"}
+        self._headers = {**headers, **_VERSION}
         self._metadata = metadata
         self._local = local
         self._size = local.stat().st_size
@@ -146,15 +149,7 @@ class TusUpload:
                 offset = await self._send_chunk(url, file, offset)
 
     async def _create(self) -> str:
-        headers = self._headers | creation_headers(self._size, self._metadata)
-        response = await self._client.post(self._endpoint, headers=headers)
-        if response.status_code != 201 or "location" not in response.headers:
-            raise refusal(response)
-        try:
-            # Only its path: behind a TLS proxy the server may call itself http://, and our key is in every request.
-            url = beneath_endpoint(self._endpoint, response.headers["location"])
-        except ValueError as error:
-            raise UploadRefused(502, "BadLocation", f"the upload's address is unusable: {error}") from error
+        url = await begin_upload(self._client, self._endpoint, self._headers, self._metadata, self._size)
         self._resume_point(url).save(self._resume_file)
         return url
 
@@ -212,24 +207,34 @@ class TusUpload:
         return min(max(self._first_wait_seconds * 2.0 ** (self._fruitless - 1), asked), LONGEST_WAIT_SECONDS)
 
 
-async def try_upload(
+async def begin_upload(
     client: httpx.AsyncClient, endpoint: str, headers: Mapping[str, str], metadata: Mapping[str, str], size: int
-) -> None:
-    """Creates an upload of this size and deletes it again: what the server refuses, it refuses before the first byte.
-
-    Raises UploadRefused, UploadInterrupted, or httpx's errors."""
-    headers = {**headers, "Tus-Resumable": "1.0.0"}
-    response = await client.post(endpoint, headers=headers | creation_headers(size, metadata))
+) -> str:
+    """Creates an upload of `size` bytes, none of them sent yet, and returns its address. Raises what `refusal` says."""
+    encoded = ",".join(f"{key} {base64.b64encode(value.encode()).decode()}" for key, value in metadata.items())
+    asked = {"Upload-Length": str(size), "Upload-Metadata": encoded, "Content-Length": "0"}
+    response = await client.post(endpoint, headers={**headers, **_VERSION, **asked})
     if response.status_code != 201 or "location" not in response.headers:
         raise refusal(response)
-    with contextlib.suppress(ValueError):
-        # An upload that cannot be deleted expires by itself.
-        await client.delete(beneath_endpoint(endpoint, response.headers["location"]), headers=headers)
+    try:
+        # Only its path: behind a TLS proxy the server may call itself http://, and our key is in every request.
+        return beneath_endpoint(endpoint, response.headers["location"])
+    except ValueError as error:
+        raise UploadRefused(502, "BadLocation", f"the upload's address is unusable: {error}") from error
 
 
-def creation_headers(size: int, metadata: Mapping[str, str]) -> dict[str, str]:
-    encoded = ",".join(f"{key} {base64.b64encode(value.encode()).decode()}" for key, value in metadata.items())
-    return {"Upload-Length": str(size), "Upload-Metadata": encoded, "Content-Length": "0"}
+async def end_upload(client: httpx.AsyncClient, url: str, headers: Mapping[str, str]) -> None:
+    """Deletes an unfinished upload on the server; one that is finished or gone is no error."""
+    response = await client.delete(url, headers={**headers, **_VERSION})
+    # 400: it cannot be ended any more, because it is whole.
+    if response.status_code not in (200, 204, 400, 404, 410):
+        raise refusal(response)
+
+
+def unfinished_uploads(folder: Path) -> list[tuple[Path, ResumePoint]]:
+    """Lists the uploads that were begun from this folder and not finished, each with the file that says so."""
+    found = ((file, load_resume_point(file)) for file in sorted(folder.rglob(f"*{RESUME_SUFFIX}")))
+    return [(file, point) for file, point in found if point is not None]
 
 
 def refusal(response: httpx.Response) -> UploadRefused | UploadGone | UploadInterrupted:

@@ -337,3 +337,31 @@ def test_of_two_hosts_with_one_epoch_the_second_adopts_and_neither_writes_into_t
     assert now.attempt_dir != before.attempt_dir
     before.forget_attempt()
     assert now.attempt_dir.exists()
+
+
+class RecordingStorage(FolderStorage):
+    """Remembers from which folders unfinished uploads were to be deleted."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.ended: list[str] = []
+
+    async def end_unfinished_uploads(self, folder: Path) -> None:
+        assert folder.is_dir(), "before its folder is deleted"
+        self.ended.append(folder.name)
+
+
+async def test_what_this_attempt_and_earlier_ones_left_unfinished_is_deleted_in_storage_first(
+    store: SqlJobStore, settings: Settings, tmp_path: Path
+) -> None:
+    first = await claimed(store)
+    dead = WorkFolder.open(settings.work_dir, first.lease)
+    await store.release_job(first.lease, "its host dies", cost=None)
+    job = await claimed(store)
+    workspace = WorkFolder.open(settings.work_dir, job.lease)
+    ending = await store.complete_job(job.lease, Completed("lora-models/a", "0" * 64, 1), cost=None)
+    storage = RecordingStorage(tmp_path)
+    tidying = Cleanup(store, SqlUploadLog(store.database), storage, settings)
+    tidying.begin(FinishedAttempt(job, ending, stored=True))
+    await tidying.finish()
+    assert storage.ended == [workspace.attempt_dir.name, dead.attempt_dir.name] and not workspace.job_dir.exists()
