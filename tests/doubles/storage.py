@@ -92,7 +92,32 @@ class StorageRefuses(Exception):
         self.shown = shown
 
 
-class StorageDouble(LoopbackDouble):
+class Faulty(LoopbackDouble):
+    """Counts the requests that reach it, and spoils those that a test names."""
+
+    def __init__(self) -> None:
+        self.faults: list[Fault] = []
+        self.requests: list[tuple[str, str]] = []
+        super().__init__()
+
+    def count(self, method: str, containing: str = "") -> int:
+        return sum(1 for seen, path in self.requests if seen == method and containing in path)
+
+    def fail(self, method: str, containing: str = "", **fault: Any) -> Fault:
+        """Makes the next matching requests fail; see Fault."""
+        made = Fault(lambda exchange: exchange.method == method and containing in exchange.path, **fault)
+        self.faults.append(made)
+        return made
+
+    def fault_for(self, exchange: Exchange) -> Fault | None:
+        for fault in self.faults:
+            if fault.times > 0 and fault.matches(exchange):
+                fault.times -= 1
+                return fault
+        return None
+
+
+class StorageDouble(Faulty):
     """Enter it to serve. Objects are files under `folder/objects/<bucket>/<path>`."""
 
     def __init__(self, folder: Path, key: str = SERVICE_KEY, *, gateway: bool = False) -> None:
@@ -107,8 +132,6 @@ class StorageDouble(LoopbackDouble):
         # What the proxy in front says that the client came by.
         self.forwarded_proto = "http"
         self.tus = ResumableUploads(self, folder)
-        self.faults: list[Fault] = []
-        self.requests: list[tuple[str, str]] = []
         self.sent: list[str] = []
         self.damage_next_object = False
         self.clock = time.time
@@ -147,14 +170,12 @@ class StorageDouble(LoopbackDouble):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
 
-    def count(self, method: str, containing: str = "") -> int:
-        return sum(1 for seen, path in self.requests if seen == method and containing in path)
+    def read(self, bucket: str, name: str) -> bytes:
+        return self.path_of(bucket, name).read_bytes()
 
-    def fail(self, method: str, containing: str = "", **fault: Any) -> Fault:
-        """Makes the next matching requests fail; see Fault."""
-        made = Fault(lambda exchange: exchange.method == method and containing in exchange.path, **fault)
-        self.faults.append(made)
-        return made
+    def names(self, bucket: str) -> set[str]:
+        folder = self.path_of(bucket, "")
+        return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
 
     def forget_uploads(self, status: int = 404) -> None:
         """Loses every upload that has begun."""
@@ -168,7 +189,7 @@ class StorageDouble(LoopbackDouble):
 
     async def _serve(self, exchange: Exchange, *, gateway: bool) -> None:
         self.requests.append((exchange.method, exchange.path))
-        fault = self._fault_for(exchange)
+        fault = self.fault_for(exchange)
         if fault is not None and fault.held_until is not None:
             await fault.held_until.wait()
         if fault is not None and fault.status is not None and fault.page is not None:
@@ -196,13 +217,6 @@ class StorageDouble(LoopbackDouble):
             await _refuse(exchange, refused.status, refused.error, refused.message, shown=refused.shown)
         if fault is not None and fault.lose_answer:
             raise Cut("the answer is lost")
-
-    def _fault_for(self, exchange: Exchange) -> Fault | None:
-        for fault in self.faults:
-            if fault.times > 0 and fault.matches(exchange):
-                fault.times -= 1
-                return fault
-        return None
 
     async def _route(self, exchange: Exchange, fault: Fault | None) -> None:
         path, method = exchange.path.removeprefix(BASE), exchange.method

@@ -70,5 +70,4 @@ class Project:
                 await asyncio.sleep(0.05)
 
     def objects(self) -> set[str]:
-        bucket = self.storage.path_of("lora-models", "")
-        return {str(file.relative_to(bucket)) for file in bucket.rglob("*") if file.is_file()}
+        return self.storage.names("lora-models")

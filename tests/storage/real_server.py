@@ -4,7 +4,9 @@ TEST_SUPABASE_URL     for example http://127.0.0.1:8000 or https://<ref>.supabas
 TEST_SUPABASE_KEY     its service_role key
 TEST_SUPABASE_ANON    its anon key; without it, what an anon key sees is tested against the double alone
 
-The tests make buckets of their own there, whose names begin with `trainer-test-`, and empty and delete them at the end.
+The tests of tests/storage make buckets of their own there, whose names begin with `trainer-test-`, and delete them at
+the end. Those of whole jobs (tests/lifecycle/test_supabase.py) use the daemon's buckets and want a project of their
+own, empty; run them with `-n 0`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -38,6 +40,7 @@ class Server:
     http: httpx.AsyncClient
     bucket: str
     double: StorageDouble | None = None
+    made: list[str] = field(default_factory=list)
 
     async def ask(self, method: str, path: str, *, key: str | None = None, **rest: Any) -> httpx.Response:
         token = self.key if key is None else key
@@ -52,6 +55,7 @@ class Server:
         else:
             body = {"id": name, "name": name, "public": False, **options}
             (await self.ask("POST", "/bucket", json=body)).raise_for_status()
+            self.made.append(name)
         return name
 
     async def put(self, name: str, content: bytes, bucket: str | None = None) -> None:
@@ -75,11 +79,6 @@ async def serve(kind: str, folder: Path) -> AsyncIterator[Server]:
         try:
             yield server
         finally:
-            await sweep(server)
-
-
-async def sweep(server: Server) -> None:
-    for bucket in (await server.ask("GET", "/bucket")).json():
-        if bucket["id"].startswith("trainer-test-"):
-            await server.ask("POST", f"/bucket/{bucket['id']}/empty", json={})
-            await server.ask("DELETE", f"/bucket/{bucket['id']}")
+            for bucket in server.made:
+                await server.ask("POST", f"/bucket/{bucket}/empty", json={})
+                await server.ask("DELETE", f"/bucket/{bucket}")
