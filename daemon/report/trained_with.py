@@ -31,14 +31,15 @@ def plan_in_words(plan: events.Planned) -> str:
     return (
         f"{_side(plan.train_answers, plan.train_conversations, plan.train_examples)} to train on, "
         f"{_side(plan.validation_answers, plan.validation_conversations, plan.validation_examples)} held out, "
-        f"{plan.train_tokens} tokens an epoch, {plan.total_steps} steps in {plan.total_epochs} epochs{computed}"
+        f"{plan.train_tokens:,} tokens an epoch, "
+        f"{count(plan.total_steps, 'step')} in {count(plan.total_epochs, 'epoch')}{computed}"
         f"{_settings_in_words(plan.trained_with)}."
     )
 
 
 def _side(answers: int | None, conversations: int | None, examples: int) -> str:
     if not examples or answers is None or conversations is None:
-        return f"{examples} examples" if examples else "none"
+        return count(examples, "example") if examples else "none"
     return f"{count(answers, 'answer')} of {count(conversations, 'conversation')}"
 
 
@@ -88,7 +89,10 @@ def asked_and_used(hyperparameters: object, gpu_config: object, trained_with: ob
     used = {name: trained_with.get(name) for name in _MODEL}
     used |= by_own_names(Hyperparameters, _object(trained_with.get("hyperparameters")))
     used |= {name: trained_with.get(name) for name in _MACHINE}
-    pairs = [(name, asked.get(name), used.get(name)) for name in dict.fromkeys((*used, *asked))]
+    # A job that fails early has used little: what it asked for stands in the same order all the same.
+    names = dict.fromkeys((*_MODEL, *Hyperparameters.model_fields, *used, *asked))
+    ordered = [name for name in names if name not in _MACHINE] + list(_MACHINE)
+    pairs = [(name, asked.get(name), used.get(name)) for name in ordered]
     return [pair for pair in pairs if pair[1] is not None or pair[2] is not None]
 
 
@@ -97,6 +101,9 @@ def setting_in_words(value: object) -> str:
         return "–"
     if isinstance(value, list):
         return ", ".join(map(setting_in_words, value))
+    if isinstance(value, float):
+        # 32.0 is what a row asks for as 32.
+        return f"{value:.15g}"
     return value if isinstance(value, str) else json.dumps(value)
 
 
