@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from psycopg.types.json import Jsonb
 
+from daemon.cli.commands.check import facts
+from daemon.cli.data.preflight import PreflightReport
 from tests.cli.command import CommandLine
 from tests.lifecycle.queue import Queue
 
@@ -122,4 +124,15 @@ def test_a_check_needs_no_database(queue: Queue, dataset: Path) -> None:
     job.write_text(json.dumps({"hyperparameters": {"base_model": "tiny", "colour": "red"}}))
     said = alone.ok("check", job, "--data", dataset)
     assert "unknown and unused: hyperparameters.colour" in said.out
-    assert "can be trained on" in said.out
+    assert "can be trained on" in said.out and "8 answers of 1 conversation" in said.out
+
+
+def test_a_check_with_the_model_says_in_words_what_will_be_trained() -> None:
+    counts = {
+        "format": "pairs", "train_conversations": 7, "train_answers": 28, "validation_conversations": 1,
+        "validation_answers": 3, "train_tokens": 21_125, "trained_share": 0.1628, "tokens_min": 359, "tokens_max": 1175,
+        "tokens_median": 787, "max_length": 1216, "total_steps": 21, "total_epochs": 3,
+    }  # fmt: skip
+    said = facts(PreflightReport(ok=True, errors=(), remarks=(), data=counts, estimate=None))
+    assert said[1:3] == [("to train on", "28 answers of 7 conversations"), ("held out", "3 answers of 1 conversation")]
+    assert dict(said)["steps"] == "21 in 3 epochs" and "21,125 an epoch, 16 %" in dict(said)["tokens"]

@@ -59,7 +59,8 @@ def remarks_on(reading: Reading) -> list[Remark]:
         remarks.append(
             Remark(
                 "unanswered_messages",
-                f"{reading.unanswered:,} of {len(reading.conversations):,} conversations end with a user's message; "
+                f"{reading.unanswered:,} of {len(reading.conversations):,} conversations "
+                f"{'ends' if reading.unanswered == 1 else 'end'} with a user's message; "
                 "it has no answer to learn from and is not used",
                 {"conversations": reading.unanswered},
             )

@@ -130,6 +130,7 @@ def check_spec(spec: JobSpec, memory_bytes: int | None = None) -> PreflightRepor
             "trained_tokens": corpus.trained_tokens,
             "max_length": corpus.max_length,
             "total_steps": plan.total_steps,
+            "total_epochs": spec.hyperparameters.num_epochs,
         },
         estimate=estimate.as_dict(),
     )

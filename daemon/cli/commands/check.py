@@ -82,7 +82,6 @@ def print_verdict(verdict: PreflightReport, dataset: Path) -> None:
 
     from daemon.sentence import as_sentence
     from daemon.terminal.console import console, facts_table, say
-    from daemon.terminal.format import size, span
     from daemon.terminal.sanitize import plain, plain_lines
 
     if not verdict.ok:
@@ -93,19 +92,39 @@ def print_verdict(verdict: PreflightReport, dataset: Path) -> None:
         return
     say(Text.assemble(("✓ ", "bold green"), f"{dataset.name} can be trained on"))
     table = facts_table()
-    known = {key: value for key, value in verdict.data.items() if value not in (None, {}, 0, [])}
-    for key, value in known.items():
-        shown = (
-            f"{value:,}" if isinstance(value, int) else json.dumps(value) if isinstance(value, dict | list) else value
-        )
-        table.add_row("  " + plain(key).replace("_", " "), plain(shown))
-    if verdict.estimate is not None:
-        table.add_row("  memory", f"about {size(verdict.estimate['memory_bytes'])}")
-        table.add_row("  adapter", size(verdict.estimate["adapter_bytes"]))
-        table.add_row("  time", f"about {span(verdict.estimate['seconds'])}")
+    for name, value in facts(verdict):
+        table.add_row(f"  {name}", plain(value))
     console().print(table)
     for remark in verdict.remarks:
         say(Text.assemble(("! ", "yellow"), as_sentence(plain(remark.get("message")))))
+
+
+def facts(verdict: PreflightReport) -> list[tuple[str, str]]:
+    """Returns what is known of a dataset that can be trained on, in words: less where the base model is not here."""
+    from daemon.terminal.format import count, size, span
+
+    data = verdict.data
+    said = [("format", str(data["format"]))]
+    if not verdict.tokens_are_counted:
+        answers, conversations = count(data["answers"], "answer"), count(data["conversations"], "conversation")
+        return [*said, ("holds", f"{answers} of {conversations}, {data['characters']:,} characters")]
+    for name, side in (("to train on", "train"), ("held out", "validation")):
+        if conversations := data[f"{side}_conversations"]:
+            answers = count(data[f"{side}_answers"], "answer")
+            said.append((name, f"{answers} of {count(conversations, 'conversation')}"))
+    said += [
+        ("tokens", f"{data['train_tokens']:,} an epoch, {100 * data['trained_share']:.0f} % of them in the answers"),
+        ("of an example", f"{data['tokens_min']:,} to {data['tokens_max']:,} tokens, median {data['tokens_median']:,}"),
+        ("max length", f"{data['max_length']:,} tokens"),
+        ("steps", f"{data['total_steps']:,} in {count(data['total_epochs'], 'epoch')}"),
+    ]
+    if verdict.estimate is not None:
+        said += [
+            ("memory", f"about {size(verdict.estimate['memory_bytes'])}"),
+            ("adapter", size(verdict.estimate["adapter_bytes"])),
+            ("time", f"about {span(max(1.0, verdict.estimate['seconds']))}"),
+        ]
+    return said
 
 
 def _read_job(file: Path) -> dict[str, Any] | None:
