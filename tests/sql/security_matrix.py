@@ -143,7 +143,8 @@ class Prober:
             self._become(caller)
             try:
                 touched = self._db.execute(statement, values).rowcount
-            except psycopg.errors.ForeignKeyViolation:
+            # From PostgreSQL 18 on, a key that restricts has a code of its own.
+            except (psycopg.errors.ForeignKeyViolation, psycopg.errors.RestrictViolation):
                 return "(d)"
             except psycopg.Error as error:
                 return _refused(error)
