@@ -43,6 +43,7 @@ COPY_BYTES = 1024 * 1024
 # Storage's own status in the body of an HTTP 400.
 _IS_RANGE_REFUSED = re.compile(rb'"statusCode"\s*:\s*"?416\b')
 _SUBMIT_AGAIN = "check the dataset URL and submit again"
+_OUR_SIGNATURE = "the storage refuses the URL that it has just signed; the operator must check its keys and its clock"
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,13 @@ async def download(
                         try:
                             await _continue(client, rules, url, transfer)
                         except _Rejected as error:
-                            if not renewable or renewed_at == transfer.received:
+                            if not renewable:
                                 raise _unreachable(source, str(error)) from error
+                            if renewed_at == transfer.received:
+                                # Our own signature, a moment old: nothing that the job's owner could correct.
+                                raise JobDelayed(
+                                    ErrorCode.DATASET_UNREACHABLE, _not_downloaded(source, str(error)), _OUR_SIGNATURE
+                                ) from error
                             url, renewed_at = await sign(), transfer.received
                             raise _TransferBroken(str(error)) from error
             await asyncio.to_thread(file.flush)

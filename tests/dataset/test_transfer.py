@@ -555,10 +555,10 @@ async def test_a_dataset_on_its_way_is_nobody_elses_to_read(tmp_path: Path) -> N
     assert fetched.path.stat().st_mode & 0o777 == 0o600
 
 
-async def test_a_fresh_url_that_is_refused_too_fails_and_is_not_signed_for_ever(tmp_path: Path) -> None:
+async def test_a_fresh_url_that_is_refused_too_delays_the_job_and_is_not_signed_for_ever(tmp_path: Path) -> None:
     body = b'{"statusCode":"400","error":"InvalidJWT","message":"invalid signature"}'
     async with FileServer(LINES, *[says(400, body) for _ in range(20)]) as server:
-        with pytest.raises(JobFailed, match="expired or not allowed") as raised:
+        with pytest.raises(JobDelayed, match="expired or not allowed") as raised:
             await server.fetch(tmp_path / "d.jsonl")
         assert len(server.ranges) == 2
     assert raised.value.code is ErrorCode.DATASET_UNREACHABLE
