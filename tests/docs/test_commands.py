@@ -54,7 +54,7 @@ def test_every_block_is_run_or_says_why_not() -> None:
 def test_few_blocks_are_not_run() -> None:
     """A count, so that nobody gets used to it: raise it with a reason in the commit."""
     excused = Counter(block.reason for block in blocks() if block.reason)
-    assert excused.total() <= 20, excused
+    assert excused.total() <= 21, excused
     assert len(runnable()) >= 25
     present = {(block.page, block.language) for block in blocks()}
     assert [(page, by) for (page, language), by in ELSEWHERE.items() if (page, language) not in present] == []
