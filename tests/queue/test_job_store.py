@@ -553,7 +553,9 @@ async def test_an_ending_says_whether_something_of_the_job_may_lie_in_storage(ke
     await kept.uploads.record_upload(lease, "adapter", BUCKET, ["adapters/y.tar.gz"])
     assert await leftovers(kept, lease.job_id) == [], "somebody holds it"
     assert (await ENDINGS[ending](kept.store, lease)).noted
-    assert await leftovers(kept, lease.job_id) == [("adapter", 0, ["adapters/y.tar.gz"], False)]
+    # The next attempt may adopt the adapter, on whatever host. In memory there is no other host.
+    is_kept = isinstance(kept, InPostgres) and ending in ("retry_job", "release_job", "return_job")
+    assert await leftovers(kept, lease.job_id) == ([] if is_kept else [("adapter", 0, ["adapters/y.tar.gz"], False)])
 
 
 async def test_of_a_completed_job_the_adapter_that_it_names_is_told_from_what_is_left(kept: Kept) -> None:
