@@ -27,15 +27,13 @@ class Absent(JobDelayed):
 def may_pass(error: BaseException) -> bool:
     if isinstance(error, StorageApiError):
         return is_transient(reason_of(error)[0])
-    return isinstance(error, httpx.TransportError | tus.UploadInterrupted)
+    return isinstance(error, httpx.TransportError)
 
 
-def reason_of(error: StorageApiError | tus.UploadRefused) -> tuple[int, str, str]:
+def reason_of(error: StorageApiError) -> tuple[int, str, str]:
     """Returns Storage's status, code and message, from the answer itself where the vendor's client still has it.
 
     That client understands one shape of answer, and passes on the whole text of every other."""
-    if isinstance(error, tus.UploadRefused):
-        return error.status, error.code, error.message
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, httpx.HTTPStatusError):
         cause = cause.__cause__ or cause.__context__

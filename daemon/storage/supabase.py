@@ -384,10 +384,8 @@ class SupabaseStorage:
             ):
                 with attempt:
                     return await action()
-        except (StorageApiError, UploadRefused) as error:
+        except StorageApiError as error:
             raise job_error(*reason_of(error), name, code) from error
-        except UploadInterrupted as error:
-            raise job_error(503, "", str(error), name, code) from error
         except httpx.TransportError as error:
             raise job_error(503, "", f"no answer ({type(error).__name__})", name, code) from error
         except ValueError as error:
