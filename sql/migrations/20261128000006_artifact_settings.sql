@@ -2,7 +2,8 @@
 
 SET LOCAL lock_timeout = '1s';
 
--- The function of 20261128000004 again, whole; what is new are model_revision and trained_with in the configuration.
+-- The function of 20261122000007 again, whole; what is new are model_revision and trained_with in the configuration, and
+-- that what the story says of a fault is a sentence.
 CREATE OR REPLACE FUNCTION public.training_jobs_results() RETURNS trigger
 LANGUAGE plpgsql
 SET search_path = ''
