@@ -6,34 +6,12 @@ import os
 from typing import Any, Literal
 
 from training.events import (
-    AdapterAttached,
-    AdapterSaved,
-    CheckpointSaved,
-    Evaluated,
+    AnyEvent,
     Notice,
-    Planned,
     Preparing,
-    Progress,
-    RunFailed,
     Sample,
     Stage,
     StageEntered,
-    Started,
-)
-
-AnyEvent = (
-    Started
-    | StageEntered
-    | Preparing
-    | Planned
-    | AdapterAttached
-    | Progress
-    | Evaluated
-    | CheckpointSaved
-    | Sample
-    | Notice
-    | AdapterSaved
-    | RunFailed
 )
 
 

@@ -194,7 +194,7 @@ class Ready(BaseModel):
     resident_bytes: int = 0
 
 
-Event = Annotated[
+AnyEvent = (
     Started
     | StageEntered
     | Preparing
@@ -206,9 +206,9 @@ Event = Annotated[
     | Sample
     | Notice
     | AdapterSaved
-    | RunFailed,
-    Field(discriminator="kind"),
-]
+    | RunFailed
+)
+Event = Annotated[AnyEvent, Field(discriminator="kind")]
 
 _EVENT: TypeAdapter[Event] = TypeAdapter(Event)
 _LINE: TypeAdapter[Event | Ready] = TypeAdapter(Annotated[Event | Ready, Field(discriminator="kind")])

@@ -11,7 +11,8 @@ import pytest
 
 from tests.tiny_models import make_model, write_conversations
 from training.compute import ComputeType
-from training.event_writer import AnyEvent, EventWriter
+from training.event_writer import EventWriter
+from training.events import AnyEvent
 from training.quick_imports import quick_imports
 from training.spec import Hyperparameters, JobSpec
 from training.stop_switch import StopSwitch

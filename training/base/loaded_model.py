@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict
 
 from training.compute import ComputeType, compute_type
-from training.event_writer import AnyEvent, EventWriter
+from training.event_writer import EventWriter
+from training.events import AnyEvent
 from training.files.model_folder import ModelFolder, open_model_folder
 from training.spec import HoldOrder, JobSpec
 

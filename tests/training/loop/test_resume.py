@@ -8,7 +8,7 @@ import pytest
 
 from tests.tiny_models import write_conversations
 from tests.training.conftest import IN_BOTH_TYPES, RecordedEvents, SpecOf, train
-from training.event_writer import AnyEvent
+from training.events import AnyEvent
 from training.recipe import train_adapter
 from training.spec import JobSpec
 from training.stop_switch import StopSwitch

@@ -14,7 +14,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tests.paths import ROOT
 from tests.training.conftest import RecordedEvents, SpecOf, train
 from tests.training.process.child import start
-from training.event_writer import AnyEvent
+from training.events import AnyEvent
 from training.failures import StopRequested
 from training.recipe import train_adapter
 from training.results.trackers import TENSORBOARD_FILE
