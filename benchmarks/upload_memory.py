@@ -15,7 +15,6 @@ import asyncio
 import base64
 import hashlib
 import os
-import random
 import subprocess
 import sys
 import tempfile
@@ -34,7 +33,8 @@ sys.path.insert(0, str(ROOT))
 from daemon.storage.supabase import SupabaseStorage  # noqa: E402
 from daemon.storage.tus import CHUNK_BYTES, PIECE_BYTES  # noqa: E402
 from tests.doubles.storage import SERVICE_KEY  # noqa: E402
-from tests.storage.upload_ordeal import survive  # noqa: E402
+from tests.storage.upload_ordeal import survive, write_random  # noqa: E402
+from training.files.durable_files import sha256_of  # noqa: E402
 
 MIB = 1024 * 1024
 KEY = {"apikey": SERVICE_KEY, "Authorization": f"Bearer {SERVICE_KEY}"}
@@ -107,7 +107,7 @@ def measure(megabytes: int, cuts: int, upload: Upload = ours) -> Measured:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         local = folder / "adapter.tar.gz"
-        sha256 = _write_random(local, megabytes)
+        sha256 = write_random(local, megabytes)
         command = [sys.executable, "-m", "tests.doubles.storage", str(folder / "double"), str(cuts)]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as double:
             assert double.stdin is not None
@@ -115,36 +115,18 @@ def measure(megabytes: int, cuts: int, upload: Upload = ours) -> Measured:
             url = double.stdout.readline().strip()
             # A first, small upload loads everything that is loaded only once.
             small = folder / "small.tar.gz"
-            small_sha256 = _write_random(small, 7)
+            small_sha256 = write_random(small, 7)
             asyncio.run(upload(url, small, "adapters/small.tar.gz", small_sha256, folder))
             _reset_peak()
             before, begun = _memory_mib("VmRSS"), time.monotonic()
             asyncio.run(upload(url, local, "adapters/large.tar.gz", sha256, folder))
             seconds, peak = time.monotonic() - begun, _memory_mib("VmHWM")
             stored = folder / "double" / "objects" / BUCKET / "adapters" / "large.tar.gz"
-            whole = _hash(stored) == sha256
+            whole = sha256_of(stored) == sha256
             double.stdin.close()
             cuts_made = int(double.stdout.readline())
             double.wait(10)
     return Measured(cuts_made, before, peak, seconds, whole)
-
-
-def _write_random(file: Path, megabytes: int) -> str:
-    digest, source = hashlib.sha256(), random.Random(megabytes)
-    with file.open("wb") as stream:
-        for _ in range(megabytes):
-            piece = source.randbytes(1_000_000)
-            stream.write(piece)
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def _hash(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while piece := stream.read(MIB):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _reset_peak() -> None:

@@ -90,6 +90,15 @@ def database(postgres: Server, database_pool: DatabasePool) -> Iterator[AppDatab
 
 
 @pytest.fixture
+def empty(postgres: Server) -> Iterator[AppDatabase]:
+    """A database without a table, before anybody came."""
+    with postgres.database() as name:
+        app = AppDatabase(postgres.dsn(name))
+        yield app
+        app.close()
+
+
+@pytest.fixture
 def queue(database: AppDatabase, tmp_path: Path) -> Queue:
     return Queue(database.dsn, tmp_path)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -20,14 +19,6 @@ from tests.fronts.pipeline import APP, Pipeline, app_tables
 from tests.postgres import AppDatabase, Server, insert_statement
 
 FRONT = fronts()["pipeline"]
-
-
-@pytest.fixture
-def empty(postgres: Server) -> Iterator[AppDatabase]:
-    with postgres.database() as name:
-        app = AppDatabase(postgres.dsn(name))
-        yield app
-        app.close()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,14 +27,6 @@ from tests.queue.claiming import claim
 
 LOCAL = ROOT / "sql" / "local" / "supabase.sql"
 APP_SCHEMA = ROOT / "tests" / "app_schema.sql"
-
-
-@pytest.fixture
-def empty(postgres: Server) -> Iterator[AppDatabase]:
-    with postgres.database() as name:
-        app = AppDatabase(postgres.dsn(name))
-        yield app
-        app.close()
 
 
 @pytest.fixture

@@ -37,20 +37,6 @@ def file_of(folder: Path, size: int, seed: int = 0) -> tuple[Path, str]:
     return file, hashlib.sha256(content).hexdigest()
 
 
-@pytest.fixture
-async def double(tmp_path: Path) -> AsyncIterator[StorageDouble]:
-    async with StorageDouble(tmp_path / "double") as double:
-        double.buckets["lora-models"] = Bucket()
-        yield double
-
-
-@pytest.fixture
-async def storage(double: StorageDouble) -> AsyncIterator[SupabaseStorage]:
-    storage = SupabaseStorage(double.url, SERVICE_KEY, first_wait_seconds=0.005)
-    yield storage
-    await storage.close()
-
-
 @pytest.fixture(params=SERVERS)
 async def any_storage(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Storage]:
     async with serve(request.param, tmp_path) as server:

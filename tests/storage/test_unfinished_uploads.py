@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +15,10 @@ from daemon.errors import JobError, JobFailed
 from daemon.settings import Settings
 from daemon.storage.supabase import SupabaseStorage
 from daemon.storage.tus import CHUNK_BYTES, unfinished_uploads
-from tests.doubles.storage import SERVICE_KEY, Bucket, StorageDouble
+from tests.doubles.storage import Bucket, StorageDouble
 from tests.storage.real_server import SERVERS, serve
 
 MB = 1_000_000
-
-
-@pytest.fixture
-async def double(tmp_path: Path) -> AsyncIterator[StorageDouble]:
-    async with StorageDouble(tmp_path / "double") as double:
-        double.buckets["lora-models"] = Bucket()
-        yield double
-
-
-@pytest.fixture
-async def storage(double: StorageDouble) -> AsyncIterator[SupabaseStorage]:
-    storage = SupabaseStorage(double.url, SERVICE_KEY, first_wait_seconds=0.001)
-    yield storage
-    await storage.close()
 
 
 async def test_a_limit_of_the_whole_project_is_found_before_training(

@@ -25,6 +25,7 @@ from tests.doubles.storage import Bucket, Fault, StorageDouble
 from tests.doubles.storage_keys import SECRET, SERVICE_KEY, make_key
 from tests.forked_process import ForkedProcess, forker
 from tests.paths import ROOT
+from training.files.durable_files import sha256_of
 
 UPLOADING = ROOT / "tests" / "storage" / "uploading_process.py"
 NAME = "adapters/large.tar.gz"
@@ -102,7 +103,7 @@ class Ordeal:
 async def survive(folder: Path, megabytes: int, cuts: int) -> Survived:
     """Uploads a file of random bytes through all of it. `folder` needs twice that room."""
     local, begun_at = folder / "adapter.tar.gz", time.monotonic()
-    sha256 = await asyncio.to_thread(_write_random, local, megabytes)
+    sha256 = await asyncio.to_thread(write_random, local, megabytes)
     size = local.stat().st_size
     resume, log = folder / "resume", folder / "uploading.log"
     endings: list[int] = []
@@ -119,7 +120,7 @@ async def survive(folder: Path, megabytes: int, cuts: int) -> Survived:
         stored = double.path_of("lora-models", NAME)
         return Survived(
             endings=tuple(endings),
-            whole=stored.is_file() and await asyncio.to_thread(_hash, stored) == sha256,
+            whole=stored.is_file() and await asyncio.to_thread(sha256_of, stored) == sha256,
             begun=len(double.uploads),
             chunks=-(-size // CHUNK_BYTES),
             sent_chunks=double.count("PATCH"),
@@ -130,7 +131,8 @@ async def survive(folder: Path, megabytes: int, cuts: int) -> Survived:
         )
 
 
-def _write_random(file: Path, megabytes: int) -> str:
+def write_random(file: Path, megabytes: int) -> str:
+    """Writes a file that is the same for each size. Returns its SHA-256."""
     digest, source = hashlib.sha256(), random.Random(megabytes)
     with file.open("wb") as stream:
         for _ in range(megabytes):
@@ -138,11 +140,6 @@ def _write_random(file: Path, megabytes: int) -> str:
             stream.write(piece)
             digest.update(piece)
     return digest.hexdigest()
-
-
-def _hash(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def main() -> None:
