@@ -214,6 +214,8 @@ def test_backends_that_an_operator_terminates_are_replaced(own_queue: Queue, tmp
 def test_a_half_open_listener_is_found_and_replaced(own_queue: Queue, proxy: TcpProxy, tmp_path: Path) -> None:
     with DaemonProcess(proxy.dsn(own_queue.dsn), tmp_path, poll_seconds=300) as daemon:
         daemon.wait_for_log("listener_hears")
+        # The session that sent its nonce has the same name, and may be closing still.
+        eventually(lambda: proxy.connected(LISTENER) == 1)
         assert proxy.half_open(LISTENER) == 1
         job = own_queue.insert()  # its notification falls into the void
         # It may have been at the last statement of its proof, which has longer than a probe has.
