@@ -33,7 +33,7 @@ playground: $(STAMP) ## a database, a host and the dashboard on this machine unt
 
 # Much of a test's time is spent waiting for processes and leases: four workers keep two cores busy. Each has a part of
 # the files, so that what a file shares is made once, and helps the others when it is through.
-test: $(STAMP) ## the tests that need nothing beyond pip (about ten minutes on two cores)
+test: $(STAMP) ## the tests that need nothing beyond pip (about nine minutes on two cores)
 	@$(PY) -m pytest -m "not system and not gpu" --numprocesses 4 --dist worksteal
 
 test-system: $(STAMP) ## the slower tests; installs what they need from Debian
