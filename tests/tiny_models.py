@@ -142,3 +142,13 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     },
     "mixtral": {"intermediate_size": 128, "num_local_experts": 8, "num_experts_per_tok": 2},
 }
+
+# Wide enough for a card's kernels: a grouped product wants rows of 16 bytes, the gated delta rule heads of 64 or more.
+_WIDE = {"hidden_size": 256, "num_attention_heads": 4}
+CARD_SHAPE: dict[str, dict[str, Any]] = {
+    "qwen3": {**_WIDE, "head_dim": 64},
+    "llama": _WIDE,
+    "qwen3_next": {**_WIDE, "head_dim": 64, "linear_key_head_dim": 64, "linear_value_head_dim": 64},
+    "qwen3_moe": {**_WIDE, "head_dim": 64},
+    "mixtral": _WIDE,
+}

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 
-from tests.tiny_models import make_model, write_conversations
+from tests.tiny_models import CARD_SHAPE, make_model, write_conversations
 from training.compute import ComputeType
 from training.event_writer import EventWriter
 from training.events import AnyEvent
@@ -57,13 +58,36 @@ IN_BOTH_TYPES = pytest.mark.parametrize("compute_type", get_args(ComputeType))
 ROUNDING: dict[ComputeType, float] = {"float32": 1e-4, "bfloat16": 20**0.5 * 2**-9}
 
 
+# The same proof on a card, by `pytest -m gpu`: nobody has shown on a CPU what CUDA's kernels do.
+ON_A_CARD_TOO = pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+            ],
+        ),
+    ],
+)
+
+
+@pytest.fixture
+def device() -> str:
+    """Where a test's models compute. ON_A_CARD_TOO gives the card as well."""
+    return "cpu"
+
+
 @pytest.fixture(autouse=True)
 def without_a_chart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes a third of such a short job; our child processes draw, and so does one test in test_adapter.py."""
     monkeypatch.setattr(training.recipe, "draw_chart", lambda _journal, path, title: path.write_bytes(b"\x89PNG"))
 
 
-ModelOf = Callable[[str], Path]
+# Callable with the architecture, and with a device if its kernels want a certain width.
+ModelOf = Callable[..., Path]
 SpecOf = Callable[..., JobSpec]
 
 
@@ -72,9 +96,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelOf:
     """tiny("qwen3_next") is the folder of that model, made on first use."""
     root = tmp_path_factory.mktemp("models")
 
-    def make(architecture: str) -> Path:
-        folder = root / architecture
-        return folder if folder.is_dir() else make_model(folder, architecture)
+    def make(architecture: str, device: str = "cpu") -> Path:
+        folder = root / device / architecture
+        shape = CARD_SHAPE[architecture] if device == "cuda" else {}
+        return folder if folder.is_dir() else make_model(folder, architecture, **shape)
 
     return make
 
@@ -87,7 +112,7 @@ def compute_type() -> ComputeType | None:
 
 
 @pytest.fixture
-def spec_of(tiny: ModelOf, tmp_path: Path, compute_type: ComputeType | None) -> SpecOf:
+def spec_of(tiny: ModelOf, tmp_path: Path, compute_type: ComputeType | None, device: str) -> SpecOf:
     """A spec for a tiny model with 24 conversations and six steps. Keywords unknown to JobSpec are hyperparameters.
 
     No samples: two before and two after take as long as the steps. `sample_prompts=None` gives a job's default.
@@ -105,11 +130,12 @@ def spec_of(tiny: ModelOf, tmp_path: Path, compute_type: ComputeType | None) -> 
             {
                 "job_id": name,
                 "base_model": f"tiny/{architecture}",
-                "model_path": tiny(architecture),
+                "model_path": tiny(architecture, device),
                 "work_dir": root / "work",
                 "checkpoint_dir": root / "checkpoints",
                 "output_dir": root / "adapter",
                 "compute_type": compute_type,
+                "device": device,
                 "hyperparameters": Hyperparameters.model_validate(chosen),
                 **top,
             }

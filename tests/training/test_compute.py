@@ -8,7 +8,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 
-from tests.training.conftest import IN_BOTH_TYPES, RecordedEvents, SpecOf, train
+from tests.training.conftest import IN_BOTH_TYPES, ON_A_CARD_TOO, RecordedEvents, SpecOf, train
 from training.base.dtype import compute_dtype
 from training.base.load import load_base_model
 from training.base.loaded_model import Base
@@ -29,6 +29,7 @@ def test_a_card_computes_in_bfloat16_and_whoever_asks_has_what_he_asks_for() -> 
         assert compute_type(device, "float32") == "float32" and compute_type(device, "bfloat16") == "bfloat16"
 
 
+@ON_A_CARD_TOO
 @IN_BOTH_TYPES
 @pytest.mark.parametrize("architecture", ["qwen3", "qwen3_moe"])
 def test_every_product_of_a_run_has_its_type_and_the_story_says_which(

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import training.recipe
 from tests.tiny_models import ARCHITECTURES, DENSE
-from tests.training.conftest import ModelOf, SpecOf, train
+from tests.training.conftest import ON_A_CARD_TOO, ModelOf, SpecOf, train
 from training.adapter.lora import attach_adapter, choose_targets, trainable_parameters
 from training.failures import TrainingFailed
 from training.results.chart import draw_chart
@@ -25,6 +25,7 @@ def _plain(folder: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
+@ON_A_CARD_TOO
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_an_adapter_opens_with_plain_peft_and_changes_the_answers(architecture: str, spec_of: SpecOf) -> None:
     spec = spec_of(architecture)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GgufConfig
 
 from daemon.demo.model import find_gguf
 from tests.tiny_models import make_model
-from tests.training.conftest import IN_BOTH_TYPES, ModelOf, RecordedEvents, SpecOf
+from tests.training.conftest import IN_BOTH_TYPES, ON_A_CARD_TOO, ModelOf, RecordedEvents, SpecOf
 from training.base.dtype import compute_dtype
 from training.base.load import load_base_model
 from training.base.sequence_packing import why_not_packed
@@ -25,6 +25,7 @@ def _load(folder: Path, compute_type: ComputeType) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=compute_dtype("cpu", compute_type)).eval()
 
 
+@ON_A_CARD_TOO
 @IN_BOTH_TYPES
 @pytest.mark.parametrize("architecture", ["qwen3", "llama", "qwen3_moe", "mixtral"])
 def test_what_keeps_texts_apart_is_packed(architecture: str, spec_of: SpecOf) -> None:

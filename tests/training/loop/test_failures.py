@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import training.loop.loss
 from tests.tiny_models import conversation, write_conversations, write_dataset
-from tests.training.conftest import IN_BOTH_TYPES, ROUNDING, ModelOf, SpecOf, train
+from tests.training.conftest import IN_BOTH_TYPES, ON_A_CARD_TOO, ROUNDING, ModelOf, SpecOf, train
 from training.compute import ComputeType
 from training.events import ErrorCode
 from training.failures import TrainingFailed, diagnose, is_out_of_memory
@@ -39,6 +39,7 @@ def _refusal(spec: JobSpec) -> TrainingFailed:
 # --- NaN and infinity
 
 
+@ON_A_CARD_TOO
 def test_a_run_that_diverges_stops_and_advises_a_lower_learning_rate(
     spec_of: SpecOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,6 +60,7 @@ def test_a_run_that_diverges_stops_and_advises_a_lower_learning_rate(
     assert not spec.output_dir.exists()
 
 
+@ON_A_CARD_TOO
 def test_a_learning_rate_that_explodes_never_ends_as_success(spec_of: SpecOf) -> None:
     """The library's default logs loss 0.0 for NaN; ours must never turn NaN into zero."""
     spec = spec_of(learning_rate=0.1, num_epochs=3)
@@ -94,6 +96,7 @@ def test_other_errors_of_the_card_are_not_taken_for_memory() -> None:
     assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
+@ON_A_CARD_TOO
 @IN_BOTH_TYPES
 @pytest.mark.parametrize("packing", [True, False])
 def test_out_of_memory_halves_the_micro_batch_and_loses_no_step(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiny_models import write_conversations
-from tests.training.conftest import IN_BOTH_TYPES, RecordedEvents, SpecOf, train
+from tests.training.conftest import IN_BOTH_TYPES, ON_A_CARD_TOO, RecordedEvents, SpecOf, train
 from training.events import AnyEvent
 from training.recipe import train_adapter
 from training.spec import JobSpec
@@ -79,6 +79,7 @@ def test_killed_after_every_step_it_ends_with_the_same_bits(architecture: str, s
     assert last.all("progress")[-1].tokens_seen == expected.all("progress")[-1].tokens_seen
 
 
+@ON_A_CARD_TOO
 @IN_BOTH_TYPES
 def test_a_damaged_checkpoint_costs_its_steps_and_changes_nothing(spec_of: SpecOf, tmp_path: Path) -> None:
     data = write_conversations(tmp_path / "few.jsonl", 15)

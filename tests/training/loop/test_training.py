@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import training.data.plan
 import training.recipe
 from tests.tiny_models import ARCHITECTURES
-from tests.training.conftest import IN_BOTH_TYPES, ROUNDING, ModelOf, SpecOf, train
+from tests.training.conftest import IN_BOTH_TYPES, ON_A_CARD_TOO, ROUNDING, ModelOf, SpecOf, train
 from training.base.dtype import compute_dtype
 from training.base.sequence_packing import packs_without_leaks
 from training.compute import ComputeType
@@ -35,6 +35,7 @@ def _batch(rows: int = 3, length: int = 20) -> dict[str, torch.Tensor]:
     return {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT), "labels": labels_BT}
 
 
+@ON_A_CARD_TOO
 @IN_BOTH_TYPES
 def test_a_run_tells_its_story_in_order_and_learns(spec_of: SpecOf) -> None:
     voice = train(spec_of(num_epochs=3, sample_prompts=None))
@@ -120,6 +121,7 @@ def test_packed_conversations_give_the_losses_of_separate_ones(
     assert count == 3 * 10 and math.isclose(together.item(), apart, rel_tol=ROUNDING[compute_type])
 
 
+@ON_A_CARD_TOO
 @IN_BOTH_TYPES
 def test_packed_and_padded_runs_learn_the_same(compute_type: ComputeType, spec_of: SpecOf) -> None:
     packed = train(spec_of(name="packed", packing=True, lora_dropout=0.0))
@@ -128,6 +130,7 @@ def test_packed_and_padded_runs_learn_the_same(compute_type: ComputeType, spec_o
         assert math.isclose(left.loss, right.loss, rel_tol=ROUNDING[compute_type])
 
 
+@ON_A_CARD_TOO
 @IN_BOTH_TYPES
 def test_accumulated_micro_batches_equal_one_batch(
     compute_type: ComputeType, spec_of: SpecOf, monkeypatch: pytest.MonkeyPatch

@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from tests.daemon_process import alive, children_of, eventually
 from tests.tiny_models import conversation, make_model, write_conversations, write_dataset
-from tests.training.conftest import ModelOf, SpecOf, train
+from tests.training.conftest import ON_A_CARD_TOO, ModelOf, SpecOf, train
 from tests.training.process.child import WARM, Child, start
 from training.base.dtype import compute_dtype
 from training.compute import ComputeType
@@ -56,6 +56,7 @@ def shared() -> Iterator[Callable[[], Child]]:
 
 
 # Each type once, with one architecture.
+@ON_A_CARD_TOO
 @pytest.mark.parametrize(("architecture", "compute_type"), [("qwen3", "bfloat16"), ("qwen3_next", "float32")])
 def test_a_warm_trainer_makes_the_adapter_of_a_process_of_its_own_bit_for_bit(
     architecture: str, compute_type: ComputeType, spec_of: SpecOf, shared: Callable[[], Child]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiny_models import write_conversations
-from tests.training.conftest import SpecOf, train
+from tests.training.conftest import ON_A_CARD_TOO, SpecOf, train
 from tests.training.process.child import start
 from training.compute import ComputeType
 from training.events import EXIT_STOPPED
@@ -21,6 +21,7 @@ def _adapter(spec: JobSpec) -> bytes:
     return (spec.output_dir / "adapter_model.safetensors").read_bytes()
 
 
+@ON_A_CARD_TOO
 def test_a_spec_becomes_an_adapter_and_the_events_tell_it_in_order(spec_of: SpecOf) -> None:
     spec = spec_of(name="first", num_epochs=1, sample_prompts=None)
     with start(spec) as child:
@@ -49,6 +50,7 @@ def test_sigterm_before_a_spec_ends_the_child_at_once() -> None:
         assert child.exit_status(20) == EXIT_STOPPED
 
 
+@ON_A_CARD_TOO
 def test_sigterm_while_training_leaves_a_checkpoint_and_the_next_attempt_ends_the_same(spec_of: SpecOf) -> None:
     whole = spec_of(name="whole", num_epochs=3, lora_dropout=0.1)
     train(whole)
@@ -66,6 +68,7 @@ def test_sigterm_while_training_leaves_a_checkpoint_and_the_next_attempt_ends_th
 
 
 # A process takes seconds to start: each type once, with one architecture.
+@ON_A_CARD_TOO
 @pytest.mark.parametrize(
     ("architecture", "step", "compute_type"), [("qwen3", 4, "float32"), ("qwen3_next", 7, "bfloat16")]
 )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.conftest import IN_BOTH_TYPES, RecordedEvents, SpecOf, train
+from tests.training.conftest import IN_BOTH_TYPES, ON_A_CARD_TOO, RecordedEvents, SpecOf, train
 from training.base.load import load_base_model
 from training.files.model_folder import open_model_folder
 from training.spec import JobSpec
@@ -26,11 +26,14 @@ def _copy_in(root: Path) -> Path:
     return found
 
 
+@ON_A_CARD_TOO
 @IN_BOTH_TYPES
 @pytest.mark.parametrize("architecture", ["qwen3", "qwen3_next", "mixtral"])
-def test_the_copy_gives_bit_for_bit_the_same_logits(architecture: str, spec_of: SpecOf, tmp_path: Path) -> None:
+def test_the_copy_gives_bit_for_bit_the_same_logits(
+    architecture: str, device: str, spec_of: SpecOf, tmp_path: Path
+) -> None:
     spec = spec_of(architecture, quantized_dir=tmp_path / "copies")
-    ids_BT = torch.arange(3, 40)[None]
+    ids_BT = torch.arange(3, 40, device=device)[None]
     first, _ = _load(spec)
     written = _copy_in(tmp_path / "copies").stat().st_mtime_ns
     second, voice = _load(spec)

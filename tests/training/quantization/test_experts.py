@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import training.quantization.experts
 from tests.tiny_models import MIXTURES
-from tests.training.conftest import IN_BOTH_TYPES, ROUNDING, RecordedEvents, SpecOf
+from tests.training.conftest import IN_BOTH_TYPES, ON_A_CARD_TOO, ROUNDING, RecordedEvents, SpecOf
 from training.base.load import count_weights, load_base_model
 from training.compute import ComputeType
 from training.failures import TrainingFailed
@@ -50,25 +50,13 @@ def _loss_and_gradient(model: Any, ids_BT: torch.Tensor) -> tuple[float, torch.T
     return loss.item(), embedded.grad
 
 
+@ON_A_CARD_TOO
 @IN_BOTH_TYPES
 @pytest.mark.parametrize("architecture", MIXTURES)
-@pytest.mark.parametrize(
-    "device",
-    [
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=[
-                pytest.mark.gpu,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-            ],
-        ),
-    ],
-)
 def test_loss_and_gradients_equal_those_of_the_dequantised_weights(
     device: str, architecture: str, compute_type: ComputeType, spec_of: SpecOf
 ) -> None:
-    spec = spec_of(architecture, device=device)
+    spec = spec_of(architecture)
     quantised = _load(spec)
     reference = _dequantised(spec.model_path, quantised)
     ids_BT = torch.randint(0, 300, (2, 48), generator=torch.Generator().manual_seed(1)).to(device)
