@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Where a shell forbids bytecode, each of the tests' workers would compile and rewrite every test anew: 4 s each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo ask playground test test-system lint bench chaos types image image-check clean install
+.PHONY: help demo ask playground test test-system lint bench gpu-check gpu-pack chaos types image image-check clean install
 
 help: ## this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  \033[1mmake %-12s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,12 @@ bench: $(STAMP) ## every benchmark's table
 	@shopt -s nullglob; scripts=(benchmarks/[a-z]*.py); \
 	  (($${#scripts[@]})) || { echo "benchmarks/ holds no script" >&2; exit 1; }; \
 	  for script in "$${scripts[@]}"; do echo "== $$script"; $(PY) "$$script"; done
+
+gpu-check: $(STAMP) ## what only a card shows, on this machine's card (STAGE=1, 2 or 3; DEVICE=cpu rehearses)
+	@PYTHON="$(abspath $(PY))" benchmarks/gpu/check $(STAGE)
+
+gpu-pack: ## .gpu, the same for a machine with a card and no network
+	@benchmarks/gpu/pack
 
 types: $(STAMP) ## the TypeScript types of the schema, after a change of sql/migrations (needs npm)
 	@$(PY) -m tests.docs.database_types

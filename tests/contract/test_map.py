@@ -23,7 +23,7 @@ def rooms() -> Iterator[str]:
             # A folder of tests that is called as a room of the daemon explains itself.
             if room.is_dir() and has_files and not (folder == "tests" and room.name in of_the_daemon):
                 yield str(room.relative_to(ROOT))
-    yield "benchmarks"
+    yield from ("benchmarks", "benchmarks/gpu")
 
 
 def test_the_map_names_every_room_and_no_other() -> None:
