@@ -1,5 +1,5 @@
 # The daemon and its trainer on a RunPod GPU pod. Ordered by how often things change: libraries, then code.
-ARG BASE=runpod/pytorch:1.0.3-cu1281-torch291-ubuntu2404
+ARG BASE=runpod/pytorch:1.4.0-cu1300-torch2130-ubuntu2404
 FROM ${BASE}
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
@@ -16,9 +16,10 @@ ARG IMAGE_PACKAGES="supervisor flash-linear-attention setuptools"
 # The fused convolution that goes with them: a wheel for this very torch, CUDA and Python, by its URL (see the guide).
 ARG CAUSAL_CONV1D=""
 
-# Another torch than the base's, of the base's CUDA. That of the default base, 2.9.1, brings Triton 3.5.1, with which
-# flash-linear-attention refuses to train on Hopper (training/kernels.py); empty keeps it, on other cards.
-ARG TORCH="2.13.0+cu128"
+# Empty keeps the base's torch, which must be the floor of pyproject.toml or newer: pip refuses an older one. Another is
+# named with its CUDA. PyTorch publishes 2.13.0 for CUDA 13.0, which needs driver 580, and for CUDA 12.6 ("2.13.0+cu126":
+# driver 525 and newer, no Blackwell), and none for 12.8.
+ARG TORCH=""
 
 # Where no other is named the base's torch stays: the environment sees the image's packages, and pip is held to the
 # very torch that it finds there. Everything else is pinned by constraints.txt.

@@ -10,7 +10,7 @@ VENV    := .venv
 PY      := $(VENV)/bin/python
 STAMP   := $(VENV)/.installed
 IMAGE   ?= brightrun-trainer
-BASE    ?= runpod/pytorch:1.0.3-cu1281-torch291-ubuntu2404
+BASE    ?= runpod/pytorch:1.4.0-cu1300-torch2130-ubuntu2404
 DATA    ?=
 # A CPU needs no more than the CPU build of torch; on a machine with an NVIDIA driver pip takes the default one.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

@@ -3,8 +3,8 @@
 The ranks are started and watched by torchrun's own engine, torch.distributed's elastic agent: when one fails it ends
 the others. It gets no restarts: the daemon decides whether a job is tried again.
 
-Only options that torch 2.9 knows are used. Choosing which signals the engine handles, or that each rank sees one GPU,
-needs a later version; so the engine runs in a thread, where it handles no signal, and a rank finds its GPU itself.
+The engine runs in a thread: in the main thread it would handle SIGTERM itself and end the ranks without a checkpoint.
+On a GPU host it gives each rank one card, which the rank sees as its only one.
 """
 
 from __future__ import annotations
@@ -78,7 +78,6 @@ def _run(spec: JobSpec, desk: RankFolder, events_fd: int) -> ProcessFailure | No
         f"/proc/{os.getpid()}/fd/{events_fd}",
     )
     try:
-        # In the main thread the engine would take over SIGTERM and end the ranks without a checkpoint.
         with ThreadPoolExecutor(1, "engine") as thread:
             thread.submit(engine, *arguments).result()
     except ChildFailedError as error:
@@ -93,7 +92,7 @@ def _was_killed(failure: ProcessFailure) -> bool:
 
 
 def launch_config(spec: JobSpec) -> LaunchConfig:
-    """Returns what `torchrun --standalone` would use, on the loopback interface, with options that torch 2.9 knows."""
+    """Returns what `torchrun --standalone` would use, on the loopback interface, with one card for each rank."""
     from torch.distributed.launcher.api import LaunchConfig
 
     return LaunchConfig(
@@ -105,6 +104,8 @@ def launch_config(spec: JobSpec) -> LaunchConfig:
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=0,
+        # Rank n gets the n-th of our CUDA_VISIBLE_DEVICES, and LOCAL_RANK=0.
+        virtual_local_rank=spec.device == "cuda",
     )
 
 

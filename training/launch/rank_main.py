@@ -43,8 +43,6 @@ def main() -> int:
     spec = desk.spec()
     voice = EventWriter(os.open(chosen.events, os.O_WRONLY), spec.job_id) if index == 0 else NullWriter(spec.job_id)
     try:
-        if spec.device == "cuda":
-            see_one_card()
         _work(spec, voice, stop)
     except StopRequested:
         return 0
@@ -56,19 +54,6 @@ def main() -> int:
     if index == 0:
         desk.note_finished()
     return 0
-
-
-def see_one_card() -> None:
-    """Leaves this rank only its own GPU, which it sees as number 0. Call it before torch is imported.
-
-    (In later versions of torch the engine's `virtual_local_rank` does this; 2.9 has no such option.)
-    """
-    index = int(os.environ["LOCAL_RANK"])
-    cards = [card.strip() for card in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if card.strip()]
-    if cards and index >= len(cards):
-        raise IndexError(f"rank {index} has no card: CUDA_VISIBLE_DEVICES={','.join(cards)}")
-    os.environ["CUDA_VISIBLE_DEVICES"] = cards[index] if cards else str(index)
-    os.environ["LOCAL_RANK"] = "0"
 
 
 def _work(spec: JobSpec, voice: EventWriter, stop: StopSwitch) -> None:

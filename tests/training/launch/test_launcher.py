@@ -1,84 +1,57 @@
-"""The engine that starts ranks works with every torch that pyproject.toml allows, and knows the options we use."""
+"""The engine that starts ranks gives each of them its own card, and starts none where a card is missing."""
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, field, make_dataclass
-from typing import Any
+import json
+import subprocess
+import sys
+from pathlib import Path
 
-import pytest
-import torch.distributed.launcher.api as launcher
-
+from tests.paths import ROOT
 from tests.training.conftest import SpecOf
+
+# The engine as the trainer starts it, with ranks that only write down what they see; all cases in one process, since
+# what takes time is the import of torch.
+_ENGINE = """
+import json, os, sys
+from pathlib import Path
+from torch.distributed.launcher.api import elastic_launch
 from training.launch.launcher import launch_config
-from training.launch.rank_main import see_one_card
+from training.spec import JobSpec
 
-# torch/distributed/launcher/api.py of 2.9.1, the oldest in our images: name, type and default of each field. Later
-# versions have added fields (signals_to_handle and virtual_local_rank among others), and removed none.
-_LAUNCH_CONFIG_OF_2_9_1: list[tuple[str, Any] | tuple[str, Any, Any]] = [
-    ("min_nodes", int),
-    ("max_nodes", int),
-    ("nproc_per_node", int),
-    ("logs_specs", object, None),
-    ("run_id", str, ""),
-    ("role", str, "default_role"),
-    ("rdzv_endpoint", str, ""),
-    ("rdzv_backend", str, "etcd"),
-    ("rdzv_configs", dict, field(default_factory=dict)),
-    ("rdzv_timeout", int, -1),
-    ("max_restarts", int, 3),
-    ("monitor_interval", float, 0.1),
-    ("start_method", str, "spawn"),
-    ("log_line_prefix_template", str, None),
-    ("metrics_cfg", dict, field(default_factory=dict)),
-    ("local_addr", str, None),
-    ("event_log_handler", str, "null"),
-    ("numa_options", object, None),
-]
+spec = JobSpec.model_validate_json(sys.stdin.read())
+said = []
+for number, (device, shown) in enumerate(json.loads(sys.argv[2])):
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    os.environ |= {} if shown is None else {"CUDA_VISIBLE_DEVICES": shown}
+    seen = Path(sys.argv[1], str(number))
+    seen.mkdir()
+    note = (
+        f"import os, pathlib; pathlib.Path({str(seen)!r}, os.environ['RANK']).write_text("
+        "os.environ['LOCAL_RANK'] + ' ' + os.environ.get('CUDA_VISIBLE_DEVICES', 'all'))"
+    )
+    try:
+        elastic_launch(launch_config(spec.model_copy(update={"device": device})), sys.executable)("-c", note)
+    except ValueError as error:
+        said.append(str(error))
+    else:
+        said.append([path.read_text() for path in sorted(seen.iterdir())])
+print(json.dumps(said))
+"""
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_the_engine_of_torch_2_9_knows_all_that_it_is_asked_for(
-    device: str, spec_of: SpecOf, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = spec_of(num_gpus=2, device=device)
-    now: Any = launch_config(spec)
-    monkeypatch.setattr(launcher, "LaunchConfig", make_dataclass("LaunchConfig", _LAUNCH_CONFIG_OF_2_9_1))
-    then: Any = launch_config(spec)
-    for name in ("min_nodes", "max_nodes", "nproc_per_node", "run_id", "rdzv_backend", "max_restarts", "local_addr"):
-        assert getattr(then, name) == getattr(now, name)
-    assert then.nproc_per_node == 2 and then.max_restarts == 0
-
-
-@dataclass(frozen=True)
-class _Card:
-    shown: str | None
-    rank: str
-    seen: str
-
-
-@pytest.mark.parametrize(
-    "card",
-    [
-        _Card(shown="4,6", rank="0", seen="4"),
-        _Card(shown="4, 6", rank="1", seen="6"),
-        _Card(shown="GPU-5d3a,GPU-91c0", rank="1", seen="GPU-91c0"),
-        _Card(shown=None, rank="1", seen="1"),
-        _Card(shown="", rank="0", seen="0"),
-    ],
-    ids=str,
-)
-def test_a_rank_sees_its_own_card_alone_and_calls_it_0(card: _Card, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_RANK", card.rank)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", card.shown or "")
-    if card.shown is None:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    see_one_card()
-    assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["LOCAL_RANK"]) == (card.seen, "0")
-
-
-def test_a_rank_without_a_card_of_its_own_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    with pytest.raises(IndexError, match="rank 2 has no card: CUDA_VISIBLE_DEVICES=0,1"):
-        see_one_card()
+def test_a_rank_sees_its_own_card_alone_and_calls_it_0(spec_of: SpecOf, tmp_path: Path) -> None:
+    shown = [("cuda", "GPU-5d3a, GPU-91c0"), ("cuda", "4,6"), ("cuda", None), ("cpu", None), ("cuda", "4")]
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _ENGINE, str(tmp_path), json.dumps(shown)],
+        input=spec_of(num_gpus=2).model_dump_json(),
+        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    *seen, said = json.loads(ended.stdout)
+    assert seen == [["0 GPU-5d3a", "0 GPU-91c0"], ["0 4", "0 6"], ["0 0", "0 1"], ["0 all", "1 all"]]
+    assert said == "local_rank 1 exceeds available GPUs in CUDA_VISIBLE_DEVICES=4"
+    assert not list((tmp_path / "4").iterdir()), "a rank was started without a card of its own"
