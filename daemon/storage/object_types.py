@@ -17,4 +17,8 @@ def type_of(object_path: str) -> str:
 
 
 def takes(allowed: list[str] | None, kind: str) -> bool:
-    return not allowed or any(entry in ("*/*", kind, f"{kind.partition('/')[0]}/*") for entry in allowed)
+    """Whether a bucket with this list takes an upload in one request.
+
+    As the server reads it: an entry is a type, or `type/*`; `*/*` is the type named `*`, which nothing has. An empty
+    list refuses resumable uploads alone, which the probe finds (daemon.storage.unfinished_uploads)."""
+    return not allowed or any(entry in (kind, f"{kind.partition('/')[0]}/*") for entry in allowed)

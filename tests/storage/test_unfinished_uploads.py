@@ -13,6 +13,7 @@ from daemon.doctor.check_result import Status
 from daemon.doctor.service_checks import check_unfinished_uploads
 from daemon.errors import JobError, JobFailed
 from daemon.settings import Settings
+from daemon.storage.object_types import STORED_TYPES, takes
 from daemon.storage.supabase import SupabaseStorage
 from daemon.storage.tus import CHUNK_BYTES, unfinished_uploads
 from tests.doubles.storage import Bucket, StorageDouble
@@ -46,6 +47,16 @@ async def test_a_list_of_types_is_read_as_the_server_reads_it(
         return
     with pytest.raises(JobFailed, match="application/gzip"):
         await storage.check(size)
+
+
+LISTS = [["*/*"], ["application/*"], ["application/gzip"], ["image/*", "application/gzip"], ["*"], ["image/png"]]
+
+
+@pytest.mark.parametrize("allowed", LISTS, ids=str)
+@pytest.mark.parametrize("kind", STORED_TYPES)
+def test_a_type_is_looked_for_in_a_list_as_the_server_does(allowed: list[str], kind: str) -> None:
+    """tests/storage/test_double.py holds the double to the real server in this."""
+    assert takes(allowed, kind) is Bucket(allowed_mime_types=allowed).takes(kind)
 
 
 @pytest.mark.parametrize("server", SERVERS)
