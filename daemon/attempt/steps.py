@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import UTC
 from pathlib import Path
-from typing import TypeVar, assert_never
+from typing import TypeVar
 
 import structlog
 
@@ -26,6 +26,7 @@ from daemon.attempt.finished_adapter import EarlierAdapters, FinishedAdapter, ke
 from daemon.attempt.limits import enforce_limits
 from daemon.attempt.publishing import Publishing, manifest_facts
 from daemon.attempt.settle import settle
+from daemon.attempt.stopped import outcome_of_stop
 from daemon.attempt.stored_checkpoints import CheckpointStore
 from daemon.attempt.work_folder import WorkFolder
 from daemon.base_model.candidates import ResolvedModel
@@ -40,7 +41,7 @@ from daemon.errors import HostFault, JobDelayed, JobError, JobFailed, LeaseLost
 from daemon.host.gpu_load import read_load
 from daemon.queue.job import ClaimedJob, JobDataset, Returned
 from daemon.queue.lease import HeldLease
-from daemon.queue.outcome import Cancelled, Failed, Outcome, Released, Superseded
+from daemon.queue.outcome import Failed, Outcome, Superseded
 from daemon.report.cost import CostMeter, price_per_gpu_hour
 from daemon.report.reporter import Reporter
 from daemon.report.trained_with import model_in_words
@@ -91,6 +92,7 @@ class Attempt:
         self._early = early
         self._on_near_end = on_near_end
         self._publishing = Publishing(collaborators, job)
+        self._is_trained = False
         # A job without a callback adds nothing to the outbox: the courier need not look.
         self._tell = collaborators.courier.wake if job.callback_url is not None else lambda: None
 
@@ -146,7 +148,7 @@ class Attempt:
         try:
             return await self._work(reporter)
         except Interrupted as interruption:
-            return _outcome_of_stop(interruption.reason, reporter)
+            return outcome_of_stop(interruption.reason, reporter, is_trained=self._is_trained)
         except LeaseLost:
             return Superseded()
         except HostFault as fault:
@@ -183,6 +185,7 @@ class Attempt:
             if not isinstance(ended, FinishedAdapter):
                 return ended
             adapter = ended
+        self._is_trained = True
 
         reporter.enter(Stage.UPLOADING)
         published = await _until_stopped(
@@ -231,7 +234,7 @@ class Attempt:
         if isinstance(verdict, Failed):
             return await self._job_or_host(verdict)
         if isinstance(verdict, Stopped):
-            return _outcome_of_stop(verdict.reason, reporter)
+            return outcome_of_stop(verdict.reason, reporter, is_trained=False)
         spec_sha256 = spec_hash(row.hyperparameters.base_model or model.name, row.hyperparameters, dataset.sha256)
         facts = manifest_facts(spec, spec_sha256, reporter, verdict.summary)
         return await asyncio.to_thread(keep_finished, workspace, verdict.adapter_dir, facts)
@@ -321,30 +324,6 @@ class Attempt:
                 return replace(failed, host=None)
         self._with.fitness.report(part, f"{failed.message} ({detail})" if detail != failed.message else detail)
         return Returned(part, failed.code, failed.message, failed.hint, failed.stack)
-
-
-def _outcome_of_stop(reason: StopReason, reporter: Reporter) -> Outcome:
-    match reason:
-        case StopReason.LEASE_LOST:
-            return Superseded()
-        case StopReason.CANCELLED:
-            return Cancelled()
-        case StopReason.SHUTDOWN:
-            return Released("the host is shutting down")
-        case StopReason.BUDGET:
-            return Failed(
-                ErrorCode.BUDGET_EXCEEDED,
-                f"The job reached its max_cost (spent {reporter.cost or 0:.2f} US dollars).",
-                hint="Raise max_cost and retry the job. It resumes from its last checkpoint.",
-            )
-        case StopReason.DEADLINE:
-            return Failed(
-                ErrorCode.DEADLINE_EXCEEDED,
-                "The job did not finish before its deadline_at.",
-                hint="Set a later deadline_at and retry the job. It resumes from its last checkpoint.",
-            )
-        case _:
-            assert_never(reason)
 
 
 async def _until_stopped(

@@ -89,6 +89,23 @@ async def test_a_job_that_failed_for_the_bucket_is_retried_without_training(proj
     assert trainings(project) == 1
 
 
+async def test_a_deadline_that_passes_while_the_adapter_is_stored_says_so_and_costs_no_training(
+    project: Project,
+) -> None:
+    held = project.storage.fail("POST", ".tar.gz", held_until=asyncio.Event())
+    with project.daemon():
+        job = insert(project)
+        await asyncio.to_thread(eventually, lambda: held.times == 0)
+        project.queue.select("UPDATE training_jobs SET deadline_at = clock_timestamp() WHERE id = %s", job)
+        row = await project.wait_for(job, "failed")
+        assert row["error_code"] == "deadline_exceeded"
+        assert row["error_hint"].endswith("Its adapter is finished: it is only stored then, not trained again.")
+        project.queue.select("UPDATE training_jobs SET deadline_at = NULL WHERE id = %s", job)
+        project.queue.select("SELECT retry_training_job(%s)", job)
+        await project.wait_for(job, "completed")
+    assert trainings(project) == 1
+
+
 async def test_another_spec_is_trained_anew(project: Project) -> None:
     refused = project.storage.fail("POST", "object/lora-models/adapters", status=413, times=1_000)
     with project.daemon() as daemon:
