@@ -4,7 +4,8 @@
     ├── JobError           this job's attempt ends here
     │   ├── JobFailed      permanent: the user must change something
     │   └── JobDelayed     transient: another attempt may succeed
-    │       └── HostFault  the host's fault, not the job's: return it uncounted, claim nothing until the host works
+    │       ├── HostFault  the host's fault, not the job's: return it uncounted, claim nothing until the host works
+    │       └── StorageAway  nor is this the job's fault: return it uncounted, claim nothing while the storage is away
     ├── LeaseLost          another host may own the job now: stop, write nothing
     ├── DatabaseAway       Postgres does not answer: training goes on, try again
     │   ├── DatabaseUnprepared   a table or grant that was there is missing for now: treated as away
@@ -68,6 +69,10 @@ class HostFault(JobDelayed):
     @property
     def for_the_operator(self) -> str:
         return self.detail or self.message
+
+
+class StorageAway(JobDelayed):
+    """The storage does not answer, or not as it should, whatever the job; it may work for other hosts."""
 
 
 def disk_fault(part: HostPart, folder: Path, error: OSError) -> HostFault:

@@ -7,9 +7,9 @@ A probe does what a job does: it writes and syncs a file, asks the storage, star
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import assert_never
+from typing import Any, assert_never
 
 import structlog
 
@@ -19,6 +19,7 @@ from daemon.host.inspect import Host, find_gpus
 from daemon.sentence import as_sentence
 from daemon.settings import Settings
 from daemon.storage.interface import Storage
+from daemon.storage.try_out import try_out
 from daemon.trainer.process import TrainerProcess
 from daemon.trainer.run_selfcheck import run_selfcheck
 from daemon.troubles import Troubles
@@ -36,6 +37,8 @@ MIN_FREE_BYTES = 256 * 2**20
 START_SECONDS = 180.0
 # Storage that does not answer for this long at the start is away: nothing is claimed until it answers.
 ANSWER_SECONDS = 10.0
+# Longer than the tries of one request, so that the reason is told.
+TRY_OUT_SECONDS = 60.0
 
 
 class Fitness:
@@ -57,6 +60,11 @@ class Fitness:
     def fit(self) -> bool:
         return not self._broken
 
+    @property
+    def storage_part(self) -> HostPart:
+        """The part that stores adapters."""
+        return "storage folder" if self._settings.effective_storage == "folder" else "storage"
+
     def report(self, part: HostPart, detail: str) -> None:
         """Marks a part as broken: nothing is claimed until a probe passes. `detail` is for the operator."""
         self._broken[part] = detail
@@ -67,10 +75,11 @@ class Fitness:
 
     async def look(self) -> None:
         """Checks before the first claim that the disks can be written and the storage takes our key."""
-        parts: list[HostPart] = ["work folder"]
-        parts.append("storage folder" if self._settings.effective_storage == "folder" else "storage")
+        parts: list[HostPart] = ["work folder", self.storage_part]
         for part in parts:
-            if (fault := await self.probe(part)) is not None:
+            # Storage is not tried out as after a fault: that would delay the first claim.
+            asking = _answer_of(self._storage.prove(), ANSWER_SECONDS) if part == "storage" else self.probe(part)
+            if (fault := await asking) is not None:
                 self.report(part, fault)
 
     async def run(self) -> None:
@@ -104,23 +113,13 @@ class Fitness:
             case "storage folder":
                 return await asyncio.to_thread(probe_folder, self._settings.storage_dir)
             case "storage":
-                return await self._probe_storage()
+                return await _answer_of(try_out(self._storage, self._host.worker_id), TRY_OUT_SECONDS)
             case "trainer":
                 return await self._probe_trainer()
             case "GPU":
                 return await self._probe_gpu()
             case _:
                 assert_never(part)
-
-    async def _probe_storage(self) -> str | None:
-        """With a key that is not the service role's, every job would fail as if its dataset were not there."""
-        try:
-            await asyncio.wait_for(self._storage.prove(), ANSWER_SECONDS)
-        except JobError as error:
-            return error.for_the_operator
-        except TimeoutError:
-            return f"{self._settings.supabase_url} did not answer within {ANSWER_SECONDS:.0f} s"
-        return None
 
     async def _probe_trainer(self) -> str | None:
         """Starts a trainer as the pool does: it reports that it is ready once the libraries are imported."""
@@ -156,11 +155,22 @@ ADVICE: dict[HostPart, str] = {
     "work folder": "Mount the volume, free space on it, or set TRAINER_WORK_DIR to a writable folder",
     "models folder": "Mount the volume, free space on it, or set TRAINER_MODELS_DIR to a larger disk",
     "storage folder": "Free space, or set TRAINER_STORAGE_DIR to a folder that the daemon may write",
-    "storage": "Set SUPABASE_URL and SUPABASE_SERVICE_ROLE_KEY to the URL and the service_role (or sb_secret_) key of "
-    "one project; `brightrun-trainer doctor` shows what is wrong",
+    "storage": "If the storage is away, wait; else set SUPABASE_URL and SUPABASE_SERVICE_ROLE_KEY to the URL and the "
+    "service_role (or sb_secret_) key of one project; `brightrun-trainer doctor` shows what is wrong",
     "trainer": "Install the libraries with constraints.txt; `brightrun-trainer doctor` shows what is wrong",
     "GPU": "Look at nvidia-smi and dmesg for Xid errors; the pod may have to be replaced",
 }
+
+
+async def _answer_of(asking: Coroutine[Any, Any, None], seconds: float) -> str | None:
+    """Returns what is wrong with the storage, or None."""
+    try:
+        await asyncio.wait_for(asking, seconds)
+    except JobError as error:
+        return error.for_the_operator
+    except TimeoutError:
+        return f"the storage did not answer within {seconds:.0f} s"
+    return None
 
 
 def probe_folder(folder: Path) -> str | None:

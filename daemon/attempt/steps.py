@@ -37,7 +37,7 @@ from daemon.database.retry import retry_until_database_is_back
 from daemon.dataset.fetch import fetch_dataset
 from daemon.dataset.prefetch import NEAR_END_SECONDS, EarlyDataset
 from daemon.dataset.transfer import FetchedDataset
-from daemon.errors import HostFault, JobDelayed, JobError, JobFailed, LeaseLost
+from daemon.errors import HostFault, JobDelayed, JobError, JobFailed, LeaseLost, StorageAway
 from daemon.host.gpu_load import read_load
 from daemon.queue.job import ClaimedJob, JobDataset, Returned
 from daemon.queue.lease import HeldLease
@@ -146,7 +146,10 @@ class Attempt:
     async def _outcome(self, reporter: Reporter) -> Outcome:
         """Does the work and returns how it ended. Decides everything, writes nothing."""
         try:
-            return await self._work(reporter)
+            try:
+                return await self._work(reporter)
+            except StorageAway as error:
+                return await self._return_for_storage(error)
         except Interrupted as interruption:
             return outcome_of_stop(interruption.reason, reporter, is_trained=self._is_trained)
         except LeaseLost:
@@ -311,6 +314,17 @@ class Attempt:
         finally:
             if keeper is not None:
                 await keeper.finish(settings.drain_seconds if self._stop.saves_a_checkpoint else 0.0, self._stop)
+
+    async def _return_for_storage(self, error: StorageAway) -> Returned:
+        """The storage is needed before and after each training. A probe decides whether this host goes on claiming."""
+        fitness = self._with.fitness
+        fault = await _until_stopped(fitness.probe(fitness.storage_part), self._stop)
+        if fault is not None:
+            fitness.report(fitness.storage_part, fault)
+        log.warning("storage_away", error=error.for_the_operator, works_again=fault is None)
+        return Returned(
+            fitness.storage_part, error.code, error.message, error.hint, error.detail, works_again=fault is None
+        )
 
     async def _job_or_host(self, failed: Failed) -> Outcome:
         """Decides whether the host is at fault. A probe checks it first: the model may only need a missing package."""

@@ -41,8 +41,9 @@ async def fetch_dataset(
     `to` if Storage says that nothing has changed. Without `owns_file` no training file counts as the owner's.
 
     Raises JobFailed: dataset_forbidden (another owner's, or a bucket or address that is not allowed),
-    dataset_invalid (too large, empty, not a dataset at all), dataset_unreachable (the server refused); and
-    JobDelayed: dataset_unreachable (no answer for now). HostFault where the file cannot be written.
+    dataset_invalid (too large, empty, not a dataset at all), dataset_unreachable (not in storage, or the server of a
+    given URL refused); and JobDelayed: dataset_unreachable (no answer for now). StorageAway, whatever the project's
+    storage does with a dataset that is there. HostFault where the file cannot be written.
     """
     rules = rules or rules_from(settings)
     if dataset.dataset_user_id is not None and dataset.dataset_user_id != dataset.user_id:
@@ -57,7 +58,7 @@ async def fetch_dataset(
             return url
 
         limit = settings.max_dataset_bytes
-        return await download(given, to, rules=rules, max_bytes=limit, source=redact(url), renewable=False)
+        return await download(given, to, rules=rules, max_bytes=limit, source=redact(url))
     bucket, path = await _own_path(dataset, settings, owns_file)
     source = f"{bucket}/{path}"
     match await storage.open_dataset(bucket, path):
@@ -71,7 +72,7 @@ async def fetch_dataset(
                 return opened.url
 
             limit = settings.max_dataset_bytes
-            return await download(signed, to, rules=rules, max_bytes=limit, source=source, known=known)
+            return await download(signed, to, rules=rules, max_bytes=limit, source=source, is_stored=True, known=known)
         case unexpected:
             assert_never(unexpected)
 

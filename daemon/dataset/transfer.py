@@ -21,7 +21,7 @@ import structlog
 import tenacity
 
 from daemon.dataset.object_version import ObjectVersion, version_of
-from daemon.errors import JobDelayed, JobFailed, TrainerError, disk_fault
+from daemon.errors import JobDelayed, JobFailed, StorageAway, TrainerError, disk_fault
 from daemon.network.address_rules import AddressRefused, AddressRules, AddressUnknown
 from daemon.network.pinned_client import Target, guarded_client
 from daemon.network.retry_after import is_transient, retry_after_seconds
@@ -43,7 +43,7 @@ COPY_BYTES = 1024 * 1024
 # Storage's own status in the body of an HTTP 400.
 _IS_RANGE_REFUSED = re.compile(rb'"statusCode"\s*:\s*"?416\b')
 _SUBMIT_AGAIN = "check the dataset URL and submit again"
-_OUR_SIGNATURE = "the storage refuses the URL that it has just signed; the operator must check its keys and its clock"
+_NOT_THE_JOB = "nothing is wrong with the job; the operator must check the storage, its keys and its clock"
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,12 @@ class _TransferBroken(TrainerError):
 
 
 class _Rejected(TrainerError):
-    """The server refuses this URL: expired, or never allowed. A freshly signed one may work."""
+    """The server refuses this URL: expired, or never allowed, or of a file that is gone. A freshly signed one may work,
+    and whoever signs knows of a file that is gone. `of_given` is what it means for a URL that the user has given."""
+
+    def __init__(self, of_given: JobFailed, reason: str) -> None:
+        super().__init__(reason)
+        self.of_given = of_given
 
 
 class _Digest(Protocol):
@@ -122,13 +127,14 @@ async def download(
     rules: AddressRules,
     max_bytes: int,
     source: str,
-    renewable: bool = True,
+    is_stored: bool = False,
     known: FetchedDataset | None = None,
     first_wait_seconds: float = FIRST_WAIT_SECONDS,
 ) -> FetchedDataset:
     """Streams the URL that `sign` returns into `to`; see fetch_dataset for what is raised.
 
-    `renewable` means that `sign` returns a new URL each time, which is worth a try when the first was refused.
+    `is_stored`: it lies in the project's storage. `sign` returns a new URL each time, which is worth a try when the
+    first was refused, and what the storage fails to do is no fault of the job.
     """
     part = to.with_name(to.name + ".part")
     deadline = time.monotonic() + MAX_SECONDS
@@ -156,13 +162,11 @@ async def download(
                         try:
                             await _continue(client, rules, url, transfer)
                         except _Rejected as error:
-                            if not renewable:
-                                raise _unreachable(source, str(error)) from error
+                            if not is_stored:
+                                raise error.of_given from error
                             if renewed_at == transfer.received:
                                 # Our own signature, a moment old: nothing that the job's owner could correct.
-                                raise JobDelayed(
-                                    ErrorCode.DATASET_UNREACHABLE, _not_downloaded(source, str(error)), _OUR_SIGNATURE
-                                ) from error
+                                raise _not_now(source, str(error), is_stored) from error
                             url, renewed_at = await sign(), transfer.received
                             raise _TransferBroken(str(error)) from error
             await asyncio.to_thread(file.flush)
@@ -173,10 +177,9 @@ async def download(
         # Not synced: after a power cut the next attempt downloads again, and syncing 2 GiB would delay every job.
         part.replace(to)
     except _TransferBroken as error:
-        raise JobDelayed(ErrorCode.DATASET_UNREACHABLE, _not_downloaded(source, str(error)), _SUBMIT_AGAIN) from error
+        raise _not_now(source, str(error), is_stored) from error
     except TimeoutError as error:
-        message = _not_downloaded(source, f"it took longer than {MAX_SECONDS / 60:.0f} minutes")
-        raise JobDelayed(ErrorCode.DATASET_UNREACHABLE, message, _SUBMIT_AGAIN) from error
+        raise _not_now(source, f"it took longer than {MAX_SECONDS / 60:.0f} minutes", is_stored) from error
     except OSError as error:
         raise disk_fault("work folder", to.parent, error) from error
     finally:
@@ -211,12 +214,12 @@ async def _continue(client: httpx.AsyncClient, rules: AddressRules, url: str, tr
                 await response.aclose()
             target = await _checked(rules, onward, transfer.source)
     except httpx.InvalidURL as error:
-        raise _unreachable(transfer.source, "it redirects to something that is not a URL") from error
+        raise _rejected(transfer.source, "it redirects to something that is not a URL") from error
     except (httpx.TransportError, httpx.DecodingError) as error:
         raise _TransferBroken(
             f"the connection failed after {transfer.received:,} bytes ({type(error).__name__})"
         ) from error
-    raise _unreachable(transfer.source, f"it redirects more than {MAX_REDIRECTS} times")
+    raise _rejected(transfer.source, f"it redirects more than {MAX_REDIRECTS} times")
 
 
 async def _receive(response: httpx.Response, transfer: _Transfer) -> None:
@@ -272,10 +275,10 @@ async def _refuse(response: httpx.Response, transfer: _Transfer) -> None:
         raise _TransferBroken("the file changed while it was read")
     code = _storage_code(body)
     if code == "InvalidJWT" or status in (401, 403):
-        raise _Rejected(f"the server refuses the URL as expired or not allowed (HTTP {status})")
+        raise _rejected(source, f"the server refuses the URL as expired or not allowed (HTTP {status})")
     if is_transient(status):
         raise _TransferBroken(f"the server answered HTTP {status}", retry_after_seconds(response))
-    raise _unreachable(source, f"the server answered HTTP {status}{f' ({code})' if code else ''}")
+    raise _rejected(source, f"the server answered HTTP {status}{f' ({code})' if code else ''}")
 
 
 async def _head_of(response: httpx.Response) -> bytes:
@@ -294,7 +297,8 @@ async def _checked(rules: AddressRules, url: str, source: str) -> Target:
     try:
         return await rules.check(url)
     except AddressRefused as error:
-        raise _forbidden(f"the dataset {source} is at an address that is not allowed: {error}", _PUBLIC_ONLY) from error
+        reason = f"is at an address that is not allowed: {error}"
+        raise _Rejected(_forbidden(f"the dataset {source} {reason}", _PUBLIC_ONLY), f"it {reason}") from error
     except AddressUnknown as error:
         raise _TransferBroken(str(error)) from error
 
@@ -327,8 +331,16 @@ def _too_large(transfer: _Transfer, size: str) -> JobFailed:
     )
 
 
-def _unreachable(source: str, why: str) -> JobFailed:
-    return JobFailed(ErrorCode.DATASET_UNREACHABLE, _not_downloaded(source, why), _SUBMIT_AGAIN)
+def _rejected(source: str, why: str) -> _Rejected:
+    failed = JobFailed(ErrorCode.DATASET_UNREACHABLE, _not_downloaded(source, why), _SUBMIT_AGAIN)
+    return _Rejected(failed, why)
+
+
+def _not_now(source: str, why: str, is_stored: bool) -> JobDelayed:
+    message = _not_downloaded(source, why)
+    if is_stored:
+        return StorageAway(ErrorCode.DATASET_UNREACHABLE, message, _NOT_THE_JOB)
+    return JobDelayed(ErrorCode.DATASET_UNREACHABLE, message, _SUBMIT_AGAIN)
 
 
 def _not_downloaded(source: str, why: str) -> str:

@@ -101,10 +101,11 @@ class ClaimedJob:
 class Returned:
     """The host cannot work, whatever the job. The job is requeued; the attempt counts only after many returns.
 
-    `code`, `message` and `hint` are written only when no attempt is left."""
+    `code`, `message` and `hint` are written only when no attempt is left. `works_again`: a probe of the part passed."""
 
     part: HostPart
     code: ErrorCode
     message: str
     hint: str | None = None
     stack: str | None = None
+    works_again: bool = False

@@ -31,6 +31,7 @@ from daemon.storage.upload_log import RecordedUpload, UploadKind
 from training.spec import ParsedRow, SpecInvalid, parse_row
 
 MAX_ATTEMPTS = 3
+RETURN_SECONDS = 30.0
 NOBODY = UUID(int=0)
 
 _WORDS = {State.COMPLETED: "completed", State.FAILED: "failed", State.CANCELLED: "failed"}
@@ -256,8 +257,11 @@ class MemoryJobStore:
         return self._end(lease, cost, State.QUEUED, counts=False)
 
     async def return_job(self, lease: Lease, returned: Returned, *, cost: float | None) -> Ending:
-        """There is only one host: the caller gets the error, and RunPod replaces the worker."""
+        """There is only one host: the caller gets the error, and RunPod replaces the worker. What works again is tried
+        again, as after any fault that may pass."""
         failed = Failed(returned.code, returned.message, returned.hint, returned.stack)
+        if returned.works_again:
+            return await self.retry_job(lease, failed, delay_seconds=RETURN_SECONDS, cost=cost)
         return self._end(lease, cost, State.FAILED, **error_columns(failed))
 
     async def end_cancelled_job(self, lease: Lease, *, cost: float | None, data: Mapping[str, Any]) -> Ending:  # noqa: ARG002

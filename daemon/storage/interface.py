@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from daemon.errors import JobDelayed, JobFailed
+from daemon.errors import JobFailed, StorageAway
 from training.events import ErrorCode
 
 # The keys that Supabase Storage accepts: ASCII without '#', '%' and backslash.
@@ -58,7 +58,7 @@ DatasetSource = SignedUrl | LocalFile
 class Storage(Protocol):
     """What the daemon needs from a storage. Paths are inside the bucket, POSIX, relative.
 
-    Methods raise JobDelayed when another attempt may succeed and JobFailed when it would not.
+    Methods raise StorageAway or HostFault when another attempt may succeed, and JobFailed when it would not.
     """
 
     @property
@@ -67,7 +67,7 @@ class Storage(Protocol):
 
     @property
     def location(self) -> Location:
-        """Identifies that bucket in the same words on every host that sees it. May raise JobDelayed."""
+        """Identifies that bucket in the same words on every host that sees it. May raise HostFault."""
 
     async def open_dataset(self, bucket: str, path: str) -> DatasetSource:
         """Returns where a dataset can be read now. Raises JobFailed(dataset_unreachable) when it does not exist."""
@@ -88,7 +88,7 @@ class Storage(Protocol):
         """Deletes the object; an absent one is no error."""
 
     async def prove(self) -> None:
-        """Raises HostFault, or JobDelayed, if this host cannot work with the storage at all, whatever the job."""
+        """Raises HostFault, or StorageAway, if this host cannot work with the storage at all, whatever the job."""
 
     async def end_unfinished_uploads(self, folder: Path) -> None:
         """Deletes in the storage what uploads from this `resume_dir`, or a folder below it, left unfinished. No error
@@ -132,8 +132,8 @@ def object_absent(bucket: str, path: str) -> JobFailed:
     )
 
 
-def upload_mismatch(name: str, size: int, sha256: str) -> JobDelayed:
-    return JobDelayed(
+def upload_mismatch(name: str, size: int, sha256: str) -> StorageAway:
+    return StorageAway(
         ErrorCode.UPLOAD_FAILED,
         f"the object {name} was stored, but reading it back did not give the {size:,} bytes with sha256 "
         f"{sha256[:12]}… of the file",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import httpx
 from storage3.exceptions import StorageApiError
 
-from daemon.errors import HostFault, JobDelayed, JobError, JobFailed
+from daemon.errors import HostFault, JobError, JobFailed, StorageAway
 from daemon.network.retry_after import is_transient
 from daemon.storage import tus
 from training.events import ErrorCode
@@ -20,8 +20,8 @@ _OF_THE_KEY = frozenset({"AccessDenied", "Unauthorized", "InvalidJWT", "InvalidS
 _BY_THE_TYPE = frozenset({"InvalidKey", "InvalidMimeType", "invalid_mime_type"})
 
 
-class Absent(JobDelayed):
-    """Object or bucket not found; most callers in this room expect it."""
+class Absent(StorageAway):
+    """Object or bucket not found; most callers in this room expect it. Where none does, a bucket has vanished."""
 
 
 def may_pass(error: BaseException) -> bool:
@@ -68,6 +68,6 @@ def job_error(
         return JobFailed(error_code, said, "the operator must allow this name and MIME type in the bucket")
     if status == 404:
         return Absent(error_code, said, "check that the bucket exists")
-    return JobDelayed(
+    return StorageAway(
         error_code, said, "the next attempt continues from here; if it fails again, check the status of the storage"
     )

@@ -21,7 +21,7 @@ import tenacity
 from storage3 import AsyncStorageClient
 from storage3.exceptions import StorageApiError
 
-from daemon.errors import HostFault, JobDelayed, JobFailed, disk_fault
+from daemon.errors import HostFault, JobFailed, StorageAway, disk_fault
 from daemon.network.endpoint_client import at_endpoint, endpoint_client
 from daemon.storage import tus
 from daemon.storage.interface import (
@@ -112,9 +112,7 @@ class SupabaseStorage:
         """False too if the storage does not say."""
         try:
             return await self.exists(object_path)
-        except HostFault:
-            raise
-        except JobDelayed:
+        except StorageAway:
             return False
 
     async def verify(self, object_path: str, size: int, sha256: str) -> bool:
@@ -214,7 +212,7 @@ class SupabaseStorage:
             raise JobFailed(
                 ErrorCode.UPLOAD_FAILED,
                 f"the bucket {self._bucket} accepts only {', '.join(types or [])}, not {', '.join(refused)}",
-                "add these MIME types to the bucket's list of allowed ones, or remove the list",
+                "add these MIME types to the list of allowed ones, or remove the list; an entry `*/*` allows none",
             )
         return await self._probe(expected_bytes, limit, types)
 
@@ -255,12 +253,12 @@ class SupabaseStorage:
     async def _require_bucket_of(self, bucket: str, path: str) -> None:
         """An object is absent only in a bucket that we see: a key that may not read is told "not found" as well.
 
-        Raises HostFault if the key sees no bucket, JobDelayed if only this one is not there."""
+        Raises HostFault if the key sees no bucket, StorageAway if only this one is not there."""
         try:
             await self._look_at(bucket)
         except Absent as error:
             await self.prove()
-            raise JobDelayed(
+            raise StorageAway(
                 ErrorCode.DATASET_UNREACHABLE,
                 f"the dataset {bucket}/{path} cannot be read: the project's storage has no bucket {bucket}",
                 "the operator must create the bucket, or correct storage_bucket in the dataset's row",

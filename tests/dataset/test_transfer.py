@@ -14,8 +14,8 @@ from uuid import UUID, uuid4
 import pytest
 
 from daemon.dataset.fetch import fetch_dataset
-from daemon.dataset.transfer import FetchedDataset, download
-from daemon.errors import JobDelayed, JobFailed
+from daemon.dataset.transfer import MAX_REDIRECTS, FetchedDataset, download
+from daemon.errors import JobDelayed, JobFailed, StorageAway
 from daemon.network.address_rules import AddressRules
 from daemon.queue.job import ClaimedJob
 from daemon.settings import Settings
@@ -338,7 +338,7 @@ async def test_trouble_that_stays_delays_the_job_and_says_what_to_do(tmp_path: P
 async def test_a_refusal_of_a_users_url_fails_at_once_without_its_token(tmp_path: Path, status: int) -> None:
     async with FileServer(LINES, *[says(status) for _ in range(9)]) as server:
         with pytest.raises(JobFailed, match=f"HTTP {status}") as raised:
-            await server.fetch(tmp_path / "d.jsonl", renewable=False)
+            await server.fetch(tmp_path / "d.jsonl")
         assert len(server.ranges) == 1
     assert raised.value.code is ErrorCode.DATASET_UNREACHABLE
     assert "secret-token" not in f"{raised.value} {raised.value.hint}"
@@ -555,13 +555,56 @@ async def test_a_dataset_on_its_way_is_nobody_elses_to_read(tmp_path: Path) -> N
     assert fetched.path.stat().st_mode & 0o777 == 0o600
 
 
-async def test_a_fresh_url_that_is_refused_too_delays_the_job_and_is_not_signed_for_ever(tmp_path: Path) -> None:
-    body = b'{"statusCode":"400","error":"InvalidJWT","message":"invalid signature"}'
-    async with FileServer(LINES, *[says(400, body) for _ in range(20)]) as server:
-        with pytest.raises(JobDelayed, match="expired or not allowed") as raised:
-            await server.fetch(tmp_path / "d.jsonl")
-        assert len(server.ranges) == 2
+TENANT = b'{"statusCode":"400","code":"TenantNotFound","error":"Missing tenant config","message":"for ref"}'
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        says(400, b'{"statusCode":"400","error":"InvalidJWT","message":"invalid signature"}'),
+        says(400, TENANT),
+        says(403),
+        says(404, b"<html>no such host here</html>"),
+        says(410),
+        says(418),
+        says(304),
+        says(302, Location="https://10.0.0.1/x"),
+        says(302, Location="/again"),
+    ],
+    ids=["signature", "tenant", "403", "a page", "410", "418", "304", "private", "circle"],
+)
+async def test_an_odd_refusal_of_a_stored_dataset_is_no_fault_of_the_job_and_is_not_signed_for_ever(
+    tmp_path: Path, refused: Callable[[Exchange], Awaitable[bool]]
+) -> None:
+    async with FileServer(LINES, *[refused] * 40) as server:
+        with pytest.raises(StorageAway, match="could not be downloaded") as raised:
+            await server.fetch(tmp_path / "d.jsonl", is_stored=True)
+        assert len(server.ranges) <= 2 * (MAX_REDIRECTS + 1)
     assert raised.value.code is ErrorCode.DATASET_UNREACHABLE
+    assert "nothing is wrong with the job" in str(raised.value.hint)
+
+
+async def test_a_storage_that_does_not_answer_is_no_fault_of_the_job(tmp_path: Path) -> None:
+    async with FileServer(LINES, *[says(503)] * 40) as server:
+        with pytest.raises(StorageAway, match="HTTP 503"):
+            await server.fetch(tmp_path / "d.jsonl", is_stored=True)
+
+
+async def test_a_dataset_that_is_deleted_after_its_url_was_signed_is_absent(
+    storage: SupabaseStorage, double: StorageDouble, tmp_path: Path
+) -> None:
+    name = f"{OWNER}/d.jsonl"
+    double.put("lora-datasets", name, LINES)
+
+    def deleted(exchange: Exchange) -> bool:
+        if exchange.method == "GET":
+            double.path_of("lora-datasets", name).unlink(missing_ok=True)
+        return False
+
+    double.faults.append(Fault(deleted))
+    settings = settings_of(supabase_url=double.url, supabase_service_role_key=SERVICE_KEY)
+    with pytest.raises(JobFailed, match="there is no dataset lora-datasets/"):
+        await fetch_dataset(job_of().dataset, settings, storage, tmp_path / "d.jsonl")
 
 
 async def test_a_dataset_in_a_folder_is_copied(tmp_path: Path) -> None:

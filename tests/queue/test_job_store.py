@@ -441,6 +441,11 @@ async def test_a_job_that_goes_back_unharmed_loses_no_attempt_however_often(kept
         job = await claimed(kept, job.id)
 
 
+async def test_a_job_returned_for_what_works_again_is_tried_again_everywhere(kept: Kept) -> None:
+    job = await claimed(kept)
+    assert (await kept.store.return_job(job.lease, replace(BACK, works_again=True), cost=None)).state is State.QUEUED
+
+
 async def test_a_returned_job_waits_for_another_host_where_there_may_be_one(kept: Kept) -> None:
     lease = (await claimed(kept)).lease
     expected = State.FAILED if isinstance(kept, InMemory) else State.QUEUED
