@@ -15,7 +15,8 @@ import structlog
 
 from daemon.errors import JobError
 from daemon.host.disk_probe import probe_disk
-from daemon.host.inspect import Host, find_gpus
+from daemon.host.gpus import find_gpus
+from daemon.host.inspect import Host
 from daemon.sentence import as_sentence
 from daemon.settings import Settings
 from daemon.storage.interface import Storage
@@ -143,7 +144,7 @@ class Fitness:
             return f"{seen} of {len(self._host.gpus)} GPUs answer"
         for gpu in self._host.gpus:
             try:
-                fault = (await run_selfcheck("cuda", (gpu.index,), START_SECONDS)).fault
+                fault = (await run_selfcheck("cuda", (gpu.cuda_name,), START_SECONDS)).fault
             except TimeoutError:
                 return f"GPU {gpu.index} did not answer within {START_SECONDS:.0f} s"
             if fault is not None:

@@ -268,7 +268,9 @@ class Worker:
             return
         free_gpus = self._pool.free_gpus
         limits = self._limits(
-            None if free_gpus is None else free_gpus + min(map(len, self._near_end.values())),
+            None
+            if free_gpus is None
+            else min(free_gpus + min(map(len, self._near_end.values())), self._host.gpus_per_job),
             self._with.trainers.bases_after(self._attempts[task][0].base_model for task in self._near_end),
         )
         dataset = await self._queue.store.peek_next_job(limits)

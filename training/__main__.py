@@ -31,8 +31,6 @@ _QUIET_AND_OFFLINE = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "MPLBACKEND": "Agg",
-    # Less fragmentation of GPU memory when batches differ in length.
-    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     # Ask NVML, not the driver, whether there is a GPU: once the driver was opened, a fork cannot use it.
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
     # Threads that spin while they wait make two jobs on one CPU ten times slower.
@@ -48,6 +46,9 @@ def main() -> int:
     chosen = parser.parse_args()
     die_with_parent()
     os.environ.update(_QUIET_AND_OFFLINE)
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        # Less fragmentation of GPU memory when batches differ in length.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     hide_unwanted_packages()
     hide_wrong_kernels()
     if chosen.warm:

@@ -136,7 +136,7 @@ class Attempt:
             self._job.lease,
             meter=meter,
             on_refused=held.doubt,
-            read_load=(lambda: read_load(self._slots[0])) if on_gpu else (lambda: None),
+            read_load=(lambda: read_load(self._with.host.gpus[self._slots[0]])) if on_gpu else (lambda: None),
             on_moved=self._tell,
             on_written=lambda status: self._with.courier.send_progress(self._job, status),
             redaction=self._with.redaction,

@@ -11,7 +11,8 @@ from daemon.base_model.resolve import resolve_model
 from daemon.doctor.check_result import CheckResult, green, red, yellow
 from daemon.errors import JobError
 from daemon.host.disk_probe import probe_disk
-from daemon.host.inspect import driver_version, find_gpus, installed_versions
+from daemon.host.gpus import list_gpus
+from daemon.host.inspect import driver_version, installed_versions
 from daemon.settings import Settings, quantized_dir
 from daemon.trainer.run_selfcheck import Selfcheck, run_selfcheck
 from training.events import ErrorCode
@@ -32,19 +33,22 @@ def check_python() -> CheckResult:
 
 
 def check_device(settings: Settings) -> CheckResult:
-    gpus = find_gpus()
-    if gpus:
-        cards = ", ".join(f"{gpu.name} {gpu.memory_gb:.1f} GiB" for gpu in gpus)
-        return green("GPU", f"{cards}; driver {driver_version()}")
+    found = list_gpus()
     if settings.device == "cpu":
-        return green("GPU", "none, and TRAINER_DEVICE=cpu: small models train on the CPU")
+        return green("GPU", "not used, since TRAINER_DEVICE=cpu: small models train on the CPU")
+    if found.fault is not None:
+        return red("GPU", found.fault, "set CUDA_VISIBLE_DEVICES to names that `nvidia-smi -L` lists, or unset it")
+    if found.gpus:
+        cards = ", ".join(f"{gpu.name} {gpu.memory_gb:.1f} GiB" for gpu in found.gpus)
+        return green("GPU", f"{cards}; driver {driver_version()}")
     return red("GPU", "no NVIDIA GPU answers", "check the driver with nvidia-smi, or set TRAINER_DEVICE=cpu")
 
 
 async def check_trainer(settings: Settings) -> AsyncIterator[CheckResult]:
-    device = "cuda" if settings.device != "cpu" and find_gpus() else "cpu"
+    gpus = () if settings.device == "cpu" else list_gpus().gpus
+    device = "cuda" if gpus else "cpu"
     try:
-        checked = await run_selfcheck(device, (0,) if device == "cuda" else (), SELFCHECK_SECONDS)
+        checked = await run_selfcheck(device, [gpu.cuda_name for gpu in gpus[:1]], SELFCHECK_SECONDS, settings.work_dir)
     except TimeoutError:
         yield red("trainer", f"no answer in {SELFCHECK_SECONDS:.0f} s", "look for a hung driver: nvidia-smi, dmesg")
         return

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from daemon.host.gpus import Gpu
+
 
 @dataclass(frozen=True)
 class GpuLoad:
@@ -15,8 +17,8 @@ class GpuLoad:
     power_watts: float | None = None
 
 
-def read_load(index: int) -> GpuLoad:
-    """Reads utilisation, memory, temperature and power of one GPU, as far as it reports them."""
+def read_load(gpu: Gpu) -> GpuLoad:
+    """Reads utilisation, memory, temperature and power of one GPU, as far as it reports them (MIG: only memory)."""
     import pynvml
 
     def ask(question: object, *arguments: object) -> float | None:
@@ -26,7 +28,10 @@ def read_load(index: int) -> GpuLoad:
             return None
 
     try:
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        if gpu.uuid is None:
+            handle = pynvml.nvmlDeviceGetHandleByIndex(gpu.index)
+        else:
+            handle = pynvml.nvmlDeviceGetHandleByUUID(gpu.uuid)
         used = pynvml.nvmlDeviceGetMemoryInfo(handle).used
     except pynvml.NVMLError:
         return GpuLoad()

@@ -9,23 +9,13 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 from uuid import UUID, uuid4
 
-import structlog
-
 from daemon.errors import HostUnfit
+from daemon.host.gpus import Gpu, list_gpus
 from daemon.settings import Settings
-
-log = structlog.get_logger()
 
 # A GPU that is sold as 80 GB reports 79.6.
 MEMORY_TOLERANCE = 0.95
-REPORTED_PACKAGES = ("brightrun-trainer", "torch", "transformers", "peft", "trl", "bitsandbytes")
-
-
-@dataclass(frozen=True)
-class Gpu:
-    index: int
-    name: str
-    memory_gb: float
+REPORTED_PACKAGES = ("brightrun-trainer", "torch", "triton", "transformers", "peft", "trl", "bitsandbytes")
 
 
 @dataclass(frozen=True)
@@ -44,39 +34,28 @@ class Host:
         return min((gpu.memory_gb for gpu in self.gpus), default=None)
 
     @property
+    def gpus_per_job(self) -> int:
+        """How many GPUs one job can have. Instances of MIG cannot be joined: NCCL takes two of one card for one GPU."""
+        return min(1, len(self.gpus)) if any(gpu.is_mig for gpu in self.gpus) else len(self.gpus)
+
+    @property
     def gpu_type(self) -> str | None:
         return self.gpus[0].name if self.gpus else None
 
 
 def inspect_host(settings: Settings) -> Host:
     """Inspects this machine. Raises HostUnfit if the settings name a GPU that is not there."""
-    gpus = find_gpus()
     if settings.device == "cpu":
         return Host(device="cpu", pod_id=os.environ.get("RUNPOD_POD_ID"))
-    if not gpus:
+    found = list_gpus()
+    if found.fault is not None:
+        raise HostUnfit(found.fault)
+    if not found.gpus:
         raise HostUnfit(
             "no NVIDIA GPU answers on this host. Check the driver with nvidia-smi, "
             "or set TRAINER_DEVICE=cpu to train small models on the CPU."
         )
-    return Host(device="cuda", gpus=gpus, pod_id=os.environ.get("RUNPOD_POD_ID"))
-
-
-def find_gpus() -> tuple[Gpu, ...]:
-    """The GPUs that NVML lists; none without a driver."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        log.debug("nvml_absent", error=str(error))
-        return ()
-    gpus = []
-    for index in range(pynvml.nvmlDeviceGetCount()):
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-        # GB as the vendor and gpu_config.gpu_memory_gb count them: an "80 GB" GPU reports 79.6 GiB.
-        gpus.append(Gpu(index, str(pynvml.nvmlDeviceGetName(handle)), round(memory.total / 1024**3, 1)))
-    return tuple(gpus)
+    return Host(device="cuda", gpus=found.gpus, pod_id=os.environ.get("RUNPOD_POD_ID"))
 
 
 def driver_version() -> str | None:

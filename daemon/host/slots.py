@@ -10,6 +10,7 @@ class GpuSlots:
 
     def __init__(self, host: Host, most_jobs: int | None) -> None:
         self._on_cpu = host.device == "cpu"
+        self._gpus_per_job = host.gpus_per_job
         slots = range(most_jobs or 1) if self._on_cpu else [gpu.index for gpu in host.gpus]
         self._free = list(slots)
         self._jobs_left = most_jobs or len(self._free)
@@ -17,7 +18,7 @@ class GpuSlots:
     @property
     def free_gpus(self) -> int | None:
         """How many GPUs a claimed job may ask for. None (no limit) on a CPU host, which has no GPUs."""
-        return None if self._on_cpu else len(self._free)
+        return None if self._on_cpu else min(len(self._free), self._gpus_per_job)
 
     @property
     def has_room(self) -> bool:

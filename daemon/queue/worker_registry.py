@@ -144,7 +144,7 @@ def _worker_row(host: Host, settings: Settings) -> WorkerRow:
         pod=host.pod_id,
         device=host.device,
         gpus=[{"index": gpu.index, "name": gpu.name, "memory_gb": gpu.memory_gb} for gpu in host.gpus],
-        gpu_count=len(host.gpus),
+        gpu_count=host.gpus_per_job,
         gpu_memory_gb=host.gpu_memory_gb,
         gpu_type=host.gpu_type,
         models=list(settings.allowed_models) or None,

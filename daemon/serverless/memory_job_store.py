@@ -399,8 +399,8 @@ def _lacking(host: Host, allowed_models: Collection[str], wanted: ParsedRow) -> 
     """Lists what the job asks for and this host lacks, by the conditions and in the words of claim_job_by_id.sql."""
     gpu, model = wanted.gpu_config, wanted.hyperparameters.base_model
     lacking = []
-    if host.device == "cuda" and gpu.num_gpus > len(host.gpus):
-        lacking.append(f"{gpu.num_gpus} GPUs, and this host has {len(host.gpus)}")
+    if host.device == "cuda" and gpu.num_gpus > host.gpus_per_job:
+        lacking.append(f"{gpu.num_gpus} GPUs, and this host has {host.gpus_per_job}")
     memory = host.gpu_memory_gb
     if memory is not None and gpu.gpu_memory_gb is not None and gpu.gpu_memory_gb * MEMORY_TOLERANCE > memory:
         lacking.append(f"a GPU of {gpu.gpu_memory_gb:g} GB, and this host's has {memory:g} GB")

@@ -34,7 +34,7 @@ class ServerlessRows(GatewayRows):
         parameters = {
             "job_id": job_id,
             "worker_id": host.worker_id,
-            "free_gpus": None if host.device == "cpu" else len(host.gpus),
+            "free_gpus": None if host.device == "cpu" else host.gpus_per_job,
             "gpu_memory_gb": host.gpu_memory_gb,
             "gpu_type": host.gpu_type,
             "models": self._models,

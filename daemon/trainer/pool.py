@@ -56,7 +56,9 @@ class TrainerPool:
         self._on_gpu = host.device == "cuda"
         self._device = host.device
         self._command = command
-        slots = [gpu.index for gpu in host.gpus] if self._on_gpu else range(settings.slots or 1)
+        # By slot, as CUDA_VISIBLE_DEVICES names them; none on a CPU host.
+        self._cuda_names = {gpu.index: gpu.cuda_name for gpu in host.gpus} if self._on_gpu else {}
+        slots = self._cuda_names or range(settings.slots or 1)
         self._slots = tuple(slots)
         self._keep_bytes = 0 if settings.warm != "model" else _memory_for_models(settings) // len(self._slots)
         self._waiting: dict[int, _IdleTrainer] = {}
@@ -97,7 +99,8 @@ class TrainerPool:
             try:
                 child = await TrainerProcess.start(
                     self._command,
-                    gpus=slots if self._on_gpu else (),
+                    gpus=self._gpus_of(slots),
+                    work_dir=self._settings.work_dir,
                     own_environment=own_environment,
                     keep_bytes=self._keep_bytes if may_stay else None,
                 )
@@ -177,6 +180,9 @@ class TrainerPool:
         else:
             self._waiting[slot] = _IdleTrainer(child)
 
+    def _gpus_of(self, slots: tuple[int, ...]) -> tuple[str, ...]:
+        return tuple(self._cuda_names[slot] for slot in slots) if self._on_gpu else ()
+
     async def _clear(self, slots: tuple[int, ...]) -> None:
         """Ends the idle trainers of these slots, because the job needs their memory."""
         for slot in slots:
@@ -190,7 +196,10 @@ class TrainerPool:
                 continue
             try:
                 child = await TrainerProcess.start(
-                    self._command, gpus=(slot,) if self._on_gpu else (), keep_bytes=self._keep_bytes
+                    self._command,
+                    gpus=self._gpus_of((slot,)),
+                    work_dir=self._settings.work_dir,
+                    keep_bytes=self._keep_bytes,
                 )
             except OSError as error:
                 log.warning("warm_trainer_not_started", slot=slot, error=str(error))

@@ -11,7 +11,7 @@ import os
 import signal
 import termios
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -69,13 +69,15 @@ class TrainerProcess:
         cls,
         command: tuple[str, ...],
         *,
-        gpus: tuple[int, ...] = (),
+        gpus: Sequence[str] = (),
+        work_dir: Path | None = None,
         own_environment: Mapping[str, str] = MappingProxyType({}),
         keep_bytes: int | None = None,
     ) -> TrainerProcess:
         """Starts a process. With `keep_bytes` it is warm, and keeps a base model up to this size in memory.
 
-        `own_environment` is for one job only: a tracker's key.
+        `gpus` are names for CUDA_VISIBLE_DEVICES; compiled kernels are kept in `work_dir`. `own_environment` is for one
+        job only: a tracker's key.
         """
         warm = () if keep_bytes is None else ("--warm", "--keep-bytes", str(keep_bytes))
         events_read, events_write = os.pipe()
@@ -91,7 +93,7 @@ class TrainerProcess:
                 stderr=output_write,
                 pass_fds=(events_write,),
                 start_new_session=True,
-                env=child_environment(os.environ, gpus) | dict(own_environment),
+                env=child_environment(os.environ, gpus, work_dir) | dict(own_environment),
             )
         except BaseException:
             os.close(events_read)

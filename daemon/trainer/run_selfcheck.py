@@ -6,7 +6,9 @@ import asyncio
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from daemon.trainer.environment import child_environment
@@ -25,13 +27,13 @@ class Selfcheck:
         return self.crash or self.found["nf4_error"]
 
 
-async def run_selfcheck(device: str, gpus: tuple[int, ...], seconds: float) -> Selfcheck:
+async def run_selfcheck(device: str, gpus: Sequence[str], seconds: float, work_dir: Path | None = None) -> Selfcheck:
     """Checks "cpu", or "cuda" with only these GPUs. Raises TimeoutError when there is no answer in time."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "training.preflight.selfcheck", device),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env=child_environment(os.environ, gpus),
+        env=child_environment(os.environ, gpus, work_dir),
     )
     try:
         output, errors = await asyncio.wait_for(process.communicate(), seconds)

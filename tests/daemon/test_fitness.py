@@ -10,7 +10,8 @@ import pytest
 
 from daemon import fitness
 from daemon.fitness import Fitness, probe_folder
-from daemon.host.inspect import Gpu, Host
+from daemon.host.gpus import Gpu
+from daemon.host.inspect import Host
 from daemon.settings import Settings
 from daemon.storage.folder import FolderStorage
 from daemon.trainer.run_selfcheck import Selfcheck, read_selfcheck
@@ -35,7 +36,7 @@ HOST = Host("cuda", (CARD,))
 async def test_a_card_is_mended_when_it_computes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Selfcheck, fault: str | None
 ) -> None:
-    async def selfcheck(_device: str, _gpus: tuple[int, ...], _seconds: float) -> Selfcheck:
+    async def selfcheck(_device: str, _gpus: tuple[str, ...], _seconds: float) -> Selfcheck:
         return said
 
     monkeypatch.setattr(fitness, "run_selfcheck", selfcheck)

@@ -20,6 +20,7 @@ from daemon.doctor.check_result import CheckResult, Status
 from daemon.doctor.host_checks import check_disk, check_model, findings_of
 from daemon.doctor.run import examine
 from daemon.doctor.service_checks import check_callbacks, check_database, check_storage
+from daemon.host.gpus import GpuList
 from daemon.host.inspect import installed_versions
 from daemon.read_settings import load_settings
 from daemon.settings import Settings
@@ -118,7 +119,7 @@ async def test_a_trainer_that_does_not_answer_is_red(tmp_path: Path, monkeypatch
 
 
 def test_a_missing_card_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor_host, "find_gpus", lambda: ())
+    monkeypatch.setattr(doctor_host, "list_gpus", GpuList)
     assert_red(doctor_host.check_device(settings(tmp_path, device="auto")), "nvidia-smi", "TRAINER_DEVICE=cpu")
 
 

@@ -11,7 +11,8 @@ import pytest
 from daemon.database.statements import statement
 from daemon.gateway.job_rows import Refused
 from daemon.gateway.schemas import Submission
-from daemon.host.inspect import Gpu, Host
+from daemon.host.gpus import Gpu
+from daemon.host.inspect import Host
 from daemon.queue.job import ClaimedJob
 from daemon.queue.outcome import Failed
 from daemon.queue.sql_job_store import SqlJobStore

@@ -13,7 +13,8 @@ from psycopg.types.json import Jsonb
 from daemon.fleet import rules
 from daemon.gateway.job_rows import Refused
 from daemon.gateway.schemas import Submission
-from daemon.host.inspect import Gpu, Host
+from daemon.host.gpus import Gpu
+from daemon.host.inspect import Host
 from daemon.queue.rows import Limits
 from daemon.queue.sql_job_store import SqlJobStore
 from daemon.queue.worker_registry import WorkerRegistry, WorkerRow

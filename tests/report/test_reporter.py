@@ -13,6 +13,7 @@ import pytest
 from daemon.database.connection import Database
 from daemon.errors import LeaseLost
 from daemon.host.gpu_load import read_load
+from daemon.host.gpus import Gpu
 from daemon.queue.job import ClaimedJob
 from daemon.queue.rows import Limits
 from daemon.queue.sql_job_store import SqlJobStore
@@ -278,7 +279,11 @@ async def test_a_table_of_points_that_refuses_everything_costs_the_curve_and_not
 async def test_a_card_that_says_nothing_leaves_its_numbers_empty(claimed: Claimed) -> None:
     meter = CostMeter(price=None, num_gpus=1, already_spent=0.0)
     reporter = Reporter(
-        claimed.store, claimed.job.lease, meter=meter, on_refused=lambda: None, read_load=lambda: read_load(9_999)
+        claimed.store,
+        claimed.job.lease,
+        meter=meter,
+        on_refused=lambda: None,
+        read_load=lambda: read_load(Gpu(9_999, "gone", 80.0)),
     )
     reporter.report(claimed.step(1))
     await reporter.flush()

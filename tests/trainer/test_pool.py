@@ -15,7 +15,8 @@ import pytest
 from structlog.testing import capture_logs
 
 import daemon.trainer.pool
-from daemon.host.inspect import Gpu, Host
+from daemon.host.gpus import Gpu
+from daemon.host.inspect import Host
 from daemon.settings import Settings
 from daemon.stop_request import Stop
 from daemon.trainer.pool import TrainerPool

@@ -185,7 +185,7 @@ def _make_copy(model: str, folder: Path, settings: Settings) -> dict[str, Any]:
 
     from daemon.cli.data.trainer_process import trainer_environment
     from daemon.cli.errors import CommandFailed
-    from daemon.host.inspect import find_gpus
+    from daemon.host.gpus import find_gpus
     from daemon.settings import quantized_dir
     from daemon.terminal.console import console
 
