@@ -118,7 +118,9 @@ class Listener:
         except TimeoutError:
             return
         finally:
-            loop.remove_reader(socket)
+            # The number of a lost connection's socket may be another connection's by now.
+            if not connection.closed:
+                loop.remove_reader(socket)
 
     async def _prove(self, connection: psycopg.AsyncConnection) -> None:
         """Sends a nonce from another session and waits for it.

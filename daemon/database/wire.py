@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,10 +40,10 @@ class Wire:
         self._loop = asyncio.get_running_loop()
         self._socket = self._pgconn.socket
         self._loop.add_reader(self._socket, self._read)
+        self._watching = True
 
     def close(self) -> None:
-        self._loop.remove_reader(self._socket)
-        self._loop.remove_writer(self._socket)
+        self._stop_watching()
         self._end(psycopg.OperationalError("the connection was closed before the answer came"))
 
     async def fetch(self, statement: str, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -63,15 +63,14 @@ class Wire:
             return None
 
     def _execute(self, prepared: _Prepared, parameters: Mapping[str, Any]) -> Sent:
-        self._pgconn.send_query_prepared(prepared.name, prepared.dump(parameters))
-        return Sent(prepared, self._sent())
+        values = prepared.dump(parameters)
+        return Sent(prepared, self._sent(lambda: self._pgconn.send_query_prepared(prepared.name, values)))
 
     async def _prepare(self, statement: str) -> _Prepared:
         await self._idle()
         prepared = _Prepared(statement, self._connection)
         # The statement itself gives the parameter types: one plan for all values.
-        self._pgconn.send_prepare(prepared.name, prepared.text)
-        await self._sent()
+        await self._sent(lambda: self._pgconn.send_prepare(prepared.name, prepared.text))
         self._prepared[statement] = prepared
         return prepared
 
@@ -79,8 +78,15 @@ class Wire:
         while self._answer is not None:
             await asyncio.wait((self._answer,))
 
-    def _sent(self) -> asyncio.Future[PGresult]:
-        if self._pgconn.flush():
+    def _sent(self, send: Callable[[], None]) -> asyncio.Future[PGresult]:
+        try:
+            send()
+            rest = self._pgconn.flush()
+        except psycopg.Error:
+            if self._connection.closed:
+                self._stop_watching()
+            raise
+        if rest:
             self._loop.add_writer(self._socket, self._flush_rest)
         self._results = []
         self._answer = self._loop.create_future()
@@ -91,7 +97,9 @@ class Wire:
             if self._pgconn.flush():
                 return
         except psycopg.Error as error:
+            self._stop_watching()
             self._end(error)
+            return
         self._loop.remove_writer(self._socket)
 
     def _read(self) -> None:
@@ -104,9 +112,16 @@ class Wire:
                     return
                 self._results.append(result)
         except psycopg.Error as error:
-            # The socket of a lost connection stays readable.
-            self._loop.remove_reader(self._socket)
+            self._stop_watching()
             self._end(error)
+
+    def _stop_watching(self) -> None:
+        """At once when the connection is lost, and only once: libpq has closed the socket, and the number of a closed
+        socket is given to the next one, which may be another connection of ours."""
+        if self._watching:
+            self._watching = False
+            self._loop.remove_reader(self._socket)
+            self._loop.remove_writer(self._socket)
 
     def _end(self, error: psycopg.Error | None = None) -> None:
         answer, self._answer = self._answer, None

@@ -12,7 +12,9 @@ import psycopg
 import pytest
 from psycopg.types.json import Jsonb
 
+from daemon.database.connection import Database
 from daemon.database.wire import Wire
+from daemon.errors import DatabaseAway
 from tests.daemon_process import eventually
 from tests.postgres import AppDatabase
 
@@ -125,6 +127,30 @@ async def test_a_connection_lost_while_nobody_asks_costs_no_cpu(database: AppDat
         await asyncio.sleep(0.02)
         rounds += 1
     assert not loop.remove_reader(wire._socket) and rounds < 20
+
+
+@pytest.mark.parametrize("lost_in", ["reading", "sending"])
+async def test_what_a_lost_connection_leaves_takes_nothing_from_a_new_one(database: AppDatabase, lost_in: str) -> None:
+    """The kernel gives the number of a closed socket to the next one: whoever closes late must leave that one alone."""
+    ask = "SELECT pg_backend_pid() AS pid"
+    async with (
+        Database(database.dsn, application_name="one") as one,
+        Database(database.dsn, application_name="two") as two,
+    ):
+        pids = [(await each.fetch(ask))[0]["pid"] for each in (one, two)]
+        # Both at once, as a restart or a network does.
+        database.run("SELECT pg_terminate_backend(pid, 5000) FROM unnest(%s::int[]) AS pid", (pids,))
+        if lost_in == "reading":
+            await asyncio.sleep(0.2)
+        else:
+            # Before the loop has looked at the sockets; the second statement of each finds them closed.
+            assert [each.send(ask, {}) for each in (one, two) for _ in range(2)][1::2] == [None, None]
+        async with asyncio.timeout(10):
+            for each in (two, one, two, one):
+                try:
+                    await each.fetch(ask)
+                except DatabaseAway:
+                    await each.fetch(ask)
 
 
 async def test_closing_ends_who_waits(wire: Wire) -> None:
