@@ -4,6 +4,10 @@ The dataset's first line is `{"script": [[action, ...], ...]}`; without a script
 milliseconds. It follows the trainer's protocol exactly (spec on stdin, events on a descriptor, checkpoint and exit 75
 on TERM, resume from the newest checkpoint), so that the daemon cannot see the difference; the real trainer passes the
 same lifecycle tests.
+
+`["steps", count, seconds, gate]` makes its last step only when the file `gate` exists, and from then on does not pause:
+a test that needs a job in mid-run has it for as long as it likes, on a machine of any speed, and waits for nothing
+afterwards.
 """
 
 from __future__ import annotations
@@ -49,12 +53,12 @@ class Trainer:
             self.save_checkpoint()
             sys.exit(75)
 
-    def steps(self, count: int, seconds: float) -> None:
+    def steps(self, count: int, seconds: float, gate: Path | None = None) -> None:
         self.total = max(self.total, count)
         if self.step:
             self.say("notice", code="resumed", message=f"Resumed at step {self.step}.", data={"step": self.step})
         while self.step < count:
-            time.sleep(seconds)
+            self.pause(seconds, gate, is_last=self.step + 1 == count)
             self.step += 1
             loss = 3.0 / (1 + self.step)
             self.say(
@@ -67,11 +71,20 @@ class Trainer:
                 self.save_checkpoint()
             self.stop_if_asked()
 
+    def pause(self, seconds: float, gate: Path | None, is_last: bool) -> None:
+        if gate is None:
+            time.sleep(seconds)
+            return
+        ends = time.monotonic() + seconds
+        while not (gate.exists() or self.asked_to_stop) and (is_last or time.monotonic() < ends):
+            time.sleep(0.01)
+
     def run(self, script: list[list[object]]) -> None:
         for action, *arguments in script:
             match action:
                 case "steps":
-                    self.steps(int(str(arguments[0])), float(str(arguments[1])))
+                    count, seconds, *gate = map(str, arguments)
+                    self.steps(int(count), float(seconds), *map(Path, gate))
                 case "say":
                     self.say(str(arguments[0]), **dict(arguments[1]))  # type: ignore[call-overload]
                 case "raw":

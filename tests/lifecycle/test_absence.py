@@ -96,7 +96,8 @@ def test_rows_that_are_hidden_while_training_cost_nothing(
         own_by_an_ordinary_role(queue)
     settings = {"lease_seconds": 2, "poll_seconds": 1}
     with queue.daemon(tmp_path, name="one", **settings) as one, queue.daemon(tmp_path, name="two", **settings) as two:
-        job = queue.insert(script=[["steps", 300, 0.03]])
+        gate = tmp_path / "gate"
+        job = queue.insert(script=[["steps", 300, 0.03, str(gate)]])
         queue.wait_for(job, "running")
         folder = tmp_path / "jobs" / str(job)
         eventually(lambda: list(folder.glob("checkpoints/*/step")))
@@ -105,6 +106,7 @@ def test_rows_that_are_hidden_while_training_cost_nothing(
             assert list(folder.glob("checkpoints/*/step"))
             assert not one.logged("attempt_superseded") and not two.logged("attempt_superseded")
             assert one.logged("trouble_began") or eventually(lambda: one.logged("trouble_began"))
+        gate.touch()
         row = queue.wait_for(job, "completed", seconds=60)
         assert row["attempt"] == 1 and "reaped" not in queue.story(job)
         assert queue.leases() == []
@@ -138,9 +140,11 @@ def test_a_training_that_ends_while_its_row_is_hidden_is_completed_when_it_is_se
     queue: Queue, tmp_path: Path
 ) -> None:
     with queue.daemon(tmp_path, poll_seconds=1) as daemon:
-        job = queue.insert(script=[["steps", 60, 0.05]])
+        gate = tmp_path / "gate"
+        job = queue.insert(script=[["steps", 60, 0.05, str(gate)]])
         queue.wait_for(job, "running")
         with hidden(queue, "training_jobs"):
+            gate.touch()
             daemon.wait_for_log("ending_delayed")
             assert queue.leases(), "a lease without its job's move would leave it running for ever"
         row = queue.wait_for(job, "completed")
@@ -226,10 +230,12 @@ def test_rights_that_are_gone_longer_than_a_lease_cost_a_training_nothing(queue:
     lease_seconds = 2
     settings = {"lease_seconds": lease_seconds, "poll_seconds": 1}
     with queue.daemon(tmp_path, name="one", **settings) as one, queue.daemon(tmp_path, name="two", **settings) as two:
-        job = queue.insert(script=[["steps", 300, 0.02]])
+        gate = tmp_path / "gate"
+        job = queue.insert(script=[["steps", 300, 0.02, str(gate)]])
         queue.wait_for(job, "running")
         with without_rights(queue):
             time.sleep(2 * lease_seconds)  # the outage itself
+        gate.touch()
         row = queue.wait_for(job, "completed")
         assert row["attempt"] == 1 and "reaped" not in queue.story(job)
         assert alive(one.pid) and alive(two.pid)
@@ -239,9 +245,11 @@ def test_a_training_that_ends_while_the_rights_are_gone_is_completed_when_they_a
     queue: Queue, tmp_path: Path
 ) -> None:
     with queue.daemon(tmp_path, poll_seconds=1) as daemon:
-        job = queue.insert(script=[["steps", 40, 0.05]])
+        gate = tmp_path / "gate"
+        job = queue.insert(script=[["steps", 40, 0.05, str(gate)]])
         queue.wait_for(job, "running")
         with without_rights(queue):
+            gate.touch()
             daemon.wait_for_log("upload_delayed")
         assert queue.wait_for(job, "completed")["attempt"] == 1
 
@@ -251,7 +259,8 @@ def test_a_right_on_one_table_that_is_gone_as_a_training_ends_is_waited_for(
     queue: Queue, tmp_path: Path, table: str
 ) -> None:
     with queue.daemon(tmp_path, poll_seconds=1) as daemon:
-        job = queue.insert(script=[["steps", 40, 0.05]])
+        gate = tmp_path / "gate"
+        job = queue.insert(script=[["steps", 40, 0.05, str(gate)]])
         queue.wait_for(job, "running")
         granted = queue.select(
             "SELECT string_agg(column_name, ', ') AS columns FROM information_schema.column_privileges "
@@ -259,6 +268,7 @@ def test_a_right_on_one_table_that_is_gone_as_a_training_ends_is_waited_for(
             table,
         )[0]["columns"]
         queue.select(f"REVOKE UPDATE ON {table} FROM training_daemon")
+        gate.touch()
         eventually(lambda: daemon.logged("ending_delayed") or daemon.logged("lease_not_renewed"))
         queue.select(f"GRANT UPDATE ({granted}) ON {table} TO training_daemon")
         assert queue.wait_for(job, "completed")["attempt"] == 1

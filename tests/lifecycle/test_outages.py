@@ -65,6 +65,12 @@ def proxy(own_queue: Queue) -> Iterator[TcpProxy]:
         yield proxy
 
 
+def until_renewed(queue: Queue, seconds: float = 0.0) -> None:
+    """Waits until the job's lease has been renewed this long after now, by the database's clock."""
+    (row,) = queue.select("SELECT clock_timestamp() + make_interval(secs => %s) AS at", seconds)
+    eventually(lambda: queue.leases()[0]["heartbeat_at"] > row["at"], seconds=seconds + 20)
+
+
 def trained_steps(folder: Path, job: UUID) -> int:
     """What the child has done, from its checkpoint: the database may be away."""
     steps = [int(path.read_text()) for path in (folder / "jobs" / str(job) / "checkpoints").glob("e*/step")]
@@ -106,7 +112,8 @@ def test_training_goes_on_through_an_outage_and_ends_with_one_attempt(
         own_queue.daemon(tmp_path, name="two", lease_seconds=lease_seconds, metrics_points=0) as two,
     ):
         steps = 40 * (seconds + lease_seconds)
-        job = own_queue.insert(script=[["steps", steps, 0.05]])
+        gate = tmp_path / "gate"
+        job = own_queue.insert(script=[["steps", steps, 0.05, str(gate)]])
         own_queue.wait_for(job, "running")
         server.stop()
         try:
@@ -116,7 +123,9 @@ def test_training_goes_on_through_an_outage_and_ends_with_one_attempt(
         finally:
             server.start()
         assert during > before + 5 * seconds
-        row = own_queue.wait_for(job, "completed", seconds=30 + steps * 0.06)
+        until_renewed(own_queue, 2 * lease_seconds)
+        gate.touch()
+        row = own_queue.wait_for(job, "completed", seconds=60)
         eventually(lambda: settled_once(own_queue, job))
         assert not one.logged("job_reaped") and not two.logged("job_reaped")
     assert row["attempt"] == 1 and "reaped" not in own_queue.story(job)
@@ -128,9 +137,11 @@ def test_a_training_that_ends_during_an_outage_is_completed_after_it(
     server: EmbeddedPostgres, own_queue: Queue, tmp_path: Path
 ) -> None:
     with own_queue.daemon(tmp_path, lease_seconds=2) as daemon:
-        job = own_queue.insert(script=[["steps", 120, 0.03]])
+        gate = tmp_path / "gate"
+        job = own_queue.insert(script=[["steps", 120, 0.03, str(gate)]])
         own_queue.wait_for(job, "running")
         server.stop()
+        gate.touch()
         try:
             # What is going to be stored is noted in the database before the first byte is sent.
             daemon.wait_for_log("upload_delayed", seconds=30)
@@ -144,10 +155,13 @@ def test_a_training_that_ends_during_an_outage_is_completed_after_it(
 
 def test_a_server_that_crashes_costs_no_attempt(server: EmbeddedPostgres, own_queue: Queue, tmp_path: Path) -> None:
     with own_queue.daemon(tmp_path, lease_seconds=2):
-        job = own_queue.insert(script=[["steps", 100, 0.03]])
+        gate = tmp_path / "gate"
+        job = own_queue.insert(script=[["steps", 100, 0.03, str(gate)]])
         own_queue.wait_for(job, "running")
         server.kill()
         server.start()
+        until_renewed(own_queue, 2)
+        gate.touch()
         row = own_queue.wait_for(job, "completed")
         eventually(lambda: settled_once(own_queue, job))
     assert row["attempt"] == 1
@@ -158,7 +172,8 @@ def test_nobody_is_reaped_for_the_time_that_the_server_was_down(
 ) -> None:
     """pg_cron and the gateway reap as well, and may be back before the daemon is."""
     with own_queue.daemon(tmp_path, lease_seconds=2) as daemon:
-        job = own_queue.insert(script=[["steps", 150, 0.03]])
+        gate = tmp_path / "gate"
+        job = own_queue.insert(script=[["steps", 150, 0.03, str(gate)]])
         own_queue.wait_for(job, "running")
         server.stop()
         try:
@@ -169,6 +184,8 @@ def test_nobody_is_reaped_for_the_time_that_the_server_was_down(
         with own_queue.connect() as cron:
             assert cron.execute("SELECT * FROM reap_expired_leases()").fetchall() == []
         daemon.signal(signal.SIGCONT)
+        until_renewed(own_queue)
+        gate.touch()
         assert own_queue.wait_for(job, "completed")["attempt"] == 1
 
 
@@ -180,11 +197,14 @@ def test_cut_connections_are_made_again_and_the_job_does_not_notice(
 ) -> None:
     with DaemonProcess(proxy.dsn(own_queue.dsn), tmp_path, poll_seconds=SLOW_POLL) as daemon:
         daemon.wait_for_log("listener_hears")
-        job = own_queue.insert(script=[["steps", 150, 0.02]])
+        gate = tmp_path / "gate"
+        job = own_queue.insert(script=[["steps", 150, 0.02, str(gate)]])
         own_queue.wait_for(job, "running")
         # The heartbeat's connection is made with the first renewal.
         eventually(lambda: proxy.connected() == 3)
         assert proxy.cut() == 3
+        until_renewed(own_queue)
+        gate.touch()
         row = own_queue.wait_for(job, "completed")
         daemon.wait_for_log("listener_hears", count=2)
     assert row["attempt"] == 1
@@ -193,7 +213,8 @@ def test_cut_connections_are_made_again_and_the_job_does_not_notice(
 def test_backends_that_an_operator_terminates_are_replaced(own_queue: Queue, tmp_path: Path) -> None:
     with own_queue.daemon(tmp_path, poll_seconds=SLOW_POLL) as daemon, own_queue.connect() as operator:
         daemon.wait_for_log("listener_hears")
-        job = own_queue.insert(script=[["steps", 150, 0.02]])
+        gate = tmp_path / "gate"
+        job = own_queue.insert(script=[["steps", 150, 0.02, str(gate)]])
         own_queue.wait_for(job, "running")
         eventually(
             lambda: own_queue.select(
@@ -206,6 +227,8 @@ def test_backends_that_an_operator_terminates_are_replaced(own_queue: Queue, tmp
             "WHERE datname = current_database() AND application_name LIKE 'brightrun-trainer%'"
         ).fetchall()
         assert len(ended) == 3
+        until_renewed(own_queue)
+        gate.touch()
         row = own_queue.wait_for(job, "completed")
         daemon.wait_for_log("listener_hears", count=2)
     assert row["attempt"] == 1
@@ -234,13 +257,16 @@ def test_a_half_open_heartbeat_is_replaced_before_the_lease_runs_out(
         holder.wait_for_log("listener_hears")
         heir.signal(signal.SIGUSR1)  # so that the job is the holder's
         heir.wait()
-        job = own_queue.insert(script=[["steps", 500, 0.04]])
+        gate = tmp_path / "gate"
+        job = own_queue.insert(script=[["steps", 500, 0.04, str(gate)]])
         own_queue.wait_for(job, "running")
         with own_queue.daemon(tmp_path, name="reaper", lease_seconds=1) as reaper:
             # Its connection is made for the first renewal.
             eventually(lambda: proxy.connected(HEARTBEAT) == 1)
             assert proxy.half_open(HEARTBEAT) == 1
             holder.wait_for_log("lease_not_renewed", seconds=20)
+            until_renewed(own_queue)
+            gate.touch()
             row = own_queue.wait_for(job, "completed", seconds=60)
             assert not reaper.logged("job_reaped")
         assert not holder.logged("lease_lost")

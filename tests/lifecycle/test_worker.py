@@ -169,13 +169,15 @@ def test_json_that_python_cannot_read_fails_its_job_and_ends_no_daemon(queue: Qu
 def test_term_releases_the_job_with_a_checkpoint_and_does_not_count_the_attempt(
     queue: Queue, daemon: DaemonProcess, tmp_path: Path
 ) -> None:
+    gate = tmp_path / "gate"
     with daemon:
-        job = queue.insert(script=[["steps", 90, 0.03]])
+        job = queue.insert(script=[["steps", 90, 0.05, str(gate)]])
         eventually(lambda: (queue.row(job)["current_step"] or 0) >= 3)
         daemon.signal(signal.SIGTERM)
         assert daemon.wait() == 0
     row = queue.row(job)
     assert row["status"] == "queued" and row["attempt"] == 0 and row["due"]
+    gate.touch()
     with queue.daemon(tmp_path, name="second"):
         row = queue.wait_for(job, "completed")
     assert row["attempt"] == 1 and row["retry_count"] == 0
@@ -212,13 +214,15 @@ def test_a_job_that_is_being_claimed_when_term_comes_is_given_back(queue: Queue,
     assert (row["status"], row["attempt"]) == ("queued", 0)
 
 
-def test_usr1_finishes_the_job_at_hand_and_claims_no_other(queue: Queue, daemon: DaemonProcess) -> None:
+def test_usr1_finishes_the_job_at_hand_and_claims_no_other(queue: Queue, daemon: DaemonProcess, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
     with daemon:
-        job = queue.insert(script=[["steps", 150, 0.02]])
+        job = queue.insert(script=[["steps", 150, 0.02, str(gate)]])
         queue.wait_for(job, "running")
         daemon.signal(signal.SIGUSR1)
         daemon.wait_for_log("worker_draining")
         waiting = queue.insert()
+        gate.touch()
         assert daemon.wait() == 0
     assert queue.row(job)["status"] == "completed"
     assert queue.row(waiting)["status"] == "queued"
@@ -230,8 +234,9 @@ def test_term_during_a_drain_gives_the_job_at_hand_back_with_a_checkpoint(
     def reached(step: int) -> bool:
         return (queue.row(job)["current_step"] or 0) >= step
 
+    gate = tmp_path / "gate"
     with daemon:
-        job = queue.insert(script=[["steps", 200, 0.03]])
+        job = queue.insert(script=[["steps", 200, 0.1, str(gate)]])
         eventually(lambda: reached(3))
         daemon.signal(signal.SIGUSR1)
         daemon.wait_for_log("worker_draining")
@@ -242,6 +247,7 @@ def test_term_during_a_drain_gives_the_job_at_hand_back_with_a_checkpoint(
     left = queue.row(job)
     assert (left["status"], left["attempt"], left["due"]) == ("queued", 0, True) and queue.leases() == []
     assert "released" in queue.story(job)
+    gate.touch()
     with queue.daemon(tmp_path, name="second"):
         row = queue.wait_for(job, "completed")
     assert row["attempt"] == 1 and row["retry_count"] == 0
@@ -255,13 +261,15 @@ def test_term_during_a_drain_gives_the_job_at_hand_back_with_a_checkpoint(
 def test_a_job_whose_host_lost_its_power_is_reaped_and_resumed_elsewhere(queue: Queue, tmp_path: Path) -> None:
     first = queue.daemon(tmp_path, name="first", lease_seconds=1.5)
     second = queue.daemon(tmp_path, name="second", lease_seconds=1.5)
+    gate = tmp_path / "gate"
     with first:
-        job = queue.insert(script=[["steps", 80, 0.03]])
+        job = queue.insert(script=[["steps", 80, 0.03, str(gate)]])
         eventually(lambda: (queue.row(job)["current_step"] or 0) >= 10)
         with second:
             children = first.children()
             first.kill()
             eventually(lambda: not any(alive(pid) for pid in children), seconds=5)
+            gate.touch()
             row = queue.wait_for(job, "completed", seconds=20)
     assert row["attempt"] == 2 and "reaped" in queue.story(job)
     assert [kind for kind in queue.story(job) if kind == "completed"] == ["completed"]
@@ -269,12 +277,14 @@ def test_a_job_whose_host_lost_its_power_is_reaped_and_resumed_elsewhere(queue: 
 
 def test_a_job_that_names_no_model_goes_on_with_the_one_it_was_begun_with(queue: Queue, tmp_path: Path) -> None:
     write_model_folder(tmp_path / "models" / "another")
-    job = queue.insert(script=[["steps", 300, 0.02]], hyperparameters={"learning_rate": 1e-4})
+    gate = tmp_path / "gate"
+    job = queue.insert(script=[["steps", 300, 0.02, str(gate)]], hyperparameters={"learning_rate": 1e-4})
     with queue.daemon(tmp_path, name="first", default_model="tiny") as first:
         queue.wait_for(job, "running")
         assert queue.row(job)["base_model"] == "tiny"
         first.signal(signal.SIGTERM)
         assert first.wait() == 0
+    gate.touch()
     with queue.daemon(tmp_path, name="second", default_model="another"):
         row = queue.wait_for(job, "completed")
         other = queue.wait_for(queue.insert(hyperparameters={"learning_rate": 1e-4}), "completed")
@@ -315,8 +325,9 @@ def test_a_job_that_takes_each_of_its_hosts_down_ends_as_failed_and_says_so(queu
 def test_a_host_that_slept_past_its_lease_ends_its_child_and_writes_nothing(queue: Queue, tmp_path: Path) -> None:
     sleeper = queue.daemon(tmp_path, name="sleeper", lease_seconds=1.5)
     heir = queue.daemon(tmp_path, name="heir", lease_seconds=1.5)
+    gate = tmp_path / "gate"
     with sleeper:
-        job = queue.insert(script=[["steps", 240, 0.05]])
+        job = queue.insert(script=[["steps", 240, 0.05, str(gate)]])
         eventually(lambda: (queue.row(job)["current_step"] or 0) >= 5)
         child = sleeper.children()
         sleeper.signal(signal.SIGSTOP)
@@ -325,6 +336,7 @@ def test_a_host_that_slept_past_its_lease_ends_its_child_and_writes_nothing(queu
             sleeper.signal(signal.SIGCONT)
             sleeper.wait_for_log("lease_lost")
             eventually(lambda: not any(alive(pid) for pid in child))
+            gate.touch()
             row = queue.wait_for(job, "completed", seconds=60)
     assert row["lease_epoch"] == 2 and row["adapter_path"].endswith("-e2.tar.gz")
 
