@@ -77,7 +77,7 @@ DO $$
 DECLARE
     faults text;
 BEGIN
-    IF to_regprocedure('public.training_owns_file(uuid, text)') IS NULL THEN
+    IF to_regprocedure('public.training_is_object_path(text)') IS NULL THEN
         RAISE EXCEPTION USING ERRCODE = '55000',
             MESSAGE = 'the front pipeline comes after the tables of the trainer',
             HINT = 'apply sql/migrations first';
@@ -224,9 +224,7 @@ BEGIN
         RETURN chosen;
     END IF;
     -- The rule of the guard of `datasets`, here for every role: the app's server may repeat what a user has sent.
-    IF file_path !~ '^[A-Za-z0-9!_.*''()&$@=;:+,?\- /]+$'
-        OR length(file_path) > 900
-        OR file_path ~ '(^|/)\.{0,2}(/|$)'
+    IF NOT public.training_is_object_path(file_path)
         OR NOT (starts_with(file_path, owner_id || '/') OR public.training_owns_file(owner_id, file_path))
     THEN
         RAISE EXCEPTION USING ERRCODE = '42501',

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from daemon.queue.sql_job_store import SqlJobStore
 from daemon.schema.sql_script import split_statements
 from daemon.settings import Settings
 from daemon.storage.folder import FolderStorage
+from daemon.storage.interface import safe_object_path
 from tests.paths import ROOT
 from tests.postgres import AppDatabase, insert_statement
 
@@ -148,6 +150,34 @@ async def downloads(app: App, store: SqlJobStore, folder: Path) -> set[tuple[str
             assert refused.hint
         to.unlink(missing_ok=True)
     return opened
+
+
+def test_what_a_path_may_be_is_one_rule_in_the_database_and_in_the_daemon(database: AppDatabase) -> None:
+    """Every character up to 0x250, at each place of a name; segments of dots; lengths around the limit."""
+    characters = [chr(code) for code in range(1, 0x250)] + ["\u2028", "\uff0f", "\U0001f600"]
+    paths = [form.format(character) for character in characters for form in ("{}", "a{}", "{}a", "a/{}/b", "a{}b")]
+    segments = ("", ".", "..", "...", "a", ".a", "a.", " ", "a b")
+    paths += ["/".join(parts) for count in (1, 2, 3) for parts in itertools.product(segments, repeat=count)]
+    paths += ["a" * length for length in (899, 900, 901)] + ["a/" * 449 + "aa", "a/" * 450 + "a"]
+
+    def is_safe(path: str) -> bool:
+        try:
+            return safe_object_path(path) == path
+        except JobFailed:
+            return False
+
+    asked = database.run("SELECT path, training_is_object_path(path) AS safe FROM unnest(%s::text[]) AS path", (paths,))
+    answers = {row["path"]: row["safe"] for row in asked}
+    assert {path for path in paths if is_safe(path)} == {path for path, safe in answers.items() if safe}
+    assert set(answers) == set(paths)
+
+
+def test_the_rule_is_written_nowhere_else() -> None:
+    """A migration that has shipped keeps its text; what counts is the one that comes last."""
+    files = [*(ROOT / "sql").rglob("*.sql"), *(ROOT / "daemon").rglob("*.py")]
+    homes = {file.relative_to(ROOT).as_posix() for file in files if "A-Za-z0-9!_.*" in file.read_text()}
+    shipped = {"sql/migrations/20261128000003_app_as_it_is.sql"}
+    assert homes - shipped == {"sql/migrations/20261128000027_object_path.sql", "daemon/storage/interface.py"}
 
 
 @pytest.mark.parametrize("edition", EDITIONS)

@@ -505,6 +505,101 @@ async def test_each_run_of_a_job_submitted_again_has_its_own_cost_record(
     assert amounts == [1.0, 2.0]
 
 
+def hours_ago(database: AppDatabase, kind: str, hours: float) -> None:
+    """Moves the newest event of a kind into the past."""
+    database.run(
+        "UPDATE training_events SET at = clock_timestamp() - %s * interval '1 hour' "
+        "WHERE id = (SELECT max(id) FROM training_events WHERE kind = %s)",
+        (hours, kind),
+    )
+
+
+def past_the_guard(database: AppDatabase, statement: bytes) -> None:
+    with database.connect() as session, session.transaction():
+        session.execute("SET LOCAL session_replication_role = replica")
+        session.execute(statement)
+
+
+def started_ago(database: AppDatabase, hours: int) -> None:
+    past_the_guard(
+        database, f"UPDATE training_jobs SET started_at = clock_timestamp() - interval '{hours} hours'".encode()
+    )
+
+
+def held_hours(database: AppDatabase) -> float:
+    (cost,) = database.run("SELECT details FROM cost_records ORDER BY recorded_at DESC LIMIT 1")
+    return float(cost["details"]["duration_hours"])
+
+
+@pytest.mark.parametrize("first_ending", ["retrying", "released", "reaped"])
+async def test_the_hours_of_a_cost_are_those_that_hosts_spent_on_the_job(
+    store: SqlJobStore, database: AppDatabase, user: UUID, first_ending: str
+) -> None:
+    """Three hours after the first claim: one hour held, one and a half in the queue, half an hour held."""
+    database.insert_job(user)
+    lease = (await claimed(store)).lease
+    hours_ago(database, "claimed", 3)
+    if first_ending == "retrying":
+        await store.retry_job(lease, BROKEN, delay_seconds=0, cost=1.0)
+    elif first_ending == "released":
+        await store.release_job(lease, "the host is shutting down", cost=1.0)
+    else:
+        past_the_guard(database, b"UPDATE training_leases SET expires_at = clock_timestamp() - interval '1 minute'")
+        await store.reap_expired_leases()
+        database.run("UPDATE training_jobs SET run_after = NULL")
+    hours_ago(database, first_ending, 2)
+    started_ago(database, 3)
+    lease = (await claimed(store)).lease
+    hours_ago(database, "claimed", 0.5)
+    await store.complete_job(lease, DONE, cost=1.5)
+    artifact = database.one("SELECT training_summary FROM model_artifacts")["training_summary"]
+    assert held_hours(database) == pytest.approx(1.5, abs=0.01)
+    assert artifact["training_duration_hours"] == pytest.approx(1.5, abs=0.01) and artifact["total_cost"] == 1.5
+
+
+async def test_a_job_submitted_again_begins_its_hours_anew(
+    store: SqlJobStore, database: AppDatabase, user: UUID
+) -> None:
+    job_id = database.insert_job(user)
+    lease = (await claimed(store)).lease
+    hours_ago(database, "claimed", 5)
+    await store.fail_job(lease, BROKEN, cost=5.0)
+    assert held_hours(database) == pytest.approx(5, abs=0.01)
+    database.run("SELECT retry_training_job(%s)", (job_id,))
+    lease = (await claimed(store)).lease
+    hours_ago(database, "claimed", 2)
+    await store.fail_job(lease, BROKEN, cost=2.0)
+    assert held_hours(database) == pytest.approx(2, abs=0.01)
+    database.run("SELECT retry_training_job(%s)", (job_id,))
+    database.run("UPDATE training_jobs SET status = 'cancelled'")
+    assert held_hours(database) == 0
+
+
+async def test_a_cancelled_job_is_held_until_its_trainer_has_ended(
+    store: SqlJobStore, database: AppDatabase, user: UUID
+) -> None:
+    database.insert_job(user)
+    lease = (await claimed(store)).lease
+    hours_ago(database, "claimed", 1)
+    database.run("UPDATE training_jobs SET status = 'cancelled'")
+    assert held_hours(database) == pytest.approx(1, abs=0.01)
+    # Half an hour later, as the story has it.
+    hours_ago(database, "claimed", 1.5)
+    await store.end_cancelled_job(lease, cost=1.5, data={})
+    assert held_hours(database) == pytest.approx(1.5, abs=0.01)
+
+
+async def test_without_a_story_the_hours_are_those_from_the_first_start(
+    store: SqlJobStore, database: AppDatabase, user: UUID
+) -> None:
+    database.insert_job(user)
+    lease = (await claimed(store)).lease
+    database.run("DELETE FROM training_events")
+    started_ago(database, 2)
+    await store.fail_job(lease, BROKEN, cost=2.0)
+    assert held_hours(database) == pytest.approx(2, abs=0.01)
+
+
 REFUSING = (
     "CREATE FUNCTION public.sabotage() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {what}; RETURN NEW; END $$;;"
     "CREATE TRIGGER sabotage {when} ON {{table}} {how} FOR EACH ROW EXECUTE FUNCTION public.sabotage()"

@@ -198,6 +198,8 @@ FUNCTIONS = """
   .        x        x        .        x        training_owns_file
   .        .        .        x        x        training_note_dispatcher
   .        .        .        .        x        training_find_dispatchers
+  .        .        .        .        x        training_held_seconds
+  .        x        x        .        x        training_is_object_path
 """
 
 A_FAILED_JOB = "(SELECT job FROM training_jobs AS job WHERE id = %(failed)s)"
@@ -225,6 +227,8 @@ CALLS = {
     "training_owns_file": "training_owns_file(%(owner)s, 'x')",
     "training_note_dispatcher": "training_note_dispatcher(%(running)s, 'job_started')",
     "training_find_dispatchers": "training_find_dispatchers()",
+    "training_held_seconds": f"training_held_seconds({A_FAILED_JOB})",
+    "training_is_object_path": "training_is_object_path('x')",
 }
 
 # The rows that each sees of a view with rows of two users.
