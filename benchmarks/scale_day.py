@@ -1,10 +1,11 @@
 """What a day of jobs costs one Postgres: bytes of WAL, statements and milliseconds of its CPU per job.
 
 It runs the daemon's real statements through its real store, for each job's whole life (insert, claim, start, plan,
-events, progress and a point a second, heartbeats, completion with its callback) without the waiting in between. The
-server's CPU time is read from /proc for the backend that served them. The cost of a day with any number of jobs is
-computed from the cost of one, and printed as such. Then the two costs that grow with the number of hosts: a wake-up for
-nothing, and an insert whose NOTIFY goes to many listeners.
+events, progress and a point a second, heartbeats, completion with its callback) without the waiting in between. A point
+a second is what a job of up to a hundred seconds has; a longer one has a hundred in all. The server's CPU time is read
+from /proc for the backend that served them. The cost of a day with any number of jobs is computed from the cost of one,
+and printed as such. Then the two costs that grow with the number of hosts: a wake-up for nothing, and an insert whose
+NOTIFY goes to many listeners.
 
     python benchmarks/scale_day.py [--jobs 50] [--seconds 86] [--listeners 0 10 100] [--inserts 300]
 """
