@@ -607,9 +607,10 @@ export type Database = {
           trained_with: Json | null
           updated_at: string | null
           user_id: string
+          training_held_seconds: number | null
           training_status_json: Json | null
         }
-        ComputedFields: 'training_status_json'
+        ComputedFields: 'training_held_seconds' | 'training_status_json'
         Insert: {
           adapter_bytes?: number | null
           adapter_path?: string | null
@@ -1150,6 +1151,15 @@ export type Database = {
           tables: string
         }[]
       }
+      training_held_seconds: {
+        Args: {
+          job: Omit<
+            Database['public']['Tables']['training_jobs']['Row'],
+            Database['public']['Tables']['training_jobs']['ComputedFields']
+          >
+        }
+        Returns: number
+      }
       training_hiding_policies: {
         Args: Record<PropertyKey, never>
         Returns: {
@@ -1159,6 +1169,7 @@ export type Database = {
           verb: string
         }[]
       }
+      training_is_object_path: { Args: { path: string }; Returns: boolean }
       training_job_status: { Args: { job_id: string }; Returns: Json }
       training_name_url: { Args: { url: string }; Returns: Record<string, unknown> }
       training_note_dispatcher: { Args: { job_id: string; said: string }; Returns: undefined }
