@@ -17,8 +17,8 @@ ARG IMAGE_PACKAGES="supervisor flash-linear-attention setuptools"
 ARG CAUSAL_CONV1D=""
 
 # Empty keeps the base's torch, which must be the floor of pyproject.toml or newer: pip refuses an older one. Another is
-# named with its CUDA. PyTorch publishes 2.13.0 for CUDA 13.0, which needs driver 580, and for CUDA 12.6 ("2.13.0+cu126":
-# driver 525 and newer, no Blackwell), and none for 12.8.
+# named with its CUDA. PyTorch publishes 2.13.0 for CUDA 13.0, which needs driver 580, and for CUDA 12.6 ("2.13.0+cu126"
+# on a base of CUDA 12: driver 525 and newer, no Blackwell), and none for 12.8.
 ARG TORCH=""
 
 # Where no other is named the base's torch stays: the environment sees the image's packages, and pip is held to the

@@ -14,7 +14,6 @@ import sys
 
 from training.event_writer import EventWriter
 from training.files.page_cache import read_ahead
-from training.kernels import hide_wrong_kernels
 from training.parent_process import die_with_parent
 from training.process.blocked_imports import hide_unwanted_packages
 from training.process.run_job import begin_job, read_spec, status_of
@@ -50,7 +49,6 @@ def main() -> int:
         # Less fragmentation of GPU memory when batches differ in length.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     hide_unwanted_packages()
-    hide_wrong_kernels()
     if chosen.warm:
         from training.process.fork_server import ForkServer
 

@@ -33,6 +33,7 @@ from training.loop.memory_probe import gauge_of
 from training.loop.trainer import AdapterTrainer
 from training.preflight.check import check_resources, memory_remark, plan_and_estimate
 from training.preflight.estimate import Estimate
+from training.preflight.kernel_proof import refuse_wrong_kernels
 from training.preflight.trained_with import trained_with
 from training.quantization.dequantized_cache import keep_unpacked, spare_bytes
 from training.ranks import ALONE, Ranks
@@ -109,6 +110,7 @@ def prepare(spec: JobSpec, voice: EventWriter, tokenizer: PreTrainedTokenizerBas
     is_cut = must_be_cut(spec, folder, estimate, memory)
     memory *= spec.num_gpus if is_cut else 1
     check_resources(spec, estimate, memory)
+    refuse_wrong_kernels(spec, folder)
     if warning := memory_remark(spec, estimate, memory):
         voice.notice("memory_tight", warning)
     if plan.idle_ranks:

@@ -6,18 +6,20 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 from daemon.base_model.resolve import resolve_model
 from daemon.doctor.check_result import CheckResult, green, red, yellow
 from daemon.errors import JobError
 from daemon.host.disk_probe import probe_disk
 from daemon.host.gpus import list_gpus
-from daemon.host.inspect import driver_version, installed_versions
+from daemon.host.inspect import driver_version, installed_versions, unmet_requirements
 from daemon.settings import Settings, quantized_dir
 from daemon.trainer.run_selfcheck import Selfcheck, run_selfcheck
 from training.events import ErrorCode
 
-SELFCHECK_SECONDS = 120.0
+# Compiling the kernels takes a minute on a new host.
+SELFCHECK_SECONDS = 300.0
 PROBE_BYTES = 32 * 1024 * 1024
 SLOW_DISK_MB_A_SECOND = 50.0
 MIN_FREE_GIB = 10.0
@@ -29,6 +31,8 @@ def check_python() -> CheckResult:
     missing = {"torch", "transformers", "peft", "trl", "bitsandbytes"} - versions.keys()
     if missing:
         return red("versions", f"not installed: {', '.join(sorted(missing))}", "run `pip install brightrun-trainer`")
+    if unmet := [f"{asked}, and {here} is installed" for asked, here in unmet_requirements()]:
+        return red("versions", f"needed: {'; '.join(unmet)}", "install with constraints.txt, or build the image again")
     return green("versions", shown)
 
 
@@ -48,7 +52,13 @@ async def check_trainer(settings: Settings) -> AsyncIterator[CheckResult]:
     gpus = () if settings.device == "cpu" else list_gpus().gpus
     device = "cuda" if gpus else "cpu"
     try:
-        checked = await run_selfcheck(device, [gpu.cuda_name for gpu in gpus[:1]], SELFCHECK_SECONDS, settings.work_dir)
+        checked = await run_selfcheck(
+            device,
+            [gpu.cuda_name for gpu in gpus[:1]],
+            SELFCHECK_SECONDS,
+            kernels=device == "cuda",
+            work_dir=settings.work_dir,
+        )
     except TimeoutError:
         yield red("trainer", f"no answer in {SELFCHECK_SECONDS:.0f} s", "look for a hung driver: nvidia-smi, dmesg")
         return
@@ -62,30 +72,56 @@ def findings_of(checked: Selfcheck, device: str) -> Iterator[CheckResult]:
         yield red("trainer", checked.crash[:200], "the libraries do not fit together: install with constraints.txt")
         return
     found = checked.found
+    if device == "cuda" and not found["cuda_available"]:
+        yield _no_cuda(found)
+        return
     if found["nf4_error"] is None:
         yield green("4-bit layers", f"bitsandbytes {found['bitsandbytes']} computes on {device}")
     else:
         yield red("4-bit layers", found["nf4_error"], "this bitsandbytes build does not fit this CUDA: reinstall it")
     if device == "cpu":
         return
-    if not found["cuda_available"]:
-        yield red("CUDA", f"PyTorch {found['torch']} sees no GPU", "install the torch build for this CUDA driver")
-        return
     yield green("CUDA", f"{found['cuda']}, compute capability {found['capability']}")
     if found["bf16"]:
         yield green("bf16", "this GPU computes in it")
     else:
         yield red("bf16", "this GPU does not compute in bf16", "use an Ampere GPU (A100, A10, RTX 30) or newer")
+    yield from _kernels(found)
+
+
+def _kernels(found: dict[str, Any]) -> Iterator[CheckResult]:
+    """Tells what was proven of the kernels on this GPU, forward and backward, against plain PyTorch."""
+    if found["experts_fault"] is None:
+        yield green("experts", "grouped products are right on this GPU, forward and backward")
+    else:
+        yield red("experts", found["experts_fault"], "mixtures of experts cannot be trained: reinstall torch")
     for package, slower, advice in (
         ("flash-linear-attention", "many times slower", "run `pip install flash-linear-attention`"),
         ("causal-conv1d", "slower", "install a wheel for this torch, CUDA and Python: the operator's guide says where"),
     ):
-        if package == "flash-linear-attention" and (fault := found.get("kernel_fault")):
-            yield red(package, fault, "build the image with another TORCH: Qwen3-Next trains many times slower now")
-        elif found[package.replace("-", "_")]:
-            yield green(package, "installed")
+        if (missing := found[package.replace("-", "_")]) is not None:
+            yield yellow(package, f"{missing}, so Qwen3-Next trains {slower}", advice)
         else:
-            yield yellow(package, f"not installed, so Qwen3-Next trains {slower}", advice)
+            yield green(package, "installed")
+    if found["kernel_fault"] is not None:
+        yield red("linear attention", found["kernel_fault"], "Qwen3-Next is refused: use the torch of constraints.txt")
+    elif found["flash_linear_attention"] is None:
+        yield green("linear attention", "its kernels are right on this GPU, forward and backward")
+
+
+def _no_cuda(found: dict[str, Any]) -> CheckResult:
+    built, driver = found["cuda"], found["driver_cuda"]
+    detail = f"PyTorch {found['torch']} sees no GPU"
+    if built is None:
+        return red("CUDA", f"{detail}: it is a build for CPUs", "install PyTorch's build for CUDA")
+    if driver is not None and int(driver.partition(".")[0]) < int(built.partition(".")[0]):
+        return red(
+            "CUDA",
+            f"{detail}: it is built for CUDA {built}, and this driver serves CUDA {driver} and older",
+            f"take a host whose driver serves CUDA {built}, or build the image on a base of CUDA 12 with "
+            "TORCH=2.13.0+cu126",
+        )
+    return red("CUDA", detail, "look at nvidia-smi and dmesg: the driver answers, and CUDA does not start")
 
 
 async def check_model(settings: Settings) -> AsyncIterator[CheckResult]:

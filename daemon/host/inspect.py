@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Literal
 from uuid import UUID, uuid4
+
+from packaging.requirements import Requirement
 
 from daemon.errors import HostUnfit
 from daemon.host.gpus import Gpu, list_gpus
@@ -67,6 +69,25 @@ def driver_version() -> str | None:
         return str(pynvml.nvmlSystemGetDriverVersion())
     except pynvml.NVMLError:
         return None
+
+
+def unmet_requirements() -> list[tuple[str, str]]:
+    """Lists what this project asks for and has in another version: ("torch>=2.13", "2.11.0")."""
+    try:
+        asked = [Requirement(line) for line in requires("brightrun-trainer") or ()]
+    except PackageNotFoundError:
+        return []  # a checkout that was not installed
+    unmet = []
+    for requirement in asked:
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            here = version(requirement.name)
+        except PackageNotFoundError:
+            continue  # its import says so
+        if not requirement.specifier.contains(here, prereleases=True):
+            unmet.append((f"{requirement.name}{requirement.specifier}", here))
+    return unmet
 
 
 def installed_versions() -> dict[str, str]:

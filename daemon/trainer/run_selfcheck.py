@@ -27,10 +27,15 @@ class Selfcheck:
         return self.crash or self.found["nf4_error"]
 
 
-async def run_selfcheck(device: str, gpus: Sequence[str], seconds: float, work_dir: Path | None = None) -> Selfcheck:
-    """Checks "cpu", or "cuda" with only these GPUs. Raises TimeoutError when there is no answer in time."""
+async def run_selfcheck(
+    device: str, gpus: Sequence[str], seconds: float, *, kernels: bool = False, work_dir: Path | None = None
+) -> Selfcheck:
+    """Checks "cpu", or "cuda" with only these GPUs. Raises TimeoutError when there is no answer in time.
+
+    With `kernels` those of linear attention and of experts are proven too, and compiled into `work_dir`.
+    """
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "training.preflight.selfcheck", device),
+        *(sys.executable, "-m", "training.preflight.selfcheck", device, *(["--kernels"] if kernels else [])),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         env=child_environment(os.environ, gpus, work_dir),

@@ -24,18 +24,19 @@ from daemon.host.gpus import GpuList
 from daemon.host.inspect import installed_versions
 from daemon.read_settings import load_settings
 from daemon.settings import Settings
-from daemon.trainer.run_selfcheck import read_selfcheck
+from daemon.trainer.run_selfcheck import read_selfcheck, run_selfcheck
 from tests.doubles.storage import Bucket, StorageDouble
 from tests.doubles.storage_keys import ANON_KEY, PUBLISHABLE_KEY
 from tests.forked_process import PipedProcess, forker
 from tests.lifecycle.queue import write_model_folder
-from tests.paths import COMMAND_LINE, ROOT
+from tests.paths import COMMAND_LINE, DOUBLES, ROOT
 from tests.postgres import AppDatabase, Server
 
-# What `python -m training.preflight.selfcheck cuda` says on an H100 with everything installed.
+# What `python -m training.preflight.selfcheck cuda --kernels` says on an H100 with everything installed.
 CARD = {
-    "torch": "2.13.0", "transformers": "5.23.0", "bitsandbytes": "0.50.2", "cuda_available": True, "cuda": "12.8",
-    "bf16": True, "capability": "9.0", "flash_linear_attention": True, "causal_conv1d": True, "nf4_error": None,
+    "torch": "2.13.0", "transformers": "5.23.0", "bitsandbytes": "0.50.2", "cuda_available": True, "cuda": "13.0",
+    "bf16": True, "capability": "9.0", "driver_cuda": "13.0", "nf4_error": None, "flash_linear_attention": None,
+    "causal_conv1d": None, "kernel_fault": None, "experts_fault": None,
 }  # fmt: skip
 
 
@@ -74,7 +75,8 @@ def selfcheck(**differing: object) -> dict[str, CheckResult]:
 
 def test_a_card_with_everything_is_green_line_by_line() -> None:
     found = selfcheck()
-    assert list(found) == ["4-bit layers", "CUDA", "bf16", "flash-linear-attention", "causal-conv1d"]
+    kernels = ["experts", "flash-linear-attention", "causal-conv1d", "linear attention"]
+    assert list(found) == ["4-bit layers", "CUDA", "bf16", *kernels]
     assert {finding.light for finding in found.values()} == {Status.GREEN}
 
 
@@ -82,16 +84,24 @@ def test_a_card_with_everything_is_green_line_by_line() -> None:
     ("differing", "line", "light", "words"),
     [
         ({"nf4_error": "RuntimeError: no kernel image"}, "4-bit layers", Status.RED, ["no kernel image", "reinstall"]),
-        ({"cuda_available": False}, "CUDA", Status.RED, ["2.13.0 sees no GPU", "CUDA driver"]),
-        ({"bf16": False}, "bf16", Status.RED, ["Ampere"]),
-        ({"flash_linear_attention": False}, "flash-linear-attention", Status.YELLOW, ["pip install"]),
+        ({"cuda_available": False}, "CUDA", Status.RED, ["2.13.0 sees no GPU", "nvidia-smi"]),
+        ({"cuda_available": False, "cuda": None}, "CUDA", Status.RED, ["a build for CPUs", "build for CUDA"]),
         (
-            {"kernel_fault": "flash-linear-attention 0.6.0 cannot be used with Triton 3.5.1 on this card"},
-            "flash-linear-attention",
+            {"cuda_available": False, "driver_cuda": "12.8"},
+            "CUDA",
             Status.RED,
-            ["Triton 3.5.1", "another TORCH"],
+            ["built for CUDA 13.0", "driver serves CUDA 12.8", "TORCH=2.13.0+cu126"],
         ),
-        ({"causal_conv1d": False}, "causal-conv1d", Status.YELLOW, ["a wheel for this torch"]),
+        ({"bf16": False}, "bf16", Status.RED, ["Ampere"]),
+        ({"flash_linear_attention": "is not installed"}, "flash-linear-attention", Status.YELLOW, ["pip install"]),
+        ({"causal_conv1d": "is not installed"}, "causal-conv1d", Status.YELLOW, ["a wheel for this torch"]),
+        (
+            {"kernel_fault": "fla-core 0.6.0, Triton 3.5.1: the gradient of k is off by 90%"},
+            "linear attention",
+            Status.RED,
+            ["Triton 3.5.1", "gradient of k", "refused", "constraints.txt"],
+        ),
+        ({"experts_fault": "RuntimeError: no kernel"}, "experts", Status.RED, ["no kernel", "reinstall torch"]),
     ],
 )
 def test_each_fault_of_a_card_has_its_line(
@@ -110,6 +120,27 @@ def test_a_library_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
     assert doctor_host.check_python().light is Status.GREEN
     monkeypatch.setattr(doctor_host, "installed_versions", lambda: {"python": "3.11.2", "torch": "2.13.0"})
     assert_red(doctor_host.check_python(), "bitsandbytes, peft, transformers, trl", "pip install")
+
+
+def test_a_torch_below_the_floor_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, needs in {"torch": "2.11.0", "brightrun-trainer": "torch>=2.13"}.items():
+        info = tmp_path / f"{name.replace('-', '_')}-2.11.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: 2.11.0\nRequires-Dist: {needs}\n"
+        )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert_red(doctor_host.check_python(), "torch>=2.13, and 2.11.0 is installed", "constraints.txt")
+
+
+async def test_a_selfcheck_without_a_card_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a real process, which asks NVML for the driver and PyTorch for the card."""
+    monkeypatch.setenv("PYTHONPATH", f"{DOUBLES / 'nvml'}:{ROOT}")
+    checked = await run_selfcheck("cuda", ["GPU-00c0ffee"], seconds=120, kernels=True)
+    assert checked.fault is not None and "sees no GPU" in checked.fault
+    assert checked.found["driver_cuda"] == "13.0"
+    (finding,) = findings_of(checked, "cuda")
+    assert_red(finding, "sees no GPU", "a build for CPUs" if checked.found["cuda"] is None else "nvidia-smi")
 
 
 async def test_a_trainer_that_does_not_answer_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ import sys
 import time
 
 from training.__main__ import _QUIET_AND_OFFLINE
-from training.kernels import hide_wrong_kernels
 from training.process.blocked_imports import hide_unwanted_packages
 from training.process.fork_server import _import_libraries
 
@@ -19,7 +18,6 @@ from training.process.fork_server import _import_libraries
 def prepare() -> None:
     os.environ.update(_QUIET_AND_OFFLINE)
     hide_unwanted_packages()
-    hide_wrong_kernels()
     _import_libraries()
 
 

@@ -24,6 +24,7 @@ from training.data.corpus import gather
 from training.data.tokenizer import load_tokenizer
 from training.files.model_folder import open_model_folder
 from training.loop.loss import AnswerLoss
+from training.preflight.kernel_proof import fault_of_grouped_products, fault_of_linear_attention
 from training.spec import JobSpec
 
 pytestmark = [
@@ -105,6 +106,11 @@ def _memory_of_the_card(limit: float) -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_the_kernels_of_this_card_pass_the_proof_that_a_job_begins_with() -> None:
+    assert fault_of_linear_attention("cuda") is None
+    assert fault_of_grouped_products("cuda") is None
 
 
 @pytest.mark.skipif(find_spec("fla") is None, reason="needs flash-linear-attention (pip install fla-core)")

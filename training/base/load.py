@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -21,7 +20,7 @@ from training.events import ErrorCode
 from training.failures import TrainingFailed, in_brief
 from training.files.model_folder import ModelFolder
 from training.files.module_names import UNQUANTISED_MODULES
-from training.kernels import Capability, capability_by_nvml, fault_of_kernels
+from training.preflight.kernel_proof import why_not_imported
 from training.quantization.disk_copy import CopyUnusable, QuantizedCopy
 from training.quantization.experts import EXPERTS_FUNCTION, Nf4Config
 from training.quantization.weights_to_pack import is_in_bytes, refuse_what_is_left
@@ -185,31 +184,20 @@ def _device(spec: Wanted) -> torch.device:
 
 
 def warn_of_missing_kernels(spec: Wanted, model: PreTrainedModel, voice: EventWriter) -> None:
-    """Warns if linear attention on a GPU lacks its kernels: it is many times slower, and transformers only logs a line.
-
-    Raises TrainingFailed if the kernels found would fail, or be wrong, in the first backward.
-    """
+    """Warns if linear attention on a GPU lacks its kernels: it is many times slower, and transformers says little."""
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
     if spec.device != "cuda" or "linear_attention" not in kinds:
         return
-    fault = fault_of_kernels(_capability())
-    if fault is not None and find_spec("fla") is not None:
-        # NVML could not identify the GPU in time to hide them (training.kernels).
-        raise TrainingFailed(
-            ErrorCode.MODEL_UNSUPPORTED, fault, "build the image with another TORCH, then submit again"
-        )
-    missing = [package for package, module in _LINEAR_ATTENTION_KERNELS if find_spec(module) is None]
+    faults = {package: why_not_imported(module) for package, module in _LINEAR_ATTENTION_KERNELS}
+    missing = [package for package, fault in faults.items() if fault is not None]
     if missing:
+        named = " and ".join(f"{package} {faults[package]}" for package in missing)
         voice.notice(
             "kernels_missing",
-            (fault or f"{' and '.join(missing)} not installed on this GPU host: install them in the image")
-            + ". Linear attention falls back to plain PyTorch: right, many times slower, and without packing",
+            f"on this GPU host {named}: install them in the image. Linear attention falls back to plain PyTorch: "
+            "right, many times slower, and without packing",
             missing=missing,
         )
-
-
-def _capability() -> Capability | None:
-    return torch.cuda.get_device_capability() if torch.cuda.is_available() else capability_by_nvml()
 
 
 def count_weights(model: torch.nn.Module) -> WeightCount:

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from training.event_writer import EventWriter, NullWriter
 from training.failures import StopRequested, failed_event
-from training.kernels import hide_wrong_kernels
 from training.launch.shared_folder import RankFolder
 from training.parent_process import die_with_parent
 from training.process.blocked_imports import hide_unwanted_packages
@@ -32,7 +31,6 @@ def main() -> int:
     chosen = parser.parse_args()
     die_with_parent(chosen.launcher)
     hide_unwanted_packages()
-    hide_wrong_kernels()
     stop = StopSwitch()
     stop.listen(STOP_A_RANK)
     desk = RankFolder(chosen.desk)

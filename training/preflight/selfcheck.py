@@ -1,22 +1,26 @@
 """Checks whether this machine can train, and prints one JSON line; `brightrun-trainer doctor` shows it.
 
-    python -m training.preflight.selfcheck cuda
+    python -m training.preflight.selfcheck cuda --kernels
 
-Runs as a separate process, so that the daemon never loads torch.
+With --kernels those of linear attention and of experts are proven too; they are compiled first, for a minute on a new
+host. Runs as a separate process, so that the daemon never loads torch.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from importlib.util import find_spec
 from typing import Any
 
-from training.kernels import fault_of_kernels
+from training.preflight.kernel_proof import (
+    fault_of_grouped_products,
+    fault_of_linear_attention,
+    why_not_imported,
+)
 from training.quick_imports import quick_imports
 
 
-def examine(device: str) -> dict[str, Any]:
+def examine(device: str, *, kernels: bool = False) -> dict[str, Any]:
     """Reads versions and the GPU's capabilities, and runs a 4-bit layer once on `device` ("cpu" or "cuda")."""
     with quick_imports():
         import bitsandbytes
@@ -31,13 +35,30 @@ def examine(device: str) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         "capability": ".".join(map(str, torch.cuda.get_device_capability())) if torch.cuda.is_available() else None,
-        # Without these two, Gated DeltaNet (Qwen3-Next) runs in plain PyTorch: correct, but many times slower.
-        "flash_linear_attention": find_spec("fla") is not None,
-        "causal_conv1d": find_spec("causal_conv1d") is not None,
+        "driver_cuda": _cuda_of_the_driver(),
     }
-    found["kernel_fault"] = fault_of_kernels(torch.cuda.get_device_capability() if torch.cuda.is_available() else None)
+    if device == "cuda" and not found["cuda_available"]:
+        return found | {"nf4_error": f"PyTorch {torch.__version__} sees no GPU"}
     found["nf4_error"] = _four_bit_error(device)
+    if kernels:
+        # Without these two, Gated DeltaNet (Qwen3-Next) runs in plain PyTorch: correct, but many times slower.
+        found["flash_linear_attention"] = why_not_imported("fla")
+        found["causal_conv1d"] = why_not_imported("causal_conv1d")
+        found["kernel_fault"] = fault_of_linear_attention(device)
+        found["experts_fault"] = fault_of_grouped_products(device)
     return found
+
+
+def _cuda_of_the_driver() -> str | None:
+    """Returns the newest CUDA that the driver serves, as 13.0; None without a driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        number = int(pynvml.nvmlSystemGetCudaDriverVersion())
+    except pynvml.NVMLError:
+        return None
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def _four_bit_error(device: str) -> str | None:
@@ -63,4 +84,6 @@ def _four_bit_error(device: str) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(examine(sys.argv[1] if len(sys.argv) > 1 else "cpu")) + "\n")
+    asked = sys.argv[1:]
+    device = next((word for word in asked if not word.startswith("-")), "cpu")
+    sys.stdout.write(json.dumps(examine(device, kernels="--kernels" in asked)) + "\n")

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from training.kernels import capability_by_nvml
 from training.spec import JobSpec
+
+
+def capability_by_nvml() -> tuple[int, int] | None:
+    """Reads the compute capability of this process's first GPU without opening the CUDA driver; None without a GPU."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        shown = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+        if shown.isdecimal():
+            card = pynvml.nvmlDeviceGetHandleByIndex(int(shown))
+        else:
+            card = pynvml.nvmlDeviceGetHandleByUUID(shown)
+            if pynvml.nvmlDeviceIsMigDeviceHandle(card):
+                card = pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(card)
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(card)
+    except pynvml.NVMLError:
+        return None
+    return int(major), int(minor)
 
 
 @contextmanager
