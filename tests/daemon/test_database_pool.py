@@ -29,17 +29,16 @@ TRACES = [
 
 @pytest.mark.parametrize("trace", TRACES)
 def test_a_database_that_keeps_a_trace_is_lent_to_nobody_else(
-    postgres: Server, migrated_template: str, trace: str
+    postgres: Server, database_pool: DatabasePool, trace: str
 ) -> None:
-    with DatabasePool(postgres, migrated_template) as pool:
-        with pool.database() as first:
-            app = AppDatabase(postgres.dsn(first))
-            app.insert_job(app.insert_user())
-            app.run("DROP FUNCTION reap_expired_leases" if "REPLACE FUNCTION" in trace else "SELECT")
-            app.run(trace)
-            app.close()
-        with pool.database() as second:
-            assert second != first
+    with database_pool.database() as first:
+        app = AppDatabase(postgres.dsn(first))
+        app.insert_job(app.insert_user())
+        app.run("DROP FUNCTION reap_expired_leases" if "REPLACE FUNCTION" in trace else "SELECT")
+        app.run(trace)
+        app.close()
+    with database_pool.database() as second:
+        assert second != first
 
 
 def test_rows_sequences_sessions_and_settings_are_gone_before_the_next_test(

@@ -36,8 +36,8 @@ MODEL = "mistralai/Mistral-7B-Instruct-v0.2"
 TRAINED = ("messages", "pairs", "v4", "turns")
 FINAL = ("completed", "failed", "cancelled")
 METRICS = {"training_loss", "validation_loss", "learning_rate", "throughput", "gpu_utilization", "gradient_norm"}
+pytestmark = [pytest.mark.timeout(420), pytest.mark.together]
 # What a page that watches by Realtime is sent.
-pytestmark = pytest.mark.timeout(420)
 WATCH = """
 CREATE TABLE seen (n bigserial, relation text, id uuid, row jsonb);
 CREATE FUNCTION see() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = '' AS $$

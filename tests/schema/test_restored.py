@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from uuid import UUID
 
 import psycopg
@@ -17,7 +19,7 @@ from daemon.queue.states import State
 from daemon.schema.migrations import bring_up_to_date, faults
 from daemon.schema.sql_script import split_statements
 from tests.paths import ROOT
-from tests.postgres import AppDatabase
+from tests.postgres import AppDatabase, Server
 from tests.queue.claiming import claimed
 from tests.sql.world import populate
 
@@ -111,10 +113,24 @@ BROKEN = {
     ),
 }  # fmt: skip
 
+# One of each kind.
+SEVERAL = (
+    "a trigger gone", "a policy widened", "row security off", "a right gone", "a definer no more",
+    "the claim's index another one", "a view with another column", "a constraint gone", "a default gone",
+)  # fmt: skip
 
-@pytest.fixture
-def installed(database: AppDatabase) -> AppDatabase:
+
+@contextmanager
+def installation(postgres: Server, template: str) -> Iterator[AppDatabase]:
     """Looked at once where it is, so that its rows are at home; a job waits, and the app has things of its own."""
+    with postgres.database(template=template) as name:
+        database = AppDatabase(postgres.dsn(name))
+        _install(database)
+        yield database
+        database.close()
+
+
+def _install(database: AppDatabase) -> None:
     for statement in (
         "CREATE POLICY own ON training_jobs FOR SELECT TO authenticated USING (false)",
         "CREATE FUNCTION own() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'",
@@ -126,11 +142,33 @@ def installed(database: AppDatabase) -> AppDatabase:
     assert bring_up_to_date(database.dsn, local=True).repaired == []
     database.insert_job(database.insert_user())
     assert faults(database.dsn) == []
-    return database
+
+
+@pytest.fixture
+def installed(postgres: Server, migrated_template: str) -> Iterator[AppDatabase]:
+    with installation(postgres, migrated_template) as database:
+        yield database
+
+
+@pytest.fixture(scope="module")
+def repaired_before(postgres: Server, migrated_template: str) -> Iterator[Callable[[], AppDatabase]]:
+    """One database for all damages: each test leaves it whole. Replaced after one that did not."""
+    with ExitStack() as stack:
+        databases: list[AppDatabase] = []
+
+        def get() -> AppDatabase:
+            if not databases or faults(databases[-1].dsn) != []:
+                databases.append(stack.enter_context(installation(postgres, migrated_template)))
+            return databases[-1]
+
+        yield get
 
 
 @pytest.mark.parametrize("damage", BROKEN)
-def test_what_is_broken_is_found_and_repaired_and_the_apps_own_is_left(installed: AppDatabase, damage: str) -> None:
+def test_what_is_broken_is_found_and_repaired_and_the_apps_own_is_left(
+    repaired_before: Callable[[], AppDatabase], damage: str
+) -> None:
+    installed = repaired_before()
     change, words = BROKEN[damage]
     for statement in split_statements(change):
         installed.run(statement)
@@ -139,12 +177,18 @@ def test_what_is_broken_is_found_and_repaired_and_the_apps_own_is_left(installed
     done = bring_up_to_date(installed.dsn, local=True)
     assert done.applied == [] and any(words in line for line in done.repaired), done
     assert faults(installed.dsn) == []
-    assert bring_up_to_date(installed.dsn, local=True).repaired == []
     own = installed.one("SELECT tgenabled FROM pg_trigger WHERE tgname = 'own'")["tgenabled"]
     assert own in ("D", b"D")
     assert installed.run("SELECT FROM pg_policies WHERE policyname = 'own'") != []
     job = installed.one("SELECT due, held FROM training_jobs")
     assert (job["due"], job["held"]) == (True, False), "a repair holds nobody's job"
+
+
+def test_what_was_repaired_is_not_repaired_again(installed: AppDatabase) -> None:
+    for statement in split_statements("; ".join(BROKEN[damage][0] for damage in SEVERAL)):
+        installed.run(statement)
+    assert len(bring_up_to_date(installed.dsn, local=True).repaired) >= len(SEVERAL)
+    assert bring_up_to_date(installed.dsn, local=True).repaired == []
 
 
 def test_what_cannot_be_repaired_is_said_and_nothing_is_half_done(installed: AppDatabase) -> None:
