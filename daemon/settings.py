@@ -156,8 +156,8 @@ class Settings(BaseSettings):
     )
     warm_default_model: bool = Field(
         default=False,
-        description="on a CPU host: load the default model at startup, before a job asks for it, if it fits "
-        "in that memory",
+        description="load the default model at startup, before a job asks for it, if it fits in that memory; on a "
+        "GPU host once its 4-bit copy is on the volume",
     )
     warm_first_seconds: float = Field(
         default=120.0,

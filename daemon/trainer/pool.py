@@ -11,7 +11,6 @@ own: the trainers waiting in its slots are ended to free their memory, and new o
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -31,6 +30,7 @@ from daemon.tasks import wait_at_most
 from daemon.trainer.process import Timeouts, TrainerProcess
 from daemon.trainer.verdict import Trained, Verdict
 from training.events import ErrorCode, Event
+from training.files.free_memory import free_bytes, total_bytes
 from training.spec import HoldOrder, JobSpec
 
 log = structlog.get_logger()
@@ -38,6 +38,8 @@ log = structlog.get_logger()
 LOOK_SECONDS = 5.0
 # Allowed growth since a trainer was first ready with the same model: nothing of a job should stay in its memory.
 GROWTH_BYTES = 512 * 2**20
+# Of the host's memory: with less to spare, an idle trainer gives its model back.
+_LEAST_FREE = 0.05
 
 
 @dataclass
@@ -140,7 +142,7 @@ class TrainerPool:
         """Keeps a trainer ready at each slot and ends those that were idle too long. Cancelled, it ends them all."""
         try:
             await self._fill()
-            if self._settings.warm == "model" and self._settings.warm_default_model and not self._on_gpu:
+            if self._settings.warm == "model" and self._settings.warm_default_model:
                 await self._hold_default_model()
             while True:
                 # Cleared before looking, so that a change meanwhile is not lost.
@@ -235,9 +237,11 @@ class TrainerPool:
             return None
         if waiting.child.grown_bytes > GROWTH_BYTES:
             return "grown"
-        if ready.base_model is not None and time.monotonic() - waiting.since > self._settings.warm_minutes * 60:
+        if ready.base_model is None:
+            return None
+        if time.monotonic() - waiting.since > self._settings.warm_minutes * 60:
             return "idle"
-        return None
+        return "memory" if free_bytes() < _LEAST_FREE * total_bytes() else None
 
     async def _hold_default_model(self) -> None:
         """Loads the default model before a job asks for it, if it is on this host."""
@@ -278,4 +282,4 @@ def _was_lost(child: TrainerProcess, verdict: Verdict, stop: Stop) -> bool:
 def _memory_for_models(settings: Settings) -> int:
     if settings.warm_memory_gb is not None:
         return int(settings.warm_memory_gb * 2**30)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return total_bytes() // 2

@@ -197,17 +197,30 @@ async def test_a_trainer_that_dies_before_it_is_ready_is_not_started_again_and_a
     assert [line["event"] for line in logged].count("trainer_started") == 1
 
 
-@pytest.mark.parametrize(("host", "served"), [(CPU, 2), (ONE_CARD, 1)], ids=["cpu", "card"])
-async def test_the_default_model_is_held_before_a_job_where_forks_can_use_it(
-    tmp_path: Path, host: Host, served: int
-) -> None:
-    """What is held for a card would lie in a context that no fork inherits, twice on the card."""
+@pytest.mark.parametrize("host", [CPU, ONE_CARD], ids=["cpu", "card"])
+async def test_the_default_model_is_held_before_a_job(tmp_path: Path, host: Host) -> None:
+    """For a card too: it waits in the host's memory, which the trainer sees to (training.base.loaded_model)."""
     site = Site(tmp_path, host, slots=1, warm_default_model=True)
     with capture_logs() as logged:
         async with site.tended():
             await until(trainer_pids)
-            if host is CPU:
-                await until(lambda: site.trainers.bases() == ["", "tiny"])
+            await until(lambda: site.trainers.bases() == ["", "tiny"])
             await site.job()
     (waits,) = [line for line in logged if line["event"] == "trainer_waits"]
-    assert waits["served"] == served
+    assert waits["served"] == 2
+
+
+async def test_a_host_short_of_memory_takes_it_back_from_a_trainer_that_only_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daemon.trainer.pool, "LOOK_SECONDS", 0.02)
+    site = Site(tmp_path, slots=1, warm_default_model=True)
+    with capture_logs() as logged:
+        async with site.tended():
+            await until(lambda: site.trainers.bases() == ["", "tiny"])
+            monkeypatch.setattr(daemon.trainer.pool, "free_bytes", lambda: 0)
+            await until(lambda: site.trainers.bases() == [])
+            # Another waits there, without a model.
+            await until(lambda: [line["event"] for line in logged].count("trainer_started") == 2)
+            await asyncio.sleep(0.2)
+    assert [line["reason"] for line in logged if line["event"] == "warm_trainer_given_up"] == ["memory"]

@@ -22,7 +22,7 @@ from training.files.model_folder import ModelFolder
 from training.files.module_names import UNQUANTISED_MODULES
 from training.preflight.kernel_proof import why_not_imported
 from training.quantization.disk_copy import CopyUnusable, QuantizedCopy
-from training.quantization.experts import EXPERTS_FUNCTION, Nf4Config
+from training.quantization.experts import EXPERTS_FUNCTION, Nf4Config, expert_states, has_fused_experts
 from training.quantization.weights_to_pack import is_in_bytes, refuse_what_is_left
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def load_base_model(
     architecture that transformers does not know or that would not become 4-bit.
     """
     dtype = compute_dtype(spec.device, spec.compute_type)
-    device = _device(spec) if device is None else device
+    device = device_of(spec) if device is None else device
     model = _load_kept_copy(spec, folder, dtype, device) if folder.kept_copy is not None else None
     copy = None
     if model is None and spec.quantize and spec.quantized_dir is not None:
@@ -79,6 +79,52 @@ def load_base_model(
         model = _load_original(spec, folder, dtype, device)
         if copy is not None and not copy.save(model) and voice is not None:
             voice.notice("quantized_copy_skipped", "the volume has no room for a 4-bit copy of the base model")
+    return _frozen(model, spec)
+
+
+def is_packed_on_disk(spec: Wanted, folder: ModelFolder) -> bool:
+    """Returns True if loading only has to read: a 4-bit copy lies on the volume."""
+    return spec.quantize and (folder.kept_copy is not None or _copy_of(spec, folder) is not None)
+
+
+def load_packed(spec: Wanted, folder: ModelFolder) -> PreTrainedModel | None:
+    """Loads the 4-bit copy into the host's memory, in the form that a card needs; None if it cannot be used."""
+    dtype = compute_dtype(spec.device, spec.compute_type)
+    kept = folder.kept_copy is not None
+    copy = QuantizedCopy.kept(folder, spec.base_model, dtype) if kept else _copy_of(spec, folder)
+    try:
+        return None if copy is None else _frozen(copy.load(dtype, torch.device("cpu")), spec)
+    except CopyUnusable:
+        return None
+
+
+def move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Moves a frozen 4-bit model and everything that unpacks it, in place: a tied embedding stays tied to the head."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.to(device)
+    for module in model.modules():
+        states = list(expert_states(module).values()) if has_fused_experts(module) else []
+        if isinstance(module, Linear4bit):
+            states = [module.weight.quant_state]
+        for state in states:
+            state.to(device)
+    return model
+
+
+def device_of(spec: Wanted) -> torch.device:
+    return torch.device("cuda", 0) if spec.device == "cuda" else torch.device("cpu")
+
+
+def _copy_of(spec: Wanted, folder: ModelFolder) -> QuantizedCopy | None:
+    if spec.quantized_dir is None:
+        return None
+    dtype = compute_dtype(spec.device, spec.compute_type)
+    copy = QuantizedCopy.of(spec.quantized_dir, folder, spec.base_model, dtype)
+    return copy if copy.exists else None
+
+
+def _frozen(model: PreTrainedModel, spec: Wanted) -> PreTrainedModel:
+    """Returns the model as every job finds it. Raises TrainingFailed if a large weight is not in 4 bits."""
     if spec.quantize:
         refuse_what_is_left(model, spec.base_model, is_in_bytes)
     for module in model.modules():
@@ -177,10 +223,6 @@ def _tensors_on_demand(folder: ModelFolder) -> Iterator[dict[str, Any]]:
             file = files.enter_context(safe_open(shard, framework="pt", device="cpu", backend="pread"))
             tensors |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - a file is no dict
         yield tensors
-
-
-def _device(spec: Wanted) -> torch.device:
-    return torch.device("cuda", 0) if spec.device == "cuda" else torch.device("cpu")
 
 
 def warn_of_missing_kernels(spec: Wanted, model: PreTrainedModel, voice: EventWriter) -> None:

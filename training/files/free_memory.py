@@ -19,6 +19,14 @@ def free_bytes() -> int:
     return free
 
 
+def total_bytes() -> int:
+    """Returns the memory of this host, or the container's limit if that is less."""
+    total = 1024 * _number("/proc/meminfo", "MemTotal:")
+    with contextlib.suppress(OSError, ValueError):
+        total = min(total, int((_CGROUP / "memory.max").read_text(encoding="ascii")))
+    return total
+
+
 def _number(file: Path | str, name: str) -> int:
     lines = Path(file).read_text(encoding="ascii").splitlines()
     return int(next(line for line in lines if line.startswith(name)).split()[1])

@@ -74,7 +74,7 @@ class ModelFolder:
         if self.kept_copy is not None:
             yield from read_copy_manifest(self.kept_copy)["tensors"].items()
         for shard in self.shards:
-            for name, entry in _tensors_in(read_header(shard)).items():
+            for name, entry in tensors_in(read_header(shard)).items():
                 yield name, tuple(entry["shape"])
 
     @property
@@ -176,7 +176,7 @@ def _header_bytes(first_eight: bytes) -> int:
     return length
 
 
-def _tensors_in(header: dict[str, Any]) -> dict[str, Any]:
+def tensors_in(header: dict[str, Any]) -> dict[str, Any]:
     return {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
@@ -223,7 +223,7 @@ def _faults_of_shard(file: Path, expected_tensors: set[str] | None = None) -> It
         return
     size = file.stat().st_size
     try:
-        tensors = {name: entry["data_offsets"][1] for name, entry in _tensors_in(read_header(file)).items()}
+        tensors = {name: entry["data_offsets"][1] for name, entry in tensors_in(read_header(file)).items()}
         with file.open("rb") as stream:
             whole = 8 + _header_bytes(stream.read(8)) + max(tensors.values(), default=0)
     except _UNREADABLE:

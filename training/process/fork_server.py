@@ -7,8 +7,8 @@ adapter is the same, bit for bit, as from a separate process, and jobs of differ
 tells this process only which base model should be in memory (`training.base.loaded_model.Base`) and how it ended.
 
 A fork shares the model's memory until it writes to it, and nothing writes to frozen weights. A fork works only if this
-process has no OpenMP thread pool and no CUDA context. So this process computes on one thread, and a fork that cannot
-open the GPU replaces itself by `exec` and runs its job cold.
+process has no OpenMP thread pool and no CUDA context. So this process computes on one thread, holds a model for a card
+in the host's memory, and a fork that cannot open the GPU replaces itself by `exec` and runs its job cold.
 
     ready -> a line comes -> fork: read, check the data -> (change the base model here -> fork:) train -> reap -> ready
 
@@ -27,7 +27,7 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from training.base.loaded_model import Base, HeldBase, load_base
+from training.base.loaded_model import Base, HeldBase, load_base, may_be_held
 from training.event_writer import EventWriter
 from training.events import EXIT_STOPPED, Ready, Stage
 from training.files.page_cache import read_ahead
@@ -192,8 +192,8 @@ class ForkServer:
             prepared = prepare(spec, voice, None if held is None else held.tokenizer)
             voice.stage(Stage.LOADING, spec.base_model)
             if held is not None:
-                train_on(held.model, prepared, spec, voice, self._stop)
-            elif (kept := base if self._may_keep(spec, prepared) else None) is not None or self._held is not None:
+                train_on(held.on_its_device(), prepared, spec, voice, self._stop)
+            elif (kept := base if self._may_keep(base, spec, prepared) else None) is not None or self._held is not None:
                 _write_all(desk, pickle.dumps((spec, prepared)))
                 say(ForkMessage(kind="go_on", base=kept))
             else:
@@ -205,7 +205,7 @@ class ForkServer:
         """Has a base model loaded before any job has asked for it, if it may stay in memory."""
         base = Base.of(order)
         needed = model_bytes(base.open(), quantize=order.quantize, compute_type=base.compute_type)
-        if needed <= self._keep_bytes:
+        if may_be_held(base, needed, self._keep_bytes):
             say(ForkMessage(kind="hold", base=base))
         return 0
 
@@ -231,13 +231,16 @@ class ForkServer:
                 return
             for remark in self._held.remarks:
                 voice.say(remark.model_copy(update={"job_id": spec.job_id}))
-            train_on(self._held.model, prepared, spec, voice, self._stop)
+            train_on(self._held.on_its_device(), prepared, spec, voice, self._stop)
 
         return status_of(work, spec, voice)
 
-    def _may_keep(self, spec: JobSpec, prepared: Prepared) -> bool:
-        """On the CPU only: a model held for a GPU lives in a CUDA context, which no fork inherits."""
-        return spec.device == "cpu" and spec.num_gpus == 1 and prepared.estimate.model_bytes <= self._keep_bytes
+    def _may_keep(self, base: Base | None, spec: JobSpec, prepared: Prepared) -> bool:
+        return (
+            base is not None
+            and spec.num_gpus == 1
+            and may_be_held(base, prepared.estimate.model_bytes, self._keep_bytes)
+        )
 
 
 def _import_libraries() -> int:

@@ -9,23 +9,25 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import QuantState
-from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 from training.failures import in_brief
-from training.files.durable_files import beside, put_in_place, sha256_of, sync
-from training.files.model_folder import COPY_MANIFEST, ModelFolder, read_header
+from training.files.durable_files import READ_BYTES, beside, put_in_place, sha256_of, sync
+from training.files.model_folder import COPY_MANIFEST, ModelFolder, read_header, tensors_in
 from training.files.module_names import UNQUANTISED_MODULES
 from training.quantization.experts import EXPERTS_FUNCTION, Nf4Config, Nf4Quantizer, expert_states, has_fused_experts
 
@@ -36,6 +38,12 @@ _FORMAT = 2
 _SHARD_BYTES = 2**30
 # Never fill the volume completely: checkpoints of running jobs are there, too.
 _SPARE_BYTES = 2 * 2**30
+
+
+# Files that are read at once. More only wait for each other: a volume gives one to two gigabytes a second.
+_READERS = 4
+# The types that a model and its quantisation are stored in, by safetensors' names.
+_TYPES = {"U8": torch.uint8, "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I64": torch.int64}
 
 
 class CopyUnusable(Exception):
@@ -68,7 +76,7 @@ class QuantizedCopy:
 
     def load(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """Builds the model from the copy. Raises CopyUnusable if a file differs from what was written."""
-        manifest = self._verified_manifest()
+        files = self._files()
         folder = self.folder
         config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
         settings = Nf4Config(dtype, list(UNQUANTISED_MODULES))
@@ -81,15 +89,13 @@ class QuantizedCopy:
         )
         states: dict[str, dict[str, torch.Tensor]] = {}
         plain: dict[str, torch.Tensor] = {}
-        for file_name in manifest["files"]:
-            # Read, not mmapped: the bytes that were hashed are the bytes used, whatever happens to the file afterwards.
-            with safe_open(self.path / file_name, framework="pt", device="cpu", backend="pread") as file:
-                for key in file.keys():  # noqa: SIM118 - a safetensors file is no dict
-                    kind, path, *part = key.split(":")
-                    if kind == "state":
-                        states.setdefault(path, {})[part[0]] = file.get_tensor(key).to(device)
-                    else:
-                        plain[key] = file.get_tensor(key).to(device)
+        for shard in _read_and_hashed(self.path, files):
+            for key, tensor in shard.items():
+                kind, path, *part = key.split(":")
+                if kind == "state":
+                    states.setdefault(path, {})[part[0]] = tensor.to(device)
+                else:
+                    plain[key] = tensor.to(device)
         for key in list(plain):
             kind, path = key.split(":")
             _put(model, kind, path, plain.pop(key), states.pop(path, None))
@@ -130,16 +136,14 @@ class QuantizedCopy:
     def discard(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
 
-    def _verified_manifest(self) -> dict[str, Any]:
+    def _files(self) -> dict[str, str]:
+        """Returns the copy's files and their hashes. Raises CopyUnusable if it is not a copy of this model."""
         try:
             manifest: dict[str, Any] = json.loads((self.path / COPY_MANIFEST).read_text(encoding="utf-8"))
             self._compare(manifest["fingerprint"])
-            for name, expected in manifest["files"].items():
-                if sha256_of(self.path / name) != expected:
-                    raise CopyUnusable(f"{name} has a different hash than when it was written")
+            return dict(manifest["files"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CopyUnusable(f"it cannot be read ({in_brief(error)})") from error
-        return manifest
 
     def _compare(self, written: dict[str, Any]) -> None:
         """Raises CopyUnusable if it was made from other files, with other settings or by other versions."""
@@ -149,6 +153,50 @@ class QuantizedCopy:
             short = [key for key in differing if key not in ("source", "config")]
             values = "".join(f"; {key} {written.get(key)}, here {self.fingerprint[key]}" for key in short)
             raise CopyUnusable(f"it was made with other {', '.join(differing)}{values}")
+
+
+def _read_and_hashed(folder: Path, files: dict[str, str]) -> Iterator[dict[str, torch.Tensor]]:
+    """Yields the tensors of each file, in order. Raises CopyUnusable if one has another hash than `files` says.
+
+    The bytes that are hashed are those that are used: a file is read once, into memory of its own, and whatever
+    happens to it afterwards changes nothing. A few files are read and hashed at once, since one core hashes a gigabyte
+    in half a second at best, which is slower than a good volume; no more of them than `_READERS` wait in memory.
+    """
+    with ThreadPoolExecutor(_READERS) as readers:
+        waiting = deque[Future[dict[str, torch.Tensor]]]()
+        names = iter(files.items())
+        for name, expected in islice(names, _READERS):
+            waiting.append(readers.submit(_tensors_of, folder / name, expected))
+        while waiting:
+            shard = waiting.popleft().result()
+            for name, expected in islice(names, 1):
+                waiting.append(readers.submit(_tensors_of, folder / name, expected))
+            yield shard
+
+
+def _tensors_of(file: Path, expected: str) -> dict[str, torch.Tensor]:
+    """Reads a safetensors file into one block of memory, of which the tensors are views."""
+    try:
+        content = torch.empty(file.stat().st_size, dtype=torch.uint8)
+        view = content.numpy().data
+        digest = hashlib.sha256()
+        with file.open("rb", buffering=0) as reader:
+            done = 0
+            # In pieces that the hash finds in the processor's cache.
+            while read := reader.readinto(view[done : done + READ_BYTES]):
+                digest.update(view[done : done + read])
+                done += read
+        if done != len(view) or digest.hexdigest() != expected:
+            raise CopyUnusable(f"{file.name} has a different hash than when it was written")
+        # The layout of a safetensors file: eight bytes of length, a JSON header of that length, the tensors' bytes.
+        begin = 8 + int.from_bytes(view[:8], "little")
+        tensors = {}
+        for name, entry in tensors_in(json.loads(bytes(view[8:begin]))).items():
+            first, end = entry["data_offsets"]
+            tensors[name] = content[begin + first : begin + end].view(_TYPES[entry["dtype"]]).reshape(entry["shape"])
+    except (OSError, ValueError, KeyError) as error:
+        raise CopyUnusable(f"it cannot be read ({in_brief(error)})") from error
+    return tensors
 
 
 def _fingerprint(folder: ModelFolder, name: str, dtype: torch.dtype) -> dict[str, Any]:
