@@ -22,10 +22,10 @@ ARG CAUSAL_CONV1D=""
 ARG TORCH=""
 
 # Where no other is named the base's torch stays: the environment sees the image's packages, and pip is held to the
-# very torch that it finds there. Everything else is pinned by constraints.txt.
+# very torch that it finds there, and to the Triton that torch brings. Everything else is pinned by constraints.txt.
 COPY constraints.txt pyproject.toml ./
 RUN python3 -m venv --system-site-packages /opt/venv \
-    && grep -v '^torch==' constraints.txt > image-constraints.txt \
+    && grep -Ev '^(torch|triton)==' constraints.txt > image-constraints.txt \
     && if [ -n "${TORCH}" ]; then \
          /opt/venv/bin/python -m pip install --no-cache-dir --disable-pip-version-check -c image-constraints.txt \
          --extra-index-url "https://download.pytorch.org/whl/${TORCH##*+}" "torch==${TORCH}"; \

@@ -35,6 +35,7 @@ from training.preflight.check import check_resources, memory_remark, plan_and_es
 from training.preflight.estimate import Estimate
 from training.preflight.kernel_proof import refuse_wrong_kernels
 from training.preflight.trained_with import trained_with
+from training.quantization.choose_product import choose_products
 from training.quantization.dequantized_cache import keep_unpacked, spare_bytes
 from training.ranks import ALONE, Ranks
 from training.results.chart import draw_chart
@@ -183,6 +184,7 @@ def train_on(
         is_cut=prepared.is_cut,
         gauge=gauge_of(spec.device),
     )
+    _choose_how_experts_are_multiplied(base, prepared, spec, voice)
     prompts = choose_prompts(spec, corpus)
     if checkpoint is None:
         for prompt, text in answer(spec, trainer.model, tokenizer, template, prompts):
@@ -232,6 +234,23 @@ def _keep_what_fits(base: PreTrainedModel, prepared: Prepared, spec: JobSpec, vo
             "free memory: they are dequantised once and not in every step",
             bytes=kept.bytes,
         )
+
+
+def _choose_how_experts_are_multiplied(
+    base: PreTrainedModel, prepared: Prepared, spec: JobSpec, voice: EventWriter
+) -> None:
+    """On a GPU: takes the fastest of the implementations that are right there, and reports what was tried."""
+    if spec.device != "cuda" or prepared.is_cut:
+        return
+    for tried in choose_products(base, prepared.plan.heaviest_tokens(prepared.corpus.max_length)):
+        for name, reason in tried.faults.items():
+            voice.notice(
+                "experts_product_left_out",
+                f"the implementation {name} of the experts' product is not used on this GPU: {reason}",
+                implementation=name,
+                reason=reason,
+            )
+        voice.notice("experts_product", str(tried), milliseconds=tried.milliseconds)
 
 
 def _find_checkpoint(shelf: CheckpointShelf, voice: EventWriter) -> Checkpoint | None:

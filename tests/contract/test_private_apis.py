@@ -33,7 +33,7 @@ CHECKED_WITH = {"torch": "2.13.0", "transformers": "5.23.0", "psycopg": "3.3.9"}
 # Every private name of a library that our code uses, and the only files that may.
 IN_USE = {
     # The product of rows with their experts' weights, with transformers' own choice of kernel.
-    "_grouped_mm": {"training/quantization/experts.py"},
+    "_grouped_mm": {"training/quantization/grouped_product.py"},
     # What says that a module holds fused experts, and how their two projections are joined.
     "_apply_gate": {"training/quantization/experts.py"},
     # The conversion that makes fused experts of single ones, remade with our packing in it.

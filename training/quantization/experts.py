@@ -18,18 +18,28 @@ import torch
 from transformers import BitsAndBytesConfig
 from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_mm
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from training.quantization.nf4 import BLOCK, PIECE_ELEMENTS, pack, pieces_of
+from training.quantization.grouped_product import (
+    UNPACKED,
+    Choice,
+    Groups,
+    Implementation,
+    Kind,
+    grouped_product,
+    product_of_few_rows,
+)
+from training.quantization.nf4 import BLOCK, PIECE_ELEMENTS, fills_blocks, pack, pieces_of
 
 METHOD = "nf4_with_experts"
 EXPERTS_FUNCTION = "nf4_grouped"
 _STATES = "nf4_states"
 _UNPACKED = "nf4_unpacked"
 _HELD = "nf4_held"
+_CHOICE = "nf4_product"
 
 
 @register_quantization_config(METHOD)
@@ -208,43 +218,26 @@ def unpack_once_for_backward(model: torch.nn.Module) -> None:
             module.__dict__[_HELD] = True
 
 
+def recomputes(module: torch.nn.Module) -> bool:
+    """True after `unpack_once_for_backward`."""
+    return bool(module.__dict__.get(_HELD, False))
+
+
+def set_product(module: torch.nn.Module, choice: Choice | None) -> None:
+    """Says how a module's experts are multiplied (training.quantization.choose_product). None: by unpacking them."""
+    module.__dict__[_CHOICE] = choice
+
+
+def _product_for(module: torch.nn.Module, rows: int) -> Implementation:
+    choice: Choice | None = module.__dict__.get(_CHOICE)
+    return UNPACKED if choice is None else choice.of(rows)
+
+
 def quantise_experts(module: torch.nn.Module, name: str, weight_EOI: torch.Tensor) -> torch.nn.Parameter:
     """Packs one expert parameter and stores its state on the module. The caller puts the result in its place."""
     packed, state = pack(pieces_of(weight_EOI), weight_EOI.shape, weight_EOI.dtype, weight_EOI.device)
     expert_states(module)[name] = state
     return torch.nn.Parameter(packed, requires_grad=False)
-
-
-class _Nf4GroupedMatmul(torch.autograd.Function):
-    """rows_SI @ weight of the row's expert. Keeps the stored weight, usually packed, and unpacks it in backward."""
-
-    @staticmethod
-    def forward(  # noqa: PLR0917 - autograd passes its arguments by position
-        ctx: Any,
-        rows_SI: torch.Tensor,
-        stored: torch.Tensor,
-        state: bnb.QuantState | None,
-        ends_E: torch.Tensor,
-        is_transposed: bool,
-        is_held: bool,
-    ) -> torch.Tensor:
-        """`state` says how to unpack the stored weight; None if it is unpacked. `is_held`: keep the unpacked one."""
-        weight = _unpack(stored, state)
-        ctx.save_for_backward(weight if is_held else stored, ends_E)
-        ctx.state, ctx.is_transposed, ctx.rows_dtype = None if is_held else state, is_transposed, rows_SI.dtype
-        # Stored as (E, out, in), or (E, in, out) if the model says transposed; the product needs (E, in, out).
-        return _grouped_mm(rows_SI, weight if is_transposed else weight.transpose(-2, -1), ends_E)
-
-    @staticmethod
-    def backward(ctx: Any, grad_SO: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
-        stored, ends_E = ctx.saved_tensors
-        weight = _unpack(stored, ctx.state)
-        back = weight.transpose(-2, -1) if ctx.is_transposed else weight
-        return _grouped_mm(grad_SO.contiguous(), back, ends_E).to(ctx.rows_dtype), None, None, None, None, None
-
-
-def _unpack(stored: torch.Tensor, state: bnb.QuantState | None) -> torch.Tensor:
-    return stored if state is None else bnb.dequantize_4bit(stored, state)
 
 
 def nf4_grouped_experts(
@@ -260,12 +253,12 @@ def nf4_grouped_experts(
     # histc, in float on the CPU: bincount is not deterministic, and integer histc does not exist there.
     counted = expert_S.float() if hidden_ND.device.type == "cpu" else expert_S.int()
     count_E = torch.histc(counted, bins=module.num_experts, min=0, max=module.num_experts - 1)
-    ends_E = torch.cumsum(count_E, dim=0, dtype=torch.int32)
+    groups = Groups(torch.cumsum(count_E, dim=0, dtype=torch.int32))
 
     up_name = "gate_up_proj" if module.has_gate else "up_proj"
-    middle_SI = _multiply(module, up_name, rows_SD, ends_E, expert_S)
+    middle_SI = _multiply(module, up_name, rows_SD, groups, expert_S)
     middle_SI = module._apply_gate(middle_SI) if module.has_gate else module.act_fn(middle_SI)
-    out_SD = _multiply(module, "down_proj", middle_SI, ends_E, expert_S)
+    out_SD = _multiply(module, "down_proj", middle_SI, groups, expert_S)
     if module.has_post_expert_norm:
         out_SD = module.post_expert_norm(out_SD)
 
@@ -276,15 +269,31 @@ def nf4_grouped_experts(
     return out_SD[back_S].view(tokens, k, -1).sum(dim=1).to(hidden_ND.dtype)
 
 
-def _multiply(module: Any, name: str, rows: torch.Tensor, ends_E: torch.Tensor, expert_S: torch.Tensor) -> torch.Tensor:
+def _multiply(module: Any, name: str, rows: torch.Tensor, groups: Groups, expert_S: torch.Tensor) -> torch.Tensor:
     unpacked = unpacked_experts(module).get(name)
     stored, state = (module._parameters[name], expert_states(module)[name]) if unpacked is None else (unpacked, None)
-    product: torch.Tensor = _Nf4GroupedMatmul.apply(  # type: ignore[no-untyped-call]
-        rows, stored, state, ends_E, module.is_transposed, module.__dict__.get(_HELD, False)
-    )
+    implementation = _product_for(module, rows.shape[0])
+    if state is not None and implementation.kind is Kind.UNPACKED and _are_few(rows, state):
+        product = product_of_few_rows(rows, stored, state, expert_S, is_transposed=module.is_transposed)
+    else:
+        product = grouped_product(
+            rows,
+            stored,
+            state,
+            groups,
+            implementation,
+            is_transposed=module.is_transposed,
+            is_held=recomputes(module),
+        )
     if module.has_bias:
         product = product + getattr(module, f"{name}_bias")[expert_S]
     return product
+
+
+def _are_few(rows: torch.Tensor, state: Any) -> bool:
+    """True if it takes less to unpack each row's own expert than all: when an answer is generated word by word."""
+    needs_gradient = torch.is_grad_enabled() and rows.requires_grad
+    return not needs_gradient and 2 * rows.shape[0] <= state.shape[0] and fills_blocks(state.shape)
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS_FUNCTION, nf4_grouped_experts)

@@ -12,6 +12,8 @@ BLOCK = 64
 # The size of one call of the packing kernel: its temporaries on a CPU take about 16 bytes an element, and larger
 # pieces are not packed faster.
 PIECE_ELEMENTS = 1 << 20
+# The second quantisation, of the blocks' maxima.
+_NESTED_BLOCK = 256
 
 
 def pack(
@@ -34,7 +36,7 @@ def pack(
     if done != count:
         raise ValueError(f"a weight of shape {tuple(shape)} has {count} elements, {done} arrived")
     offset = maxima.mean()
-    packed_maxima, second = bnb.quantize_blockwise(maxima - offset, blocksize=256)
+    packed_maxima, second = bnb.quantize_blockwise(maxima - offset, blocksize=_NESTED_BLOCK)
     return packed, bnb.QuantState(
         absmax=packed_maxima,
         shape=shape,
@@ -50,3 +52,31 @@ def pack(
 def pieces_of(weight: torch.Tensor) -> Iterable[torch.Tensor]:
     """Splits a weight into consecutive views of at most PIECE_ELEMENTS."""
     return torch.split(weight.reshape(-1), PIECE_ELEMENTS)
+
+
+def fills_blocks(shape: torch.Size) -> bool:
+    """Returns True if no block holds weights of two experts, for a weight of shape (E, …)."""
+    return math.prod(shape[1:]) % BLOCK == 0
+
+
+def unpack_experts(packed: torch.Tensor, state: bnb.QuantState, expert_N: torch.Tensor) -> torch.Tensor:
+    """Unpacks these experts of a weight alone, (N, …): the same bits as in the whole unpacked weight.
+
+    An expert's bytes and blocks are contiguous (`fills_blocks`). Nothing waits for the host.
+    """
+    experts, blocks = state.shape[0], math.prod(state.shape[1:]) // BLOCK
+    block_NB = expert_N.unsqueeze(1) * blocks + torch.arange(blocks, device=expert_N.device)
+    # In the order of bnb.dequantize_blockwise and the sum after it, which rounds twice.
+    maximum_NB = state.state2.code[state.absmax[block_NB].int()] * state.state2.absmax[block_NB // _NESTED_BLOCK]
+    unpacked: torch.Tensor = bnb.dequantize_4bit(
+        packed.view(experts, -1)[expert_N].view(-1, 1),
+        bnb.QuantState(
+            absmax=(maximum_NB + state.offset).view(-1),
+            shape=torch.Size((expert_N.numel(), *state.shape[1:])),
+            dtype=state.dtype,
+            blocksize=BLOCK,
+            code=state.code,
+            quant_type=state.quant_type,
+        ),
+    )
+    return unpacked

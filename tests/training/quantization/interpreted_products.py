@@ -1,0 +1,194 @@
+"""Runs the fused kernel on a CPU by Triton's interpreter, and prints how far it is from the reference, as JSON.
+
+A program of its own: Triton reads TRITON_INTERPRET when it is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from transformers import GptOssConfig, NemotronHConfig, Qwen3MoeConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+import training.quantization.fused_product
+from training.quantization.choose_product import choose_products
+from training.quantization.experts import (
+    nf4_grouped_experts,
+    quantise_experts,
+    set_product,
+    unpack_once_for_backward,
+)
+from training.quantization.fused_product import TILE_ROWS, list_tiles
+from training.quantization.grouped_product import (
+    REFERENCE,
+    UNPACKED,
+    Choice,
+    Groups,
+    Implementation,
+    Kind,
+    multiply,
+    reference_product,
+)
+from training.quantization.nf4 import pack, pieces_of
+
+# Experts, the stored matrix, and each expert's rows.
+_SHAPES: dict[str, tuple[int, tuple[int, int], list[int]]] = {
+    "ragged ends": (4, (128, 64), [3, 0, 17, 5]),
+    "empty experts at both ends": (5, (64, 128), [0, 0, 21, 0, 0]),
+    "one row in all": (8, (128, 64), [0, 0, 0, 0, 0, 1, 0, 0]),
+    "one expert": (1, (64, 64), [19]),
+    "exactly full tiles": (3, (128, 64), [16, 32, 16]),
+    "sizes that are no whole tiles": (3, (72, 192), [7, 0, 9]),
+    "512 experts": (512, (16, 64), [3 if expert % 29 == 0 else 0 for expert in range(512)]),
+}
+_LARGE = {
+    "two tiles of columns and of rows": (2, (200, 256), [130, 65]),
+    "512 experts, many rows": (512, (128, 128), [(expert * 7) % 5 for expert in range(512)]),
+    "a group of tiles that is not full": (24, (256, 128), [17] * 24),
+    "the proportions of gpt-oss": (4, (360, 704), [40, 0, 3, 25]),
+}
+
+
+def _errors(experts: int, matrix: tuple[int, int], counts: list[int], dtype: torch.dtype, height: int) -> float:
+    """Returns the largest error of a row, relative to its length, over both directions."""
+    torch.manual_seed(experts)
+    weight = (torch.randn(experts, *matrix) * 0.02).to(dtype)
+    packed, state = pack(pieces_of(weight), weight.shape, dtype, weight.device)
+    groups = Groups(torch.tensor(counts).cumsum(0).to(torch.int32))
+    worst = 0.0
+    for along in (True, False):
+        rows = torch.randn(sum(counts), matrix[1 if along else 0]).to(dtype)
+        product = multiply(rows, packed, state, groups, Implementation(Kind.FUSED, height), along=along)
+        expected = reference_product(rows, packed, state, groups.ends_E, along=along)
+        assert product.dtype is dtype and product.shape == expected.shape
+        worst = max(worst, float(((product.float() - expected).norm(dim=1) / expected.norm(dim=1)).max()))
+    return worst
+
+
+def products(shapes: dict[str, Any], heights: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+    for name, (experts, matrix, counts) in shapes.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            for height in heights:
+                error = _errors(experts, matrix, counts, dtype, height)
+                yield {"name": f"{name}, {height}", "type": str(dtype), "error": error}
+
+
+def lists_of_tiles() -> bool:
+    """Compares the list of tiles with one made by a loop, for many uneven groups."""
+    for seed in range(12):
+        chosen = torch.Generator().manual_seed(seed)
+        counts = torch.randint(0, 40, (1 + 11 * seed,), generator=chosen) * torch.randint(
+            0, 2, (1 + 11 * seed,), generator=chosen
+        )
+        for height in TILE_ROWS:
+            expected, begin = [], 0
+            for expert, count in enumerate(counts.tolist()):
+                expected += [[expert, row, begin + count] for row in range(begin, begin + count, height)]
+                begin += count
+            found = list_tiles(counts.cumsum(0).to(torch.int32), begin, height)
+            if found[found[:, 0] >= 0].tolist() != expected or (found[len(expected) :, 0] >= 0).any():
+                return False
+    return True
+
+
+def modules() -> dict[str, torch.nn.Module]:
+    """Both orders of the stored weight, with and without gate and bias."""
+    sizes = {"hidden_size": 64, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    made = {
+        "gate": Qwen3MoeExperts(Qwen3MoeConfig(**sizes, num_experts=6)),
+        "transposed, with bias": GptOssExperts(
+            GptOssConfig(**sizes, num_local_experts=6, intermediate_size=64, num_hidden_layers=1)
+        ),
+        "no gate": NemotronHExperts(NemotronHConfig(**sizes, n_routed_experts=6, moe_latent_size=None)),
+    }
+    for module in made.values():
+        torch.manual_seed(0)
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        for name in ("gate_up_proj", "up_proj", "down_proj"):
+            if name in module._parameters:
+                module._parameters[name] = quantise_experts(module, name, module._parameters[name].data)
+        module.requires_grad_(False)
+    return made
+
+
+def layers() -> Iterator[dict[str, Any]]:
+    """A whole layer's experts, forward and backward, by every implementation, compared with unpacking."""
+    for name, module in modules().items():
+        hidden = torch.randn(9, 64)
+        weight, chosen = torch.rand(9, 6).topk(2, dim=1)
+        found = {}
+        for implementation in (UNPACKED, REFERENCE, Implementation(Kind.FUSED, 16)):
+            for is_held in (False, True):
+                if is_held:
+                    unpack_once_for_backward(module)
+                set_product(module, Choice(((1 << 30, implementation),)))
+                rows = hidden.clone().requires_grad_(True)
+                out = nf4_grouped_experts(module, rows, chosen, weight)
+                (out * hidden).sum().backward()
+                found[f"{implementation}{', held' if is_held else ''}"] = (out.detach(), rows.grad)
+        out, grad = found["unpacked"]
+        for how, (other, other_grad) in found.items():
+            yield {
+                "name": f"{name}, {how}",
+                "error": max(float((other - out).norm() / out.norm()), float((other_grad - grad).norm() / grad.norm())),
+            }
+
+
+def choices() -> dict[str, Any]:
+    """Who is chosen if all are right, and who is left out."""
+    fused = Implementation(Kind.FUSED, 16)
+    answers = {}
+
+    def choose() -> dict[str, Any]:
+        module = modules()["gate"]
+        (tried,) = choose_products(torch.nn.ModuleList([module]), 8, lambda _module, _rows: (UNPACKED, fused))
+        return {
+            "chosen": [str(implementation) for _, implementation in tried.choice.by_rows],
+            "rows": [rows for rows, _ in tried.choice.by_rows],
+            "faults": tried.faults,
+            "milliseconds": tried.milliseconds,
+            "text": str(tried),
+        }
+
+    answers["all are right"] = choose()
+    whole = training.quantization.fused_product.fused_product
+
+    def one_row_wrong(*arguments: Any) -> torch.Tensor:
+        product = whole(*arguments)
+        product[-1] *= 1.05
+        return product
+
+    def not_a_number(*arguments: Any) -> torch.Tensor:
+        return whole(*arguments) * float("nan")
+
+    def does_not_compile(*_arguments: Any) -> torch.Tensor:
+        raise RuntimeError("PassManager::run failed\nand more")
+
+    for fault in (one_row_wrong, not_a_number, does_not_compile):
+        training.quantization.fused_product.fused_product = fault
+        answers[fault.__name__] = choose()
+    return answers
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if "large" in sys.argv:
+        report: dict[str, Any] = {"products": list(products({**_SHAPES, **_LARGE}, TILE_ROWS))}
+    else:
+        report = {
+            "products": list(products(_SHAPES, TILE_ROWS[:1])),
+            "tiles": lists_of_tiles(),
+            "layers": list(layers()),
+            "choices": choices(),
+        }
+    json.dump(report, sys.stdout)
