@@ -107,9 +107,10 @@ def prepare(spec: JobSpec, voice: EventWriter, tokenizer: PreTrainedTokenizerBas
     )
     corpus.announce(voice)
     plan, estimate = plan_and_estimate(spec, folder, corpus)
-    memory = memory_of_a_rank(spec)
-    is_cut = must_be_cut(spec, folder, estimate, memory)
-    memory *= spec.num_gpus if is_cut else 1
+    memory = memory_of_a_rank(spec, estimate)
+    is_cut = must_be_cut(spec, folder, estimate, memory.total_bytes)
+    if is_cut:
+        memory = memory.times(spec.num_gpus)
     check_resources(spec, estimate, memory)
     refuse_wrong_kernels(spec, folder)
     if warning := memory_remark(spec, estimate, memory):

@@ -20,9 +20,10 @@ from bitsandbytes.nn import Linear4bit
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from training.base.dtype import device_memory_bytes
+from training.base.dtype import device_memory
 from training.events import ErrorCode
 from training.failures import TrainingFailed
+from training.files.free_memory import Memory
 from training.files.model_folder import ModelFolder
 from training.preflight.estimate import Estimate
 from training.ranks import Ranks
@@ -35,14 +36,15 @@ if TYPE_CHECKING:
 _WEIGHTS_SHARE = 0.75
 
 
-def memory_of_a_rank(spec: JobSpec) -> int:
+def memory_of_a_rank(spec: JobSpec, estimate: Estimate) -> Memory:
     """Returns a GPU's memory; on a CPU host this rank's share of the total."""
-    return device_memory_bytes(spec.device) // (spec.num_gpus if spec.device == "cpu" else 1)
+    return device_memory(spec.device, estimate.model_bytes).shared_by(spec.num_gpus if spec.device == "cpu" else 1)
 
 
 def must_be_cut(spec: JobSpec, folder: ModelFolder, estimate: Estimate, memory_bytes: int) -> bool:
     """Returns True if the whole model is too large for one GPU but fits on all of them together.
 
+    `memory_bytes` is a GPU's whole memory: what is free of it differs between ranks, which must agree.
     Raises TrainingFailed for a mixture of experts that would have to be cut: its packed experts are our own parameters,
     and cutting them has never been tested.
     """

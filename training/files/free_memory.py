@@ -1,11 +1,30 @@
-"""Free memory of this host, or of the container's cgroup."""
+"""Memory of this host, or of the container's cgroup, and how much of it is free."""
 
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory in bytes of a GPU, or of the host: all of it, and what no other process holds."""
+
+    total_bytes: int
+    free_bytes: int
+
+    @classmethod
+    def all_free(cls, total_bytes: int) -> Memory:
+        return cls(total_bytes, total_bytes)
+
+    def times(self, count: int) -> Memory:
+        return Memory(self.total_bytes * count, self.free_bytes * count)
+
+    def shared_by(self, count: int) -> Memory:
+        return Memory(self.total_bytes // count, self.free_bytes // count)
 
 
 def free_bytes() -> int:

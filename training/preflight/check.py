@@ -26,6 +26,7 @@ from training.data.plan import Plan, make_plan
 from training.data.remarks import remarks_on
 from training.events import ErrorCode
 from training.failures import TrainingFailed, memory_advice
+from training.files.free_memory import Memory
 from training.files.model_folder import ModelFolder, open_model_folder
 from training.preflight.estimate import Estimate, estimate_run
 from training.spec import JobSpec, faults_of
@@ -53,14 +54,24 @@ class PreflightReport:
         )
 
 
-def check_resources(spec: JobSpec, estimate: Estimate, memory_bytes: int | None) -> None:
-    """Refuses a job that is sure to fail: a model that does not fit, a disk without room. Raises TrainingFailed."""
-    if memory_bytes is not None and estimate.model_bytes > memory_bytes:
+def check_resources(spec: JobSpec, estimate: Estimate, memory: Memory | None) -> None:
+    """Refuses a job that is sure to fail: a model that does not fit, a disk without room. Raises TrainingFailed.
+
+    Where only other processes are in the way, the failure is transient: another GPU may be free, or this one soon.
+    """
+    if memory is not None and estimate.model_bytes > memory.free_bytes:
+        fits = estimate.model_bytes <= memory.total_bytes
+        here = f"this {'GPU' if spec.device == 'cuda' else 'host'} has {memory.total_bytes / 2**30:.1f} GiB"
+        if fits:
+            held_bytes = memory.total_bytes - memory.free_bytes
+            here += f", of which other processes hold {held_bytes / 2**30:.1f} GiB"
         raise TrainingFailed(
             ErrorCode.OUT_OF_MEMORY,
-            f"{spec.base_model} needs {estimate.model_bytes / 2**30:.1f} GiB for its weights alone; "
-            f"this {'GPU' if spec.device == 'cuda' else 'host'} has {memory_bytes / 2**30:.1f} GiB",
-            "choose a smaller base model or a GPU with more memory",
+            f"{spec.base_model} needs {estimate.model_bytes / 2**30:.1f} GiB for its weights alone; {here}",
+            "the job is tried again; if it stays so, the operator finds the other processes with `nvidia-smi`"
+            if fits
+            else "choose a smaller base model or a GPU with more memory",
+            transient=fits,
         )
     parent = next(path for path in (spec.checkpoint_dir, *spec.checkpoint_dir.parents) if path.exists())
     free = shutil.disk_usage(parent).free
@@ -73,12 +84,12 @@ def check_resources(spec: JobSpec, estimate: Estimate, memory_bytes: int | None)
         )
 
 
-def memory_remark(spec: JobSpec, estimate: Estimate, memory_bytes: int | None) -> str | None:
+def memory_remark(spec: JobSpec, estimate: Estimate, memory: Memory | None) -> str | None:
     """Returns a warning if the whole run may not fit; out-of-memory recovery will try smaller micro-batches."""
-    if memory_bytes is None or estimate.memory_bytes <= memory_bytes:
+    if memory is None or estimate.memory_bytes <= memory.free_bytes:
         return None
     return (
-        f"about {estimate.memory_bytes / 2**30:.1f} GiB are expected and {memory_bytes / 2**30:.1f} GiB are there; "
+        f"about {estimate.memory_bytes / 2**30:.1f} GiB are expected and {memory.free_bytes / 2**30:.1f} GiB are free; "
         f"if it runs out: {memory_advice(spec)}"
     )
 
@@ -101,7 +112,7 @@ def check_dataset(path: Path) -> PreflightReport:
     )
 
 
-def check_spec(spec: JobSpec, memory_bytes: int | None = None) -> PreflightReport:
+def check_spec(spec: JobSpec, memory: Memory | None = None) -> PreflightReport:
     """Checks a whole job: model folder, tokenizer, template, data, plan, memory, disk."""
     from training.data.chat_template import ChatTemplate
     from training.data.tokenizer import load_tokenizer, stop_tokens
@@ -111,11 +122,11 @@ def check_spec(spec: JobSpec, memory_bytes: int | None = None) -> PreflightRepor
         template = ChatTemplate(load_tokenizer(folder), stops=stop_tokens(folder), today=spec.today)
         corpus = gather(spec.dataset_path, spec.validation_path, spec.hyperparameters, template, folder.context_length)
         plan, estimate = plan_and_estimate(spec, folder, corpus)
-        check_resources(spec, estimate, memory_bytes)
+        check_resources(spec, estimate, memory)
     except TrainingFailed as error:
         return _refused(error)
     remarks = [{"code": remark.code, "message": remark.message} for remark in corpus.remarks]
-    warning = memory_remark(spec, estimate, memory_bytes)
+    warning = memory_remark(spec, estimate, memory)
     if warning:
         remarks.append({"code": "memory_tight", "message": warning})
     return PreflightReport(
@@ -166,7 +177,7 @@ def main() -> int:
     parser.add_argument("--memory-gib", type=float, help="memory of the card the job will run on")
     arguments = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    memory = int(arguments.memory_gib * 2**30) if arguments.memory_gib else None
+    memory = Memory.all_free(int(arguments.memory_gib * 2**30)) if arguments.memory_gib else None
     try:
         spec = _read_spec(arguments.path.read_text(encoding="utf-8"))
         verdict = check_dataset(arguments.path) if spec is None else check_spec(spec, memory)

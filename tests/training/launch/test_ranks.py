@@ -234,7 +234,8 @@ def test_a_model_that_no_place_can_hold_is_cut_and_trains_the_same(
     _in_every_rank(
         tmp_path,
         monkeypatch,
-        f"from training.base import sharded\nsharded.device_memory_bytes = lambda device: {int(model_bytes * 1.2)}\n",
+        "from training.base import sharded\nfrom training.files.free_memory import Memory\n"
+        f"sharded.device_memory = lambda device, wanted_bytes: Memory.all_free({int(model_bytes * 1.2)})\n",
     )
     with start(spec) as child:
         assert child.exit_status(SECONDS) == 0

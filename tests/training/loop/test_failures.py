@@ -15,12 +15,15 @@ from safetensors.torch import load_file, save_file
 
 import training.loop.loss
 from tests.tiny_models import conversation, write_conversations, write_dataset
-from tests.training.conftest import IN_BOTH_TYPES, ON_A_CARD_TOO, ROUNDING, ModelOf, SpecOf, train
+from tests.training.conftest import IN_BOTH_TYPES, ON_A_CARD_TOO, ROUNDING, ModelOf, RecordedEvents, SpecOf, train
+from training.base import dtype
 from training.compute import ComputeType
 from training.events import ErrorCode
 from training.failures import TrainingFailed, diagnose, is_out_of_memory
+from training.files.free_memory import Memory
 from training.loop.checkpoint import CheckpointShelf
 from training.preflight.check import check_spec
+from training.recipe import prepare
 from training.spec import JobSpec
 
 
@@ -286,5 +289,42 @@ def test_the_preflight_gives_the_same_verdict_as_the_run(spec_of: SpecOf, tmp_pa
 
 
 def test_a_model_that_cannot_fit_the_card_is_refused_before_loading(spec_of: SpecOf) -> None:
-    verdict = check_spec(spec_of(), memory_bytes=1000)
+    verdict = check_spec(spec_of(), Memory.all_free(1000))
     assert verdict.errors[0]["code"] == "out_of_memory" and "weights alone" in verdict.errors[0]["message"]
+
+
+def test_a_card_that_others_have_filled_fails_the_attempt_before_loading_and_not_the_job(
+    spec_of: SpecOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver's answer, of a card of 80 GiB with 79.9 in use: what is free decides, and not what the card has."""
+    spec = spec_of().model_copy(update={"device": "cuda"})
+    asked = []
+
+    def mem_get_info() -> tuple[int, int]:
+        asked.append(0)
+        return 100_000, 80 * 2**30
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    monkeypatch.setattr(dtype, "_RELEASE_SECONDS", 0.6)
+    with pytest.raises(TrainingFailed) as refused:
+        prepare(spec, RecordedEvents())
+    assert refused.value.code == "out_of_memory" and refused.value.transient
+    assert "this GPU has 80.0 GiB, of which other processes hold 80.0 GiB" in refused.value.message
+    assert "nvidia-smi" in refused.value.hint
+    # Memory of a process that has just been killed comes back while we wait.
+    assert len(asked) > 1
+    asked.clear()
+
+    def freed_at_last() -> tuple[int, int]:
+        return mem_get_info() if len(asked) < 4 else (70 * 2**30, 80 * 2**30)
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", freed_at_last)
+    monkeypatch.setattr(dtype, "_RELEASE_SECONDS", 30.0)
+    voice = RecordedEvents()
+    prepare(spec, voice)
+    assert len(asked) == 4
+    assert not [notice for notice in voice.all("notice") if notice.code == "memory_tight"]
+
+
+def test_the_preflight_for_a_card_of_a_given_size_takes_it_as_free(spec_of: SpecOf) -> None:
+    assert check_spec(spec_of(), Memory.all_free(80 * 2**30)).ok
