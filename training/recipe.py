@@ -8,6 +8,7 @@ memorised, and the adapter that did best on them is kept.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ import torch
 from training.adapter.lora import attach_adapter, trainable_parameters
 from training.adapter.sampling import answer, choose_prompts
 from training.adapter.save import save_adapter
+from training.attention.choice import choose_packed_attention
 from training.base.load import load_base_model, warn_of_missing_kernels
 from training.base.sequence_packing import why_not_packed
 from training.base.sharded import cut, memory_of_a_rank, must_be_cut
@@ -154,7 +156,7 @@ def train_on(
 
     # The model: frozen, four bits; the adapter: small, float32, the only part that learns.
     warn_of_missing_kernels(spec, base, voice)
-    packed = may_pack(spec, base, voice)
+    packed = may_pack(spec, base, voice, [len(example.input_ids) for example in corpus.train])
     model = attach_adapter(base, spec.hyperparameters)
     voice.say(
         AdapterAttached(
@@ -213,14 +215,34 @@ def train_on(
     voice.say(AdapterSaved(job_id=spec.job_id, path=str(path), summary=summary))
 
 
-def may_pack(spec: JobSpec, base: PreTrainedModel, voice: EventWriter) -> bool:
-    """True if a micro-batch's conversations may be laid end to end instead of padded, without changing the result."""
+def may_pack(spec: JobSpec, base: PreTrainedModel, voice: EventWriter, lengths: Sequence[int] = ()) -> bool:
+    """True if a micro-batch's conversations may be laid end to end instead of padded, without changing the result.
+
+    Then the model also attends in such rows as cheaply as has been proven equal. `lengths`: of the conversations, in
+    tokens.
+    """
     if spec.hyperparameters.packing is False:
         return False
+    attention = choose_packed_attention(base, lengths)
     reason = why_not_packed(base)
     if reason is not None:
         voice.notice("packing_refused", f"packing is off and conversations are padded instead: {reason}", reason=reason)
-    return reason is None
+        return False
+    if attention.dense_because is not None:
+        voice.notice(
+            "attention_dense",
+            "packed rows take longer: attention compares all their conversations with each other and masks the "
+            f"result, because {attention.dense_because}",
+            reason=attention.dense_because,
+        )
+    for fault in attention.dropped:
+        voice.notice(
+            "kernel_dropped",
+            f"attention in packed rows takes one conversation at a time instead of the GPU's kernel for all: {fault}",
+            kernel="varlen",
+            reason=fault,
+        )
+    return True
 
 
 def _keep_what_fits(base: PreTrainedModel, prepared: Prepared, spec: JobSpec, voice: EventWriter) -> None:

@@ -39,6 +39,11 @@ IN_USE = {
     # The conversion that makes fused experts of single ones, remade with our packing in it.
     "_original_source_patterns": {"training/quantization/experts.py"},
     "_original_target_patterns": {"training/quantization/experts.py"},
+    # Under which name a model's attention is registered: the public call sets it and tells nobody.
+    "_attn_implementation": {"training/attention/registered.py"},
+    # The operators under torch.nn.attention.varlen, whose public function has no gradient for what sinks need.
+    "_flash_attention_forward": {"training/attention/varlen.py"},
+    "_flash_attention_backward": {"training/attention/varlen.py"},
     # The compiled chat template: the public call takes no clock of ours.
     "_compile_jinja_template": {"training/data/template/rendering.py"},
     # Keeps transformers from initialising weights that we have put in their place.
@@ -156,6 +161,31 @@ def test_a_weight_conversion_keeps_the_patterns_that_it_was_made_with() -> None:
     conversion = WeightConverter(["experts.*.up_proj.weight"], ["experts.up_proj"], [MergeModulelist()])
     assert list(conversion._original_source_patterns) == ["experts.*.up_proj.weight"], checked_with("transformers")
     assert list(conversion._original_target_patterns) == ["experts.up_proj"], checked_with("transformers")
+
+
+def test_flash_attention_takes_texts_by_their_ends_and_gives_the_logarithms_of_its_sums() -> None:
+    forward, backward = (
+        getattr(torch.ops.aten, f"_flash_attention_{way}").default._schema for way in ("forward", "backward")
+    )
+    taken = [argument.name for argument in forward.arguments]
+    assert taken[:10] == [
+        "query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal",
+        "return_debug_mask",
+    ], checked_with("torch")  # fmt: skip
+    assert [result.name for result in forward.returns][:3] == ["output", "softmax_logsumexp", "rng_state"]
+    taken = [argument.name for argument in backward.arguments]
+    assert taken[:14] == [
+        "grad_out", "query", "key", "value", "out", "logsumexp", "cum_seq_q", "cum_seq_k", "max_q", "max_k",
+        "dropout_p", "is_causal", "rng_state", "unused",
+    ], checked_with("torch")  # fmt: skip
+    assert {"scale", "window_size_left", "window_size_right"} <= {argument.name for argument in forward.arguments}
+
+
+def test_a_model_is_asked_for_the_name_of_its_attention() -> None:
+    config = importlib.import_module("transformers").LlamaConfig(
+        num_hidden_layers=1, num_attention_heads=2, hidden_size=8
+    )
+    assert AutoModelForCausalLM.from_config(config).config._attn_implementation == "sdpa", checked_with("transformers")
 
 
 def test_a_module_marked_as_initialised_is_left_alone() -> None:

@@ -40,14 +40,16 @@ def in_groups(lengths: Sequence[int], most_tokens: int, *, padded: bool) -> list
     return [*groups, slice(start, len(lengths))] if lengths else []
 
 
-def packing_pays(lengths: Sequence[int], hidden_size: int, most_tokens: int) -> bool:
+def packing_pays(lengths: Sequence[int], hidden_size: int, most_tokens: int, *, dense: bool) -> bool:
     """Returns True if laying texts end to end costs less than padding them side by side.
 
-    Padding is wasted computation; end to end, attention computes all texts against each other and masks most of it.
-    A token costs 12 × hidden² products a layer, and 2 × hidden for each position that its attention looks at.
+    Padding is wasted computation. End to end, attention looks at each text alone; or, if it is `dense`, computes all
+    texts against each other and masks most of it. A token costs 12 × hidden² products a layer, and 2 × hidden for each
+    position that its attention looks at.
     """
     total, padded, longest = sum(lengths), len(lengths) * max(lengths), max(lengths)
-    return total * (6 * hidden_size + min(total, most_tokens)) < padded * (6 * hidden_size + longest)
+    looked_at = total * min(total, most_tokens) if dense else sum(length * length for length in lengths)
+    return total * 6 * hidden_size + looked_at < padded * (6 * hidden_size + longest)
 
 
 def halve(inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:

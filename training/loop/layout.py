@@ -23,9 +23,12 @@ class CheaperLayout:
     side_by_side: Any
     hidden_size: int
     most_tokens: int
+    # Whether attention computes all texts of a packed row against each other.
+    dense: bool
 
     def __call__(self, rows: list[dict[str, Any]]) -> Any:
-        pays = packing_pays([len(row["input_ids"]) for row in rows], self.hidden_size, self.most_tokens)
+        lengths = [len(row["input_ids"]) for row in rows]
+        pays = packing_pays(lengths, self.hidden_size, self.most_tokens, dense=self.dense)
         return self.end_to_end(rows) if pays else self.side_by_side(rows)
 
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback
 from trl import SFTTrainer
 
+from training.attention.registered import attends_by_borders
 from training.data.corpus import Corpus
 from training.data.example import Example
 from training.data.micro_batches import halve, in_groups, micro_batches, tokens_in
@@ -113,6 +114,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
                 side_by_side=replace(self.data_collator, padding_free=False),
                 hidden_size=int(self.model.config.get_text_config().hidden_size),
                 most_tokens=plan.micro_batch_tokens,
+                dense=not attends_by_borders(self.model),
             )
         self._answer_loss = AnswerLoss(self.model.get_base_model())
 

@@ -214,11 +214,22 @@ def test_a_pass_before_the_first_step_finds_what_the_card_takes_and_changes_noth
 
 
 def test_texts_lie_end_to_end_where_padding_would_cost_more_than_looking_past_each_other() -> None:
-    assert packing_pays([30, 30, 30, 300], hidden_size=576, most_tokens=2048)
-    assert not packing_pays([300, 300, 300, 300], hidden_size=576, most_tokens=2048)
+    def pays(lengths: list[int], hidden_size: int, most_tokens: int) -> bool:
+        return packing_pays(lengths, hidden_size, most_tokens, dense=True)
+
+    assert pays([30, 30, 30, 300], hidden_size=576, most_tokens=2048)
+    assert not pays([300, 300, 300, 300], hidden_size=576, most_tokens=2048)
     # The larger the model, the less attention matters.
-    assert packing_pays([200, 150, 200, 180], 4096, 8192) and not packing_pays([200, 150, 200, 180], 128, 8192)
-    assert not packing_pays([50], 576, 2048)
+    assert pays([200, 150, 200, 180], 4096, 8192) and not pays([200, 150, 200, 180], 128, 8192)
+    assert not pays([50], 576, 2048)
+
+
+def test_texts_of_different_lengths_lie_end_to_end_where_attention_sees_each_alone() -> None:
+    assert packing_pays([200, 150, 200, 180], 128, 8192, dense=False)
+    assert packing_pays([4000] * 7 + [3900], 128, 8192, dense=False)
+    assert not packing_pays([4000] * 7 + [3900], 128, 8192, dense=True)
+    # Without padding both cost the same, and side by side is one product.
+    assert not packing_pays([300] * 4, 576, 2048, dense=False)
 
 
 def test_the_base_models_files_are_untouched(spec_of: SpecOf) -> None:
