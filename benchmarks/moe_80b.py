@@ -26,6 +26,7 @@ from training.adapter.lora import attach_adapter, trainable_parameters
 from training.base.dtype import compute_dtype
 from training.files.module_names import UNQUANTISED_MODULES
 from training.loop.loss import AnswerLoss
+from training.quantization.choose_product import choose_products
 from training.quantization.experts import (
     EXPERTS_FUNCTION,
     Nf4Config,
@@ -71,6 +72,9 @@ def main() -> None:
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-4)
     print(f"{'tokens':>8} {'s/step':>9} {'tokens/s':>10} {'peak GiB':>10}")
     for tokens in arguments.tokens:
+        if arguments.device == "cuda":
+            # As the trainer does at the start of a job.
+            print(*(f"  {tried}" for tried in choose_products(adapted, tokens)), sep="\n")
         try:
             seconds = _time_steps(loss, optimizer, tokens, arguments)
         except torch.OutOfMemoryError:

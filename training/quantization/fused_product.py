@@ -53,26 +53,38 @@ def tile_rows_for(rows: int, experts: int) -> tuple[int, ...]:
     return (below,) if below == above else (below, above)
 
 
+# Operators of torch, so that whoever watches torch's operations (benchmarks/count_traffic.py, a profiler) sees them.
+@torch.library.custom_op(
+    "brightrun::list_tiles", mutates_args=(), schema="(Tensor ends, int rows, int tile_rows) -> Tensor"
+)
 def list_tiles(ends_E: torch.Tensor, rows: int, tile_rows: int) -> torch.Tensor:
     """Cuts the rows into tiles of one expert each: (tiles, 3) with the expert, its first row and the end of its rows.
 
     `ends_E` are the cumulative numbers of rows. As many tiles as there could be; those that are not needed say -1.
     """
     experts = ends_E.numel()
-    # Each expert with any rows has at most one tile that is not full.
-    most = rows // tile_rows + min(experts, rows)
-    tiles_T3 = torch.empty(most, 3, dtype=torch.int32, device=ends_E.device)
-    if most:
-        _list_tiles[(triton.cdiv(most, 16),)](
+    tiles_T3 = torch.empty(_most_tiles(experts, rows, tile_rows), 3, dtype=torch.int32, device=ends_E.device)
+    if rows:
+        _list_tiles[(triton.cdiv(tiles_T3.shape[0], 16),)](
             ends_E,
             tiles_T3,
             experts,
-            most,
+            tiles_T3.shape[0],
             TILE_ROWS=tile_rows,
             EXPERTS=triton.next_power_of_2(experts),
             TILES=16,
         )
     return tiles_T3
+
+
+@list_tiles.register_fake
+def _(ends_E: torch.Tensor, rows: int, tile_rows: int) -> torch.Tensor:
+    return torch.empty(_most_tiles(ends_E.numel(), rows, tile_rows), 3, dtype=torch.int32, device=ends_E.device)
+
+
+def _most_tiles(experts: int, rows: int, tile_rows: int) -> int:
+    """Each expert with any rows has at most one tile that is not full."""
+    return rows // tile_rows + min(experts, rows)
 
 
 def fused_product(  # noqa: PLR0917
@@ -104,7 +116,6 @@ def fused_product(  # noqa: PLR0917
     return product
 
 
-# An operator of torch, so that whoever watches torch's operations (benchmarks/count_traffic.py, a profiler) sees it.
 @torch.library.custom_op(
     "brightrun::nf4_grouped_product",
     mutates_args=(),
