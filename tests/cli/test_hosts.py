@@ -9,7 +9,8 @@ from tests.lifecycle.queue import Queue
 
 def test_a_drained_host_finishes_its_job_claims_no_other_and_ends(cli: CommandLine, queue: Queue) -> None:
     assert cli.run("drain").status == 2
-    first = queue.insert(script=[["steps", 260, 0.05]])
+    gate = queue.folder / "gate"
+    first = queue.insert(script=[["steps", 260, 0.05, str(gate)]])
     with queue.daemon(queue.folder) as daemon:
         queue.wait_for(first, "running")
         (row,) = cli.ok("workers", "--json").lines
@@ -17,6 +18,7 @@ def test_a_drained_host_finishes_its_job_claims_no_other_and_ends(cli: CommandLi
         assert "ends after 1 job" in cli.ok("drain", row["worker_id"][:6]).out
         assert "● draining" in cli.ok("workers", COLUMNS="80").out
         second = queue.insert()
+        gate.touch()
         assert daemon.wait(60) == 0
         daemon.wait_for_log("worker_draining")
     assert queue.row(first)["status"] == "completed"

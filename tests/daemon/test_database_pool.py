@@ -23,6 +23,8 @@ TRACES = [
     "DELETE FROM supabase_migrations.schema_migrations",
     "SELECT lo_create(0)",
     "ANALYZE training_jobs",
+    "COMMENT ON TABLE training_jobs IS 'of the app'",
+    "COMMENT ON SCHEMA public IS 'of the app'",
     "DROP SCHEMA public CASCADE",
 ]
 

@@ -25,7 +25,8 @@ def scrape(client: httpx.Client) -> dict[str, float]:
 
 
 def test_the_queue_its_jobs_and_their_endings_are_counted(queue: Queue, tmp_path: Path) -> None:
-    waiting = [queue.insert(script=[["steps", 120, 0.03]]) for _ in range(2)]
+    gate = tmp_path / "gate"
+    waiting = [queue.insert(script=[["steps", 120, 0.03, str(gate)]]) for _ in range(2)]
     broken = queue.insert(hyperparameters={"base_model": "tiny", "lora_rank": 0})
     queue.insert(run_after_seconds=3600)
     with Gateway(queue, tmp_path) as gateway, gateway.client() as client:
@@ -38,6 +39,7 @@ def test_the_queue_its_jobs_and_their_endings_are_counted(queue: Queue, tmp_path
                 why=lambda: str((scrape(client), [queue.row(job)["status"] for job in waiting])),
             )
             assert 0 <= running["trainer_heartbeat_age_seconds"] < 3
+            gate.touch()
             for job in waiting:
                 queue.wait_for(job, "completed")
             eventually(lambda: queue.row(broken)["status"] == "failed")

@@ -83,11 +83,20 @@ def doctor(queue: Queue, folder: Path) -> str:
 # -- rows that row security hides for a while --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("forced", [False, True], ids=["", "force"])
+JOBS, LEASES = ("training_jobs",), ("training_leases",)
+EVERYTHING = (*JOBS, *LEASES, "training_uploads")
+
+
 @pytest.mark.parametrize(
-    "tables",
-    [("training_jobs",), ("training_leases",), ("training_jobs", "training_leases", "training_uploads")],
-    ids=["jobs", "leases", "everything"],
+    ("tables", "forced"),
+    [
+        pytest.param(JOBS, False, id="jobs"),
+        pytest.param(LEASES, True, id="leases-force"),
+        pytest.param(EVERYTHING, True, id="everything-force"),
+        pytest.param(JOBS, True, id="jobs-force", marks=pytest.mark.system),
+        pytest.param(LEASES, False, id="leases", marks=pytest.mark.system),
+        pytest.param(EVERYTHING, False, id="everything", marks=pytest.mark.system),
+    ],
 )
 def test_rows_that_are_hidden_while_training_cost_nothing(
     queue: Queue, tmp_path: Path, tables: tuple[str, ...], forced: bool

@@ -297,13 +297,15 @@ def test_a_partitioned_daemon_that_shall_stop_ends_its_child_and_another_goes_on
     with DaemonProcess(
         proxy.dsn(own_queue.dsn), tmp_path, name="cut_off", lease_seconds=2, on_partition="stop"
     ) as cut_off:
-        job = own_queue.insert(script=[["steps", 150, 0.05]])
+        gate = tmp_path / "gate"
+        job = own_queue.insert(script=[["steps", 150, 0.05, str(gate)]])
         own_queue.wait_for(job, "running")
         children = cut_off.children()
         proxy.partition()
         with own_queue.daemon(tmp_path, name="heir", lease_seconds=2) as heir:
             eventually(lambda: not any(alive(pid) for pid in children), seconds=15)
             cut_off.wait_for_log("attempt_superseded")
+            gate.touch()
             row = own_queue.wait_for(job, "completed", seconds=40)
             heir.wait_for_log("job_claimed")
         proxy.heal()
@@ -319,7 +321,8 @@ def test_a_partitioned_daemon_whose_heir_takes_the_folder_from_under_its_trainer
     with DaemonProcess(
         proxy.dsn(own_queue.dsn), tmp_path, name="cut_off", lease_seconds=12, on_partition="stop"
     ) as cut_off:
-        job = own_queue.insert(script=[["steps", 150, 0.05]])
+        gate = tmp_path / "gate"
+        job = own_queue.insert(script=[["steps", 1500, 0.05, str(gate)]])
         own_queue.wait_for(job, "running")
         proxy.partition()
         own_queue.select("UPDATE training_leases SET expires_at = clock_timestamp() - interval '1 s'")
@@ -328,6 +331,7 @@ def test_a_partitioned_daemon_whose_heir_takes_the_folder_from_under_its_trainer
             # Its trainer found no folder for the next checkpoint; that is no failure of the job.
             cut_off.wait_for_log("trainer_ended", returncode=1)
             cut_off.wait_for_log("attempt_superseded", outcome="failed", seconds=40)
+            gate.touch()
             row = own_queue.wait_for(job, "completed", seconds=40)
     assert row["attempt"] == 2 and own_queue.story(job).count("completed") == 1
 
@@ -348,7 +352,8 @@ def test_of_two_hosts_cut_off_one_stops_as_told_the_other_goes_on_and_each_job_i
     ):
         stops.wait_for_log("listener_hears")
         goes_on.wait_for_log("listener_hears")
-        jobs = [own_queue.insert(script=[["steps", 400, 0.03]]) for _ in range(2)]
+        gate = tmp_path / "gate"
+        jobs = [own_queue.insert(script=[["steps", 1000, 0.03, str(gate)]]) for _ in range(2)]
         for job in jobs:
             own_queue.wait_for(job, "running")
         stopped, gone_on = sorted(jobs, key=lambda job: len(goes_on.logged("job_claimed", job_id=str(job))))
@@ -363,6 +368,7 @@ def test_of_two_hosts_cut_off_one_stops_as_told_the_other_goes_on_and_each_job_i
         assert not alive(stopping) and alive(going_on)
         now = trained_steps(tmp_path, gone_on)
         eventually(lambda: trained_steps(tmp_path, gone_on) > now + 5)
+        gate.touch()
         if with_heir:
             # It comes back with all its work done, when the job is somebody else's.
             goes_on.wait_for_log("trainer_waits", job_id=str(gone_on), seconds=40)

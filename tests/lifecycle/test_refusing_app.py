@@ -127,7 +127,13 @@ async def test_a_worker_row_that_was_refused_for_a_while_is_touched_again(queue:
         assert queue.row(job)["attempt"] == 1
 
 
-@pytest.mark.parametrize("table", ["training_leases", "training_jobs"])
+@pytest.mark.parametrize(
+    "table",
+    [
+        "training_leases, training_jobs",
+        *(pytest.param(table, marks=pytest.mark.system) for table in ("training_leases", "training_jobs")),
+    ],
+)
 async def test_a_table_locked_for_longer_than_a_lease_costs_no_attempt(
     queue: Queue, tmp_path: Path, table: str
 ) -> None:

@@ -27,7 +27,8 @@ def test_a_host_from_before_the_restore_is_refused_by_the_epoch_that_it_shares_w
     queue: Queue, postgres: Server, tmp_path: Path
 ) -> None:
     name = queue.dsn.rpartition("/")[2]
-    job = queue.insert(script=[["steps", 160, 0.05]])
+    gate = tmp_path / "gate"
+    job = queue.insert(script=[["steps", 160, 0.05, str(gate)]])
     queue.close()  # a database that somebody is connected to is not copied
     with postgres.database(template=name) as backup:
         older = queue.daemon(tmp_path, name="older")
@@ -47,6 +48,7 @@ def test_a_host_from_before_the_restore_is_refused_by_the_epoch_that_it_shares_w
                 older.signal(signal.SIGCONT)
                 # Superseded, or failed as its folder's checkpoints were adopted: whatever it says is refused.
                 older.wait_for_log("attempt_settled", seconds=30)
+                gate.touch()
                 row = queue.wait_for(job, "completed", seconds=60)
                 older.wait_for_log("trainer_ended")
             assert not younger.logged("lease_lost"), younger.tail()

@@ -241,6 +241,7 @@ def test_the_gateway_serves_beside_the_daemon_where_it_is_wanted(queue: Queue, t
         queue.wait_for(queue.insert(), "completed")
 
 
+@pytest.mark.system  # it lives for as long as supervisord wants a start to last
 def test_unusable_settings_are_not_restarted_and_end_the_container(queue: Queue, tmp_path: Path) -> None:
     with Supervisor(queue, tmp_path, TRAINER_LEASE_SECONDS="soon") as supervisor:
         supervisor.process.wait(30)
