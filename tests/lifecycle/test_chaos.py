@@ -14,7 +14,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -40,6 +39,7 @@ from daemon.storage.interface import Location
 from daemon.storage.upload_log import SqlUploadLog
 from tests.daemon_process import REAL, SCRIPTED, DaemonProcess, children_of
 from tests.doubles.tcp_proxy import TcpProxy
+from tests.forked_process import PipedProcess, forker
 from tests.lifecycle.queue import Queue
 from tests.lifecycle.test_peer_failures import STALE_WRITES, claim, reaped_lease
 from tests.paths import ROOT
@@ -56,8 +56,9 @@ def as_host(dsn: str, host: str) -> str:
 
 
 def run_oracle(dsn: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ORACLE), dsn, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    judging = PipedProcess(forker(str(ORACLE)), os.environ, ROOT, dsn, *arguments)
+    told, errors = judging.communicate(120)
+    return subprocess.CompletedProcess([str(ORACLE), *arguments], judging.wait(10), told, errors)
 
 
 @pytest.fixture

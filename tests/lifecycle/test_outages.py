@@ -48,12 +48,19 @@ def server() -> Iterator[EmbeddedPostgres]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def template(server: EmbeddedPostgres) -> str:
+    with psycopg.connect(server.dsn(), autocommit=True) as admin:
+        admin.execute(b"CREATE DATABASE migrated")
+    migrate(server.dsn(dbname="migrated"), local=True)
+    return "migrated"
+
+
 @pytest.fixture
-def own_queue(server: EmbeddedPostgres, tmp_path: Path) -> Queue:
+def own_queue(server: EmbeddedPostgres, template: str, tmp_path: Path) -> Queue:
     name = f"outage_{time.time_ns()}"
     with psycopg.connect(server.dsn(), autocommit=True) as admin:
-        admin.execute(f"CREATE DATABASE {name}".encode())
-    migrate(server.dsn(dbname=name), local=True)
+        admin.execute(f"CREATE DATABASE {name} TEMPLATE {template}".encode())
     return Queue(server.dsn(dbname=name), tmp_path)
 
 
