@@ -4,40 +4,55 @@
     python benchmarks/moe_80b.py                          a dry run on a CPU: 2 layers, 32 experts, 64 to 256 tokens
 
 No weights are needed: the skeleton is made without memory and filled layer by layer with random NF4 bytes, as many as
-the real model has. Time and memory do not depend on their values. The dtype is the trainer's: bf16 on a GPU, float32 on
-a CPU without bf16 units, where a grouped product of bf16 is sixty times slower (measured: 0.24 against 15 GFLOP/s on
-two cores without AVX512-BF16; a step did not end).
+the real model has. Time and memory do not depend on their values. Each size is a whole training by the trainer's own
+path, `training.recipe.train_on`: what it decides (packing, kernels, how experts are multiplied) is decided here and
+said. The dtype is the trainer's: bf16 on a GPU, float32 on a CPU without bf16 units, where a grouped product of bf16 is
+sixty times slower (measured: 0.24 against 15 GFLOP/s on two cores without AVX512-BF16; a step did not end).
 """
 
 from __future__ import annotations
 
 import argparse
 import resource
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import bitsandbytes.functional as bnb_functional
 import torch
-from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PreTrainedTokenizerFast, Qwen3NextConfig, Qwen3NextForCausalLM
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-from training.adapter.lora import attach_adapter, trainable_parameters
 from training.base.dtype import compute_dtype
+from training.compute import compute_type
+from training.data.chat_template import ChatTemplate
+from training.data.corpus import Corpus
+from training.data.example import IGNORED, Example
+from training.data.plan import Plan
+from training.event_writer import EventWriter
+from training.events import AnyEvent
+from training.failures import TrainingFailed, is_out_of_memory
+from training.files.model_folder import ModelFolder
 from training.files.module_names import UNQUANTISED_MODULES
-from training.loop.loss import AnswerLoss
-from training.quantization.choose_product import choose_products
+from training.preflight.estimate import Estimate
+from training.preflight.kernel_proof import fault_of_linear_attention
 from training.quantization.experts import (
     EXPERTS_FUNCTION,
     Nf4Config,
     Nf4Quantizer,
     expert_states,
     has_fused_experts,
-    unpack_once_for_backward,
 )
-from training.spec import Hyperparameters
+from training.recipe import Prepared, train_on
+from training.spec import Hyperparameters, JobSpec
+from training.stop_switch import StopSwitch
 
 _GIB = 2**30
+# Notices that differ with the size of a micro-batch.
+_OF_EACH_SIZE = ("experts_product", "experts_product_left_out", "out_of_memory_recovered")
 _USUAL: dict[str, dict[str, Any]] = {
     "cuda": {"layers": 48, "experts": 512, "tokens": [2048, 4096, 8192, 16384], "steps": 3},
     "cpu": {"layers": 2, "experts": 32, "tokens": [64, 128, 256], "steps": 1},
@@ -50,44 +65,140 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="48 on a card, 2 on a CPU")
     parser.add_argument("--experts", type=int, help="512 on a card, 32 on a CPU")
     parser.add_argument("--tokens", type=int, nargs="+", help="tokens a micro-batch, one line of the table each")
+    parser.add_argument("--conversations", type=int, default=1, help="of how many conversations those tokens are")
     parser.add_argument("--steps", type=int, help="timed steps a size, after one to warm up")
     parser.add_argument("--rank", type=int, default=16)
     given = {key: value for key, value in vars(parser.parse_args()).items() if value is not None}
     arguments = argparse.Namespace(**{**_USUAL[given["device"]], **given})
     began = time.perf_counter()
     model = build(arguments.layers, arguments.experts, arguments.device)
-    adapted = attach_adapter(model, Hyperparameters(lora_rank=arguments.rank, lora_dropout=0.0))
-    adapted.train()
-    adapted.gradient_checkpointing_enable({"use_reentrant": False})
-    adapted.enable_input_require_grads()
-    unpack_once_for_backward(adapted)
     machine = torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(
         f"{machine}; torch {torch.__version__}; {arguments.layers} layers × {arguments.experts} experts, "
         f"computed in {str(compute_dtype(arguments.device)).removeprefix('torch.')}"
     )
-    print(f"built in {time.perf_counter() - began:.1f} s, {_memory(arguments.device):.2f} GiB in use")
-    print(f"trainable {trainable_parameters(adapted) / 1e6:.1f} M", flush=True)
-    loss = AnswerLoss(adapted.get_base_model())
-    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-4)
-    print(f"{'tokens':>8} {'s/step':>9} {'tokens/s':>10} {'peak GiB':>10}")
-    for tokens in arguments.tokens:
-        if arguments.device == "cuda":
-            # As the trainer does at the start of a job.
-            print(*(f"  {tried}" for tried in choose_products(adapted, tokens)), sep="\n")
-        try:
-            seconds = _time_steps(loss, optimizer, tokens, arguments)
-        except torch.OutOfMemoryError:
-            print(f"{tokens:>8} {'out of memory':>31}")
-            break
-        print(f"{tokens:>8} {seconds:>9.2f} {tokens / seconds:>10.1f} {_peak(arguments.device):>10.2f}", flush=True)
+    print(f"built in {time.perf_counter() - began:.1f} s, {_memory(arguments.device):.2f} GiB in use", flush=True)
+    if arguments.device == "cuda" and (fault := fault_of_linear_attention("cuda")) is not None:
+        raise SystemExit(f"a job would be refused here: {fault}")
+    with tempfile.TemporaryDirectory() as folder:
+        for number, tokens in enumerate(arguments.tokens):
+            clock = Stopwatch(arguments.device, tells=number == 0)
+            try:
+                train(model, tokens, arguments, Path(folder, str(tokens)), clock)
+            except (TrainingFailed, RuntimeError) as error:
+                if not (is_out_of_memory(error) or getattr(error, "code", None) == "out_of_memory"):
+                    raise
+                print(f"{tokens:>8} {'out of memory':>31}")
+                break
+            if number == 0:
+                print(f"{'tokens':>8} {'s/step':>9} {'tokens/s':>10} {'peak GiB':>10}")
+            seconds = clock.seconds_a_step
+            print(f"{tokens:>8} {seconds:>9.2f} {tokens / seconds:>10.1f} {_peak(arguments.device):>10.2f}", flush=True)
+            remove_adapter(model)
 
 
-def build(layers: int, experts: int, device: str) -> Any:
-    """Returns the model with random 4-bit weights on the device, frozen; no expert is ever in 16 bits."""
-    config = Qwen3NextConfig(
-        num_hidden_layers=layers, num_experts=experts, num_experts_per_tok=min(10, experts), pad_token_id=0
+class Stopwatch(EventWriter):
+    """Takes the times of a training's steps from its events. `tells`: prints what the trainer decides and says."""
+
+    def __init__(self, device: str, *, tells: bool = False) -> None:
+        super().__init__(-1, "benchmark")
+        self.losses: list[float] = []
+        self._device, self._tells = device, tells
+        self._ends: list[float] = []
+
+    def say(self, event: AnyEvent) -> None:
+        if event.kind == "progress":
+            _wait(self._device)
+            self._ends.append(time.perf_counter())
+            self.losses.append(event.loss)
+            if self._device == "cuda" and len(self._ends) == 1:
+                torch.cuda.reset_peak_memory_stats()
+        elif event.kind == "notice" and (self._tells or event.code in _OF_EACH_SIZE):
+            print(f"- {event.code}: {event.message}")
+        elif event.kind == "adapter_attached" and self._tells:
+            packing = "end to end" if event.packing else "side by side"
+            print(f"trainable {event.trainable_parameters / 1e6:.1f} M; conversations {packing}", flush=True)
+
+    @property
+    def seconds_a_step(self) -> float:
+        """Without the first step, which compiles and warms up."""
+        return (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+
+
+def train(model: Any, tokens: int, arguments: argparse.Namespace, folder: Path, clock: Stopwatch) -> None:
+    """Trains an adapter on micro-batches of this many tokens, half of them answers, one micro-batch a step."""
+    count, steps = arguments.conversations, arguments.steps + 1
+    length = tokens // count
+    torch.manual_seed(0)
+    examples = []
+    for number in range(count * steps):
+        ids = torch.randint(10, min(50_000, model.config.vocab_size), (length,)).tolist()
+        labels = [IGNORED] * (length // 2) + ids[length // 2 :]
+        examples.append(Example(ids, labels, f"line {number + 1}"))
+    corpus = Corpus(tuple(examples), (), (), max_length=length, format="random", remarks=())
+    spec = JobSpec(
+        job_id="benchmark",
+        base_model="random",
+        model_path=folder,
+        dataset_path=folder / "none",
+        work_dir=folder / "work",
+        checkpoint_dir=folder / "checkpoints",
+        output_dir=folder / "adapter",
+        hyperparameters=Hyperparameters(
+            lora_rank=arguments.rank, batch_size=count, num_epochs=1, validation_fraction=0.0, sample_prompts=()
+        ),
+        device=arguments.device,
+        checkpoint_seconds=86_400,
+        trackers=(),
     )
+    spec.work_dir.mkdir(parents=True)
+    plan = Plan(
+        batch_size=count,
+        ranks=1,
+        micro_batch_tokens=tokens,
+        steps_per_epoch=steps,
+        epochs=1,
+        warmup_steps=0,
+        compute_type=compute_type(arguments.device),
+    )
+    # Only a CPU host asks how much the run will need: it keeps weights unpacked in what is left.
+    estimate = Estimate(0, 0, 0, 0, 0, memory_bytes=0, disk_bytes=0, seconds=0.0, cost=None)
+    tokenizer = _tokenizer()
+    prepared = Prepared(
+        ModelFolder(folder, {}, ()), tokenizer, ChatTemplate(tokenizer), corpus, plan, estimate, is_cut=False
+    )
+    train_on(model, prepared, spec, clock, StopSwitch())
+
+
+def _tokenizer() -> Any:
+    """Names no real token: the conversations are tokens already."""
+    from tokenizers import Tokenizer, models
+
+    words = {"<pad>": 0, "<end>": 1}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<pad>")), pad_token="<pad>", eos_token="<end>"
+    )
+    tokenizer.chat_template = "{{ messages }}"
+    return tokenizer
+
+
+def remove_adapter(model: Any) -> None:
+    """Puts the frozen layers back in the places of the adapted ones."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            model.set_submodule(path, module.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    model.requires_grad_(False)
+
+
+def build(layers: int, experts: int, device: str, **shape: Any) -> Any:
+    """Returns the model with random 4-bit weights on the device, frozen; no expert is ever in 16 bits.
+
+    `shape`: other sizes than the real model's, for a rehearsal.
+    """
+    chosen = {"num_hidden_layers": layers, "num_experts": experts, "num_experts_per_tok": min(10, experts)}
+    config = Qwen3NextConfig(**(chosen | {"pad_token_id": 0} | shape))
     config.use_cache = False
     dtype = compute_dtype(device)
     settings = Nf4Config(dtype, list(UNQUANTISED_MODULES))
@@ -97,7 +208,8 @@ def build(layers: int, experts: int, device: str) -> Any:
     for path, module in list(model.named_modules()):
         _fill(model, path, module, device)
     model.is_quantized = True
-    Nf4Quantizer(settings, pre_quantized=False).postprocess_model(model)
+    model.hf_quantizer = Nf4Quantizer(settings, pre_quantized=False)
+    model.hf_quantizer.postprocess_model(model)
     return model.requires_grad_(False)
 
 
@@ -157,31 +269,6 @@ def _random_nf4(shape: torch.Size, device: str) -> tuple[torch.Tensor, bnb_funct
         state2=second,
     )
     return torch.randint(0, 256, (shape.numel() // 2, 1), dtype=torch.uint8, device=device), state
-
-
-def _time_steps(loss: AnswerLoss, optimizer: Any, tokens: int, arguments: argparse.Namespace) -> float:
-    """Returns the seconds of an optimizer step over one sequence of this many tokens, half of them trained."""
-    ids_BT = torch.randint(0, 50_000, (1, tokens), device=arguments.device)
-    labels_BT = ids_BT.clone()
-    labels_BT[:, : tokens // 2] = -100
-    if arguments.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    began = 0.0
-    for step in range(arguments.steps + 1):
-        if step == 1:
-            _wait(arguments.device)
-            began = time.perf_counter()
-        # As in the trainer: the adapter is float32, the arithmetic bf16 where the hardware has it.
-        with torch.autocast(
-            arguments.device, dtype=torch.bfloat16, enabled=compute_dtype(arguments.device) is torch.bfloat16
-        ):
-            total, count = loss({"input_ids": ids_BT, "labels": labels_BT})
-        (total / count).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    _wait(arguments.device)
-    assert torch.isfinite(total)
-    return (time.perf_counter() - began) / arguments.steps
 
 
 def _wait(device: str) -> None:

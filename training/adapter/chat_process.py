@@ -70,7 +70,7 @@ class Pair:
 
         encoded = self._tokenizer(self._template.prompt(turns), add_special_tokens=False, return_tensors="pt")
         inputs = {name: encoded[name].to(self._model.device) for name in ("input_ids", "attention_mask")}
-        with torch.no_grad(), torch.autocast(self._device, dtype=torch.bfloat16, enabled=self._device == "cuda"):
+        with torch.no_grad():
             tokens_BT = self._model.generate(
                 **inputs,
                 max_new_tokens=self._max_new_tokens,

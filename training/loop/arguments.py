@@ -23,6 +23,8 @@ def training_arguments(spec: JobSpec, plan: Plan, *, packed: bool) -> SFTConfig:
         weight_decay=chosen.weight_decay,
         max_grad_norm=MAX_GRAD_NORM,
         optim=OPTIMIZER,
+        # Only what the library rounds by itself: autocast does not reach the loss, which calls the model inside the one
+        # that accelerate wraps. Products have the types of their weights, in training as in evaluation and samples.
         bf16=plan.compute_type == "bfloat16",
         use_cpu=not on_gpu,
         # Recomputing activations trades time for memory; only a GPU is short of memory.
