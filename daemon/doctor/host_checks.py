@@ -101,6 +101,8 @@ def _kernels(found: dict[str, Any]) -> Iterator[CheckResult]:
     ):
         if (missing := found[package.replace("-", "_")]) is not None:
             yield yellow(package, f"{missing}, so Qwen3-Next trains {slower}", advice)
+        elif package == "causal-conv1d" and found["causal_conv1d_by_fla"]:
+            yield green(package, "flash-linear-attention's own convolution stands in for it")
         else:
             yield green(package, "installed")
     if found["kernel_fault"] is not None:

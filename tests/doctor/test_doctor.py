@@ -36,7 +36,7 @@ from tests.postgres import AppDatabase, Server
 CARD = {
     "torch": "2.13.0", "transformers": "5.23.0", "bitsandbytes": "0.50.2", "cuda_available": True, "cuda": "13.0",
     "bf16": True, "capability": "9.0", "driver_cuda": "13.0", "nf4_error": None, "flash_linear_attention": None,
-    "causal_conv1d": None, "kernel_fault": None, "experts_fault": None,
+    "causal_conv1d": None, "causal_conv1d_by_fla": False, "kernel_fault": None, "experts_fault": None,
 }  # fmt: skip
 
 
@@ -78,6 +78,8 @@ def test_a_card_with_everything_is_green_line_by_line() -> None:
     kernels = ["experts", "flash-linear-attention", "causal-conv1d", "linear attention"]
     assert list(found) == ["4-bit layers", "CUDA", "bf16", *kernels]
     assert {finding.light for finding in found.values()} == {Status.GREEN}
+    assert found["causal-conv1d"].detail == "installed"
+    assert "stands in" in selfcheck(causal_conv1d_by_fla=True)["causal-conv1d"].detail
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConf
 
 from training.base.dtype import compute_dtype
 from training.compute import ComputeType
+from training.convolution import offer_fla_convolution
 from training.event_writer import EventWriter
 from training.events import ErrorCode
 from training.failures import TrainingFailed, in_brief
@@ -68,6 +69,7 @@ def load_base_model(
     Raises TrainingFailed: model_incomplete for missing tensors or damaged files, model_unsupported for an
     architecture that transformers does not know or that would not become 4-bit.
     """
+    offer_fla_convolution(spec.device)
     dtype = compute_dtype(spec.device, spec.compute_type)
     device = device_of(spec) if device is None else device
     model = _load_kept_copy(spec, folder, dtype, device) if folder.kept_copy is not None else None

@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from training.convolution import offer_fla_convolution
 from training.events import ErrorCode
 from training.failures import TrainingFailed, broken_part, in_brief, is_out_of_memory
 from training.files.model_folder import ModelFolder
@@ -53,6 +54,7 @@ def fault_of_linear_attention(device: str) -> str | None:
 
     Raises what says that the GPU itself is gone or full.
     """
+    offer_fla_convolution(device)
     from transformers.models.qwen3_next import modeling_qwen3_next
 
     for package, distribution, kernel, proof in (

@@ -12,6 +12,7 @@ import json
 import sys
 from typing import Any
 
+from training.convolution import convolution_is_offered, offer_fla_convolution
 from training.preflight.kernel_proof import (
     fault_of_grouped_products,
     fault_of_linear_attention,
@@ -42,8 +43,10 @@ def examine(device: str, *, kernels: bool = False) -> dict[str, Any]:
     found["nf4_error"] = _four_bit_error(device)
     if kernels:
         # Without these two, Gated DeltaNet (Qwen3-Next) runs in plain PyTorch: correct, but many times slower.
+        offer_fla_convolution(device)
         found["flash_linear_attention"] = why_not_imported("fla")
         found["causal_conv1d"] = why_not_imported("causal_conv1d")
+        found["causal_conv1d_by_fla"] = convolution_is_offered()
         found["kernel_fault"] = fault_of_linear_attention(device)
         found["experts_fault"] = fault_of_grouped_products(device)
     return found

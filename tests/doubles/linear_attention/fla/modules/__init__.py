@@ -1,0 +1,1 @@
+"""Modules that are no operators of attention."""
