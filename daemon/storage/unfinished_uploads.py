@@ -14,6 +14,7 @@ import httpx
 import structlog
 
 from daemon.errors import JobFailed, TrainerError
+from daemon.network.endpoint_client import CredentialWithheld
 from daemon.storage.refusals import key_refused, refuses_the_key
 from daemon.storage.tus import UploadRefused, begin_upload, end_upload, unfinished_uploads
 from training.events import ErrorCode
@@ -87,7 +88,11 @@ async def end_unfinished_uploads(client: httpx.AsyncClient, headers: Mapping[str
     for file, upload in await asyncio.to_thread(unfinished_uploads, folder):
         try:
             await end_upload(client, upload.url, headers)
-        except (httpx.HTTPError, httpx.InvalidURL, TrainerError) as error:
+        except (CredentialWithheld, httpx.InvalidURL) as error:
+            # Begun at another storage than is configured now: that one forgets it by itself.
+            log.warning("unfinished_upload_elsewhere", object=upload.object_name, error=str(error))
+            continue
+        except (httpx.HTTPError, TrainerError) as error:
             log.warning("unfinished_upload_left", object=upload.object_name, error=str(error))
             return
         await asyncio.to_thread(file.unlink, missing_ok=True)

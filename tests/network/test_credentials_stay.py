@@ -29,6 +29,7 @@ from daemon.pod.runpod_api import Key, RunPod, RunPodError
 from daemon.report.courier import CallbackCourier
 from daemon.settings import Settings
 from daemon.storage.supabase import SupabaseStorage
+from daemon.storage.tus import RESUME_SUFFIX, ResumePoint, begin_upload
 from tests.doubles.certificate import certificate
 from tests.doubles.loopback import Exchange, Handler, LoopbackServer
 from tests.doubles.storage import SERVICE_KEY, Bucket, StorageDouble
@@ -233,6 +234,48 @@ async def test_an_upload_goes_on_at_the_configured_address_whatever_the_server_c
             assert double.path_of("lora-models", name).read_bytes() == content
             forms.pop(0)
         await storage.close()
+    assert (lures.home.heard, lures.other.heard, lures.met) == ([], [], [])
+
+
+async def test_the_addresses_of_uploads_that_lie_on_the_volume_lead_nowhere_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An attempt before a change of SUPABASE_URL has left them, or somebody else who writes to the volume."""
+    monkeypatch.setattr("daemon.storage.supabase.STANDARD_UPLOAD_BYTES", 10)
+    (tmp_path / "double").mkdir()
+    double = StorageDouble(tmp_path / "double")
+    double.buckets["lora-models"] = Bucket()
+    content = os.urandom(5000)
+    local, digest = tmp_path / "adapter.tar.gz", hashlib.sha256(content).hexdigest()
+    local.write_bytes(content)
+    resume = tmp_path / "resume"
+    resume.mkdir()
+    forms = [*ABROAD, "file:///etc/passwd", "https://[broken/x", "not a URL", ""]
+    async with lured(tmp_path, double.handle, monkeypatch) as lures:
+        endpoint = f"{lures.url}/storage/v1/upload/resumable"
+
+        def leave(number: int, url: str) -> str:
+            name = f"adapters/{number:02}.tar.gz"
+            file = resume / f"{name.replace('/', '__')}{RESUME_SUFFIX}"
+            ResumePoint(endpoint, name, len(content), digest, url).save(file)
+            return name
+
+        storage = SupabaseStorage(lures.url, SERVICE_KEY, first_wait_seconds=0.001)
+        # An upload goes on at the configured address, or begins anew there.
+        for number, form in enumerate(forms):
+            name = leave(number, lures.location(form, "/storage/v1/upload/resumable/aWQ"))
+            await storage.upload(local, name, sha256=digest, resume_dir=resume)
+            assert double.read("lora-models", name) == content
+        # The clean-up leaves alone what lies elsewhere, and deletes its own behind them.
+        for number, form in enumerate(forms):
+            leave(number, lures.location(form, "/storage/v1/upload/resumable/aWQ"))
+        metadata = {"bucketName": "lora-models", "objectName": "adapters/own.tar.gz", "contentType": "application/gzip"}
+        own = await begin_upload(storage._client, endpoint, storage._headers, metadata, len(content))
+        leave(len(forms), own)
+        await storage.end_unfinished_uploads(resume)
+        await storage.close()
+    assert [upload.name for upload in double.uploads.values() if upload.gone_with] == ["adapters/own.tar.gz"]
+    assert len(list(resume.iterdir())) == len(forms)
     assert (lures.home.heard, lures.other.heard, lures.met) == ([], [], [])
 
 
