@@ -23,10 +23,10 @@ from tests.database_pool import DatabasePool
 from tests.doubles.file_server import FileServer
 from tests.doubles.receiver import Receiver
 from tests.doubles.runpod_api import RunPodDouble
-from tests.doubles.storage import StorageDouble
 from tests.lifecycle.project import Project
 from tests.lifecycle.queue import Queue
 from tests.postgres import AppDatabase, Server, migrated, open_server
+from tests.storage.real_server import SERVERS, open_storage_server
 
 # Before any test file imports torch, which reads them once: for models this small one thread is fastest, and none may
 # spin while others work: beside three spinning workers a training of two seconds took seventy.
@@ -103,9 +103,9 @@ def queue(database: AppDatabase, tmp_path: Path) -> Queue:
     return Queue(database.dsn, tmp_path)
 
 
-@pytest.fixture
-async def project(queue: Queue, tmp_path: Path) -> AsyncIterator[Project]:
-    async with StorageDouble(tmp_path / "double") as storage, Receiver() as receiver:
+@pytest.fixture(params=SERVERS)
+async def project(request: pytest.FixtureRequest, queue: Queue, tmp_path: Path) -> AsyncIterator[Project]:
+    async with open_storage_server(request, tmp_path) as storage, Receiver() as receiver:
         yield Project(queue, storage, receiver, tmp_path)
 
 

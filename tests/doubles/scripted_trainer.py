@@ -32,6 +32,7 @@ class Trainer:
         self.checkpoint = Path(str(spec["checkpoint_dir"])) / "step"
         self.step = int(self.checkpoint.read_text()) if self.checkpoint.exists() else 0
         self.total = 0
+        self.weights_mb = 0
         self.asked_to_stop = False
         signal.signal(signal.SIGTERM, self._on_term)
 
@@ -119,6 +120,8 @@ class Trainer:
                         marker.write_text("once")
                         self.say(str(arguments[0]), **dict(arguments[1]))  # type: ignore[call-overload]
                         sys.exit(1)
+                case "weights":  # megabytes that do not compress
+                    self.weights_mb = int(str(arguments[0]))
                 case "mark":  # a file outside the job's folder, a line for each time that a trainer came by
                     with Path(str(arguments[0])).open("a") as marks:
                         marks.write(f"epoch {self.spec['lease_epoch']}\n")
@@ -135,7 +138,10 @@ class Trainer:
         temporary.mkdir(parents=True, exist_ok=True)
         (temporary / "adapter_config.json").write_text(json.dumps({"r": 8, "peft_type": "LORA"}))
         # The bytes differ between attempts, so that a test can tell whose adapter won.
-        (temporary / "adapter_model.safetensors").write_bytes(f"epoch {self.spec['lease_epoch']}".encode() * 16)
+        with (temporary / "adapter_model.safetensors").open("wb") as weights:
+            weights.write(f"epoch {self.spec['lease_epoch']}".encode() * 16)
+            for _ in range(self.weights_mb):
+                weights.write(os.urandom(1_000_000))
         (temporary / "training_log.jsonl").write_text('{"step": 1}\n')
         (temporary / "metrics_chart.png").write_bytes(b"\x89PNG\r\n\x1a\n")
         temporary.replace(folder)

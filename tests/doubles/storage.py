@@ -116,6 +116,23 @@ class Faulty(LoopbackDouble):
                 return fault
         return None
 
+    async def spoils(self, exchange: Exchange, fault: Fault | None) -> bool:
+        """Holds a request back, or answers it in the place of the storage: then True."""
+        if fault is None:
+            return False
+        if fault.held_until is not None:
+            await fault.held_until.wait()
+        if fault.status is None:
+            return False
+        if fault.page is not None:
+            kind = "text/html" if fault.page.startswith("<") else "application/json"
+            await exchange.answer(fault.status, fault.page.encode(), {"Content-Type": kind})
+        elif exchange.path.startswith(BASE + UPLOADS) and not 520 <= fault.status <= 530:
+            await exchange.answer(fault.status, b"as the test wants it", fault.headers)
+        else:
+            await _refuse(exchange, fault.status, "Injected", "as the test wants it", fault.headers)
+        return True
+
 
 class StorageDouble(Faulty):
     """Enter it to serve. Objects are files under `folder/objects/<bucket>/<path>`."""
@@ -177,6 +194,13 @@ class StorageDouble(Faulty):
         folder = self.path_of(bucket, "")
         return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
 
+    def set_bucket(self, name: str, **options: Any) -> None:
+        """Makes the bucket, or gives it these limits."""
+        self.buckets[name] = Bucket(**options)
+
+    def drop_bucket(self, name: str) -> None:
+        self.buckets.pop(name, None)
+
     def forget_uploads(self, status: int = 404) -> None:
         """Loses every upload that has begun."""
         for upload in self.uploads.values():
@@ -190,17 +214,7 @@ class StorageDouble(Faulty):
     async def _serve(self, exchange: Exchange, *, gateway: bool) -> None:
         self.requests.append((exchange.method, exchange.path))
         fault = self.fault_for(exchange)
-        if fault is not None and fault.held_until is not None:
-            await fault.held_until.wait()
-        if fault is not None and fault.status is not None and fault.page is not None:
-            kind = "text/html" if fault.page.startswith("<") else "application/json"
-            await exchange.answer(fault.status, fault.page.encode(), {"Content-Type": kind})
-            return
-        if fault is not None and fault.status is not None:
-            if exchange.path.startswith(BASE + UPLOADS) and not 520 <= fault.status <= 530:
-                await exchange.answer(fault.status, b"as the test wants it", fault.headers)
-            else:
-                await _refuse(exchange, fault.status, "Injected", "as the test wants it", fault.headers)
+        if await self.spoils(exchange, fault):
             return
         if fault is not None and fault.lose_answer:
             exchange.writer = _Lost(exchange.writer)  # type: ignore[assignment]
@@ -235,6 +249,14 @@ class StorageDouble(Faulty):
                 await _json(exchange, self._bucket_json(bucket, role))
             case "POST", ["bucket"]:
                 await self._create_bucket(exchange, role)
+            case "PUT", ["bucket", bucket]:
+                await self._limit_bucket(exchange, bucket, role)
+            case "DELETE", ["bucket", bucket]:
+                await self._delete_bucket(exchange, bucket, role)
+            case "POST", ["bucket", bucket, "empty"]:
+                await self._empty_bucket(exchange, bucket, role)
+            case "POST", ["object", "list", bucket]:
+                await self._list(exchange, bucket, role)
             case "POST", ["object", "sign", bucket, *name]:
                 await self._sign(exchange, bucket, "/".join(name), role)
             case "GET", ["object", "info", bucket, *name]:
@@ -279,6 +301,40 @@ class StorageDouble(Faulty):
             raise StorageRefuses(409, "Duplicate", "The resource already exists")
         self.buckets[asked["id"]] = Bucket(asked.get("file_size_limit"), asked.get("allowed_mime_types"))
         await _json(exchange, {"name": asked["id"]})
+
+    async def _limit_bucket(self, exchange: Exchange, name: str, role: str) -> None:
+        asked, bucket = json.loads(await exchange.body()), self._bucket(name)
+        _require_right_to_write(role)
+        for limit in ("file_size_limit", "allowed_mime_types", "public"):
+            if limit in asked:
+                setattr(bucket, limit, asked[limit])
+        await _json(exchange, {"message": "Successfully updated"})
+
+    async def _empty_bucket(self, exchange: Exchange, name: str, role: str) -> None:
+        await exchange.body()
+        self._bucket(name)
+        _require_right_to_write(role)
+        for object_name in self.names(name):
+            self.path_of(name, object_name).unlink()
+        await _json(exchange, {"message": "Successfully emptied"})
+
+    async def _delete_bucket(self, exchange: Exchange, name: str, role: str) -> None:
+        self._bucket(name)
+        _require_right_to_write(role)
+        if self.names(name):
+            raise StorageRefuses(409, "InvalidRequest", "The bucket you tried to delete is not empty")
+        del self.buckets[name]
+        await _json(exchange, {"message": "Successfully deleted"})
+
+    async def _list(self, exchange: Exchange, name: str, role: str) -> None:
+        """One level below a prefix: objects with an id, folders without one."""
+        folder = json.loads(await exchange.body())["prefix"].strip("/")
+        names = self.names(name) if role == "service_role" else set()
+        below = {each.removeprefix(f"{folder}/" if folder else "") for each in names if each.startswith(folder)}
+        firsts = {each.partition("/")[0]: "/" not in each for each in below}
+        await _json(
+            exchange, [{"name": first, "id": first if is_object else None} for first, is_object in firsts.items()]
+        )
 
     async def _sign(self, exchange: Exchange, bucket: str, name: str, role: str) -> None:
         asked = json.loads(await exchange.body())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import signal
@@ -46,7 +47,7 @@ def trainings(project: Project) -> int:
 
 def weights(project: Project, job: UUID) -> str:
     path = project.queue.row(job)["adapter_path"].removeprefix("lora-models/")
-    with tarfile.open(project.storage.path_of("lora-models", path)) as archive:
+    with tarfile.open(fileobj=io.BytesIO(project.storage.read("lora-models", path))) as archive:
         content = archive.extractfile("adapter_model.safetensors")
         assert content is not None
         return content.read().decode()

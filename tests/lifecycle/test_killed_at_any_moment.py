@@ -131,6 +131,7 @@ def conversations(count: int) -> list[str]:
     return [json.dumps(conversation(number)) for number in range(count)]
 
 
+@pytest.mark.double
 @pytest.mark.parametrize("victim", ["trainer", "fork", "daemon"])
 async def test_a_stream_of_warm_jobs_survives_a_death_at_any_moment(
     victim: str, project: Project, capsys: pytest.CaptureFixture[str]

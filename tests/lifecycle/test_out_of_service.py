@@ -184,7 +184,10 @@ def test_a_models_volume_that_is_not_mounted_fails_no_job_for_good(queue: Queue,
 
 @pytest.mark.parametrize(
     ("key", "said"),
-    [(ANON_KEY, "is the anon key"), (make_key("somebody"), "new row violates row-level security policy")],
+    [
+        (ANON_KEY, "is the anon key"),
+        pytest.param(make_key("somebody"), "new row violates row-level security policy", marks=pytest.mark.double),
+    ],
     ids=["anon", "a role without rights"],
 )
 async def test_a_storage_key_that_may_not_work_fails_no_job_and_takes_none(
@@ -204,6 +207,7 @@ async def test_a_storage_key_that_may_not_work_fails_no_job_and_takes_none(
         assert (await project.wait_for(jobs[0], "completed"))["attempt"] == 1
 
 
+@pytest.mark.double
 async def test_a_storage_key_that_is_withdrawn_sends_jobs_back_uncounted_until_it_is_accepted(project: Project) -> None:
     secret = project.storage.gate.secret
     with project.daemon() as daemon:

@@ -14,37 +14,23 @@ import stat
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import cast
 from uuid import UUID
 
 import pytest
 
 from tests.daemon_process import alive, eventually
-from tests.doubles.real_storage import RealStorage
 from tests.doubles.receiver import Answer, Receiver
 from tests.doubles.standard_webhooks import verify
 from tests.doubles.storage import StorageDouble
 from tests.lifecycle.project import SECRET, Project
 from tests.lifecycle.queue import Queue
-from tests.storage.real_server import REAL_KEY, REAL_URL, SERVERS
+from tests.storage.real_server import SERVERS, open_storage_server
 
 
 @pytest.fixture(params=SERVERS)
 async def storage(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[StorageDouble]:
-    """The double, and a real server where its URL and key are given: see tests/storage/real_server.py."""
-    if request.param == "double":
-        async with StorageDouble(tmp_path / "double") as double:
-            yield double
-        return
-    async with RealStorage(REAL_URL, REAL_KEY) as real:
-        # It has what the tests of whole jobs ask of the double.
-        yield cast(StorageDouble, real)
-
-
-@pytest.fixture
-async def project(queue: Queue, storage: StorageDouble, tmp_path: Path) -> AsyncIterator[Project]:
-    async with Receiver() as receiver:
-        yield Project(queue, storage, receiver, tmp_path)
+    async with open_storage_server(request, tmp_path) as storage:
+        yield storage
 
 
 async def test_a_row_becomes_an_adapter_in_storage_and_every_row_that_the_app_expects(project: Project) -> None:

@@ -4,9 +4,13 @@ TEST_SUPABASE_URL     for example http://127.0.0.1:8000 or https://<ref>.supabas
 TEST_SUPABASE_KEY     its service_role key
 TEST_SUPABASE_ANON    its anon key; without it, what an anon key sees is tested against the double alone
 
-The tests of tests/storage make buckets of their own there, whose names begin with `trainer-test-`, and delete them at
-the end. Those of whole jobs (tests/lifecycle/test_supabase.py) use the daemon's buckets and want a project of their
-own, empty; run them with `-n 0`.
+Every test that asks for the fixture `project`, or for `double` in tests/storage, is run against both. Those that look
+inside the double (a changed secret, a file on its disk) are marked `double` and passed over there. They use the
+daemon's buckets and want a project of their own, empty; run them with `-n 0`:
+
+    TEST_SUPABASE_URL=… TEST_SUPABASE_KEY=… pytest -n 0 -k real tests/storage tests/lifecycle
+
+The others make buckets whose names begin with `trainer-test-`, and delete them at the end.
 """
 
 from __future__ import annotations
@@ -16,11 +20,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 import httpx
+import pytest
 
+from tests.doubles.real_storage import RealStorage
 from tests.doubles.storage import Bucket, StorageDouble
 from tests.doubles.storage_keys import ANON_KEY
 
@@ -63,6 +69,19 @@ class Server:
             "POST", f"/object/{bucket or self.bucket}/{name}", files={"file": content}, headers={"x-upsert": "true"}
         )
         answer.raise_for_status()
+
+
+@asynccontextmanager
+async def open_storage_server(request: pytest.FixtureRequest, folder: Path) -> AsyncIterator[StorageDouble]:
+    """The double, or a real server behind a proxy that does what tests ask of the double: the fixture's parameter."""
+    if request.param == "double":
+        async with StorageDouble(folder / "double") as double:
+            yield double
+        return
+    if request.node.get_closest_marker("double") is not None:
+        pytest.skip("it looks inside the double")
+    async with RealStorage(REAL_URL, REAL_KEY) as real:
+        yield cast(StorageDouble, real)
 
 
 @asynccontextmanager

@@ -22,6 +22,7 @@ from tests.storage.real_server import SERVERS, serve
 MB = 1_000_000
 
 
+@pytest.mark.double
 async def test_a_limit_of_the_whole_project_is_found_before_training(
     double: StorageDouble, storage: SupabaseStorage
 ) -> None:
@@ -41,7 +42,7 @@ async def test_a_limit_of_the_whole_project_is_found_before_training(
 async def test_a_list_of_types_is_read_as_the_server_reads_it(
     double: StorageDouble, storage: SupabaseStorage, types: list[str] | None, size: int, refused: bool
 ) -> None:
-    double.buckets["lora-models"] = Bucket(allowed_mime_types=types)
+    double.set_bucket("lora-models", allowed_mime_types=types)
     if not refused:
         await storage.check(size)
         return
@@ -79,6 +80,7 @@ async def test_a_probe_that_cannot_be_deleted_is_no_fault(double: StorageDouble,
     assert await storage.check(10 * MB) is None
 
 
+@pytest.mark.double
 async def test_an_upload_that_was_cut_off_is_listed_and_deleted_on_the_server(
     double: StorageDouble, storage: SupabaseStorage, tmp_path: Path
 ) -> None:

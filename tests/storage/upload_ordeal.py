@@ -12,6 +12,7 @@ import asyncio
 import hashlib
 import os
 import random
+import subprocess
 import sys
 import tempfile
 import time
@@ -49,12 +50,12 @@ class Survived:
 
 
 class Ordeal:
-    """What happens at which part of the upload. It happens when the server reads the head of a PATCH."""
+    """What happens at which part of an upload. It happens when the server reads the head of a PATCH."""
 
-    def __init__(self, double: StorageDouble, size: int, cuts: int) -> None:
-        self._double, self._size = double, size
+    def __init__(self, double: StorageDouble, cuts: int) -> None:
+        self._double = double
         self._patches = 0
-        self.process: ForkedProcess | None = None
+        self.process: ForkedProcess | subprocess.Popen[bytes] | None = None
         self.peak_mib = 0.0
         self._acts: list[tuple[float, Callable[[], None]]] = [
             (0.25, self._kill),
@@ -68,6 +69,10 @@ class Ordeal:
     @property
     def cuts_made(self) -> int:
         return sum(1 - fault.times for fault in self._faults)
+
+    @property
+    def acts_left(self) -> int:
+        return len(self._acts)
 
     def measure(self) -> None:
         """Reads the uploader's peak of memory from the kernel, while it runs."""
@@ -85,7 +90,7 @@ class Ordeal:
         if exchange.method == "PATCH":
             self._patches += 1
             newest = list(self._double.uploads.values())[-1]
-            if self._acts and newest.gone_with is None and newest.offset >= self._acts[0][0] * self._size:
+            if self._acts and newest.gone_with is None and newest.offset >= self._acts[0][0] * newest.size:
                 self._acts.pop(0)[1]()
         return False
 
@@ -109,11 +114,11 @@ async def survive(folder: Path, megabytes: int, cuts: int) -> Survived:
     endings: list[int] = []
     async with StorageDouble(folder / "double") as double:
         double.buckets["lora-models"] = Bucket()
-        ordeal = Ordeal(double, size, cuts)
+        ordeal = Ordeal(double, cuts)
         for key in (SERVICE_KEY, SERVICE_KEY, make_key("service_role", secret=NEW_SECRET)):
             arguments = (double.url, key, str(local), NAME, sha256, str(resume))
-            ordeal.process = forker(str(UPLOADING)).start_quietly(os.environ, ROOT, log, *arguments)
-            while (ending := ordeal.process.poll()) is None:
+            ordeal.process = process = forker(str(UPLOADING)).start_quietly(os.environ, ROOT, log, *arguments)
+            while (ending := process.poll()) is None:
                 ordeal.measure()
                 await asyncio.sleep(0.02)
             endings.append(ending)
