@@ -173,7 +173,8 @@ def test_the_apps_own_cancel_reaches_the_worker_and_runpod_hears_of_it(
 def test_term_releases_the_job_with_its_checkpoint_and_gives_runpod_no_result(
     queue: Queue, tmp_path: Path, runpod: RunPodDouble, files: FileServer
 ) -> None:
-    job = queue.insert(script=[["steps", 100, 0.03]])
+    gate = tmp_path / "gate"
+    job = queue.insert(script=[["steps", 100, 0.03, str(gate)]])
     with ServerlessWorker(queue.dsn, tmp_path, runpod, files) as worker:
         runpod.run("run-1", job_id=str(job))
         eventually(lambda: (queue.row(job)["current_step"] or 0) >= 10)
@@ -181,6 +182,7 @@ def test_term_releases_the_job_with_its_checkpoint_and_gives_runpod_no_result(
         row = queue.wait_for(job, "queued")
         assert worker.wait() == 0
     assert row["attempt"] == 0 and runpod.result("run-1") is None
+    gate.touch()
     with ServerlessWorker(queue.dsn, tmp_path, runpod, files, name="next"):
         runpod.run("run-1", job_id=str(job))
         assert runpod.wait_for_result("run-1")["output"]["status"] == "completed"
@@ -190,11 +192,13 @@ def test_term_releases_the_job_with_its_checkpoint_and_gives_runpod_no_result(
 def test_a_killed_workers_job_is_taken_over_by_the_next_once_its_lease_is_over(
     queue: Queue, tmp_path: Path, runpod: RunPodDouble, files: FileServer
 ) -> None:
-    job = queue.insert(script=[["steps", 60, 0.03]])
+    gate = tmp_path / "gate"
+    job = queue.insert(script=[["steps", 60, 0.03, str(gate)]])
     with ServerlessWorker(queue.dsn, tmp_path, runpod, files, lease_seconds=2) as worker:
         runpod.run("run-1", job_id=str(job))
         eventually(lambda: (queue.row(job)["current_step"] or 0) >= 10)
         worker.kill()
+    gate.touch()
     with ServerlessWorker(queue.dsn, tmp_path, runpod, files, name="next", lease_seconds=2):
         runpod.run("run-1", job_id=str(job))
         assert runpod.wait_for_result("run-1")["output"]["status"] == "completed"
