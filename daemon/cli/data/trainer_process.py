@@ -1,14 +1,13 @@
-"""The environment of a trainer process: without secrets, and without access to the hub."""
+"""The environment of a trainer process that a command starts: the daemon's allow list, and all GPUs of this host."""
 
 from __future__ import annotations
 
 import os
 
-# Variables that the trainer must not see.
-_SECRET = ("DATABASE_URL", "SUPABASE_", "TRAINER_", "RUNPOD_", "HF_TOKEN", "PG")
+from daemon.host.gpus import find_gpus
+from daemon.trainer.environment import child_environment
 
 
 def trainer_environment() -> dict[str, str]:
     """Our environment without secrets, and offline: everything that the trainer opens is on this disk."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(_SECRET)}
-    return kept | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+    return child_environment(os.environ, [gpu.cuda_name for gpu in find_gpus()]) | {"TRANSFORMERS_VERBOSITY": "error"}
