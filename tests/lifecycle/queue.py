@@ -153,7 +153,8 @@ def _rows(
     connection: psycopg.Connection[dict[str, Any]], statement: str, parameters: tuple[object, ...]
 ) -> list[dict[str, Any]]:
     cursor = connection.execute(statement, parameters)
-    return cursor.fetchall() if cursor.description else []
+    # Also of a SELECT without columns, whose description is empty.
+    return cursor.fetchall() if cursor.description is not None else []
 
 
 def write_model_folder(folder: Path) -> None:
