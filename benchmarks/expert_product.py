@@ -62,16 +62,21 @@ def main() -> None:
     counted = _layer(arguments, "meta")
     print(f"{arguments.layers} layers, counted:")
     heads = "".join(f"{kind} GB".rjust(15) for kind in KINDS)
-    print(f"{'tokens':>6}  {'':<19}{heads}{'sum':>9}{'launches':>10}{'peak GiB':>10}")
+    print(f"{'tokens':>6}  {'':<39}{heads}{'sum':>9}{'launches':>10}{'peak GiB':>10}")
     for tokens in arguments.tokens:
         heights = tile_rows_for(tokens * arguments.of, arguments.experts)
-        for implementation in (UNPACKED, *(Implementation(Kind.FUSED, height) for height in heights)):
+        for implementation in (
+            UNPACKED,
+            Implementation(Kind.UNPACKED, moves_rows=True),
+            Implementation(Kind.FUSED, heights[-1]),
+            Implementation(Kind.FUSED, heights[-1], moves_rows=True),
+        ):
             traffic = _count(counted, tokens, implementation, arguments)
             parts = [traffic.bytes(kind) * arguments.layers / 1e9 for kind in KINDS]
             columns = "".join(f"{part:>15.1f}" for part in parts)
             peak = max(traffic.peak_of.values()) / 2**30
             print(
-                f"{tokens:>6}  {implementation!s:<19}{columns}{sum(parts):>9.1f}"
+                f"{tokens:>6}  {implementation!s:<39}{columns}{sum(parts):>9.1f}"
                 f"{traffic.launches() * arguments.layers:>10}{peak:>10.2f}"
             )
     print(f"At {H100_BYTES_A_SECOND / 1e12} TB/s, an H100's, 100 GB take {1e11 / H100_BYTES_A_SECOND:.2f} s.")

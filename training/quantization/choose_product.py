@@ -10,11 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
+from training.quantization.chosen_rows import Routing, from_experts, to_experts
 from training.quantization.experts import expert_states, has_fused_experts, nf4_grouped_experts, recomputes, set_product
 from training.quantization.grouped_product import (
     REFERENCE,
@@ -105,10 +107,11 @@ def candidates_of(module: torch.nn.Module, rows: int) -> Sequence[Implementation
         return (UNPACKED,)
     from training.quantization.fused_product import tile_rows_for, why_not_fused
 
+    unpacked = (UNPACKED, Implementation(Kind.UNPACKED, moves_rows=True))
     if any(why_not_fused(state) for state in states):
-        return (UNPACKED,)
+        return unpacked
     heights = tile_rows_for(rows, next(iter(states)).shape[0])
-    return (UNPACKED, *(Implementation(Kind.FUSED, height) for height in heights))
+    return (*unpacked, *(Implementation(Kind.FUSED, height, moves_rows=True) for height in heights))
 
 
 def _layers_by_shape(model: torch.nn.Module) -> list[list[torch.nn.Module]]:
@@ -161,20 +164,55 @@ def _faults(module: torch.nn.Module, implementations: Sequence[Implementation], 
             for implementation in implementations:
                 if implementation in faults:
                     continue
-                try:
-                    product = multiply(rows_SI, packed, state, groups, implementation, along=along)
-                    error = _largest_error(product, expected)
-                except Exception as fault:  # noqa: BLE001 - whatever a compiler, a driver or a kernel raises
-                    faults[implementation] = (
-                        f"{type(fault).__name__}: {str(fault).splitlines()[0] if str(fault) else ''}"
-                    )
-                    continue
-                # One part in 2**7 of a row for bf16, whose results differ by 2**-9 after rounding.
-                allowed = max(torch.finfo(state.dtype).eps, 1e-5)
-                # Not a number is no smaller than anything.
-                if not error <= allowed:
-                    faults[implementation] = f"a row of {name} differs from the reference by {error:.2g} of its length"
+                fault = _fault_of(
+                    f"a row of {name}",
+                    partial(multiply, rows_SI, packed, state, groups, implementation, along=along),
+                    expected,
+                    state.dtype,
+                )
+                if fault is not None:
+                    faults[implementation] = fault
+    if any(implementation.moves_rows for implementation in implementations):
+        fault = _fault_of_moving(module, rows)
+        if fault is not None:
+            faults.update((each, fault) for each in implementations if each.moves_rows and each not in faults)
     return faults
+
+
+def _fault_of_moving(module: torch.nn.Module, rows: int) -> str | None:
+    """Compares the kernels that move rows with torch's operations in float32: both ways, with their gradients."""
+    state = next(iter(expert_states(module).values()))
+    device, k = next(module.parameters()).device, _experts_of_a_token(module)
+    scores_NE = _random((max(1, rows // k), state.shape[0]), torch.float32, device)
+    weight_NK, chosen_NK = scores_NE.softmax(dim=1).to(state.dtype).topk(k, dim=1)
+    hidden_ND = _random((chosen_NK.shape[0], _width(module)), state.dtype, device)
+    expected = moved_there_and_back(hidden_ND, weight_NK, chosen_NK, torch.float32, is_fused=False)
+    actual = partial(moved_there_and_back, hidden_ND, weight_NK, chosen_NK, state.dtype, is_fused=True)
+    return _fault_of("a token's rows or their gradient, moved by kernels,", actual, expected, state.dtype)
+
+
+def moved_there_and_back(
+    hidden_ND: torch.Tensor, weight_NK: torch.Tensor, chosen_NK: torch.Tensor, dtype: torch.dtype, *, is_fused: bool
+) -> torch.Tensor:
+    """Returns what tokens get if experts do nothing, and the gradients of tokens and weights, one row for each."""
+    routing = Routing(chosen_NK)
+    hidden_ND, weight_NK = (tensor.detach().to(dtype).requires_grad_(True) for tensor in (hidden_ND, weight_NK))
+    out_ND = from_experts(to_experts(hidden_ND, routing, is_fused=is_fused), weight_NK, routing, is_fused=is_fused)
+    gradients = torch.autograd.grad(out_ND, (hidden_ND, weight_NK), hidden_ND.detach().roll(1, dims=0))
+    tokens, width = hidden_ND.shape
+    found = torch.zeros(3, tokens, width, device=hidden_ND.device)
+    found[0], found[1], found[2, :, : routing.k] = out_ND.detach(), *gradients
+    return found.view(3 * tokens, width)
+
+
+def _fault_of(what: str, compute: Callable[[], torch.Tensor], expected: torch.Tensor, dtype: torch.dtype) -> str | None:
+    try:
+        error = _largest_error(compute(), expected)
+    except Exception as fault:  # noqa: BLE001 - whatever a compiler, a driver or a kernel raises
+        return f"{type(fault).__name__}: {str(fault).splitlines()[0] if str(fault) else ''}"
+    # One part in 2**7 of a row for bf16, whose results differ by 2**-9 after rounding. NaN is not below anything.
+    is_right = error <= max(torch.finfo(dtype).eps, 1e-5)
+    return None if is_right else f"{what} differs from the reference by {error:.2g} of its length"
 
 
 def _largest_error(product: torch.Tensor, expected: torch.Tensor) -> float:
@@ -195,9 +233,7 @@ def _time(module: torch.nn.Module, tokens: int, implementation: Implementation, 
 def _seconds(module: torch.nn.Module, tokens: int, most_seconds: float) -> float:
     state = next(iter(expert_states(module).values()))
     device, experts = next(module.parameters()).device, state.shape[0]
-    down = expert_states(module)["down_proj"].shape
-    width = down[-1] if getattr(module, "is_transposed", False) else down[-2]
-    hidden_ND = _random((tokens, width), state.dtype, device).requires_grad_(True)
+    hidden_ND = _random((tokens, _width(module)), state.dtype, device).requires_grad_(True)
     scores_NE = _random((tokens, experts), torch.float32, device)
     weight_NK, chosen_NK = scores_NE.softmax(dim=1).topk(_experts_of_a_token(module), dim=1)
     best, spent = float("inf"), 0.0
@@ -217,6 +253,12 @@ def _seconds(module: torch.nn.Module, tokens: int, most_seconds: float) -> float
             if spent > most_seconds:
                 break
     return best
+
+
+def _width(module: torch.nn.Module) -> int:
+    """A token's."""
+    down = expert_states(module)["down_proj"].shape
+    return int(down[-1] if getattr(module, "is_transposed", False) else down[-2])
 
 
 def _wait(device: torch.device) -> None:

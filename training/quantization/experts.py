@@ -23,6 +23,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
+from training.quantization.chosen_rows import Routing, from_experts, to_experts
 from training.quantization.grouped_product import (
     UNPACKED,
     Choice,
@@ -247,26 +248,21 @@ def nf4_grouped_experts(
 
     The arithmetic of transformers' own `grouped_mm`, with weights that are unpacked when needed.
     """
-    tokens, k = chosen_NK.shape
-    expert_S, order_S = torch.sort(chosen_NK.reshape(-1))
-    rows_SD = hidden_ND[order_S // k]
+    routing = Routing(chosen_NK)
+    implementation = _product_for(module, chosen_NK.numel())
+    rows_SD = to_experts(hidden_ND, routing, is_fused=implementation.moves_rows)
     # histc, in float on the CPU: bincount is not deterministic, and integer histc does not exist there.
-    counted = expert_S.float() if hidden_ND.device.type == "cpu" else expert_S.int()
+    counted = routing.expert_S.float() if hidden_ND.device.type == "cpu" else routing.expert_S.int()
     count_E = torch.histc(counted, bins=module.num_experts, min=0, max=module.num_experts - 1)
     groups = Groups(torch.cumsum(count_E, dim=0, dtype=torch.int32))
 
     up_name = "gate_up_proj" if module.has_gate else "up_proj"
-    middle_SI = _multiply(module, up_name, rows_SD, groups, expert_S)
+    middle_SI = _multiply(module, up_name, rows_SD, groups, routing.expert_S)
     middle_SI = module._apply_gate(middle_SI) if module.has_gate else module.act_fn(middle_SI)
-    out_SD = _multiply(module, "down_proj", middle_SI, groups, expert_S)
+    out_SD = _multiply(module, "down_proj", middle_SI, groups, routing.expert_S)
     if module.has_post_expert_norm:
         out_SD = module.post_expert_norm(out_SD)
-
-    out_SD = out_SD * weight_NK.reshape(-1)[order_S].unsqueeze(-1)
-    back_S = torch.empty_like(order_S)
-    back_S[order_S] = torch.arange(order_S.numel(), device=order_S.device)
-    # Reshape and sum, not index_add_: that is not deterministic on a GPU.
-    return out_SD[back_S].view(tokens, k, -1).sum(dim=1).to(hidden_ND.dtype)
+    return from_experts(out_SD, weight_NK, routing, is_fused=implementation.moves_rows).to(hidden_ND.dtype)
 
 
 def _multiply(module: Any, name: str, rows: torch.Tensor, groups: Groups, expert_S: torch.Tensor) -> torch.Tensor:

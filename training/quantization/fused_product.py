@@ -208,7 +208,7 @@ def _list_tiles(  # noqa: PLR0917
 
 
 @triton.jit
-def _as_bf16(value: tl.tensor) -> tl.tensor:
+def as_bf16(value: tl.tensor) -> tl.tensor:
     """Float32 rounded to the nearest bf16, ties to even, by its bits."""
     bits = value.to(tl.uint32, bitcast=True)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -298,14 +298,14 @@ def _product(  # noqa: PLR0917, PLR0915 - a kernel has its arguments by position
         weight_AB = tl.reshape(found * absmax_AB[:, :, None], [TILE_A, TILE_B])
         # Rounded to the compute type before the product, as an unpacked weight is.
         if EMULATED:
-            weight_AB, right_KR = _as_bf16(weight_AB), right_KR.to(tl.float32)
+            weight_AB, right_KR = as_bf16(weight_AB), right_KR.to(tl.float32)
         else:
             weight_AB = weight_AB.to(rows.dtype.element_ty)
         left_OK = weight_AB if ALONG else tl.trans(weight_AB)
         total_OR = tl.dot(left_OK, right_KR, total_OR, input_precision="ieee")
 
     if EMULATED:
-        total_OR = _as_bf16(total_OR)
+        total_OR = as_bf16(total_OR)
     out_O = out_0 + tl.arange(0, TILE_OUT)
     tl.store(
         out + row_R[:, None].to(tl.int64) * size_out + out_O[None, :],

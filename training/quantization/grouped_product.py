@@ -27,13 +27,19 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Implementation:
-    """`tile_rows`: how many rows of an expert the fused kernel multiplies at a time."""
+    """How a layer's experts are computed.
+
+    `tile_rows`: how many rows of an expert the fused kernel multiplies at a time. `moves_rows`: rows are brought to the
+    experts and added up by one kernel each (training.quantization.chosen_rows).
+    """
 
     kind: Kind
     tile_rows: int = 0
+    moves_rows: bool = False
 
     def __str__(self) -> str:
-        return f"{self.kind} by {self.tile_rows} rows" if self.tile_rows else str(self.kind)
+        name = f"{self.kind} by {self.tile_rows} rows" if self.tile_rows else str(self.kind)
+        return f"{name}, rows moved by kernels" if self.moves_rows else name
 
 
 UNPACKED = Implementation(Kind.UNPACKED)

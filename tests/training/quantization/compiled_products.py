@@ -17,7 +17,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from training.quantization.fused_product import _GROUP, _STAGES, _TILE_OUT, _TILE_SUM, TILE_ROWS, _product, warps_for
+from training.quantization.fused_product import (
+    _GROUP,
+    _STAGES,
+    _TILE_OUT,
+    _TILE_SUM,
+    TILE_ROWS,
+    _list_tiles,
+    _product,
+    warps_for,
+)
+from training.quantization.fused_rows import _TILE, _spread_rows, _sum_rows, _weighted_rows_backward
 
 # Tensor cores, by generation: mma (8.x, 12.x), wgmma (9.0), tcgen05 (10.0).
 _TENSOR_CORES = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
@@ -64,6 +74,34 @@ def compiled(capability: int, height: int, *, along: bool, even: bool) -> dict[s
     }
 
 
+def compiled_helpers(capability: int) -> list[dict[str, Any]]:
+    """The kernels around the product, at the 80B's sizes: nothing to see but that they compile and do not spill."""
+    rows = dict.fromkeys(("tokens", "rows", "total", "grad", "grad_rows", "weight", "grad_weight"), "*bf16")
+    types = {**rows, "back": "*i64", "ends": "*i32", "tiles": "*i32", **dict.fromkeys(("width", "num_experts"), "i32")}
+    types["num_tiles"] = "i32"
+    fixed = {"K": 10, "TILE": _TILE, "WEIGHTED": True, "EMULATED": False, "EMULATED_WEIGHT": False}
+    fixed |= {"TILE_ROWS": 128, "EXPERTS": 512, "TILES": 16}
+    found = []
+    for kernel in (_list_tiles, _spread_rows, _sum_rows, _weighted_rows_backward):
+        names = kernel.arg_names
+        source = ASTSource(
+            kernel,
+            {name: types.get(name, "constexpr") for name in names},
+            constexprs={(names.index(name),): value for name, value in fixed.items() if name in names},
+        )
+        made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        found.append(
+            {
+                "capability": capability,
+                "name": kernel.__name__,
+                "shared": made.metadata.shared,
+                "spilled": _stack_bytes(made.asm["cubin"]),
+                "uses": ["no tensor cores needed"],
+            }
+        )
+    return found
+
+
 def _stack_bytes(binary: bytes) -> int:
     """What ptxas put into memory instead of registers."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -88,6 +126,7 @@ def main() -> None:
             compiled(capability, 64, along=along, even=True)
             for capability, along in zip(capabilities, (True, False), strict=False)
         ]
+    kernels += [helper for capability in capabilities for helper in compiled_helpers(capability)]
     json.dump(kernels, sys.stdout)
 
 

@@ -20,7 +20,8 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import training.quantization.fused_product
-from training.quantization.choose_product import choose_products
+import training.quantization.fused_rows
+from training.quantization.choose_product import choose_products, moved_there_and_back
 from training.quantization.experts import (
     nf4_grouped_experts,
     quantise_experts,
@@ -40,6 +41,7 @@ from training.quantization.grouped_product import (
 )
 from training.quantization.nf4 import pack, pieces_of
 
+_ALL = Implementation(Kind.FUSED, 16, moves_rows=True)
 # Experts, the stored matrix, and each expert's rows.
 _SHAPES: dict[str, tuple[int, tuple[int, int], list[int]]] = {
     "ragged ends": (4, (128, 64), [3, 0, 17, 5]),
@@ -52,7 +54,7 @@ _SHAPES: dict[str, tuple[int, tuple[int, int], list[int]]] = {
 }
 _LARGE = {
     "two tiles of columns and of rows": (2, (200, 256), [130, 65]),
-    "512 experts, many rows": (512, (128, 128), [(expert * 7) % 5 for expert in range(512)]),
+    "512 experts, many rows": (512, (64, 128), [expert * 7 % 5 if expert % 3 else 0 for expert in range(512)]),
     "a group of tiles that is not full": (24, (256, 128), [17] * 24),
     "the proportions of gpt-oss": (4, (360, 704), [40, 0, 3, 25]),
 }
@@ -127,31 +129,28 @@ def layers() -> Iterator[dict[str, Any]]:
         hidden = torch.randn(9, 64)
         weight, chosen = torch.rand(9, 6).topk(2, dim=1)
         found = {}
-        for implementation in (UNPACKED, REFERENCE, Implementation(Kind.FUSED, 16)):
+        for implementation in (UNPACKED, REFERENCE, Implementation(Kind.FUSED, 16), _ALL):
             for is_held in (False, True):
                 if is_held:
                     unpack_once_for_backward(module)
                 set_product(module, Choice(((1 << 30, implementation),)))
                 rows = hidden.clone().requires_grad_(True)
-                out = nf4_grouped_experts(module, rows, chosen, weight)
+                weights = weight.clone().requires_grad_(True)
+                out = nf4_grouped_experts(module, rows, chosen, weights)
                 (out * hidden).sum().backward()
-                found[f"{implementation}{', held' if is_held else ''}"] = (out.detach(), rows.grad)
-        out, grad = found["unpacked"]
-        for how, (other, other_grad) in found.items():
-            yield {
-                "name": f"{name}, {how}",
-                "error": max(float((other - out).norm() / out.norm()), float((other_grad - grad).norm() / grad.norm())),
-            }
+                found[f"{implementation}{', held' if is_held else ''}"] = (out.detach(), rows.grad, weights.grad)
+        for how, others in found.items():
+            pairs = zip(others, found["unpacked"], strict=True)
+            yield {"name": f"{name}, {how}", "error": max(float((a - b).norm() / b.norm()) for a, b in pairs)}
 
 
 def choices() -> dict[str, Any]:
     """Who is chosen if all are right, and who is left out."""
-    fused = Implementation(Kind.FUSED, 16)
     answers = {}
 
     def choose() -> dict[str, Any]:
         module = modules()["gate"]
-        (tried,) = choose_products(torch.nn.ModuleList([module]), 8, lambda _module, _rows: (UNPACKED, fused))
+        (tried,) = choose_products(torch.nn.ModuleList([module]), 8, lambda _module, _rows: (UNPACKED, _ALL))
         return {
             "chosen": [str(implementation) for _, implementation in tried.choice.by_rows],
             "rows": [rows for rows, _ in tried.choice.by_rows],
@@ -177,18 +176,36 @@ def choices() -> dict[str, Any]:
     for fault in (one_row_wrong, not_a_number, does_not_compile):
         training.quantization.fused_product.fused_product = fault
         answers[fault.__name__] = choose()
+    training.quantization.fused_product.fused_product = whole
+    spread = training.quantization.fused_rows.spread_rows
+    training.quantization.fused_rows.spread_rows = lambda *arguments: spread(*arguments).roll(1, dims=0)
+    answers["a_row_goes_astray"] = choose()
+    training.quantization.fused_rows.spread_rows = spread
     return answers
+
+
+def moving() -> Iterator[dict[str, Any]]:
+    """The kernels that move rows, in both types and for widths beyond one tile, compared in float32."""
+    for width in (48, 1024, 1500):
+        for dtype in (torch.float32, torch.bfloat16):
+            chosen = torch.rand(7, 9).topk(3, dim=1)[1]
+            hidden, weight = torch.randn(7, width).to(dtype), torch.rand(7, 3).to(dtype)
+            fused = moved_there_and_back(hidden, weight, chosen, dtype, is_fused=True)
+            plain = moved_there_and_back(hidden, weight, chosen, torch.float32, is_fused=False)
+            error = float(((fused - plain).norm(dim=1) / plain.norm(dim=1)).max())
+            yield {"name": f"{width} columns", "type": str(dtype), "error": error}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if "large" in sys.argv:
-        report: dict[str, Any] = {"products": list(products({**_SHAPES, **_LARGE}, TILE_ROWS))}
+        report: dict[str, Any] = {"products": list(products(_LARGE, TILE_ROWS[1::2]))}
     else:
         report = {
             "products": list(products(_SHAPES, TILE_ROWS[:1])),
             "tiles": lists_of_tiles(),
             "layers": list(layers()),
+            "moving": list(moving()),
             "choices": choices(),
         }
     json.dump(report, sys.stdout)

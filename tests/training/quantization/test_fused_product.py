@@ -60,6 +60,11 @@ def test_the_fused_product_equals_the_reference_for_larger_shapes_and_all_height
     _assert_right(_run("interpreted_products.py", "large")["products"])
 
 
+def test_rows_are_moved_and_added_up_as_by_plain_operations(report: Any) -> None:
+    assert len(report["moving"]) == 6
+    _assert_right(report["moving"])
+
+
 def test_the_list_of_tiles_equals_that_of_a_loop(report: Any) -> None:
     assert report["tiles"]
 
@@ -90,12 +95,14 @@ def test_of_those_that_are_right_the_fastest_is_chosen(report: Any) -> None:
         ("one_row_wrong", "differs from the reference"),
         ("not_a_number", "differs from the reference"),
         ("does_not_compile", "RuntimeError: PassManager::run failed"),
+        ("a_row_goes_astray", "moved by kernels, differs"),
     ],
 )
 def test_what_is_wrong_here_is_never_chosen(report: Any, fault: str, reason: str) -> None:
     choice = report["choices"][fault]
     assert choice["chosen"] == ["unpacked", "unpacked"]
-    assert list(choice["faults"]) == ["fused by 16 rows"] and reason in choice["faults"]["fused by 16 rows"]
+    (name,) = choice["faults"]
+    assert name == "fused by 16 rows, rows moved by kernels" and reason in choice["faults"][name]
 
 
 def test_the_kernel_compiles_for_hopper_and_ampere() -> None:
