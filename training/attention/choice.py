@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -45,6 +45,8 @@ _WINDOWS = ("sliding_window", "attention_chunk_size")
 # Ragged on purpose: one token, one more than a kernel's block of 128, and two texts that end inside one.
 _PROOF_LENGTHS, _PROOF_WINDOW = (1, 129, 67, 300), 100
 _TIMED_TOKENS = 8192
+# By kind of device. A CPU has none.
+KERNELS: dict[str, Attend] = {"cuda": attend_varlen}
 _REFUSALS = (ValueError, TypeError, NotImplementedError, RuntimeError, IndexError, AttributeError, KeyError)
 
 
@@ -54,7 +56,6 @@ class Choice:
 
     dense_because: str | None
     dropped: tuple[str, ...] = ()
-    kernels: dict[Shape, str] = field(default_factory=dict)
 
 
 def choose_packed_attention(model: Any, lengths: Sequence[int]) -> Choice:
@@ -154,23 +155,20 @@ def _choose_kernels(shapes: set[Shape], device: torch.device, lengths: Sequence[
     """Proves and times the kernels of this device. Other shapes, and a CPU, attend text by text."""
     chosen.clear()
     dropped: dict[str, None] = {}
-    names: dict[Shape, str] = {}
-    if device.type != "cuda":
+    kernel = KERNELS.get(device.type)
+    if kernel is None:
         return Choice(None)
     for shape in sorted(shapes, key=repr):
-        fault = fault_of(attend_varlen, shape, device)
+        fault = fault_of(kernel, shape, device)
         if fault is None:
-            ours, reference = (
-                _seconds(attend, shape, device, lengths) for attend in (attend_varlen, attend_text_by_text)
-            )
+            ours, reference = (_seconds(attend, shape, device, lengths) for attend in (kernel, attend_text_by_text))
             if ours > reference:
                 fault = f"it takes {ours * 1e3:.2f} ms where one text after the other takes {reference * 1e3:.2f} ms"
         if fault is None:
-            chosen[shape] = attend_varlen
-            names[shape] = "varlen"
+            chosen[shape] = kernel
         else:
             dropped[f"heads of {shape.key_size} numbers{' with a window' if shape.has_window else ''}: {fault}"] = None
-    return Choice(None, tuple(dropped), names)
+    return Choice(None, tuple(dropped))
 
 
 def fault_of(attend: Attend, shape: Shape, device: torch.device) -> str | None:

@@ -198,15 +198,16 @@ def _compare(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Returns the model's own attention over the dense mask, and notes how far ours is from it in float32."""
     dense = borders.dense()
+    shape = _shape((heads[0][0], heads[1][0], heads[2][0]), borders, asked)
     with torch.autocast(heads[0].device.type, enabled=False):
         exact = [head.float() for head in heads]
         floating = dense is not None and dense.is_floating_point()
         wanted = own(*exact, dense.float() if floating and dense is not None else dense, **asked)[0]
         found = attend_text_by_text(
             exact[0][0], exact[1][0], exact[2][0], borders,
-            scale=_shape(heads, borders, asked).scale, softcap=asked.get("softcap"), sinks_H=asked.get("s_aux"),
+            scale=shape.scale, softcap=shape.softcap, sinks_H=asked.get("s_aux"),
         )[None]  # fmt: skip
     observed.differences.append(float((found - wanted).norm() / wanted.norm()))
-    observed.shapes.add(_shape(heads, borders, asked))
+    observed.shapes.add(shape)
     result: tuple[torch.Tensor, torch.Tensor | None] = own(*heads, dense, **asked)
     return result

@@ -65,6 +65,7 @@ def _written_out(
     softcap: float | None,
     sinks_H: torch.Tensor | None,
 ) -> torch.Tensor:
+    """Attention of one text, HLE, with its scores in memory: `visible_LL` is True where a token sees another."""
     heads, length, _ = query_HLD.shape
     groups = key_GLD.shape[0]
     # The query heads of a group are laid one after the other: they meet their key head in one product.

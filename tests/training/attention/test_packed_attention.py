@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -10,16 +11,18 @@ import torch
 import transformers
 
 from tests.training.attention.flash_on_cpu import flash_on_cpu
-from tests.training.conftest import IN_BOTH_TYPES, ON_A_CARD_TOO, ROUNDING
+from tests.training.conftest import IN_BOTH_TYPES, ON_A_CARD_TOO, ROUNDING, RecordedEvents, SpecOf
+from training.attention import choice
 from training.attention.borders import borders_on, read_borders
 from training.attention.choice import borders_of_lengths, choose_packed_attention, fault_of
-from training.attention.registered import NAMES, Shape, attends_by_borders
+from training.attention.registered import NAMES, Shape, attends_by_borders, chosen
 from training.attention.text_by_text import attend_text_by_text
 from training.attention.varlen import attend_varlen
 from training.base.dtype import compute_dtype
 from training.base.sequence_packing import why_not_packed
 from training.compute import ComputeType
 from training.data.micro_batches import pack
+from training.recipe import may_pack
 
 _TINY = {
     "vocab_size": 128,
@@ -67,7 +70,8 @@ def _read(model: Any, lengths: tuple[int, ...], first: int = 1) -> tuple[torch.T
     # The same texts but for the first token.
     ids = [torch.arange(length) * 7 % 120 + 1 for length in lengths]
     ids[0][0] = first
-    row = pack(ids)
+    device = model.get_input_embeddings().weight.device
+    row = pack([text.to(device) for text in ids])
     embeddings = model.get_input_embeddings()(row.pop("input_ids")).detach().requires_grad_()
     hidden = model.base_model(inputs_embeds=embeddings, use_cache=False, **row).last_hidden_state
     generator = torch.Generator().manual_seed(0)
@@ -88,8 +92,8 @@ def test_a_family_reads_packed_rows_as_with_a_dense_mask(family: str, compute_ty
     model = make(family, compute_dtype("cpu", compute_type))
     config = model.config.to_dict()
     dense = _read(model, lengths)
-    choice = choose_packed_attention(model, lengths)
-    assert choice.dense_because is None and attends_by_borders(model) and not choice.dropped
+    made = choose_packed_attention(model, lengths)
+    assert made.dense_because is None and attends_by_borders(model) and not made.dropped
     # Windows were shortened for the proof only.
     assert model.config.to_dict() == config
     ours = _read(model, lengths)
@@ -147,8 +151,8 @@ def test_training_recomputes_a_layer_with_the_same_borders() -> None:
 def test_a_model_that_asks_for_more_keeps_its_dense_mask(family: str, config: dict[str, Any], reason: str) -> None:
     model = make(family, **config)
     before, original = _read_plain(model), model.config._attn_implementation
-    choice = choose_packed_attention(model, ())
-    assert choice.dense_because is not None and reason in choice.dense_because
+    made = choose_packed_attention(model, ())
+    assert made.dense_because is not None and reason in made.dense_because
     assert not attends_by_borders(model) and model.config._attn_implementation == original
     assert torch.equal(_read_plain(model), before)
 
@@ -166,8 +170,8 @@ def test_a_layer_that_computes_otherwise_is_found_out(monkeypatch: pytest.Monkey
         return attend_text_by_text(*heads, scale=scale * 1.1, **asked)
 
     monkeypatch.setattr("training.attention.registered.attend_text_by_text", without_scale)
-    choice = choose_packed_attention(make("Llama"), ())
-    assert choice.dense_because is not None and "differs" in choice.dense_because
+    made = choose_packed_attention(make("Llama"), ())
+    assert made.dense_because is not None and "differs" in made.dense_because
 
 
 def test_a_layer_that_asks_for_what_we_do_not_know_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,8 +179,8 @@ def test_a_layer_that_asks_for_what_we_do_not_know_is_found_out(monkeypatch: pyt
     layer = model.model.layers[1].self_attn
     forward = layer.forward
     monkeypatch.setattr(layer, "forward", lambda *given, **asked: forward(*given, temperature=torch.ones(4), **asked))
-    choice = choose_packed_attention(model, ())
-    assert choice.dense_because == "its layers ask their attention for temperature"
+    made = choose_packed_attention(model, ())
+    assert made.dense_because == "its layers ask their attention for temperature"
 
 
 def _sees(begins: list[int], length: int, window: int | None = None) -> Any:
@@ -260,6 +264,80 @@ def test_a_kernel_that_is_wrong_missing_or_asked_for_too_much_is_not_used() -> N
         (Shape(2, 2, 64, 64, torch.float32, 0.1, None, has_sinks=False, has_window=False), "16 bits"),
     ):
         assert reason in str(fault_of(attend_varlen, shape, device))
+
+
+@pytest.fixture
+def _kernel_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setitem(choice.KERNELS, "cpu", attend_varlen)
+    yield
+    chosen.clear()
+
+
+@pytest.mark.usefixtures("_kernel_for_a_cpu")
+def test_a_kernel_that_proves_itself_and_is_quicker_attends(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = (9, 1, 14)
+    dense = _read(make("Gemma3", torch.bfloat16), lengths)
+    exact = _read(make("Gemma3", torch.bfloat16).float(), lengths)
+    model = make("Gemma3", torch.bfloat16)
+    # Operators written in Python are slow; which is quicker is decided by these.
+    seconds = {attend_varlen: 1.0, attend_text_by_text: 2.0}
+    monkeypatch.setattr(choice, "_seconds", lambda attend, *_rest: seconds[attend])
+    with flash_on_cpu() as called:
+        assert choose_packed_attention(model, lengths) == choice.Choice(None)
+        # With a window and without.
+        assert set(chosen.values()) == {attend_varlen} and {shape.has_window for shape in chosen} == {True, False}
+        called.clear()
+        ours = _read(model, lengths)
+        assert called.count("forward") == called.count("backward") == len(model.model.layers)
+    for found, wanted, right in zip(ours, dense, exact, strict=True):
+        assert _distance(found, right) <= 2 * _distance(wanted, right)
+    seconds[attend_varlen] = 3.0
+    with flash_on_cpu():
+        slower = choose_packed_attention(model, lengths)
+    assert slower.dense_because is None and len(slower.dropped) == 2 and not chosen
+    assert "it takes 3000.00 ms where one text after the other takes 2000.00 ms" in slower.dropped[0]
+
+
+@pytest.mark.usefixtures("_kernel_for_a_cpu")
+def test_a_kernel_that_cannot_be_used_is_told_in_the_story(spec_of: SpecOf) -> None:
+    spec = spec_of("qwen3")
+    voice = RecordedEvents()
+    model = make("Gemma3", torch.bfloat16)
+    assert may_pack(spec, model, voice, [9, 14])
+    notices = voice.all("notice")
+    assert {notice.code for notice in notices} == {"kernel_dropped"}
+    assert "heads of 16 numbers" in notices[0].message and "_flash_attention_forward" in notices[0].data["reason"]
+    assert attends_by_borders(model) and why_not_packed(model) is None
+
+
+def test_a_dense_mask_is_told_in_the_story(spec_of: SpecOf) -> None:
+    voice = RecordedEvents()
+    assert may_pack(spec_of("qwen3"), make("DeepseekV32", **_ROUTED, **_LATENT), voice)
+    (notice,) = voice.all("notice")
+    assert notice.code == "attention_dense" and "must match the size" in notice.data["reason"]
+
+
+@pytest.mark.parametrize("lengths", [(), (5,), (8000, 700), (20000,)])
+def test_kernels_are_timed_on_one_micro_batch_of_the_jobs_lengths(lengths: tuple[int, ...]) -> None:
+    timed = choice._of_one_micro_batch(lengths)
+    assert timed == {(): [512], (5,): [5], (8000, 700): [8000], (20000,): [8192]}[lengths]
+    assert choice._seconds(attend_text_by_text, _SHAPES[1], torch.device("cpu"), (5, 7)) > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", ["Qwen3", "Mistral", "Gemma3", "DeepseekV3"])
+def test_on_a_card_a_family_attends_by_the_kernel_and_reads_as_with_a_dense_mask(family: str) -> None:
+    lengths = (9, 1, 14)
+    exact = _read(make(family, torch.bfloat16).float(), lengths)
+    model = make(family, torch.bfloat16).to("cuda")
+    dense = _read(model, lengths)
+    made = choose_packed_attention(model, [600, 900, 500, 1200])
+    assert made.dense_because is None and chosen, made
+    for found, wanted, right in zip(_read(model, lengths), dense, exact, strict=True):
+        most = max(2 * _distance(wanted.cpu(), right), 0.2 * (family == "DeepseekV3"))
+        assert _distance(found.cpu(), right) <= most
+    assert why_not_packed(model) is None
 
 
 def test_our_names_are_none_by_which_transformers_knows_its_own() -> None:
