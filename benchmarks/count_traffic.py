@@ -197,9 +197,12 @@ def _costs_of(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> list
         read = written + sum(map(_bytes, taken))
         if short in ("index_put_", "index_put", "scatter_"):
             read = written = sum(map(_bytes, taken))
-    formula = flop_registry.get(func._overloadpacket)
+    formula = flop_registry.get(getattr(torch.ops.aten, short.removesuffix("_"), func._overloadpacket))
     if formula is not None:
-        return [Cost("product", read, written, int(formula(*args, **kwargs, out_val=result)))]
+        if kwargs.get("beta") == 0:
+            # What was there before is overwritten unread.
+            read -= sum(map(_bytes, changed))
+        return [Cost("product", read, written, int(formula(*args, out_val=result)))]
     return [Cost("unpack" if short in _UNPACKING else "elementwise", read, written)]
 
 

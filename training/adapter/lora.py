@@ -11,6 +11,7 @@ import peft.utils.transformers_weight_conversion as peft_conversion
 import torch
 from peft import LoraConfig, get_peft_model
 
+from training.adapter.frozen_linear import use_one_function
 from training.events import ErrorCode
 from training.failures import TrainingFailed
 from training.files.module_names import DEFAULT_TARGETS, ROUTERS
@@ -40,6 +41,7 @@ def attach_adapter(model: PreTrainedModel, chosen: Hyperparameters) -> PeftModel
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    use_one_function(adapted)
     return adapted
 
 

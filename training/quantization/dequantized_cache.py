@@ -28,6 +28,7 @@ from training.spec import JobSpec
 
 # The other half is for other processes on this host, and for what the estimate missed.
 _SHARE = 0.5
+_UNPACKED = "nf4_unpacked"
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,11 @@ def keep_unpacked(model: torch.nn.Module, most_bytes: int) -> Kept:
     return Kept(kept_bytes, kept, count)
 
 
+def unpacked_weight(module: torch.nn.Module) -> torch.Tensor | None:
+    """Returns a linear layer's weight if it is kept unpacked."""
+    return module.__dict__.get(_UNPACKED)
+
+
 def _packed_weights(model: torch.nn.Module) -> Iterator[_Weight]:
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -94,6 +100,7 @@ def _keep_linear(module: Linear4bit) -> None:
     """Replaces `forward` by the product with the kept weight, with the same conversions."""
     state = module.weight.quant_state
     weight = bnb.dequantize_4bit(module.weight.data, state)
+    module.__dict__[_UNPACKED] = weight
     bias = None if module.bias is None else module.bias.to(weight.dtype)
 
     def forward(rows: torch.Tensor) -> torch.Tensor:

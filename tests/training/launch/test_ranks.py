@@ -244,7 +244,12 @@ def test_a_model_that_no_place_can_hold_is_cut_and_trains_the_same(
     ours, theirs = (load_file(each.output_dir / "adapter_model.safetensors") for each in (spec, whole))
     assert ours.keys() == theirs.keys()
     # The last step's gradients differ in their last bits, and Adam divides small ones by small ones.
-    assert all(torch.allclose(ours[name], theirs[name], atol=1e-3) for name in theirs)
+    if compute_type == "float32":
+        assert all(torch.allclose(ours[name], theirs[name], atol=1e-3) for name in theirs)
+    else:
+        # In bfloat16 single weights may take another turn; the matrices stay the same.
+        apart = max(float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in theirs)
+        assert apart < 10 * ROUNDING[compute_type], apart
 
     # Drained half way, and continued by a host that can hold the whole model.
     begun = spec_of(name="begun", num_gpus=2, dataset_path=whole.dataset_path, **chosen)
