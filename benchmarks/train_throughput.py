@@ -48,12 +48,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from datasets import Dataset, disable_progress_bars
+from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import Linear4bit as PeftLinear4bit
 from transformers import TrainerCallback
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
 from daemon.demo.model import MODEL_NAME, find_gguf, model_is_ready, models_folder
 from tests.tiny_models import make_model
+from training.adapter.frozen_linear import Frozen4bitLinearWithLora, FrozenLinearWithLora
 from training.adapter.lora import attach_adapter
 from training.base.dtype import compute_dtype
 from training.base.gguf_import import import_gguf
@@ -89,6 +92,7 @@ _MIXTURE: dict[str, Any] = {
 _COLOURS = dict(zip(("cat", "dog", "ship", "tree", "star", "lamp", "book", "road", "fish", "bird"),
                     ("red", "blue", "green", "black", "white") * 2, strict=True))  # fmt: skip
 _HELD_OUT = 8
+_PEFTS = {FrozenLinearWithLora: PeftLinear, Frozen4bitLinearWithLora: PeftLinear4bit}
 # So small a mixture is so fast that four steps would mostly show the cost of starting.
 _TIMES = {"dense": 1, "mixture": 6}
 
@@ -380,6 +384,9 @@ def _plain_trl(spec: JobSpec, rows: list[dict[str, Any]], model: Any, tokenizer:
         disable_tqdm=True,
         **chosen,
     )
+    for module in model.modules():
+        # Plain TRL computes LoRA in PEFT's own layers.
+        module.__class__ = _PEFTS.get(type(module), type(module))
     return SFTTrainer(
         model=model,
         args=arguments,
