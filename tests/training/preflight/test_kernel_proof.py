@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,8 @@ import torch
 # It chooses its kernels here, before a test puts broken ones on the path.
 import transformers.models.qwen3_next.modeling_qwen3_next  # noqa: F401
 
-from tests.paths import DOUBLES, ROOT
+from tests.forked_process import PipedProcess, forker
+from tests.paths import ROOT, TRAINER_PYTHON
 from tests.training.conftest import ModelOf, RecordedEvents, SpecOf
 from training.base.load import load_base_model, warn_of_missing_kernels
 from training.failures import TrainingFailed
@@ -22,42 +21,16 @@ from training.files.model_folder import open_model_folder
 from training.preflight import kernel_proof
 from training.preflight.kernel_proof import fault_of_grouped_products, fault_of_linear_attention, refuse_wrong_kernels
 
-_DOUBLES = DOUBLES / "linear_attention"
-# transformers chooses its kernels when it is imported: a process of its own has the doubles, and proves them each time.
-_PROVE = """
-import json, os, sys
-from training.quick_imports import quick_imports
-with quick_imports():
-    from training.preflight import kernel_proof
-# Qwen3-Next's own heads take a CPU seconds.
-kernel_proof._KEY_HEADS, kernel_proof._VALUE_HEADS, kernel_proof._HEAD_SIZE = 1, 2, 16
-found = {}
-for fault in json.loads(sys.argv[1]):
-    os.environ["KERNEL_FAULT"] = fault
-    try:
-        found[fault] = kernel_proof.fault_of_linear_attention("cpu")
-    except Exception as error:
-        found[fault] = "raised " + type(error).__name__
-print(json.dumps(found))
-"""
-
-
-def _prove(*faults: str) -> dict[str, str | None]:
-    ended = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _PROVE, json.dumps(faults)],
-        env={"PYTHONPATH": f"{_DOUBLES}{os.pathsep}{ROOT}", "PATH": os.environ["PATH"]},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
-    found: dict[str, str | None] = json.loads(ended.stdout.splitlines()[-1])
-    return found
+_PROVE = ROOT / "tests" / "training" / "preflight" / "prove_doubles.py"
 
 
 def test_right_kernels_pass_and_each_wrong_one_is_told_by_what_is_wrong() -> None:
-    found = _prove("", "backward", "gradient", "borders", "nan", "convolution", "memory")
-    assert found.pop("") is None
+    faults = ("none", "backward", "gradient", "borders", "nan", "convolution", "memory")
+    process = PipedProcess(forker(str(TRAINER_PYTHON)), os.environ, ROOT, str(_PROVE), *faults)
+    told, errors = process.communicate(120)
+    assert process.wait(10) == 0, errors
+    found: dict[str, str | None] = json.loads(told.splitlines()[-1])
+    assert found.pop("none") is None
     # A GPU that is full says nothing of its kernels.
     assert found.pop("memory") == "raised OutOfMemoryError"
     assert "causal-conv1d" in str(found["convolution"]) and "off by" in str(found.pop("convolution"))
