@@ -62,7 +62,7 @@ def test_training_evaluation_and_samples_multiply_in_the_same_types(
     wanted = getattr(torch, compute_type)
     for doing in ("training_step", "evaluate", "answer"):
         assert products.types[doing, "frozen"] <= {wanted}, doing
-        assert products.types[doing, "adapter"] == products.types["training_step", "adapter"], doing
-    assert products.types["training_step", "adapter"] <= {wanted, torch.float32}
+        # Its weights are float32, and are multiplied in the type of the activations.
+        assert products.types[doing, "adapter"] == {wanted}, doing
     # The head, at least, is no 4-bit product of a library.
     assert products.types["training_step", "frozen"] == {wanted}
