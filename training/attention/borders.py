@@ -8,7 +8,8 @@ positions for each token, so that what the model asked for decides, and not the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -29,10 +30,32 @@ class Borders:
     ends_on_device: torch.Tensor
     window: int | None
     dense: Callable[[], torch.Tensor | None]
+    # By the ends that layers were given, for reading them waits for the GPU. They are kept, so that no other tensor can
+    # have their identity.
+    _divided: dict[int, tuple[torch.Tensor, Borders]] = field(default_factory=dict)
 
     @property
     def longest(self) -> int:
         return max(end - start for start, end in pairwise(self.ends))
+
+    def divided_at(self, ends_on_device: torch.Tensor) -> Borders:
+        """Returns these borders and those that the row was packed with: an architecture's mask may not know of them."""
+        if id(ends_on_device) not in self._divided:
+            given = ends_on_device.tolist()
+            ends = tuple(sorted({*self.ends, *given}))
+            divided = self if ends == self.ends or given[-1] != self.ends[-1] else self._at(ends)
+            self._divided[id(ends_on_device)] = ends_on_device, divided
+        return self._divided[id(ends_on_device)][1]
+
+    def _at(self, ends: tuple[int, ...]) -> Borders:
+        device = self.ends_on_device.device
+        longest = max(end - start for start, end in pairwise(ends))
+        return Borders(
+            ends=ends,
+            ends_on_device=torch.tensor(ends, dtype=torch.int32, device=device),
+            window=self.window if self.window is not None and self.window < longest else None,
+            dense=partial(_divided_mask, self.dense, ends, device),
+        )
 
     def as_mask(self) -> torch.Tensor:
         """Returns a mask for models to hand down to their attention, which finds these borders on it.
@@ -42,6 +65,21 @@ class Borders:
         mask = torch.empty((1, 1, 0, 0), dtype=torch.bool, device=self.ends_on_device.device)
         mask.borders = self  # type: ignore[attr-defined]
         return mask
+
+
+def _divided_mask(
+    dense: Callable[[], torch.Tensor | None], ends: tuple[int, ...], device: torch.device
+) -> torch.Tensor | None:
+    """Returns a dense mask without what crosses the borders."""
+    mask = dense()
+    lengths = torch.tensor([end - start for start, end in pairwise(ends)], device=device)
+    text_T = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
+    together_TT = text_T[:, None] == text_T[None]
+    if mask is None:
+        return (together_TT & together_TT.tril())[None, None]
+    return (
+        mask & together_TT if mask.dtype == torch.bool else mask.masked_fill(~together_TT, torch.finfo(mask.dtype).min)
+    )
 
 
 def borders_on(mask: Any) -> Borders | None:

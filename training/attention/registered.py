@@ -101,8 +101,10 @@ def _mask(dense_mask: Callable[..., torch.Tensor | None], **asked: Any) -> torch
     dense = partial(dense_mask, **asked)
     length = asked["q_length"]
     is_packed = (
-        # transformers says so of a row with several texts.
-        not asked.get("allow_is_causal_skip", True)
+        # transformers says so of a row with several texts. Attention that is written out has a mask for any row, and
+        # some of these architectures (gpt-oss) do not tell it of several texts.
+        (not asked.get("allow_is_causal_skip", True) or dense_mask is eager_mask)
+        and length > 1
         and not asked.get("use_vmap", False)
         and asked.get("attention_mask") is None
         and asked["batch_size"] == 1
@@ -128,11 +130,17 @@ def _attention(  # noqa: PLR0917 - transformers' signature
     **asked: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     borders = borders_on(attention_mask)
+    ends = asked.get("cu_seq_lens_q")
+    if borders is not None and ends is not None:
+        borders = borders.divided_at(ends)
     own = partial(_own_attention(original, module), module, query_BHTD, key_BGTD, value_BGTE)
     if borders is None:
         return own(attention_mask, **asked)  # type: ignore[no-any-return]
     foreign = _foreign(asked)
     observed = _observed[-1] if _observed else None
+    if key_BGTD.shape[2] != borders.ends[-1]:
+        # A cache that is longer than what it holds.
+        foreign = foreign or "more keys than the row has"
     if foreign is not None:
         if observed is not None:
             observed.foreign = foreign
