@@ -7,6 +7,7 @@ is kept, up to a limit, and written when it is back: training goes on.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -342,6 +343,10 @@ class Reporter:
 
     async def _write_status(self) -> None:
         if self._must_start:
+            # From its first step on a job keeps to the model that its row names: by now it may have become known. A
+            # refusal is told by the next flush.
+            with contextlib.suppress(StatementRefused):
+                await self._write_plan()
             await self._store.start_job(self._lease)
             self._must_start, self._started, self._told_by_outbox = False, True, True
             self._on_moved()

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
@@ -14,7 +15,7 @@ from daemon.database.connection import Database
 from daemon.errors import LeaseLost
 from daemon.host.gpu_load import read_load
 from daemon.host.gpus import Gpu
-from daemon.queue.job import ClaimedJob
+from daemon.queue.job import ClaimedJob, Lease
 from daemon.queue.rows import Limits
 from daemon.queue.sql_job_store import SqlJobStore
 from daemon.report.cost import CostMeter
@@ -100,6 +101,31 @@ async def test_the_first_step_makes_the_job_running_and_steps_make_points(claime
     assert metrics["training_loss"] == 2.0
     # A page finds each of its keys, also what is not known yet or not on this host.
     assert metrics["validation_loss"] is metrics["gpu_utilization"] is None
+
+
+async def test_the_row_names_its_base_model_before_its_first_step_binds_later_attempts_to_it(
+    claimed: Claimed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy machine model and first step may be told while the words before them are still being written."""
+    reporter = claimed.reporter()
+    record_event, start_job = claimed.store.record_event, claimed.store.start_job
+    named: list[object] = []
+
+    async def slowly(*given: Any) -> None:
+        await record_event(*given)
+        monkeypatch.setattr(claimed.store, "record_event", record_event)
+        reporter.train_with({"base_model": "acme/other"})
+        reporter.report(claimed.step(1))
+
+    async def watched(lease: Lease) -> None:
+        named.append(claimed.app.job(claimed.id)["base_model"])
+        await start_job(lease)
+
+    monkeypatch.setattr(claimed.store, "record_event", slowly)
+    monkeypatch.setattr(claimed.store, "start_job", watched)
+    reporter.tell("notice", "Something comes first.")
+    await reporter.flush()
+    assert named == ["acme/other"] and claimed.app.job(claimed.id)["status"] == "running"
 
 
 async def test_many_events_become_one_write_of_the_row_a_second(claimed: Claimed) -> None:
