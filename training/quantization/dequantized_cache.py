@@ -24,6 +24,7 @@ from torch.nn import functional
 from training.files.free_memory import free_bytes
 from training.preflight.estimate import Estimate
 from training.quantization.experts import expert_states, has_fused_experts, unpacked_experts
+from training.quantization.nf4 import unpack
 from training.spec import JobSpec
 
 # The other half is for other processes on this host, and for what the estimate missed.
@@ -93,7 +94,7 @@ def _bytes_of(state: bnb.QuantState) -> int:
 def _keep_experts(module: torch.nn.Module, name: str) -> None:
     packed = module._parameters[name]
     assert packed is not None
-    unpacked_experts(module)[name] = bnb.dequantize_4bit(packed.data, expert_states(module)[name])
+    unpacked_experts(module)[name] = unpack(packed.data, expert_states(module)[name])
 
 
 def _keep_linear(module: Linear4bit) -> None:

@@ -16,7 +16,7 @@ import bitsandbytes.functional as bnb
 import torch
 from transformers.integrations.moe import _grouped_mm
 
-from training.quantization.nf4 import unpack_experts
+from training.quantization.nf4 import unpack, unpack_experts
 
 
 class Kind(StrEnum):
@@ -107,7 +107,7 @@ class _GroupedProduct(torch.autograd.Function):
     ) -> torch.Tensor:
         kept, kept_state = stored, state
         if implementation.kind is Kind.UNPACKED and state is not None:
-            stored, state = bnb.dequantize_4bit(stored, state), None
+            stored, state = unpack(stored, state), None
             if is_held:
                 kept, kept_state = stored, None
         ctx.save_for_backward(kept)
@@ -142,7 +142,7 @@ def multiply(
         return fused_product(rows_SI, stored, state, tiles, implementation.tile_rows, along)
     if state is not None and implementation.kind is Kind.REFERENCE:
         return reference_product(rows_SI, stored, state, groups.ends_E, along=along).to(state.dtype)
-    weight = stored if state is None else bnb.dequantize_4bit(stored, state)
+    weight = stored if state is None else unpack(stored, state)
     return _grouped_mm(rows_SI, weight.transpose(-2, -1) if along else weight, groups.ends_E)
 
 

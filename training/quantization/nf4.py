@@ -1,4 +1,4 @@
-"""Packs a large weight into NF4 piece by piece, so that it never exists twice in 16 bits."""
+"""Packs a large weight into NF4 piece by piece, so that it never exists twice in 16 bits, and unpacks one of any size."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ BLOCK = 64
 PIECE_ELEMENTS = 1 << 20
 # The second quantisation, of the blocks' maxima.
 _NESTED_BLOCK = 256
+# bitsandbytes counts elements in 32 bits and its kernels round the count up; the experts of one layer of DeepSeek-V3
+# have 7.5 billion. Larger weights are unpacked in parts, each a multiple of BLOCK.
+MOST_ELEMENTS = (1 << 31) - (1 << 20)
+_PART_ELEMENTS = 1 << 28
 
 
 def pack(
@@ -47,6 +51,29 @@ def pack(
         offset=offset,
         state2=second,
     )
+
+
+def unpack(packed: torch.Tensor, state: bnb.QuantState) -> torch.Tensor:
+    """Unpacks a weight, a large one in several calls. Equal, bit for bit, to bnb.dequantize_4bit(packed, state)."""
+    count = math.prod(state.shape)
+    if count <= MOST_ELEMENTS:
+        return bnb.dequantize_4bit(packed, state)
+    maxima = (bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
+    whole = torch.empty(count, dtype=state.dtype, device=packed.device)
+    for start in range(0, count, _PART_ELEMENTS):
+        part = whole[start : start + _PART_ELEMENTS]
+        stop = start + part.numel()
+        its_state = bnb.QuantState(
+            absmax=maxima[start // BLOCK : -(-stop // BLOCK)],
+            shape=part.shape,
+            dtype=state.dtype,
+            blocksize=BLOCK,
+            code=state.code,
+            quant_type=state.quant_type,
+        )
+        # On a CPU the kernel adds an axis to a shape that has one.
+        part.copy_(bnb.dequantize_4bit(packed[start // 2 : -(-stop // 2)], its_state).view(-1))
+    return whole.view(state.shape)
 
 
 def pieces_of(weight: torch.Tensor) -> Iterable[torch.Tensor]:
