@@ -55,6 +55,16 @@ _ZEPHYR = (
     "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n"
     "{% endif %}\n{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
 )
+_PHI_4 = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '<|im_sep|>' + message['content'] + "
+    "'<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
+)
+_SMOLLM2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 _WRITTEN = {
     "chatml": CHATML,
     "mistral-v0.1": _MISTRAL.replace("END", "+ ' '"),
@@ -62,6 +72,8 @@ _WRITTEN = {
     "mistral-v0.3": _MISTRAL_V03,
     "llama-2": _LLAMA_2,
     "zephyr": _ZEPHYR,
+    "phi-4": _PHI_4,
+    "smollm2": _SMOLLM2,
 }
 # The tokens that stop a server, by the beginning of the name: the tokenizer's own first, then generation_config's.
 _STOPS = {
@@ -80,6 +92,7 @@ _STOPS = {
     "llama-2": ("</s>",),
     "zephyr": ("</s>",),
     "muse": ("<|eot|>",),
+    "phi-4": ("<|im_end|>",),
     "phi": ("<|endoftext|>", "<|end|>"),
 }
 SHIPPED = tuple(sorted(path.stem for path in _SHIPPED.glob("*.jinja") if not path.stem.endswith("_training")))
@@ -104,6 +117,6 @@ def tokenizer_of(name: str, template: str | None = None) -> tuple[Any, tuple[int
 def _with_all_control_tokens() -> Any:
     control = {"<s>", "</s>", "<eos>", "[INST]", "[/INST]", "<end_of_turn>", "<start_of_turn>", "<end_of_utterance>"}
     control |= {"<|system|>", "<|user|>", "<|assistant|>", "<|call|>"}
-    for name in SHIPPED:
+    for name in (*SHIPPED, "phi-4"):
         control.update(re.findall(r"<[|｜][\w▁]+[|｜]?>|<\w+\|>", template_text(name)))
     return make_tokenizer(extra_tokens=sorted(control - {"<|endoftext|>", "<|im_start|>", "<|im_end|>"}))

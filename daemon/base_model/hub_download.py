@@ -23,6 +23,8 @@ from daemon.base_model.files import Marker
 from daemon.network.endpoint_client import hub_hooks
 from training.death_signal import end_with_parent
 from training.files.durable_files import sha256_of
+from training.files.model_folder import CONFIG, read_config
+from training.files.published_form import fault_of_form
 
 # The files that a causal language model needs; no code, and no second format of the weights.
 WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
@@ -60,9 +62,9 @@ class Done:
 
 @dataclass(frozen=True)
 class NotDone:
-    """`why` decides what happens next: absent and unusable are permanent, disk and network may pass."""
+    """`why` decides what happens next: absent, unusable and quantised are permanent, disk and network may pass."""
 
-    why: Literal["absent", "unusable", "disk", "network"]
+    why: Literal["absent", "unusable", "quantised", "disk", "network"]
     message: str
     kind: Literal["failed"] = "failed"
 
@@ -84,20 +86,28 @@ def download(order: Order) -> Done | NotDone:
         plan = DownloadPlan(revision, total, max(total - bytes_on_disk(target), 0))
         _say(plan)
         target.mkdir(parents=True, exist_ok=True)
+        # From now on the folder says which model it is, even if we are killed half-way.
+        Marker(order.model, revision, complete=False).write(target)
+
+        def fetch(names: list[str]) -> None:
+            snapshot_download(
+                order.model,
+                revision=revision,
+                local_dir=target,
+                token=order.token or False,
+                allow_patterns=names,
+                max_workers=4,
+            )
+
+        # First what says whether the rest, hundreds of gigabytes, can be trained on.
+        fetch([CONFIG])
+        if (fault := fault_of_form(read_config(target), order.model)) is not None:
+            return NotDone("quantised", fault)
         free = shutil.disk_usage(target).free
         if plan.missing_bytes + SPARE_BYTES > free:
             needed = f"{plan.missing_bytes / 1e9:.1f} GB (and {SPARE_BYTES / 1e9:.0f} GB to spare)"
             return NotDone("disk", f"{order.model} needs {needed}; {target} has {free / 1e9:.1f} GB left")
-        # From now on the folder says which model it is, even if we are killed half-way.
-        Marker(order.model, revision, complete=False).write(target)
-        snapshot_download(
-            order.model,
-            revision=revision,
-            local_dir=target,
-            token=order.token or False,
-            allow_patterns=sorted(files),
-            max_workers=4,
-        )
+        fetch(sorted(files))
         hashes = {name: file.lfs.sha256 for name, file in files.items() if file.lfs is not None}
         # The hub's client goes on with a file by Range and compares no more than its size at the end.
         damaged = _remove_damaged(target, hashes)

@@ -26,6 +26,7 @@ from daemon.errors import HostFault, JobDelayed, JobError, JobFailed
 from daemon.settings import Settings
 from training.events import ErrorCode
 from training.files.model_folder import faults_of_model
+from training.files.published_form import TAKE_16_BITS
 
 log = structlog.get_logger()
 
@@ -121,6 +122,8 @@ def _download_error(name: str, settings: Settings, why: str, message: str) -> Jo
             )
         case "unusable":
             return JobFailed(ErrorCode.MODEL_UNSUPPORTED, message, "choose a model that is published as safetensors")
+        case "quantised":
+            return JobFailed(ErrorCode.MODEL_UNSUPPORTED, message, TAKE_16_BITS)
         case "disk":
             return HostFault(
                 "models folder",

@@ -390,7 +390,24 @@ async def test_a_model_of_pickles_only_is_refused(
     assert raised.value.code is ErrorCode.MODEL_UNSUPPORTED
 
 
-async def test_a_disk_that_is_too_small_is_found_before_a_byte_is_loaded(
+async def test_a_model_published_in_8_bits_is_refused_before_its_weights_are_downloaded(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, quick_hub: None
+) -> None:
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    async with HubDouble(NAME, source) as double:
+        monkeypatch.setenv("HF_ENDPOINT", double.url)
+        for _again in range(2):
+            with pytest.raises(JobFailed, match=r"published in 8 bits \(FP8\), and training needs") as raised:
+                await resolve_model(NAME, settings_of(tmp_path, model_downloads=True))
+            assert (
+                raised.value.code is ErrorCode.MODEL_UNSUPPORTED
+                and "copy of this model in 16 bits" in raised.value.hint
+            )
+        assert not [path for path in double.served if path.endswith(".safetensors")]
+
+
+async def test_a_disk_that_is_too_small_is_found_before_a_weight_is_loaded(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, quick_hub: None
 ) -> None:
     # The preflight runs in this process, with a margin that no disk has.
@@ -400,7 +417,7 @@ async def test_a_disk_that_is_too_small_is_found_before_a_byte_is_loaded(
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", double.url)
         order = hub.Order(NAME, str(tmp_path / "models" / NAME))
         answer = await asyncio.to_thread(hub.download, order)
-        assert not [path for path in double.served if "/resolve/" in path]
+        assert not [path for path in double.served if "/resolve/" in path and not path.endswith("/config.json")]
     assert isinstance(answer, hub.NotDone)
     assert answer.why == "disk"
     assert "GB left" in answer.message

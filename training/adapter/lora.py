@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from training.adapter.frozen_linear import use_one_function
 from training.events import ErrorCode
 from training.failures import TrainingFailed
-from training.files.module_names import DEFAULT_TARGETS, ROUTERS
+from training.files.module_names import DEFAULT_TARGETS, OTHER_SENSES, ROUTERS, may_be_adapted
 from training.spec import Hyperparameters
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def attach_adapter(model: PreTrainedModel, chosen: Hyperparameters) -> PeftModel
         lora_alpha=chosen.effective_lora_alpha,
         lora_dropout=chosen.lora_dropout,
         target_modules=list(targets),
+        exclude_modules=_outside_of_the_language_model(model),
         task_type="CAUSAL_LM",
         bias="none",
     )
@@ -82,9 +83,24 @@ def _linear_layers(model: PreTrainedModel) -> set[str]:
             continue
         parts = path.split(".")
         numbers = [index for index, part in enumerate(parts) if part.isdigit()]
-        if numbers and parts[-1] not in ROUTERS:
+        if numbers and parts[-1] not in ROUTERS and may_be_adapted(path):
             found.add(".".join(parts[numbers[-1] + 1 :]))
     return found
+
+
+def _outside_of_the_language_model(model: PreTrainedModel) -> str | None:
+    """Returns a pattern of the modules that PEFT must pass over, since their layers are called like those adapted.
+
+    A vision tower has a q_proj too, and so may each expert where they are single layers. No text reaches the first, and
+    the second would make the adapter a hundred times larger.
+    """
+    parts = {
+        part
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and not may_be_adapted(path)
+        for part in path.split(".")
+    } & {*OTHER_SENSES, "experts"}
+    return rf"(?:.*\.)?(?:{'|'.join(sorted(parts))})\..*" if parts else None
 
 
 def _names(paths: set[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from training.files.module_names import DEFAULT_TARGETS, is_in_block
+from training.files.module_names import DEFAULT_TARGETS, may_be_adapted
 from training.spec import Hyperparameters
 
 # Adapters are trained and kept in float32.
@@ -17,6 +17,6 @@ def adapter_parameters(tensors: Iterable[tuple[str, tuple[int, ...]]], chosen: H
     width = 0
     for name, shape in tensors:
         parts = name.split(".")
-        if len(shape) == 2 and len(parts) > 1 and parts[-2] in targets and is_in_block(name) and "experts" not in parts:
+        if len(shape) == 2 and len(parts) > 1 and parts[-2] in targets and may_be_adapted(name):
             width += sum(shape)
     return chosen.lora_rank * width

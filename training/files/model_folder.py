@@ -16,6 +16,8 @@ from typing import Any
 
 from training.events import ErrorCode
 from training.failures import TrainingFailed
+from training.files.module_names import is_loaded
+from training.files.published_form import TAKE_16_BITS, fault_of_form
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -70,22 +72,32 @@ class ModelFolder:
         return nested if isinstance(nested, dict) else self.config
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Yields the name and shape of each tensor of the model, from the files' headers or the copy's manifest."""
+        """Yields the name and shape of each tensor of the model, from the files' headers or the copy's manifest.
+
+        Without those that are published with it and not loaded."""
+        layers = self.layer_count
+        for name, shape in self._tensors_in_files():
+            if layers is None or is_loaded(name, layers):
+                yield name, shape
+
+    @property
+    def layer_count(self) -> int | None:
+        """The number of blocks of the language model, if its config says."""
+        config = self.text_config
+        found = config.get("num_hidden_layers") or config.get("n_layer")
+        return found if isinstance(found, int) else None
+
+    def _tensors_in_files(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         if self.kept_copy is not None:
             yield from read_copy_manifest(self.kept_copy)["tensors"].items()
         for shard in self.shards:
             for name, entry in tensors_in(read_header(shard)).items():
                 yield name, tuple(entry["shape"])
 
-    @property
-    def context_length(self) -> int:
-        """How many tokens the model reads; 1 Mi if its config does not say."""
-        source = self.text_config
-        return int(source.get("max_position_embeddings") or source.get("n_positions") or 1_048_576)
-
 
 def open_model_folder(path: Path, name: str) -> ModelFolder:
-    """Checks a folder. Raises TrainingFailed: model_not_found, or model_incomplete naming what is missing."""
+    """Checks a folder. Raises TrainingFailed: model_not_found, model_incomplete naming what is missing, or
+    model_unsupported for weights that are not in 16 bits."""
     if not path.is_dir():
         raise TrainingFailed(
             ErrorCode.MODEL_NOT_FOUND,
@@ -99,7 +111,10 @@ def open_model_folder(path: Path, name: str) -> ModelFolder:
             f"the base model {name} is incomplete: {in_one_line(faults)}",
             f"download the model again: `brightrun-trainer models pull {name}` (`models verify` names every fault)",
         )
-    return ModelFolder.of(path)
+    folder = ModelFolder.of(path)
+    if (fault := fault_of_form(folder.config, name)) is not None:
+        raise TrainingFailed(ErrorCode.MODEL_UNSUPPORTED, fault, TAKE_16_BITS)
+    return folder
 
 
 def faults_of_model(path: Path) -> list[str]:

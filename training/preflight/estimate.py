@@ -1,8 +1,8 @@
 """Estimates a run from file headers and token counts: memory, disk, adapter size, time, cost.
 
 The formulas are rough on purpose and err on the safe side. Where each number comes from:
-- exact, and compared with loaded models by tests/training/preflight/test_estimate.py: parameters, the weights' bytes,
-  the adapter's parameters and bytes;
+- exact, and compared with loaded models by tests/training/preflight/test_estimate.py, with the shapes of real ones by
+  tests/training/test_real_shapes.py: parameters, the weights' bytes, the adapter's parameters and bytes;
 - activations: 34 bytes a token and hidden unit of a block in 16 bits (Korthikanti et al. 2022, "Reducing Activation
   Recomputation in Large Transformer Models", equation 2, without the attention matrix, which sdpa never stores), taken
   twice here: for gated feed-forwards and routed copies on a GPU, for float32 on a CPU. Not measured on a GPU yet;
@@ -14,6 +14,7 @@ The formulas are rough on purpose and err on the safe side. Where each number co
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,6 +38,8 @@ SLICE_TOKENS = 1024
 _OVERHEAD_BYTES = {"cuda": 2 * 2**30, "cpu": 2**29}
 # Sustained floating-point operations per second (above).
 _FLOPS = {"cuda": 62e12, "cpu": 50e9}
+# What configs call the number of a layer's experts.
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 # Unquantised weights have the type that is computed in.
 _KEPT_BYTES: dict[ComputeType, int] = {"bfloat16": 2, "float32": 4}
 
@@ -65,36 +68,48 @@ def model_bytes(folder: ModelFolder, *, quantize: bool, compute_type: ComputeTyp
 
 
 def _bytes_of(name: str, shape: tuple[int, ...], quantize: bool, compute_type: ComputeType) -> float:
+    return math.prod(shape) * (NF4_BYTES if quantize and _is_packed(name, shape) else _KEPT_BYTES[compute_type])
+
+
+def _is_packed(name: str, shape: tuple[int, ...]) -> bool:
+    """Returns True for the weights of linear layers and of fused experts in the model's blocks."""
     parts = name.split(".")
     module = parts[-2] if len(parts) > 1 else ""
-    quantised = quantize and len(shape) >= 2 and is_in_block(name) and module not in (*UNQUANTISED_MODULES, *ROUTERS)
-    return math.prod(shape) * (NF4_BYTES if quantised else _KEPT_BYTES[compute_type])
+    if parts[-1].endswith("bias") or not is_in_block(name) or module in (*UNQUANTISED_MODULES, *ROUTERS):
+        return False
+    return len(shape) == 2 or (len(shape) == 3 and "experts" in parts)
 
 
 def estimate_run(spec: JobSpec, folder: ModelFolder, corpus: Corpus, plan: Plan) -> Estimate:
     """Estimates a run. Reads the headers of the weight files, not the weights."""
     tensors = tuple(folder.tensors())
     adapter = adapter_parameters(tensors, spec.hyperparameters)
-    parameters = expert_parameters = largest = 0
+    parameters = largest = vocabulary = 0
+    experts_of: Counter[str] = Counter()
     stored = 0.0
+    config = folder.text_config
+    layers = folder.layer_count or 1
+    hidden = int(config.get("hidden_size") or config.get("n_embd") or 1)
     for name, shape in tensors:
         count = math.prod(shape)
         parameters += count
         stored += _bytes_of(name, shape, spec.quantize, plan.compute_type)
-        is_expert = "experts" in name.split(".")
-        expert_parameters += count if is_expert else 0
-        largest = max(largest, count if not is_expert else 0)
-    config = folder.text_config
-    layers = int(config.get("num_hidden_layers") or config.get("n_layer") or 1)
-    hidden = int(config.get("hidden_size") or config.get("n_embd") or 1)
-    vocabulary = int(config.get("vocab_size") or 1)
+        block, is_expert, _ = name.partition(".experts.")
+        if is_expert:
+            experts_of[block] += count
+            continue
+        largest = max(largest, count)
+        if len(shape) == 2 and shape[1] == hidden and not is_in_block(name):
+            # Not the config's: some leave out what equals their library's default.
+            vocabulary = max(vocabulary, shape[0])
+    expert_parameters = experts_of.total()
     tokens = plan.heaviest_tokens(corpus.max_length)
     # All experts of a layer are unpacked together.
-    unpacked = 2 * max(largest, expert_parameters // layers)
+    unpacked = 2 * max(largest, max(experts_of.values(), default=0))
     kept = layers * tokens * hidden * 2 * (1 if spec.device == "cuda" else _BLOCK_ACTIVATIONS)
     activations = kept + _BLOCK_ACTIVATIONS * tokens * hidden * 2 + unpacked + 3 * 4 * SLICE_TOKENS * vocabulary
     memory = int(stored) + adapter * _TRAINED_BYTES + activations + _OVERHEAD_BYTES[spec.device]
-    experts = int(config.get("num_experts") or config.get("num_local_experts") or 1)
+    experts = max(int(config.get(key) or 1) for key in _EXPERT_COUNTS)
     chosen = int(config.get("num_experts_per_tok") or 1)
     active = parameters - expert_parameters + expert_parameters * min(1.0, chosen / experts)
     # Forward and the gradient of the inputs: 2 + 2 per weight; 2 more if activations are recomputed.

@@ -1,4 +1,4 @@
-"""Packs a large weight into NF4 piece by piece, so that it never exists twice in 16 bits, and unpacks one of any size."""
+"""Packs a large weight into NF4 piece by piece, so that it never exists twice in 16 bits, and unpacks any size."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def unpack(packed: torch.Tensor, state: bnb.QuantState) -> torch.Tensor:
     """Unpacks a weight, a large one in several calls. Equal, bit for bit, to bnb.dequantize_4bit(packed, state)."""
     count = math.prod(state.shape)
     if count <= MOST_ELEMENTS:
-        return bnb.dequantize_4bit(packed, state)
+        at_once: torch.Tensor = bnb.dequantize_4bit(packed, state)
+        return at_once
     maxima = (bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
     whole = torch.empty(count, dtype=state.dtype, device=packed.device)
     for start in range(0, count, _PART_ELEMENTS):

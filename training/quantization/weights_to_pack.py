@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from training.events import ErrorCode
 from training.failures import TrainingFailed
-from training.files.module_names import UNQUANTISED_MODULES
+from training.files.module_names import OTHER_SENSES, UNQUANTISED_MODULES
 from training.quantization.experts import has_fused_experts
 
 # The purpose of a weight outside linear layers and experts is unknown; leaving a small one in 16 bits does no harm.
@@ -49,7 +49,8 @@ def left_in_16_bits(model: Any, is_packed: IsPacked) -> Iterator[tuple[str, int]
     """Finds weights that should have been packed: of linear layers, of experts, and unknown large ones. Path and size.
 
     Kept on purpose: embeddings and head, routers, convolutions, and those named in UNQUANTISED_MODULES or by the
-    architecture itself, which knows what must stay exact.
+    architecture itself, which knows what must stay exact. Of a part that sees or hears only the linear layers are
+    packed: the rest is small, and no text passes through it.
     """
     kept_names = {*UNQUANTISED_MODULES, *(model._keep_in_fp32_modules or ())}
     kept = {
@@ -74,9 +75,10 @@ def left_in_16_bits(model: Any, is_packed: IsPacked) -> Iterator[tuple[str, int]
 def _must_be_packed(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter, path: str) -> bool:
     if isinstance(module, torch.nn.Linear | Conv1D):
         return True
-    if name.endswith("bias"):
+    parts = path.split(".")
+    if name.endswith("bias") or not set(OTHER_SENSES).isdisjoint(parts):
         return False
-    return (parameter.dim() > 2 and "experts" in path.split(".")) or parameter.numel() >= _LARGE_WEIGHT
+    return (parameter.dim() > 2 and "experts" in parts) or parameter.numel() >= _LARGE_WEIGHT
 
 
 def _routers(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
