@@ -58,6 +58,7 @@ from daemon.demo.model import MODEL_NAME, find_gguf, model_is_ready, models_fold
 from tests.tiny_models import make_model
 from training.adapter.frozen_linear import Frozen4bitLinearWithLora, FrozenLinearWithLora
 from training.adapter.lora import attach_adapter
+from training.base.architecture import architecture_of
 from training.base.dtype import compute_dtype
 from training.base.gguf_import import import_gguf
 from training.base.load import load_base_model
@@ -308,7 +309,8 @@ def run(contestant: Contestant, spec: JobSpec) -> Run:
     folder = open_model_folder(spec.model_path, spec.base_model)
     tokenizer = load_tokenizer(folder)
     template = ChatTemplate(tokenizer)
-    corpus = gather(spec.dataset_path, spec.validation_path, spec.hyperparameters, template, folder.context_length)
+    reads = architecture_of(folder, spec.base_model).context_length
+    corpus = gather(spec.dataset_path, spec.validation_path, spec.hyperparameters, template, reads)
     model = attach_adapter(load_base_model(spec, folder), spec.hyperparameters)
     trainer = contestant(spec, corpus, model, tokenizer)
     if compute_dtype(spec.device) is torch.float32:

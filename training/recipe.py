@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from training.adapter.lora import attach_adapter, trainable_parameters
+from training.adapter.lora import attach_adapter, choose_targets, trainable_parameters
 from training.adapter.sampling import answer, choose_prompts
 from training.adapter.save import save_adapter
 from training.attention.choice import choose_packed_attention
+from training.base.architecture import Architecture, architecture_of
 from training.base.load import load_base_model, warn_of_missing_kernels
+from training.base.rehearsal import rehearse_loading
 from training.base.sequence_packing import why_not_packed
 from training.base.sharded import cut, memory_of_a_rank, must_be_cut
 from training.data.chat_template import ChatTemplate
@@ -97,6 +99,7 @@ def _load_on_ranks(prepared: Prepared, spec: JobSpec, voice: EventWriter, ranks:
 def prepare(spec: JobSpec, voice: EventWriter, tokenizer: PreTrainedTokenizerBase | None = None) -> Prepared:
     """Reads the data, plans and estimates, without a model. `tokenizer` is the base model's if it is loaded already."""
     folder = open_model_folder(spec.model_path, spec.base_model)
+    architecture = _rehearse(spec, folder) if tokenizer is None else architecture_of(folder, spec.base_model)
     tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
     template = ChatTemplate(tokenizer, stops=stop_tokens(folder), today=spec.today)
     corpus = gather(
@@ -104,7 +107,7 @@ def prepare(spec: JobSpec, voice: EventWriter, tokenizer: PreTrainedTokenizerBas
         spec.validation_path,
         spec.hyperparameters,
         template,
-        folder.context_length,
+        architecture.context_length,
         tick=voice.preparing,
     )
     corpus.announce(voice)
@@ -140,6 +143,13 @@ def prepare(spec: JobSpec, voice: EventWriter, tokenizer: PreTrainedTokenizerBas
         )
     )
     return Prepared(folder, tokenizer, template, corpus, plan, estimate, is_cut)
+
+
+def _rehearse(spec: JobSpec, folder: ModelFolder) -> Architecture:
+    """Refuses what cannot be loaded, or has no such layers to adapt, before hours and gigabytes are spent on it."""
+    found = rehearse_loading(spec, folder)
+    choose_targets(found.model, spec.hyperparameters.target_modules)
+    return found.architecture
 
 
 def train_on(

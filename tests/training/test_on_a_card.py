@@ -18,6 +18,7 @@ from peft import PeftModel
 from tests.tiny_models import ARCHITECTURES, make_model, write_conversations
 from tests.training.conftest import RecordedEvents, SpecOf, train
 from tests.training.process.child import start
+from training.base.architecture import architecture_of
 from training.base.load import load_base_model
 from training.data.chat_template import ChatTemplate
 from training.data.corpus import gather
@@ -59,7 +60,8 @@ def _losses_of_the_answers(spec: JobSpec) -> tuple[float, float]:
     """Returns the loss of the base model alone, and with the stored adapter opened by plain PEFT."""
     folder = open_model_folder(spec.model_path, spec.base_model)
     template = ChatTemplate(load_tokenizer(folder))
-    corpus = gather(spec.dataset_path, None, spec.hyperparameters, template, folder.context_length)
+    reads = architecture_of(folder, spec.base_model).context_length
+    corpus = gather(spec.dataset_path, None, spec.hyperparameters, template, reads)
     model = load_base_model(spec, folder, RecordedEvents())
 
     def mean(loss: AnswerLoss) -> float:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from bitsandbytes.nn import Linear4bit
 from safetensors import SafetensorError, safe_open
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
+from training.base.architecture import architecture_of
 from training.base.dtype import compute_dtype
 from training.compute import ComputeType
 from training.convolution import offer_fla_convolution
@@ -177,14 +178,12 @@ def _load_original(spec: Wanted, folder: ModelFolder, dtype: torch.dtype, device
     if spec.quantize:
         options["quantization_config"] = Nf4Config(dtype, list(UNQUANTISED_MODULES))
         options["experts_implementation"] = EXPERTS_FUNCTION
+    architecture = architecture_of(folder, spec.base_model)
     try:
-        config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
         with _tensors_on_demand(folder) as tensors:
-            kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-            loaded: Any = kind.from_pretrained(
+            loaded: Any = architecture.model_class.from_pretrained(
                 None,
-                # Of a multimodal model, only the language model.
-                config=config if kind.config_class is type(config) else config.get_text_config(),
+                config=architecture.config,
                 state_dict=tensors,
                 dtype=dtype,
                 # "auto" would size the model in 16 bits and offload half of it to the CPU.
@@ -199,13 +198,9 @@ def _load_original(spec: Wanted, folder: ModelFolder, dtype: torch.dtype, device
             "download the model again (`brightrun-trainer models verify` names every damaged file)",
         ) from error
     except (ValueError, KeyError, ImportError) as error:
-        raise TrainingFailed(
-            ErrorCode.MODEL_UNSUPPORTED,
-            f"{spec.base_model} cannot be loaded as a causal language model: {in_brief(error)}",
-            "choose a text model that transformers supports without remote code",
-        ) from error
+        raise cannot_be_loaded(spec.base_model, error) from error
     model, report = loaded
-    _refuse_missing(report, spec.base_model)
+    refuse_missing(report, spec.base_model)
     if (folder.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder.path)
     original: PreTrainedModel = model
@@ -257,7 +252,15 @@ def count_weights(model: torch.nn.Module) -> WeightCount:
     return WeightCount(quantised, kept, parameters)
 
 
-def _refuse_missing(report: dict[str, Any], name: str) -> None:
+def cannot_be_loaded(name: str, error: Exception) -> TrainingFailed:
+    return TrainingFailed(
+        ErrorCode.MODEL_UNSUPPORTED,
+        f"{name} cannot be loaded as a causal language model: {in_brief(error)}",
+        "choose a text model that transformers supports without remote code",
+    )
+
+
+def refuse_missing(report: dict[str, Any], name: str) -> None:
     """Refuses a model with missing tensors: transformers fills them with random numbers."""
     missing = sorted(report.get("missing_keys") or [])
     mismatched = sorted(str(key) for key in report.get("mismatched_keys") or [])

@@ -37,6 +37,7 @@ def quantize(model_dir: Path, request: Request) -> dict[str, object]:
     with quick_imports():
         from training.base.dtype import compute_dtype
         from training.base.load import load_base_model
+        from training.base.rehearsal import rehearse_loading
         from training.quantization.disk_copy import QuantizedCopy
 
     assert request.quantized_dir is not None
@@ -47,6 +48,7 @@ def quantize(model_dir: Path, request: Request) -> dict[str, object]:
     dtype = compute_dtype(request.device, request.compute_type)
     copy = QuantizedCopy.of(request.quantized_dir, folder, request.base_model, dtype)
     made_before = copy.exists
+    rehearse_loading(request, folder)
     load_base_model(request, folder)
     if not copy.exists:
         return {

@@ -1,25 +1,14 @@
-"""Checks in seconds, on any machine and without loading a model, whether a job can succeed.
-
-    python -m training.preflight.check spec.json          checks a whole job
-    python -m training.preflight.check dataset.jsonl      checks only a dataset
-
-Prints one JSON object: ok, errors (code, message, hint), remarks, data, estimate. Exit 0 when ok, 1 when not.
-"""
+"""Checks of a job that need no model: its dataset, its memory, its disk."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import shutil
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from training.data.corpus import Corpus, gather
+from training.data.corpus import Corpus
 from training.data.formats.read_dataset import read_conversations
 from training.data.holding_out import count_conversations
 from training.data.plan import Plan, make_plan
@@ -27,9 +16,9 @@ from training.data.remarks import remarks_on
 from training.events import ErrorCode
 from training.failures import TrainingFailed, memory_advice
 from training.files.free_memory import Memory
-from training.files.model_folder import ModelFolder, open_model_folder
+from training.files.model_folder import ModelFolder
 from training.preflight.estimate import Estimate, estimate_run
-from training.spec import JobSpec, faults_of
+from training.spec import JobSpec
 
 
 @dataclass(frozen=True)
@@ -99,7 +88,7 @@ def check_dataset(path: Path) -> PreflightReport:
     try:
         reading = read_conversations(path)
     except TrainingFailed as error:
-        return _refused(error)
+        return refused(error)
     return PreflightReport(
         ok=True,
         remarks=tuple({"code": remark.code, "message": remark.message} for remark in remarks_on(reading)),
@@ -112,82 +101,10 @@ def check_dataset(path: Path) -> PreflightReport:
     )
 
 
-def check_spec(spec: JobSpec, memory: Memory | None = None) -> PreflightReport:
-    """Checks a whole job: model folder, tokenizer, template, data, plan, memory, disk."""
-    from training.data.chat_template import ChatTemplate
-    from training.data.tokenizer import load_tokenizer, stop_tokens
-
-    try:
-        folder = open_model_folder(spec.model_path, spec.base_model)
-        template = ChatTemplate(load_tokenizer(folder), stops=stop_tokens(folder), today=spec.today)
-        corpus = gather(spec.dataset_path, spec.validation_path, spec.hyperparameters, template, folder.context_length)
-        plan, estimate = plan_and_estimate(spec, folder, corpus)
-        check_resources(spec, estimate, memory)
-    except TrainingFailed as error:
-        return _refused(error)
-    remarks = [{"code": remark.code, "message": remark.message} for remark in corpus.remarks]
-    warning = memory_remark(spec, estimate, memory)
-    if warning:
-        remarks.append({"code": "memory_tight", "message": warning})
-    return PreflightReport(
-        ok=True,
-        remarks=tuple(remarks),
-        data={
-            **corpus.statistics(),
-            "train_examples": len(corpus.train),
-            "validation_examples": len(corpus.validation),
-            **corpus.sides(),
-            "train_tokens": corpus.train_tokens,
-            "trained_tokens": corpus.trained_tokens,
-            "max_length": corpus.max_length,
-            "total_steps": plan.total_steps,
-            "total_epochs": spec.hyperparameters.num_epochs,
-        },
-        estimate=estimate.as_dict(),
-    )
-
-
 def plan_and_estimate(spec: JobSpec, folder: ModelFolder, corpus: Corpus) -> tuple[Plan, Estimate]:
     plan = make_plan(spec, corpus)
     return plan, estimate_run(spec, folder, corpus, plan)
 
 
-def _refused(error: TrainingFailed) -> PreflightReport:
+def refused(error: TrainingFailed) -> PreflightReport:
     return PreflightReport(ok=False, errors=({"code": error.code, "message": error.message, "hint": error.hint},))
-
-
-def _read_spec(text: str) -> JobSpec | None:
-    """Parses a JobSpec; None if the file is something else, a dataset. Raises TrainingFailed for a broken spec."""
-    try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(raw, dict) or "hyperparameters" not in raw:
-        return None
-    try:
-        return JobSpec.model_validate(raw)
-    except ValidationError as error:
-        faults = "; ".join(f"{fault.field}: {fault.message}" for fault in faults_of(error))
-        raise TrainingFailed(ErrorCode.INVALID_SPEC, faults, "correct the named fields") from None
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m training.preflight.check")
-    parser.add_argument("path", type=Path, help="a spec (JSON) or a dataset")
-    parser.add_argument("--memory-gib", type=float, help="memory of the card the job will run on")
-    arguments = parser.parse_args()
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    memory = Memory.all_free(int(arguments.memory_gib * 2**30)) if arguments.memory_gib else None
-    try:
-        spec = _read_spec(arguments.path.read_text(encoding="utf-8"))
-        verdict = check_dataset(arguments.path) if spec is None else check_spec(spec, memory)
-    except TrainingFailed as error:
-        verdict = _refused(error)
-    except (OSError, UnicodeDecodeError):
-        verdict = check_dataset(arguments.path)
-    sys.stdout.write(verdict.as_json() + "\n")
-    return 0 if verdict.ok else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from daemon.cli.data.trainer_process import trainer_environment
 from daemon.cli.errors import CommandFailed, Misused
+from training.events import ErrorCode
 
 if TYPE_CHECKING:
     from daemon.cli.data.connection import Connection
@@ -25,7 +26,7 @@ _CHARACTERS_A_TOKEN = 4.0
 
 @dataclass(frozen=True)
 class PreflightReport:
-    """The output of `python -m training.preflight.check`. `data` has counts; `estimate` is None without the model."""
+    """The output of `python -m training.check`. `data` has counts; `estimate` is None without the model."""
 
     ok: bool
     errors: tuple[dict[str, Any], ...]
@@ -93,9 +94,10 @@ def refuse_unless_ok(verdict: PreflightReport, dataset: Path) -> None:
     if verdict.ok:
         return
     first = verdict.errors[0] if verdict.errors else {"message": "it was refused without a reason", "hint": None}
-    raise CommandFailed(
-        f"the dataset {dataset.name} cannot be used for training: {first['message']}", first.get("hint")
-    )
+    # Of a model or of hyperparameters, the message names what is wrong.
+    is_the_datasets = first.get("code") in (None, ErrorCode.DATASET_INVALID)
+    about = f"the dataset {dataset.name} cannot be used for training: " if is_the_datasets else ""
+    raise CommandFailed(f"{about}{first['message']}", first.get("hint"))
 
 
 def forecast(connection: Connection, model: str | None, verdict: PreflightReport, epochs: int) -> Forecast:
@@ -121,7 +123,7 @@ def _ask(file: Path, *arguments: str) -> PreflightReport:
         raise Misused(f"there is no file {file}")
     try:
         answer = subprocess.run(
-            [sys.executable, "-m", "training.preflight.check", str(file.resolve()), *arguments],
+            [sys.executable, "-m", "training.check", str(file.resolve()), *arguments],
             capture_output=True,
             text=True,
             timeout=_LIMIT_SECONDS,

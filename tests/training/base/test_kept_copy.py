@@ -16,11 +16,11 @@ from daemon.errors import JobFailed
 from tests.training.conftest import IN_BOTH_TYPES, ModelOf, SpecOf, train
 from training.base.load import load_base_model
 from training.base.make_quantized_copy import Request, quantize
+from training.check import check_spec
 from training.compute import ComputeType
 from training.failures import TrainingFailed
 from training.files.durable_files import sha256_of
 from training.files.model_folder import COPY_MANIFEST, KEPT_COPY, ModelFolder, faults_of_model, open_model_folder
-from training.preflight.check import check_spec
 from training.spec import JobSpec
 
 

@@ -18,6 +18,7 @@ from tests.paths import ROOT
 from tests.tiny_models import write_conversations
 from tests.training.conftest import IN_BOTH_TYPES, ROUNDING, SpecOf, train
 from tests.training.process.child import Child, start
+from training.base.architecture import architecture_of
 from training.base.sharded import must_be_cut
 from training.compute import ComputeType
 from training.data.chat_template import ChatTemplate
@@ -268,7 +269,8 @@ def test_only_a_model_that_does_not_fit_is_cut_and_a_mixture_of_experts_never(sp
         spec = spec_of(architecture, name=f"{architecture}{share_of_model}{cards}", num_gpus=cards)
         folder = open_model_folder(spec.model_path, spec.base_model)
         template = ChatTemplate(load_tokenizer(folder))
-        corpus = gather(spec.dataset_path, None, spec.hyperparameters, template, folder.context_length)
+        reads = architecture_of(folder, spec.base_model).context_length
+        corpus = gather(spec.dataset_path, None, spec.hyperparameters, template, reads)
         _, estimate = plan_and_estimate(spec, folder, corpus)
         return must_be_cut(spec, folder, estimate, int(estimate.model_bytes * share_of_model))
 

@@ -17,12 +17,12 @@ import training.loop.loss
 from tests.tiny_models import conversation, write_conversations, write_dataset
 from tests.training.conftest import IN_BOTH_TYPES, ON_A_CARD_TOO, ROUNDING, ModelOf, RecordedEvents, SpecOf, train
 from training.base import dtype
+from training.check import check_spec
 from training.compute import ComputeType
 from training.events import ErrorCode
 from training.failures import TrainingFailed, diagnose, is_out_of_memory
 from training.files.free_memory import Memory
 from training.loop.checkpoint import CheckpointShelf
-from training.preflight.check import check_spec
 from training.recipe import prepare
 from training.spec import JobSpec
 

@@ -11,8 +11,8 @@ from tests.tiny_models import ARCHITECTURES
 from tests.training.conftest import IN_BOTH_TYPES, SpecOf
 from training.adapter.lora import attach_adapter, trainable_parameters
 from training.base.load import count_weights, load_base_model
+from training.check import check_spec
 from training.files.model_folder import open_model_folder
-from training.preflight.check import check_spec
 from training.preflight.estimate import SLICE_TOKENS
 from training.quantization.disk_copy import _tensors
 
