@@ -63,10 +63,11 @@ def migrations() -> list[Migration]:
 
 @dataclass(frozen=True)
 class Migrated:
-    """The names applied (`version_name`), and descriptions of what was repaired."""
+    """The names applied (`version_name`), descriptions of what was repaired, and what the database warned of."""
 
     applied: list[str]
     repaired: list[str]
+    warnings: list[str]
 
 
 def migrate(dsn: str, *, local: bool) -> list[str]:
@@ -82,6 +83,7 @@ def bring_up_to_date(dsn: str, *, local: bool, fronts: Sequence[Front] = (), bas
     Raises DatabaseAway when Postgres does not answer or a table stays locked, HostUnfit when we cannot use it."""
     try:
         with connect(dsn, application_name="brightrun migrate") as db:
+            warnings = _warnings_of(db)
             if local:
                 _apply_local(db)
             _require_supabase(db)
@@ -101,9 +103,21 @@ def bring_up_to_date(dsn: str, *, local: bool, fronts: Sequence[Front] = (), bas
             with db.transaction():
                 db.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
                 record(db, expected)
-            return Migrated(applied, repaired)
+            return Migrated(applied, repaired, warnings)
     except psycopg.OperationalError as error:
         raise DatabaseAway(f"the migration could not be finished: {error}") from error
+
+
+def _warnings_of(db: psycopg.Connection[Any]) -> list[str]:
+    """Collects what migrations warn of from now on: rights that this login lacks, and what to do without them."""
+    warnings: list[str] = []
+
+    def add(notice: psycopg.errors.Diagnostic) -> None:
+        if notice.severity_nonlocalized == "WARNING":
+            warnings.append("; ".join(filter(None, (notice.message_primary, notice.message_hint))))
+
+    db.add_notice_handler(add)
+    return warnings
 
 
 def pending(dsn: str) -> list[str]:

@@ -25,7 +25,7 @@ def test_logs_come_as_one_object_a_line(cli: CommandLine) -> None:
 
 
 def test_migrate_lists_what_it_applied(cli: CommandLine) -> None:
-    assert cli.ok("migrate", "--json").lines == [{"applied": [], "repaired": []}]
+    assert cli.ok("migrate", "--json").lines == [{"applied": [], "repaired": [], "warnings": []}]
 
 
 def test_migrate_refuses_what_it_cannot_serve_line_by_line(cli: CommandLine, database: AppDatabase) -> None:

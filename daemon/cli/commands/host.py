@@ -83,10 +83,12 @@ def migrate(
     chosen = _choose_fronts(front or [], base_model)
     done = bring_up_to_date(database_url(), local=local, fronts=chosen, base_model=base_model)
     if as_json:
-        print_json({"applied": done.applied, "repaired": done.repaired})
+        print_json({"applied": done.applied, "repaired": done.repaired, "warnings": done.warnings})
         return
     lines = [*(f"applied {name}" for name in done.applied), *(f"repaired: {words}" for words in done.repaired)]
     typer.echo("\n".join(lines) or "already up to date")
+    for words in done.warnings:
+        typer.echo(f"warning: {words}", err=True)
 
 
 def _choose_fronts(names: list[str], base_model: str | None) -> list[Front]:
