@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -56,7 +57,7 @@ def test_the_example_type_checks(example: Path) -> None:
 def test_the_type_check_would_see_a_misspelt_column(example: Path) -> None:
     wrong = example / "lib" / "wrong.ts"
     wrong.write_text(
-        "import type { Client } from './supabase'\n"
+        "import type { Client } from './supabase/types'\n"
         "export const misspelt = (supabase: Client) => supabase.from('training_jobs').insert({ userid: 'x' })\n"
     )
     try:
@@ -137,6 +138,30 @@ def test_node_refuses_what_is_old_or_unsigned(verifier: Path) -> None:
     assert read(verifier, old.body, nonsense) == {"refused": "signed too long ago"}
     unsigned = message()
     assert read(verifier, unsigned.body, unsigned.headers) == {"refused": "not a signed callback"}
+
+
+def test_node_follows_a_job_and_its_story_without_a_gap(example: Path) -> None:
+    out = example / "watched"
+    compiled = tsc(
+        example, "lib/watch.ts", "--ignoreConfig", "--outDir", str(out), "--module", "esnext",
+        "--moduleResolution", "bundler", "--target", "es2022", "--strict", "--skipLibCheck",
+    )  # fmt: skip
+    assert compiled.returncode == 0, compiled.stdout
+    # Node wants the ending that a bundler adds.
+    watch = out / "watch.js"
+    watch.write_text(watch.read_text().replace("'./merge'", "'./merge.js'"))
+    command = ["node", "--test", str(ROOT / "tests" / "docs" / "watch.test.mjs")]
+    run = subprocess.run(
+        command, env=os.environ | {"LIB": str(out)}, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_the_example_believes_no_unchecked_session_and_holds_no_secret_key() -> None:
+    files = [path for path in EXAMPLE.rglob("*.ts*") if not {"node_modules", ".next"} & {*path.parts}]
+    code = {path.relative_to(EXAMPLE): re.sub(r"//.*", "", path.read_text()) for path in files}
+    assert len(code) > 10
+    assert [path for path, text in code.items() if re.search("getSession|SECRET_KEY|service_role", text)] == []
 
 
 def test_every_typescript_block_of_the_docs_is_part_of_the_checked_example() -> None:

@@ -1,47 +1,38 @@
-'use client'
-// Choose one of your datasets and start.
-import { useEffect, useState } from 'react'
-import { browserClient } from '../lib/supabase'
-import { startTraining } from '../lib/training'
+// Upload a dataset, choose one and start, see your trainings.
+import Link from 'next/link'
+import { redirect } from 'next/navigation'
+import { NewDataset } from '../components/NewDataset'
+import { NewTraining } from '../components/NewTraining'
+import { serverClient, signedInUser } from '../lib/supabase/server'
+import { signOut } from './login/actions'
 
-type Choice = { id: string; name: string | null; user_id: string }
-
-export default function Page() {
-  const [datasets, setDatasets] = useState<Choice[]>([])
-  const [trouble, setTrouble] = useState<string>()
-
-  useEffect(() => {
-    const load = async () => {
-      const { data, error } = await browserClient()
-        .from('datasets')
-        .select('id, name, user_id')
-        .eq('training_ready', true)
-        .order('created_at', { ascending: false })
-      if (error) setTrouble(error.message)
-      setDatasets(data ?? [])
-    }
-    void load()
-  }, [])
-
-  const start = async (dataset: Choice) => {
-    try {
-      const chosen = { base_model: 'Qwen/Qwen3-8B', num_epochs: 3, lora_rank: 16 }
-      const id = await startTraining(browserClient(), dataset.user_id, dataset.id, chosen)
-      window.location.assign(`/jobs/${id}`)
-    } catch (error) {
-      setTrouble((error as { message: string }).message)
-    }
-  }
-
+export default async function Page() {
+  const supabase = await serverClient()
+  const userId = await signedInUser(supabase)
+  if (!userId) redirect('/login')
+  const newest = { ascending: false }
+  const [datasets, jobs] = await Promise.all([
+    supabase.from('datasets').select('id, name').is('deleted_at', null).order('created_at', newest).limit(50),
+    supabase.from('training_jobs').select('id, status, progress').order('created_at', newest).limit(20),
+  ])
+  const error = datasets.error ?? jobs.error
+  if (error) throw error
   return (
     <main>
-      <h1>Train on</h1>
-      {datasets.map((dataset) => (
-        <button key={dataset.id} onClick={() => start(dataset)}>
-          {dataset.name ?? dataset.id}
-        </button>
-      ))}
-      {trouble && <p role="alert">{trouble}</p>}
+      <h1>Train a model</h1>
+      <NewDataset userId={userId} />
+      <NewTraining datasets={datasets.data ?? []} />
+      <h2>Your trainings</h2>
+      <ul>
+        {(jobs.data ?? []).map((job) => (
+          <li key={job.id}>
+            <Link href={`/jobs/${job.id}`}>{job.id}</Link>: {job.status} {job.progress} %
+          </li>
+        ))}
+      </ul>
+      <form action={signOut}>
+        <button>Sign out</button>
+      </form>
     </main>
   )
 }

@@ -1,5 +1,5 @@
-// What the app does with training jobs: insert, watch, cancel, try again, download.
-import type { Client, Job, StoryEvent } from './supabase'
+// What the app does with training jobs: upload, insert, cancel, try again, download. Each acts as the signed-in user.
+import type { Client } from './supabase/types'
 
 export type Hyperparameters = {
   base_model: string
@@ -9,6 +9,37 @@ export type Hyperparameters = {
   lora_rank?: number
   lora_alpha?: number
   lora_dropout?: number
+}
+
+/** In the browser: store the file under its owner's id. Returns its path in the bucket. */
+export async function uploadDataset(supabase: Client, userId: string, file: File): Promise<string> {
+  // A new path each time, so that no job reads a file that changes; and only characters that Storage allows.
+  const path = `${userId}/${crypto.randomUUID()}-${file.name.replace(/[^A-Za-z0-9._-]/g, '_').slice(-100)}`
+  const { error } = await supabase.storage.from('lora-datasets').upload(path, file)
+  if (error) throw error
+  return path
+}
+
+/** Tell of a stored file. The database refuses a path that is not below the user's own id. */
+export async function addDataset(
+  supabase: Client,
+  userId: string,
+  file: { path: string; name: string; bytes: number },
+): Promise<string> {
+  const { data, error } = await supabase
+    .from('datasets')
+    .insert({
+      user_id: userId,
+      name: file.name.slice(0, 200),
+      storage_bucket: 'lora-datasets',
+      storage_path: file.path,
+      file_name: file.name.slice(-255),
+      file_size: file.bytes,
+    })
+    .select('id')
+    .single()
+  if (error) throw error
+  return data.id
 }
 
 /** Insert a job. Everything but the owner and the dataset has a working default. */
@@ -41,44 +72,6 @@ export async function startTrainingFromUrl(
   return data
 }
 
-/** Call `show` with the job now and at each of its changes. Returns what ends it. */
-export function watchJob(supabase: Client, jobId: string, show: (job: Job) => void): () => void {
-  let newest = ''
-  const showNewer = (job: Job) => {
-    // The first read and the first message may cross: never go back in time.
-    if ((job.updated_at ?? '') < newest) return
-    newest = job.updated_at ?? ''
-    show(job)
-  }
-  const channel = supabase
-    .channel(`job-${jobId}`)
-    .on<Job>(
-      'postgres_changes',
-      { event: 'UPDATE', schema: 'public', table: 'training_jobs', filter: `id=eq.${jobId}` },
-      ({ new: job }) => showNewer(job),
-    )
-    .subscribe(async (status) => {
-      // Read only now, and again after every reconnect: what changed meanwhile was sent to nobody.
-      if (status !== 'SUBSCRIBED') return
-      const { data } = await supabase.from('training_jobs').select('*').eq('id', jobId).maybeSingle()
-      if (data) showNewer(data)
-    })
-  return () => void supabase.removeChannel(channel)
-}
-
-/** Call `tell` with each new line of the job's story. Returns what ends it. */
-export function followStory(supabase: Client, jobId: string, tell: (event: StoryEvent) => void): () => void {
-  const channel = supabase
-    .channel(`story-${jobId}`)
-    .on<StoryEvent>(
-      'postgres_changes',
-      { event: 'INSERT', schema: 'public', table: 'training_events', filter: `job_id=eq.${jobId}` },
-      ({ new: event }) => tell(event),
-    )
-    .subscribe()
-  return () => void supabase.removeChannel(channel)
-}
-
 /** Cancel. The row says so at once; the host stops within seconds. */
 export async function cancelTraining(supabase: Client, jobId: string): Promise<void> {
   const { error } = await supabase.rpc('cancel_training_job', { job_id: jobId })
@@ -91,27 +84,20 @@ export async function retryTraining(supabase: Client, jobId: string): Promise<vo
   if (error) throw error
 }
 
-/** On the server: links, valid for ten minutes, to the files of an adapter that belongs to this user. */
-export async function downloadLinks(
-  user: Client,
-  server: Client,
-  artifactId: string,
-): Promise<Record<string, string> | null> {
-  // Asked as the user, so that row level security decides whose adapter it is.
-  const { data: model, error } = await user
+/** A link, valid for a minute, to one file of an adapter (`archive` is all of it), or null if the user has no such. */
+export async function downloadLink(supabase: Client, artifactId: string, file: string): Promise<string | null> {
+  // Asked as the user, so that row level security decides whose adapter it is; Storage's policy decides once more.
+  const { data: model, error } = await supabase
     .from('model_artifacts')
     .select('artifacts')
     .eq('id', artifactId)
     .maybeSingle()
   if (error) throw error
-  if (!model) return null
-  const links: Record<string, string> = {}
-  for (const [name, path] of Object.entries(model.artifacts as Record<string, string>)) {
-    const { data, error } = await server.storage
-      .from('lora-models')
-      .createSignedUrl(path, 600, { download: path.split('/').pop() ?? true })
-    if (error) throw error
-    links[name] = data.signedUrl
-  }
-  return links
+  const path = (model?.artifacts as Record<string, string | undefined> | undefined)?.[file]
+  if (!path) return null
+  const { data, error: refused } = await supabase.storage
+    .from('lora-models')
+    .createSignedUrl(path, 60, { download: path.split('/').pop() ?? true })
+  if (refused) throw refused
+  return data.signedUrl
 }
