@@ -41,6 +41,7 @@ from training.preflight.kernel_proof import refuse_wrong_kernels
 from training.preflight.trained_with import trained_with
 from training.quantization.choose_product import choose_products
 from training.quantization.dequantized_cache import keep_unpacked, spare_bytes
+from training.quantization.grouped_product import Choice
 from training.ranks import ALONE, Ranks
 from training.results.chart import draw_chart
 from training.results.history import RunHistory
@@ -197,7 +198,7 @@ def train_on(
         is_cut=prepared.is_cut,
         gauge=gauge_of(spec.device),
     )
-    _choose_how_experts_are_multiplied(base, prepared, spec, voice)
+    _choose_how_experts_are_multiplied(base, prepared, spec, journal, voice)
     prompts = choose_prompts(spec, corpus)
     if checkpoint is None:
         for prompt, text in answer(spec, trainer.model, tokenizer, template, prompts):
@@ -270,12 +271,14 @@ def _keep_what_fits(base: PreTrainedModel, prepared: Prepared, spec: JobSpec, vo
 
 
 def _choose_how_experts_are_multiplied(
-    base: PreTrainedModel, prepared: Prepared, spec: JobSpec, voice: EventWriter
+    base: PreTrainedModel, prepared: Prepared, spec: JobSpec, journal: RunHistory, voice: EventWriter
 ) -> None:
     """On a GPU: takes the fastest of the implementations that are right there, and reports what was tried."""
     if spec.device != "cuda" or prepared.is_cut:
         return
-    for tried in choose_products(base, prepared.plan.heaviest_tokens(prepared.corpus.max_length)):
+    earlier = {shape: Choice.from_json(choice) for shape, choice in journal.experts_product.items()}
+    for tried in choose_products(base, prepared.plan.heaviest_tokens(prepared.corpus.max_length), earlier=earlier):
+        journal.experts_product[tried.shape] = tried.choice.as_json()
         for name, reason in tried.faults.items():
             voice.notice(
                 "experts_product_left_out",

@@ -8,8 +8,8 @@ and for small micro-batches separately. On a CPU nothing is tried: experts are u
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -54,8 +54,9 @@ class Trial:
 
 @dataclass(frozen=True)
 class Tried:
-    """What was tried for all layers of one shape, and what was chosen."""
+    """What was tried for all layers of one shape, and what was chosen; no trials if an earlier choice was kept."""
 
+    shape: str
     layers: int
     choice: Choice
     trials: tuple[Trial, ...]
@@ -81,18 +82,34 @@ class Tried:
             for tokens, by_name in reversed(self.milliseconds.items())
         )
         return (
-            f"the experts of {self.layers} layers are multiplied by the implementation {' or '.join(names)} ({times})"
+            f"the experts of {self.layers} layers are multiplied by the implementation {' or '.join(names)} "
+            f"({times or 'as in the attempt before'})"
         )
 
 
-def choose_products(model: torch.nn.Module, tokens: int, candidates: Candidates | None = None) -> list[Tried]:
-    """Chooses for every layer with packed experts, for micro-batches of up to this many tokens."""
+def choose_products(
+    model: torch.nn.Module,
+    tokens: int,
+    candidates: Candidates | None = None,
+    *,
+    earlier: Mapping[str, Choice] | None = None,
+) -> list[Tried]:
+    """Chooses for every layer with packed experts, for micro-batches of up to this many tokens.
+
+    `earlier`, by shape, is what an interrupted attempt chose. It is kept if it is right here too, so that a resumed run
+    computes as the uninterrupted one would have.
+    """
     tried = []
-    for modules in _layers_by_shape(model):
-        found = _try_layer(modules[0], tokens, candidates or candidates_of)
+    for shape, modules in _layers_by_shape(model).items():
+        kept = (earlier or {}).get(shape)
+        if kept is not None and not _faults(modules[0], list(dict(kept.by_rows).values()), kept.by_rows[-1][0]):
+            found = Tried(shape, len(modules), kept, ())
+        else:
+            choice, trials = _try_layer(modules[0], tokens, candidates or candidates_of)
+            found = Tried(shape, len(modules), choice, trials)
         for module in modules:
             set_product(module, found.choice)
-        tried.append(replace(found, layers=len(modules)))
+        tried.append(found)
     if torch.cuda.is_available():
         # What the trials took is not left to the allocator: the slowest of them needs the most.
         torch.cuda.empty_cache()
@@ -114,16 +131,16 @@ def candidates_of(module: torch.nn.Module, rows: int) -> Sequence[Implementation
     return (*unpacked, *(Implementation(Kind.FUSED, height, moves_rows=True) for height in heights))
 
 
-def _layers_by_shape(model: torch.nn.Module) -> list[list[torch.nn.Module]]:
-    layers: dict[tuple[Any, ...], list[torch.nn.Module]] = {}
+def _layers_by_shape(model: torch.nn.Module) -> dict[str, list[torch.nn.Module]]:
+    layers: dict[str, list[torch.nn.Module]] = {}
     for module in model.modules():
         if has_fused_experts(module) and expert_states(module):
-            shapes = tuple((name, tuple(state.shape)) for name, state in expert_states(module).items())
-            layers.setdefault(shapes, []).append(module)
-    return list(layers.values())
+            shape = ", ".join(f"{name} {tuple(state.shape)}" for name, state in expert_states(module).items())
+            layers.setdefault(shape, []).append(module)
+    return layers
 
 
-def _try_layer(module: torch.nn.Module, tokens: int, candidates: Candidates) -> Tried:
+def _try_layer(module: torch.nn.Module, tokens: int, candidates: Candidates) -> tuple[Choice, tuple[Trial, ...]]:
     per_token = _experts_of_a_token(module)
     by_size = {
         size: list(candidates(module, size * per_token))
@@ -142,7 +159,7 @@ def _try_layer(module: torch.nn.Module, tokens: int, candidates: Candidates) -> 
         # trainer takes smaller micro-batches then.
         otherwise = UNPACKED if UNPACKED in right else REFERENCE
         chosen.append((size * per_token, otherwise if fastest is None else fastest.implementation))
-    return Tried(1, Choice(tuple(chosen)), tuple(trials))
+    return Choice(tuple(chosen)), tuple(trials)
 
 
 def _seconds_of(trial: Trial) -> float:
@@ -216,9 +233,10 @@ def _fault_of(what: str, compute: Callable[[], torch.Tensor], expected: torch.Te
 
 
 def _largest_error(product: torch.Tensor, expected: torch.Tensor) -> float:
-    """By rows, so that one wrong tile among thousands shows."""
+    """By rows, so that one wrong tile among thousands shows. A row of nearly nothing counts as a hundredth."""
     length = expected.norm(dim=1)
-    return float(((product.float() - expected).norm(dim=1) / length.clamp(min=1e-20)).nan_to_num(torch.inf).max())
+    difference = (product.float() - expected).norm(dim=1)
+    return float((difference / length.clamp(min=1e-2 * float(length.mean()))).nan_to_num(torch.inf).max())
 
 
 def _time(module: torch.nn.Module, tokens: int, implementation: Implementation, most_seconds: float) -> Trial:

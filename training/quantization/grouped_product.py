@@ -55,6 +55,15 @@ class Choice:
     def of(self, rows: int) -> Implementation:
         return next((chosen for most, chosen in self.by_rows if rows <= most), self.by_rows[-1][1])
 
+    def as_json(self) -> list[list[Any]]:
+        return [[rows, chosen.kind.value, chosen.tile_rows, chosen.moves_rows] for rows, chosen in self.by_rows]
+
+    @classmethod
+    def from_json(cls, raw: list[list[Any]]) -> Choice:
+        return cls(
+            tuple((rows, Implementation(Kind(kind), height, moves_rows)) for rows, kind, height, moves_rows in raw)
+        )
+
 
 class Groups:
     """How rows are grouped: `ends_E`, the cumulative numbers of rows by expert, on the rows' device."""

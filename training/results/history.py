@@ -39,6 +39,8 @@ class RunHistory:
     # The micro-batch size that was found to fit; None if the plan's number is used. A resumed attempt keeps it, so that
     # it adds up in the same order as the one before.
     micro_batch_tokens: int | None = None
+    # How experts are multiplied on a GPU (training.quantization.choose_product), by the layers' shape. Kept likewise.
+    experts_product: dict[str, list[list[Any]]] = field(default_factory=dict)
 
     @property
     def tokens_seen(self) -> int:
@@ -64,6 +66,8 @@ class RunHistory:
             evaluations=[EvaluationRecord(**record) for record in raw["evaluations"]],
             training_seconds=raw["training_seconds"],
             micro_batch_tokens=raw["micro_batch_tokens"],
+            # Checkpoints of earlier versions have none.
+            experts_product=raw.get("experts_product", {}),
         )
 
     def write_log(self, path: Path) -> None:

@@ -54,7 +54,6 @@ _SHAPES: dict[str, tuple[int, tuple[int, int], list[int]]] = {
 }
 _LARGE = {
     "two tiles of columns and of rows": (2, (200, 256), [130, 65]),
-    "512 experts, many rows": (512, (64, 128), [expert * 7 % 5 if expert % 3 else 0 for expert in range(512)]),
     "a group of tiles that is not full": (24, (256, 128), [17] * 24),
     "the proportions of gpt-oss": (4, (360, 704), [40, 0, 3, 25]),
 }
@@ -148,18 +147,21 @@ def choices() -> dict[str, Any]:
     """Who is chosen if all are right, and who is left out."""
     answers = {}
 
-    def choose() -> dict[str, Any]:
-        module = modules()["gate"]
-        (tried,) = choose_products(torch.nn.ModuleList([module]), 8, lambda _module, _rows: (UNPACKED, _ALL))
+    def choose(earlier: dict[str, Choice] | None = None) -> dict[str, Any]:
+        layer = torch.nn.ModuleList([modules()["gate"]])
+        (tried,) = choose_products(layer, 8, lambda _module, _rows: (UNPACKED, _ALL), earlier=earlier)
         return {
             "chosen": [str(implementation) for _, implementation in tried.choice.by_rows],
             "rows": [rows for rows, _ in tried.choice.by_rows],
             "faults": tried.faults,
             "milliseconds": tried.milliseconds,
             "text": str(tried),
+            "shape": tried.shape,
         }
 
     answers["all are right"] = choose()
+    shape, before = answers["all are right"]["shape"], Choice(((4, UNPACKED), (16, _ALL)))
+    answers["resumed"] = choose({shape: Choice.from_json(json.loads(json.dumps(before.as_json())))})
     whole = training.quantization.fused_product.fused_product
 
     def one_row_wrong(*arguments: Any) -> torch.Tensor:
@@ -175,7 +177,7 @@ def choices() -> dict[str, Any]:
 
     for fault in (one_row_wrong, not_a_number, does_not_compile):
         training.quantization.fused_product.fused_product = fault
-        answers[fault.__name__] = choose()
+        answers[fault.__name__] = choose({shape: before} if fault is not_a_number else None)
     training.quantization.fused_product.fused_product = whole
     spread = training.quantization.fused_rows.spread_rows
     training.quantization.fused_rows.spread_rows = lambda *arguments: spread(*arguments).roll(1, dims=0)

@@ -21,6 +21,9 @@ from training.quantization.choose_product import choose_products
 from training.quantization.grouped_product import UNPACKED, Choice, Implementation, Kind, product_of_few_rows
 from training.quantization.nf4 import pack, pieces_of, unpack_experts
 
+# Half a minute of CPU, on machines that also do other work.
+pytestmark = pytest.mark.timeout(600)
+
 _HERE = Path(__file__).parent
 # A row of bf16 results is off by 2**-9 of its length after rounding; a wrong weight or row by far more than 2**-7.
 _ALLOWED = {"torch.float32": 1e-5, "torch.bfloat16": 2**-8}
@@ -87,6 +90,12 @@ def test_of_those_that_are_right_the_fastest_is_chosen(report: Any) -> None:
     for tokens, chosen in zip(("2", "8"), choice["chosen"], strict=True):
         assert chosen == min(choice["milliseconds"][tokens], key=choice["milliseconds"][tokens].get)
     assert choice["chosen"][1] in choice["text"] and "8 tokens" in choice["text"]
+
+
+def test_a_resumed_attempt_keeps_the_choice_of_the_one_before(report: Any) -> None:
+    choice = report["choices"]["resumed"]
+    assert choice["chosen"] == ["unpacked", "fused by 16 rows, rows moved by kernels"]
+    assert not choice["milliseconds"] and "as in the attempt before" in choice["text"]
 
 
 @pytest.mark.parametrize(
@@ -185,4 +194,3 @@ def test_the_real_widths_of_the_80b_are_right_on_this_card(is_transposed: bool) 
     set_product(module, None)
     assert not tried.faults, tried.faults
     assert any(name.startswith("fused") for name in tried.milliseconds["8192"]), str(tried)
-    print(torch.cuda.get_device_name(), tried)
