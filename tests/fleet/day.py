@@ -126,7 +126,7 @@ class Day:
         if minute == ANSWER_LOST:
             runpod.fail(0, cut=True, after=True, only="POST")
         if minute == HOST_DIES:
-            victim = next(daemon for daemon in self.daemons if daemon.queue.job is not None)
+            victim = next(daemon for daemon in self.daemons if daemon.job is not None)
             victim.pod.status = "TERMINATED"
             self.daemons.remove(victim)
             # The lease runs out by the database's clock, which does not know that this is a day.
@@ -148,31 +148,31 @@ class Day:
                 self.daemons.remove(daemon)
                 continue
             await self._work(daemon, minute, store)
-            self.yard.touch(daemon.worker, busy=int(daemon.queue.job is not None))
+            self.yard.touch(daemon.worker, busy=int(daemon.job is not None))
             if daemon.idle_minutes > IDLE_MINUTES and not FORGETS_TO_END <= minute < FORGETS_TO_END + 120:
                 self.yard.touch(daemon.worker, state="gone")
                 daemon.pod.status = "TERMINATED"
                 self.daemons.remove(daemon)
 
     async def _work(self, daemon: Daemon, minute: int, store: SqlJobStore) -> None:
-        if daemon.queue.lease is not None and minute >= daemon.done_at:
-            adapter = Completed(f"lora-models/adapters/{daemon.queue.job}.tar.gz", "0" * 64, 1)
-            await store.complete_job(daemon.queue.lease, adapter, cost=1.0)
-            daemon.queue.job = daemon.queue.lease = None
-        if daemon.queue.job is None and not self.yard.wants_drain(daemon.worker):
+        if daemon.lease is not None and minute >= daemon.done_at:
+            adapter = Completed(f"lora-models/adapters/{daemon.job}.tar.gz", "0" * 64, 1)
+            await store.complete_job(daemon.lease, adapter, cost=1.0)
+            daemon.job = daemon.lease = None
+        if daemon.job is None and not self.yard.wants_drain(daemon.worker):
             host = Limits(free_gpus=1, gpu_memory_gb=79.6, gpu_type=H100)
             claim = await store.claim_job(daemon.worker, host, lease_seconds=1e6)
             if claim.job is not None:
-                daemon.queue.job, daemon.queue.lease, daemon.idle_minutes = claim.job.id, claim.job.lease, 0
+                daemon.job, daemon.lease, daemon.idle_minutes = claim.job.id, claim.job.lease, 0
                 daemon.done_at = minute + self.durations[claim.job.id]
                 self.waits.append(minute - self.arrived[claim.job.id])
                 return
-        daemon.idle_minutes = 0 if daemon.queue.job is not None else daemon.idle_minutes + 1
+        daemon.idle_minutes = 0 if daemon.job is not None else daemon.idle_minutes + 1
 
     def _pay(self) -> None:
         pods = self.yard.pods
         self.pod_minutes += len(pods)
-        self.busy_minutes += sum(daemon.queue.job is not None for daemon in self.daemons)
+        self.busy_minutes += sum(daemon.job is not None for daemon in self.daemons)
         self.most_pods = max(self.most_pods, len(pods))
         self.cost += sum(pod.cost for pod in pods) / 60
 

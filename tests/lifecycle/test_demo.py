@@ -276,7 +276,7 @@ def test_a_daemon_that_dies_is_said_with_the_end_of_its_log(cache: Path, tmp_pat
         demo.remember_family()
         os.kill(int(found[1]), signal.SIGKILL)
         assert demo.process.wait(30) == 1
-        assert "the daemon ended by signal 9 while the job was" in demo.output
+        assert "daemon ended by signal 9 while the job was" in demo.output
         assert "job_claimed" in demo.output
         demo.assert_nothing_is_left()
 
@@ -288,7 +288,7 @@ def test_a_bad_file_of_ones_own_fails_the_job_with_its_line_numbers(cache: Path,
     bad.write_text('{"messages": [{"role": "user", "content": "Hello?"}]}\nnot json\n')
     with Demo(tmp_path, cache, "--data", bad.name) as demo:
         assert demo.process.wait(120) == 1
-        assert "the job failed" in demo.output
+        assert "job failed" in demo.output
         assert "dataset_invalid" in demo.output
         assert "line 2" in demo.output
         demo.assert_nothing_is_left()
