@@ -2,6 +2,7 @@
 
     python benchmarks/moe_80b.py --device cuda            all 48 layers, 512 experts, 2k to 16k tokens a micro-batch
     python benchmarks/moe_80b.py                          a dry run on a CPU: 2 layers, 32 experts, 64 to 256 tokens
+    python benchmarks/moe_80b.py --device cuda --profile 8192    and the 25 dearest kernels of a step of that size
 
 No weights are needed: the skeleton is made without memory and filled layer by layer with random NF4 bytes, as many as
 the real model has. Time and memory do not depend on their values. Each size is a whole training by the trainer's own
@@ -23,6 +24,7 @@ import bitsandbytes as bnb
 import bitsandbytes.functional as bnb_functional
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedTokenizerFast, Qwen3NextConfig, Qwen3NextForCausalLM
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
@@ -68,8 +70,10 @@ def main() -> None:
     parser.add_argument("--conversations", type=int, default=1, help="of how many conversations those tokens are")
     parser.add_argument("--steps", type=int, help="timed steps a size, after one to warm up")
     parser.add_argument("--rank", type=int, default=16)
-    given = {key: value for key, value in vars(parser.parse_args()).items() if value is not None}
-    arguments = argparse.Namespace(**{**_USUAL[given["device"]], **given})
+    parser.add_argument("--profile", type=int, help="tokens of a step whose dearest kernels are listed at the end")
+    parsed = vars(parser.parse_args())
+    given = {key: value for key, value in parsed.items() if value is not None}
+    arguments = argparse.Namespace(**{**parsed, **_USUAL[given["device"]], **given})
     began = time.perf_counter()
     model = build(arguments.layers, arguments.experts, arguments.device)
     machine = torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -95,6 +99,10 @@ def main() -> None:
             seconds = clock.seconds_a_step
             print(f"{tokens:>8} {seconds:>9.2f} {tokens / seconds:>10.1f} {_peak(arguments.device):>10.2f}", flush=True)
             remove_adapter(model)
+        if arguments.profile is not None:
+            profiled = ProfiledStep(arguments.device)
+            train(model, arguments.profile, arguments, Path(folder, "profile"), profiled)
+            print(f"a step of {arguments.profile} tokens\n{profiled.dearest()}")
 
 
 class Stopwatch(EventWriter):
@@ -123,6 +131,33 @@ class Stopwatch(EventWriter):
     def seconds_a_step(self) -> float:
         """Without the first step, which compiles and warms up."""
         return (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+
+
+class ProfiledStep(Stopwatch):
+    """Profiles a training's second step: the first compiles and warms up."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__(device)
+        activities = [ProfilerActivity.CUDA] if device == "cuda" else [ProfilerActivity.CPU]
+        self._profile = profile(activities=activities)
+
+    def say(self, event: AnyEvent) -> None:
+        super().say(event)
+        if event.kind == "progress" and event.step == 1:
+            self._profile.start()
+        elif event.kind == "progress" and event.step == 2:
+            self._profile.stop()
+
+    def dearest(self, count: int = 25) -> str:
+        """Lists kernels by their time, on a CPU operations without what they call."""
+        on_gpu = self._device == "cuda"
+        spent = [
+            (entry.self_device_time_total if on_gpu else entry.self_cpu_time_total, entry.count, entry.key)
+            for entry in self._profile.key_averages()
+        ]
+        lines = [f"{us / 1000:10.2f} ms {times:7d} × {name[:100]}" for us, times, name in sorted(spent, reverse=True)]
+        whole = f"{sum(us for us, _, _ in spent) / 1000:10.2f} ms {sum(times for _, times, _ in spent):7d} × together"
+        return "\n".join([whole, *lines[:count]])
 
 
 def train(model: Any, tokens: int, arguments: argparse.Namespace, folder: Path, clock: Stopwatch) -> None:
