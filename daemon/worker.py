@@ -267,13 +267,10 @@ class Worker:
         if not self._near_end or not self._prefetch.wants_a_job or self._paused or self._closing.is_set():
             return
         free_gpus = self._pool.free_gpus
-        limits = self._limits(
-            None
-            if free_gpus is None
-            else min(free_gpus + min(map(len, self._near_end.values())), self._host.gpus_per_job),
-            self._with.trainers.bases_after(self._attempts[task][0].base_model for task in self._near_end),
-        )
-        dataset = await self._queue.store.peek_next_job(limits)
+        if free_gpus is not None:
+            free_gpus = min(free_gpus + min(map(len, self._near_end.values())), self._host.gpus_per_job)
+        warm = self._with.trainers.bases_after(self._attempts[task][0].base_model for task in self._near_end)
+        dataset = await self._queue.store.peek_next_job(self._limits(free_gpus, warm))
         if dataset is not None:
             self._prefetch.guess(dataset)
 

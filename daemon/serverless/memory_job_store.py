@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 from uuid import NAMESPACE_URL, UUID, uuid4, uuid5
@@ -23,7 +22,8 @@ from daemon.queue.fitted_columns import adapter_columns, error_columns, percent
 from daemon.queue.job import ClaimedJob, JobDataset, Lease, Returned
 from daemon.queue.outcome import Completed, Failed
 from daemon.queue.rows import Ending, FoundJob, Limits, MetricPoint
-from daemon.queue.states import FINAL, HELD, UNFINISHED, State
+from daemon.queue.states import HELD, UNFINISHED, State
+from daemon.serverless.memory_job import MemoryJob
 from daemon.serverless.memory_outbox import MemoryOutbox
 from daemon.serverless.row_store import cannot_serve
 from daemon.storage.interface import Location
@@ -39,38 +39,6 @@ _WORDS = {State.COMPLETED: "completed", State.FAILED: "failed", State.CANCELLED:
 _OUTBOX_EVENTS = {State.QUEUED: "job.released", State.RUNNING: "job.started"}
 
 
-@dataclass
-class _Job:
-    id: UUID
-    submission: Submission
-    need_gpus: int
-    queued_at: datetime = field(default_factory=lambda: datetime.now(UTC))
-    state: State = State.QUEUED
-    attempt: int = 0
-    epoch: int = 0
-    due_at: float = 0.0
-    spent: float = 0.0
-    columns: dict[str, Any] = field(default_factory=dict)
-    uploads: dict[tuple[int, UploadKind, int], RecordedUpload] = field(default_factory=dict)
-    # The lease of the last claim, and whether it is still held.
-    lease: Lease | None = None
-    is_leased: bool = False
-
-    def is_held_by(self, lease: Lease) -> bool:
-        return self.is_leased and self.lease == lease
-
-    def leftovers(self, location: Location) -> list[RecordedUpload]:
-        """Records of stored objects that are not needed, and the record of those that the result names."""
-        if self.is_leased:
-            return []
-        path = self.columns.get("adapter_path") if self.state is State.COMPLETED else None
-        return [
-            replace(upload, named=path == f"{location.bucket}/{upload.objects[0]}")
-            for upload in self.uploads.values()
-            if upload.kind == "adapter" or self.state in FINAL
-        ]
-
-
 class MemoryJobStore:
     """A JobStore and an UploadLog without a connection: one process remembers its own jobs."""
 
@@ -78,7 +46,7 @@ class MemoryJobStore:
         self._host = host
         self._allowed_models = allowed_models
         self._outbox = outbox
-        self._jobs: dict[UUID, _Job] = {}
+        self._jobs: dict[UUID, MemoryJob] = {}
 
     # -- for the serverless host ----------------------------------------------------------------------------------
 
@@ -96,7 +64,7 @@ class MemoryJobStore:
             raise cannot_serve(lacking)
         own_id = submission.job_id or str(uuid4())
         job_id = submission.row_id or uuid5(NAMESPACE_URL, own_id)
-        self._jobs.setdefault(job_id, _Job(job_id, submission, wanted.gpu_config.num_gpus))
+        self._jobs.setdefault(job_id, MemoryJob(job_id, submission, wanted.gpu_config.num_gpus))
         return job_id
 
     async def notice(self, submission: Submission, job_id: UUID) -> str | None:
@@ -318,18 +286,18 @@ class MemoryJobStore:
 
     # -- moves -----------------------------------------------------------------------------------------------------
 
-    def _job_of(self, lease: Lease) -> _Job:
+    def _job_of(self, lease: Lease) -> MemoryJob:
         if (job := self._jobs.get(lease.job_id)) is None:
             raise _lost(lease)
         return job
 
-    def _held(self, lease: Lease) -> _Job:
+    def _held(self, lease: Lease) -> MemoryJob:
         job = self._job_of(lease)
         if not job.is_held_by(lease):
             raise _lost(lease)
         return job
 
-    def _running(self, lease: Lease) -> _Job:
+    def _running(self, lease: Lease) -> MemoryJob:
         """Returns the job of a lease that is held, unless it was cancelled: then its columns are final."""
         job = self._held(lease)
         if job.state not in HELD:
@@ -363,14 +331,14 @@ class MemoryJobStore:
         self._move(job, target, **columns)
         return Ending(True, target, noted)
 
-    def _move(self, job: _Job, state: State, **columns: Any) -> None:
+    def _move(self, job: MemoryJob, state: State, **columns: Any) -> None:
         job.state = state
         job.columns |= columns
         if (url := job.submission.callback_url) is not None:
             event = _OUTBOX_EVENTS.get(state, f"job.{state.value}")
             self._outbox.add(job.id, url, event, self._contract(job))
 
-    def _contract(self, job: _Job) -> dict[str, Any]:
+    def _contract(self, job: MemoryJob) -> dict[str, Any]:
         """Returns the keys of training_status_json (sql/migrations)."""
         return {
             "status": _WORDS.get(job.state, "running"),
