@@ -46,7 +46,7 @@ IN_USE = {
     "_flash_attention_backward": {"training/attention/varlen.py"},
     # The compiled chat template: the public call takes no clock of ours.
     "_compile_jinja_template": {"training/data/template/rendering.py"},
-    # A model without weights; the public class of AutoModelForCausalLM would choose another class for some configurations.
+    # A model without weights, of exactly this class: AutoModelForCausalLM would choose by the configuration.
     "_from_config": {"training/base/rehearsal.py"},
     # Keeps transformers from initialising weights that we have put in their place.
     "_is_hf_initialized": {"training/quantization/experts.py"},
