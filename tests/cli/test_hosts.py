@@ -18,9 +18,10 @@ def test_a_drained_host_finishes_its_job_claims_no_other_and_ends(cli: CommandLi
         assert "ends after 1 job" in cli.ok("drain", row["worker_id"][:6]).out
         assert "● draining" in cli.ok("workers", COLUMNS="80").out
         second = queue.insert()
+        # It reads the order with its next sign of life.
+        daemon.wait_for_log("worker_draining")
         gate.touch()
         assert daemon.wait(60) == 0
-        daemon.wait_for_log("worker_draining")
     assert queue.row(first)["status"] == "completed"
     assert queue.row(second)["status"] == "queued"
     assert cli.ok("workers", "--json").out == ""
