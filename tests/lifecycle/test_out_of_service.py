@@ -216,10 +216,11 @@ async def test_a_storage_key_that_is_withdrawn_sends_jobs_back_uncounted_until_i
         job = project.insert()
         trouble = await asyncio.to_thread(eventually, out_of_service(project.queue, "storage"))
         assert "signature verification failed" in trouble["message"]
-        (told,) = await asyncio.to_thread(eventually, lambda: returned(project.queue, job))
-        assert "refuses the key of this host" in told["message"]
         row = await asyncio.to_thread(eventually, lambda: queued(project.queue, job))
         assert row["attempt"] == 0
+        # None if the host's own probe was refused before it took the job, as on a busy machine.
+        for told in returned(project.queue, job):
+            assert "refuses the key of this host" in told["message"]
         project.storage.gate.secret = secret
         assert (await project.wait_for(job, "completed", seconds=70))["attempt"] == 1
         daemon.wait_for_log("trouble_ended", trouble="storage")
