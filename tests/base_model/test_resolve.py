@@ -412,6 +412,8 @@ async def test_a_disk_that_is_too_small_is_found_before_a_weight_is_loaded(
 ) -> None:
     # The preflight runs in this process, with a margin that no disk has.
     monkeypatch.setattr(hub, "SPARE_BYTES", 10**18)
+    # A test of the trainer in this process may have taken the hub away, as a trainer does.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     async with HubDouble(NAME, source) as double:
         monkeypatch.setenv("HF_ENDPOINT", double.url)
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", double.url)
