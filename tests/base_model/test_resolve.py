@@ -412,11 +412,16 @@ async def test_a_disk_that_is_too_small_is_found_before_a_weight_is_loaded(
 ) -> None:
     # The preflight runs in this process, with a margin that no disk has.
     monkeypatch.setattr(hub, "SPARE_BYTES", 10**18)
-    # A test of the trainer in this process may have taken the hub away, as a trainer does.
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     async with HubDouble(NAME, source) as double:
         monkeypatch.setenv("HF_ENDPOINT", double.url)
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", double.url)
+        # Another test may have imported the hub's client before: with its own address, or, as a trainer does, offline.
+        constants = {
+            "ENDPOINT": double.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": double.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+        }
+        for name, value in constants.items():
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
         order = hub.Order(NAME, str(tmp_path / "models" / NAME))
         answer = await asyncio.to_thread(hub.download, order)
         assert not [path for path in double.served if "/resolve/" in path and not path.endswith("/config.json")]
