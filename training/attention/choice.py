@@ -31,6 +31,7 @@ from training.attention.registered import (
 from training.attention.text_by_text import attend_text_by_text
 from training.attention.varlen import attend_varlen
 from training.data.micro_batches import pack
+from training.distance import distance
 from training.failures import in_brief, is_out_of_memory
 
 # Layers are compared in float32, where two orders of summation differ by 1e-7.
@@ -111,7 +112,7 @@ def _why_dense(model: Any, original: str | None) -> tuple[str | None, Observed]:
     far = [difference for difference in observed.differences if not difference <= _MOST_ROUNDING_OF_A_LAYER]
     if far:
         return f"attention by borders differs in {len(far)} of its layers, by {far[0]:.1e}", observed
-    differing = _distance(ours, own)
+    differing = distance(ours, own)
     if not differing <= _MOST_ROUNDING_OF_LOGITS:
         return f"its logits differ by {differing:.1%} from those of its own attention", observed
     return None, observed
@@ -127,10 +128,6 @@ def _small_row(model: Any) -> dict[str, Any]:
 def _logits(model: Any, row: dict[str, Any]) -> torch.Tensor:
     logits: torch.Tensor = model(**row, use_cache=False).logits.float()
     return logits
-
-
-def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())
 
 
 @contextmanager
@@ -185,7 +182,7 @@ def fault_of(attend: Attend, shape: Shape, device: torch.device) -> str | None:
     exact = [head.detach().float().requires_grad_() for head in heads]
     wanted = _forward_and_backward(attend_text_by_text, shape, exact, gradient.float(), sinks=sinks, borders=borders)
     for name, ours, theirs in zip(("its result", "dQ", "dK", "dV"), found, wanted, strict=True):
-        differing = _distance(ours.float(), theirs)
+        differing = distance(ours.float(), theirs)
         if not differing <= _MOST_ROUNDING_OF_A_KERNEL:
             return f"{name} differs by {differing:.1%} from the reference on this device"
     return None

@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from training.attention.borders import Borders, borders_on, read_borders
 from training.attention.text_by_text import attend_text_by_text
+from training.distance import distance
 
 # By what a model was loaded with: PyTorch's own attention, or the model's own, written out. Without the words "sdpa",
 # "eager" and "flash", by which transformers recognises its own.
@@ -215,7 +216,7 @@ def _compare(
             exact[0][0], exact[1][0], exact[2][0], borders,
             scale=shape.scale, softcap=shape.softcap, sinks_H=asked.get("s_aux"),
         )[None]  # fmt: skip
-    observed.differences.append(float((found - wanted).norm() / wanted.norm()))
+    observed.differences.append(distance(found, wanted))
     observed.shapes.add(shape)
     result: tuple[torch.Tensor, torch.Tensor | None] = own(*heads, dense, **asked)
     return result

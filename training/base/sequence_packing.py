@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from training.data.micro_batches import pack
+from training.distance import distance
 from training.quantization.experts import has_fused_experts
 
 # Seen: 1.6 % with SmolLM2-135M in bfloat16, whose logits are off by up to 0.5 each; 3e-7 in float32.
@@ -47,10 +48,10 @@ def why_not_packed(model: Any) -> str | None:
         return str(error).strip().partition("\n")[0][:300] or type(error).__name__
     finally:
         model.train(was_training)
-    moved = _distance(together[:, len(first) :], beside_other[:, len(first) :])
+    moved = distance(together[:, len(first) :], beside_other[:, len(first) :])
     if not moved <= _most_movement(model):
         return f"it would carry one conversation into the next: another one before it moves its logits by {moved:.1%}"
-    differing = _distance(together, apart)
+    differing = distance(together, apart)
     if not differing <= _MOST_ROUNDING:
         return (
             f"it reads conversations that lie end to end otherwise than apart: their logits differ by {differing:.1%}"
@@ -65,11 +66,6 @@ def _most_movement(model: Any) -> float:
     differently. A leak changes the logits by as much as their own size.
     """
     return _MOST_MOVEMENT_OF_EXPERTS if any(has_fused_experts(module) for module in model.modules()) else 0.0
-
-
-def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Returns the difference, as a share of `wanted`. NaN if either contains NaN; NaN never counts as close."""
-    return float((found - wanted).norm() / wanted.norm())
 
 
 def _logits(model: Any, **inputs: Any) -> torch.Tensor:

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from training.convolution import offer_fla_convolution
+from training.distance import distance
 from training.events import ErrorCode
 from training.failures import TrainingFailed, broken_part, in_brief, is_out_of_memory
 from training.files.model_folder import ModelFolder
@@ -195,8 +196,7 @@ def _fault(proof: Callable[[], Iterator[tuple[str, torch.Tensor, torch.Tensor]]]
     """Runs a proof; returns what it raises or what is off, in words."""
     try:
         for what, found, wanted in proof():
-            reference = wanted.detach().double()
-            off = float((found.detach().double() - reference).norm() / reference.norm())
+            off = distance(found.detach().double(), wanted.detach().double())
             # NaN is never close.
             if not off <= _ROUNDING:
                 return f"{what} is off by {off:.0%}"

@@ -13,6 +13,7 @@ import sys
 from typing import Any
 
 from training.convolution import convolution_is_offered, offer_fla_convolution
+from training.distance import distance
 from training.preflight.kernel_proof import (
     fault_of_grouped_products,
     fault_of_linear_attention,
@@ -81,9 +82,9 @@ def _four_bit_error(device: str) -> str | None:
     except RuntimeError as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0]}"
     expected = original.to(device)(x)
-    distance = ((output - expected).norm() / expected.norm()).item()
+    off = distance(output, expected)
     # NF4 of normal weights errs by about 10 % (QLoRA, appendix E); twice that is a broken kernel.
-    return None if distance < 0.2 and x.grad is not None else f"4-bit products are off by {distance:.0%}"
+    return None if off < 0.2 and x.grad is not None else f"4-bit products are off by {off:.0%}"
 
 
 if __name__ == "__main__":
