@@ -86,7 +86,7 @@ def load_base_model(
 
 
 def is_packed_on_disk(spec: Wanted, folder: ModelFolder) -> bool:
-    """Returns True if loading only has to read: a 4-bit copy lies on the volume."""
+    """Returns True if loading only has to read: a 4-bit copy of exactly these files lies on the volume."""
     return spec.quantize and (folder.kept_copy is not None or _copy_of(spec, folder) is not None)
 
 

@@ -81,7 +81,7 @@ class BufferedWriter(EventWriter):
         self.events.append(event)
 
 
-def may_be_held(base: Base, needed_bytes: int, most_bytes: int) -> bool:
+def may_be_held(base: Base, folder: ModelFolder, needed_bytes: int, most_bytes: int) -> bool:
     """Returns True if a model of `needed_bytes` may stay in the host's memory between jobs, of which it may take
     `most_bytes`.
 
@@ -92,7 +92,7 @@ def may_be_held(base: Base, needed_bytes: int, most_bytes: int) -> bool:
 
     if needed_bytes > most_bytes:
         return False
-    return base.device == "cpu" or (needed_bytes <= free_bytes() // 2 and is_packed_on_disk(base, base.open()))
+    return base.device == "cpu" or (needed_bytes <= free_bytes() // 2 and is_packed_on_disk(base, folder))
 
 
 def load_base(base: Base) -> HeldBase | None:

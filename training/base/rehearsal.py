@@ -16,11 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from training.base.architecture import Architecture, architecture_of
-from training.base.dtype import compute_dtype
-from training.base.load import Wanted, cannot_be_loaded, refuse_missing
+from training.base.load import Wanted, cannot_be_loaded, is_packed_on_disk, refuse_missing
 from training.files.model_folder import ModelFolder
 from training.files.module_names import UNQUANTISED_MODULES
-from training.quantization.disk_copy import QuantizedCopy
 from training.quantization.experts import EXPERTS_FUNCTION, Nf4Config, Nf4Quantizer
 
 if TYPE_CHECKING:
@@ -44,7 +42,7 @@ def rehearse_loading(wanted: Wanted, folder: ModelFolder) -> Rehearsal:
     Raises TrainingFailed: model_unsupported, or model_incomplete with the names of missing tensors."""
     architecture = architecture_of(folder, wanted.base_model)
     options = {"experts_implementation": EXPERTS_FUNCTION} if wanted.quantize else {}
-    if _was_loaded_before(wanted, folder):
+    if folder.kept_copy is not None or is_packed_on_disk(wanted, folder):
         # Its tensors were all there then. Naming 75,000 of them again would take seconds.
         with _META:
             model = architecture.model_class._from_config(architecture.config, dtype=torch.bfloat16, **options)
@@ -55,16 +53,6 @@ def rehearse_loading(wanted: Wanted, folder: ModelFolder) -> Rehearsal:
         # It refuses what would stay in 16 bits.
         Nf4Quantizer(settings, pre_quantized=False).preprocess_model(model, device_map={"": _META})
     return Rehearsal(architecture, model)
-
-
-def _was_loaded_before(wanted: Wanted, folder: ModelFolder) -> bool:
-    """Returns True if there is a 4-bit copy of exactly these files."""
-    if folder.kept_copy is not None:
-        return True
-    if not wanted.quantize or wanted.quantized_dir is None:
-        return False
-    dtype = compute_dtype(wanted.device, wanted.compute_type)
-    return QuantizedCopy.of(wanted.quantized_dir, folder, wanted.base_model, dtype).exists
 
 
 def _load_headers(

@@ -193,7 +193,7 @@ class ForkServer:
             voice.stage(Stage.LOADING, spec.base_model)
             if held is not None:
                 train_on(held.on_its_device(), prepared, spec, voice, self._stop)
-            elif (kept := base if self._may_keep(base, spec, prepared) else None) is not None or self._held is not None:
+            elif (kept := self._worth_keeping(base, prepared)) is not None or self._held is not None:
                 _write_all(desk, pickle.dumps((spec, prepared)))
                 say(ForkMessage(kind="go_on", base=kept))
             else:
@@ -201,11 +201,17 @@ class ForkServer:
 
         return status_of(work, spec, voice)
 
+    def _worth_keeping(self, base: Base | None, prepared: Prepared) -> Base | None:
+        if base is None or not may_be_held(base, prepared.folder, prepared.estimate.model_bytes, self._keep_bytes):
+            return None
+        return base
+
     def _consider(self, order: HoldOrder, say: Callable[[ForkMessage], None]) -> int:
         """Has a base model loaded before any job has asked for it, if it may stay in memory."""
         base = Base.of(order)
-        needed = model_bytes(base.open(), quantize=order.quantize, compute_type=base.compute_type)
-        if may_be_held(base, needed, self._keep_bytes):
+        folder = base.open()
+        needed = model_bytes(folder, quantize=order.quantize, compute_type=base.compute_type)
+        if may_be_held(base, folder, needed, self._keep_bytes):
             say(ForkMessage(kind="hold", base=base))
         return 0
 
@@ -234,13 +240,6 @@ class ForkServer:
             train_on(self._held.on_its_device(), prepared, spec, voice, self._stop)
 
         return status_of(work, spec, voice)
-
-    def _may_keep(self, base: Base | None, spec: JobSpec, prepared: Prepared) -> bool:
-        return (
-            base is not None
-            and spec.num_gpus == 1
-            and may_be_held(base, prepared.estimate.model_bytes, self._keep_bytes)
-        )
 
 
 def _import_libraries() -> int:

@@ -79,16 +79,16 @@ def test_only_what_lies_on_the_volume_in_4_bits_waits_for_a_card(
     spec_of: SpecOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = spec_of(quantized_dir=tmp_path / "copies", compute_type="bfloat16")
-    for_a_card = Base.of(spec).model_copy(update={"device": "cuda"})
+    for_a_card, folder = Base.of(spec).model_copy(update={"device": "cuda"}), Base.of(spec).open()
     # A CPU would quantise it for minutes; a job on a card does it in seconds.
-    assert not may_be_held(for_a_card, 1000, 2000) and load_base(for_a_card) is None
-    assert may_be_held(Base.of(spec), 1000, 2000)
+    assert not may_be_held(for_a_card, folder, 1000, 2000) and load_base(for_a_card) is None
+    assert may_be_held(Base.of(spec), folder, 1000, 2000)
     _with_a_copy(spec, device="cuda")
-    assert may_be_held(for_a_card, 1000, 2000)
-    assert not may_be_held(for_a_card, 2001, 2000)
+    assert may_be_held(for_a_card, folder, 1000, 2000)
+    assert not may_be_held(for_a_card, folder, 2001, 2000)
     # The job itself needs no host memory for it, so it takes none that is scarce.
     monkeypatch.setattr(training.base.loaded_model, "free_bytes", lambda: 1999)
-    assert not may_be_held(for_a_card, 1000, 2000) and may_be_held(Base.of(spec), 1000, 2000)
+    assert not may_be_held(for_a_card, folder, 1000, 2000) and may_be_held(Base.of(spec), folder, 1000, 2000)
 
 
 def test_a_damaged_copy_is_left_to_the_job_which_tells_of_it(spec_of: SpecOf, tmp_path: Path) -> None:
