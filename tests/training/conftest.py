@@ -61,20 +61,18 @@ IN_BOTH_TYPES = pytest.mark.parametrize("compute_type", get_args(ComputeType))
 ROUNDING: dict[ComputeType, float] = {"float32": 1e-4, "bfloat16": 20**0.5 * 2**-9}
 
 
-# The same proof on a card, by `pytest -m gpu`: nobody has shown on a CPU what CUDA's kernels do.
-ON_A_CARD_TOO = pytest.mark.parametrize(
-    "device",
-    [
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=[
-                pytest.mark.gpu,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-            ],
-        ),
-    ],
-)
+# What only a card can show, by `pytest -m gpu`.
+CARD_MARKS = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
+
+
+def ON_A_CARD(test: Callable[..., None]) -> Callable[..., None]:
+    for mark in CARD_MARKS:
+        test = mark(test)
+    return test
+
+
+# The same proof on a card as well: nobody has shown on a CPU what CUDA's kernels do.
+ON_A_CARD_TOO = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CARD_MARKS)])
 
 
 @pytest.fixture

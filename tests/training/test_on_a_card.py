@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 
 from tests.tiny_models import ARCHITECTURES, make_model, write_conversations
-from tests.training.conftest import RecordedEvents, SpecOf, train
+from tests.training.conftest import CARD_MARKS, RecordedEvents, SpecOf, train
 from tests.training.process.child import start
 from training.base.architecture import architecture_of
 from training.base.load import load_base_model
@@ -28,11 +28,7 @@ from training.loop.loss import AnswerLoss
 from training.preflight.kernel_proof import fault_of_grouped_products, fault_of_linear_attention
 from training.spec import JobSpec
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.timeout(300),
-]
+pytestmark = [*CARD_MARKS, pytest.mark.timeout(300)]
 
 # Operands of bfloat16 and a product in float32 end within 1e-3 to 1e-2 of the same product in float64.
 _ROUNDING = 2e-2

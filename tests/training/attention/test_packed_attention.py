@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from tests.training.attention.flash_on_cpu import flash_on_cpu
-from tests.training.conftest import IN_BOTH_TYPES, ON_A_CARD_TOO, ROUNDING, RecordedEvents, SpecOf
+from tests.training.conftest import IN_BOTH_TYPES, ON_A_CARD, ON_A_CARD_TOO, ROUNDING, RecordedEvents, SpecOf
 from training.attention import choice
 from training.attention.borders import borders_on, read_borders
 from training.attention.choice import borders_of_lengths, choose_packed_attention, fault_of
@@ -341,8 +341,7 @@ def test_kernels_are_timed_on_one_micro_batch_of_the_jobs_lengths(lengths: tuple
     assert choice._seconds(attend_text_by_text, _SHAPES[1], torch.device("cpu"), (5, 7)) > 0
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@ON_A_CARD
 @pytest.mark.parametrize("family", ["Qwen3", "Mistral", "Gemma3", "DeepseekV3"])
 def test_on_a_card_a_family_attends_by_the_kernel_and_reads_as_with_a_dense_mask(family: str) -> None:
     lengths = (9, 1, 14)

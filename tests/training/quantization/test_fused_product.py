@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.training.conftest import ON_A_CARD
 from training.quantization.choose_product import choose_products
 from training.quantization.grouped_product import UNPACKED, Choice, Implementation, Kind, product_of_few_rows
 from training.quantization.nf4 import pack, pieces_of, unpack_experts
@@ -168,8 +169,7 @@ def test_a_model_without_experts_has_nothing_to_choose() -> None:
     assert choose_products(torch.nn.Linear(8, 8), 100) == []
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@ON_A_CARD
 @pytest.mark.parametrize("is_transposed", [False, True])
 def test_the_real_widths_of_the_80b_are_right_on_this_card(is_transposed: bool) -> None:
     """Every implementation proves itself here, and the choice is what the story will say."""
