@@ -200,14 +200,23 @@ async def test_storage_follows_no_redirect_with_its_key(tmp_path: Path, monkeypa
     assert (lures.home.heard, lures.other.heard, lures.met) == ([], [], [])
 
 
-async def test_an_upload_goes_on_at_the_configured_address_whatever_the_server_calls_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Supabase Storage builds Location from what its proxy says: behind TLS it may be http://."""
+def resumable_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[StorageDouble, Path]:
+    """A storage with the adapters' bucket, and a file that goes there by a resumable upload, small as it is."""
     monkeypatch.setattr("daemon.storage.supabase.STANDARD_UPLOAD_BYTES", 10)
     (tmp_path / "double").mkdir()
     double = StorageDouble(tmp_path / "double")
     double.buckets["lora-models"] = Bucket()
+    local = tmp_path / "adapter.tar.gz"
+    local.write_bytes(os.urandom(5000))
+    return double, local
+
+
+async def test_an_upload_goes_on_at_the_configured_address_whatever_the_server_calls_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Supabase Storage builds Location from what its proxy says: behind TLS it may be http://."""
+    double, local = resumable_only(tmp_path, monkeypatch)
+    content = local.read_bytes()
     forms = [*ABROAD, *AT_HOME]
 
     async def handle(exchange: Exchange) -> None:
@@ -222,9 +231,6 @@ async def test_an_upload_goes_on_at_the_configured_address_whatever_the_server_c
         exchange.start_answer = start_luring  # type: ignore[method-assign]
         await double.handle(exchange)
 
-    content = os.urandom(5000)
-    local = tmp_path / "adapter.tar.gz"
-    local.write_bytes(content)
     async with lured(tmp_path, handle, monkeypatch) as lures:
         storage = SupabaseStorage(lures.url, SERVICE_KEY, first_wait_seconds=0.001)
         digest = hashlib.sha256(content).hexdigest()
@@ -241,13 +247,9 @@ async def test_the_addresses_of_uploads_that_lie_on_the_volume_lead_nowhere_else
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An attempt before a change of SUPABASE_URL has left them, or somebody else who writes to the volume."""
-    monkeypatch.setattr("daemon.storage.supabase.STANDARD_UPLOAD_BYTES", 10)
-    (tmp_path / "double").mkdir()
-    double = StorageDouble(tmp_path / "double")
-    double.buckets["lora-models"] = Bucket()
-    content = os.urandom(5000)
-    local, digest = tmp_path / "adapter.tar.gz", hashlib.sha256(content).hexdigest()
-    local.write_bytes(content)
+    double, local = resumable_only(tmp_path, monkeypatch)
+    content = local.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
     resume = tmp_path / "resume"
     resume.mkdir()
     forms = [*ABROAD, "file:///etc/passwd", "https://[broken/x", "not a URL", ""]
