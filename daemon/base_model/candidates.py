@@ -122,14 +122,17 @@ def _resolved(name: str, candidate: _Candidate) -> ResolvedModel:
 
 
 def _revision_of(candidate: _Candidate) -> str | None:
-    if candidate.where == "cache":
-        return candidate.path.name
-    marker = read_marker(candidate.path)
+    return candidate.path.name if candidate.where == "cache" else revision_in(candidate.path)
+
+
+def revision_in(folder: Path) -> str | None:
+    """The hub's commit that a folder was downloaded from, if a note in it says."""
+    marker = read_marker(folder)
     if marker is not None:
         return marker.revision
     # The hub's own client writes this beside files that it downloads into a flat folder.
     with contextlib.suppress(OSError, IndexError):
-        note = candidate.path / ".cache" / "huggingface" / "download" / "config.json.metadata"
+        note = folder / ".cache" / "huggingface" / "download" / "config.json.metadata"
         return note.read_text().splitlines()[0]
     return None
 

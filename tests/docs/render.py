@@ -28,6 +28,7 @@ _CLI_HEAD = """\
 |---|---|
 | `submit FILE`, `jobs`, `show`, `watch`, `events`, `logs`, `cancel`, `retry` | jobs, from a terminal |
 | `download`, `chat` | download an adapter and verify it; talk to it beside its base model |
+| `export` | merge an adapter into its base model, for other servers |
 | `check FILE` | checks a dataset or a job before any GPU is paid for |
 | `models pull`, `list`, `verify`, `quantize` | base models on this host |
 | `migrate`, `doctor`, `run` | install the tables; check this host; run the daemon |

@@ -18,6 +18,7 @@ from daemon.cli.errors import CommandFailed
 if TYPE_CHECKING:
     from uuid import UUID
 
+    from daemon.base_model.candidates import ResolvedModel
     from daemon.settings import Settings
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object per answer.")]
@@ -37,8 +38,8 @@ def chat(
     """Talk to the base model and the adapter side by side. An empty line or Ctrl-D ends it; /new starts again."""
     from daemon.terminal.console import console, say_aside
 
-    adapter = _adapter_folder(what)
-    model_dir = model or _base_model(adapter)
+    adapter = adapter_folder(what)
+    model_dir = model or find_base_model(adapter).path
     if not (model_dir / "config.json").is_file():
         raise CommandFailed(f"the folder {model_dir} holds no model: there is no config.json in it")
     with _chat_process(model_dir, adapter, max_tokens) as chat:
@@ -170,7 +171,7 @@ def _show(question: str, base: str, adapted: str, as_json: bool) -> None:
     screen.print(table)
 
 
-def _adapter_folder(what: str) -> Path:
+def adapter_folder(what: str) -> Path:
     """The folder itself, or a completed job's adapter, downloaded once and kept in the cache."""
     folder = Path(what)
     if folder.is_dir():
@@ -196,10 +197,11 @@ def _adapter_folder(what: str) -> Path:
     return kept
 
 
-def _base_model(adapter: Path) -> Path:
-    """Finds the folder of the model that the adapter was trained on, by the name in its config. Never downloads."""
+def find_base_model(adapter: Path) -> ResolvedModel:
+    """Finds the model that the adapter was trained on, by the name in its config. Never downloads."""
     import asyncio
 
+    from daemon.base_model.candidates import ResolvedModel
     from daemon.base_model.resolve import resolve_model
     from daemon.cli.commands.models import model_settings
     from daemon.demo.model import models_folder
@@ -207,20 +209,20 @@ def _base_model(adapter: Path) -> Path:
     from daemon.logs import configure_logs
     from daemon.read_settings import secrets_of
 
-    name = _base_model_name(adapter)
+    name = base_model_name(adapter)
     settings: Settings = model_settings().model_copy(update={"model_downloads": False, "allowed_models": ()})
     configure_logs("error", secrets=secrets_of(settings))
     try:
-        return asyncio.run(resolve_model(name, settings)).path
+        return asyncio.run(resolve_model(name, settings))
     except JobFailed as failed:
         # The demo keeps its model in its own cache.
         demo = models_folder() / name.rpartition("/")[2]
         if (demo / "config.json").is_file():
-            return demo
+            return ResolvedModel(name, demo, None, "models_dir")
         raise failed
 
 
-def _base_model_name(adapter: Path) -> str:
+def base_model_name(adapter: Path) -> str:
     try:
         name = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError):

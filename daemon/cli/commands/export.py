@@ -1,0 +1,74 @@
+"""Exports an adapter for other servers: merged into its base model, or in the form that a reader needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from daemon.cli.commands.jobs import AsJson
+
+if TYPE_CHECKING:
+    from daemon.base_model.candidates import ResolvedModel
+
+
+def export(
+    what: Annotated[str, typer.Argument(metavar="ID|FOLDER", help="A completed job, or an adapter's folder.")],
+    merged: Annotated[
+        Path | None,
+        typer.Option("--merged", metavar="DIR", help="A new folder: the base model with the adapter in it."),
+    ] = None,
+    model: Annotated[Path | None, typer.Option(help="The base model's folder; default: found by its name.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Export a completed job's adapter for other servers. The base model must be on this host."""
+    from daemon.cli.commands.chat import adapter_folder
+    from daemon.cli.errors import Misused
+
+    if merged is None:
+        raise Misused("nothing was asked for", "say what to export: --merged DIR")
+    adapter = adapter_folder(what)
+    results = {}
+    base = _base_model(adapter, model)
+    results["merged"] = _run("merging", {"kind": "merged", "into": merged}, adapter, base, shown=not as_json)
+    _tell(results, as_json)
+
+
+def _run(verb: str, asked: dict[str, Any], adapter: Path, base: ResolvedModel | None, *, shown: bool) -> dict[str, Any]:
+    """Runs one export and shows its progress."""
+    import asyncio
+
+    from daemon.terminal.progress_bar import transfer_bar
+    from daemon.trainer.export_process import run_export
+
+    into = Path(asked["into"])
+    request = {**asked, "into": into.absolute(), "adapter": adapter.absolute()}
+    if base is not None:
+        request |= {"base": base.path.absolute(), "base_model": base.name, "base_revision": base.revision}
+    with transfer_bar(into.name, shown=shown, verb=verb) as on_bytes:
+        return asyncio.run(run_export(request, on_bytes))
+
+
+def _base_model(adapter: Path, model: Path | None) -> ResolvedModel:
+    """Finds the model that the adapter was trained on: by the name in its config, or in the folder given."""
+    from daemon.base_model.candidates import ResolvedModel, revision_in
+    from daemon.cli.commands.chat import base_model_name, find_base_model
+    from daemon.cli.errors import Misused
+
+    if model is None:
+        return find_base_model(adapter)
+    if not (model / "config.json").is_file():
+        raise Misused(f"the folder {model} holds no model: there is no config.json in it")
+    return ResolvedModel(base_model_name(adapter), model, revision_in(model), "model_path")
+
+
+def _tell(results: dict[str, Any], as_json: bool) -> None:
+    from daemon.terminal.console import print_json, say_done
+    from daemon.terminal.format import size
+
+    if as_json:
+        print_json(results)
+        return
+    if (merged := results.get("merged")) is not None:
+        say_done(f"{merged['path']} ({size(merged['bytes'])}): {merged['base_model']} with the adapter in it")
