@@ -167,6 +167,7 @@ class AdapterSaved(_Event):
     kind: Literal["adapter_saved"] = "adapter_saved"
     path: str
     summary: dict[str, Any] = Field(default_factory=dict)
+    serving: dict[str, Any] = Field(default_factory=dict, description="what a server must be told to serve it")
 
 
 class RunFailed(_Event):

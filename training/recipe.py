@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from training.adapter.describe import Describer
 from training.adapter.lora import attach_adapter, choose_targets, trainable_parameters
 from training.adapter.sampling import answer, choose_prompts
 from training.adapter.save import save_adapter
@@ -221,9 +222,10 @@ def train_on(
     log, chart = spec.work_dir / "training_log.jsonl", spec.work_dir / "metrics_chart.png"
     journal.write_log(log)
     draw_chart(journal, chart, title=f"{spec.base_model}, r = {spec.hyperparameters.lora_rank}")
-    path = save_adapter(spec, trainer.model, tokenizer, (log, chart, *tracked_files(spec)))
     summary = summarise(journal, plan, corpus, trainable_parameters(trainer.model))
-    voice.say(AdapterSaved(job_id=spec.job_id, path=str(path), summary=summary))
+    describe = Describer(prepared.folder, template, journal, trained_with(spec, corpus, plan), summary)
+    described = save_adapter(spec, trainer.model, tokenizer, (log, chart, *tracked_files(spec)), describe)
+    voice.say(AdapterSaved(job_id=spec.job_id, path=str(spec.output_dir), summary=summary, serving=described.serving))
 
 
 def may_pack(spec: JobSpec, base: PreTrainedModel, voice: EventWriter, lengths: Sequence[int] = ()) -> bool:

@@ -17,6 +17,7 @@ from daemon.queue.outcome import Completed
 from daemon.report.reporter import Reporter
 from daemon.storage.publish import publish_adapter
 from daemon.storage.upload_log import note_adapter
+from daemon.trainer.verdict import Trained
 from training.spec import JobSpec
 
 log = structlog.get_logger()
@@ -65,7 +66,7 @@ class Publishing:
             wait = min(2.0 * wait, LONGEST_WAIT_SECONDS)
 
 
-def manifest_facts(spec: JobSpec, spec_sha256: str, reporter: Reporter, summary: dict[str, Any]) -> dict[str, Any]:
+def manifest_facts(spec: JobSpec, spec_sha256: str, reporter: Reporter, trained: Trained) -> dict[str, Any]:
     """Returns facts for serving the adapter, stored beside it: what it was made from, and how training went.
 
     They hold nothing that the job's owner must not read."""
@@ -76,7 +77,8 @@ def manifest_facts(spec: JobSpec, spec_sha256: str, reporter: Reporter, summary:
         "base_model_revision": spec.model_revision,
         "hyperparameters": spec.hyperparameters.model_dump(mode="json"),
         "trained_with": reporter.trained_with,
-        "summary": summary,
+        "serving": trained.serving,
+        "summary": trained.summary,
         "versions": installed_versions(),
     }
     return dict(reporter.redaction.value(facts))

@@ -239,7 +239,7 @@ class Attempt:
         if isinstance(verdict, Stopped):
             return outcome_of_stop(verdict.reason, reporter, is_trained=False)
         spec_sha256 = spec_hash(row.hyperparameters.base_model or model.name, row.hyperparameters, dataset.sha256)
-        facts = manifest_facts(spec, spec_sha256, reporter, verdict.summary)
+        facts = manifest_facts(spec, spec_sha256, reporter, verdict)
         return await asyncio.to_thread(keep_finished, workspace, verdict.adapter_dir, facts)
 
     async def _fetch_dataset(self, to: Path) -> FetchedDataset:

@@ -26,8 +26,12 @@ from training.files.durable_files import sha256_of
 from training.files.model_folder import CONFIG, read_config
 from training.files.published_form import fault_of_form
 
-# The files that a causal language model needs; no code, and no second format of the weights.
-WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+# The files that a causal language model needs, and those that state its licence; no code, and no second format of the
+# weights.
+WANTED = (
+    *("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"),
+    *("README.md", "LICENSE", "LICENSE.md", "LICENCE", "LICENCE.md"),
+)
 UNWANTED = ("consolidated*.safetensors", "*/*", ".*")
 # Reserved for checkpoints and everything else on the volume.
 SPARE_BYTES = 2 * 1024**3

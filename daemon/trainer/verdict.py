@@ -19,6 +19,7 @@ class Trained:
 
     adapter_dir: Path
     summary: dict[str, Any] = field(default_factory=dict)
+    serving: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def verdict_of(
     Success needs both a saved adapter and a clean exit; either one alone is a failure.
     """
     if isinstance(terminal, events.AdapterSaved) and returncode == 0:
-        return Trained(Path(terminal.path), terminal.summary)
+        return Trained(Path(terminal.path), terminal.summary, terminal.serving)
     if stop_reason is not None:
         return Stopped(stop_reason)
     if stalled_seconds is not None:

@@ -306,7 +306,7 @@ async def test_a_model_is_pulled_marked_and_found_again(
     names = {file.name for file in folder.iterdir() if file.is_file()}
     assert names == {
         "config.json", "tokenizer.json", "model.safetensors.index.json", MARKER,
-        "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+        "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "README.md",
     }  # fmt: skip
     assert seen and all(done <= total for done, total in seen)
     assert verify_model(NAME, settings) == []

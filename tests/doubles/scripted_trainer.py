@@ -148,6 +148,7 @@ class Trainer:
         self.say(
             "adapter_saved", path=str(folder),
             summary={"final_training_loss": 0.1, "total_steps": self.step, "epochs_completed": 1},
+            serving={"base_model": self.spec["base_model"], "lora_rank": 8},
         )  # fmt: skip
 
 

@@ -296,6 +296,7 @@ def test_a_job_that_names_no_model_goes_on_with_the_one_it_was_begun_with(queue:
     ]
     manifest = json.loads((tmp_path / "storage" / "lora-models" / row["result"]["artifacts"]["manifest"]).read_text())
     assert manifest["trained_with"]["base_model"] == manifest["base_model"] == "tiny"
+    assert manifest["serving"] == {"base_model": "tiny", "lora_rank": 8}
 
 
 def test_a_job_that_takes_each_of_its_hosts_down_ends_as_failed_and_says_so(queue: Queue, tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from training.adapter.describe import Described, Describer
 from training.adapter.lora import openable_config
 from training.files.durable_files import beside, put_in_place
+from training.results.model_card import CARD
 from training.spec import JobSpec
 
 if TYPE_CHECKING:
@@ -15,15 +18,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def save_adapter(spec: JobSpec, model: PeftModel, tokenizer: PreTrainedTokenizerBase, extras: tuple[Path, ...]) -> Path:
-    """Writes weights, config, tokenizer, template and `extras` (files) to a temporary folder, then renames it.
-
-    Returns the folder, spec.output_dir. An existing one is replaced.
+def save_adapter(
+    spec: JobSpec,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    extras: tuple[Path, ...],
+    describe: Describer,
+) -> Described:
+    """Writes weights, config, tokenizer, template, model card and `extras` (files) to a temporary folder, then renames
+    it to spec.output_dir. An existing one is replaced.
     """
     with beside(spec.output_dir) as staging:
         staging.mkdir(parents=True)
         model.save_pretrained(staging, safe_serialization=True, save_embedding_layers=False)
-        (staging / "README.md").unlink(missing_ok=True)
         config = openable_config(model)
         # The model's public name, where PEFT writes a path of this host.
         config.base_model_name_or_path, config.revision = spec.base_model, spec.model_revision
@@ -32,5 +39,8 @@ def save_adapter(spec: JobSpec, model: PeftModel, tokenizer: PreTrainedTokenizer
         tokenizer.save_pretrained(staging)
         for source in extras:
             shutil.copyfile(source, staging / source.name)
+        described = describe(json.loads((staging / "adapter_config.json").read_text(encoding="utf-8")))
+        # In place of PEFT's, which is a form to fill in.
+        (staging / CARD).write_text(described.card, encoding="utf-8")
         put_in_place(staging, spec.output_dir)
-    return spec.output_dir
+    return described

@@ -42,6 +42,27 @@ def test_an_adapter_opens_with_plain_peft_and_changes_the_answers(architecture: 
     assert saved.summary["trainable_parameters"] == sum(value.numel() for value in stored.values())
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_next"])
+def test_the_model_card_s_program_runs_and_its_serving_block_is_reported(
+    architecture: str, spec_of: SpecOf, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = spec_of(architecture, lora_rank=24, num_epochs=1)
+    (saved,) = train(spec).all("adapter_saved")
+    card = (spec.output_dir / "README.md").read_text(encoding="utf-8")
+    assert "More Information Needed" not in card and str(spec.output_dir.parent) not in card
+    (program,) = re.findall(r"```python\n(.*?)\n```", card, re.DOTALL)
+    monkeypatch.chdir(spec.output_dir)
+    local = program.replace(json.dumps(spec.base_model), json.dumps(str(spec.model_path))).replace("=200", "=4")
+    exec(compile(local, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
+    stored = {name.split(".lora_")[0].rpartition(".")[2] for name in load_file("adapter_model.safetensors")}
+    assert saved.serving["base_model"] == spec.base_model and set(saved.serving["lora_modules"]) == stored
+    vllm = saved.serving["vllm"]
+    assert vllm["max_lora_rank"] == 32 and vllm["lora_target_modules"] == (
+        None if architecture == "llama" else saved.serving["lora_modules"]
+    )
+
+
 def test_the_folder_holds_everything_and_nothing_pickled(spec_of: SpecOf, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training.recipe, "draw_chart", draw_chart)
     spec = spec_of("llama")
@@ -53,6 +74,7 @@ def test_the_folder_holds_everything_and_nothing_pickled(spec_of: SpecOf, monkey
         "tokenizer.json",
         "tokenizer_config.json",
         "chat_template.jinja",
+        "README.md",
         "training_log.jsonl",
         "metrics_chart.png",
     } <= names
