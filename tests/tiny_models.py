@@ -14,6 +14,8 @@ from typing import Any
 
 ARCHITECTURES = ("qwen3", "llama", "qwen3_next", "qwen3_moe", "mixtral")
 DENSE = ("qwen3", "llama")
+# More families, for what reads a finished adapter: layers of other names, norms and embeddings of other kinds.
+OTHER_FAMILIES = ("mistral", "gemma2", "phi3")
 MIXTURES = ("qwen3_next", "qwen3_moe", "mixtral")
 
 CHATML = (
@@ -83,7 +85,7 @@ def make_tokenizer(
 def make_model(
     folder: Path, architecture: str, *, template: str | None = CHATML, tokenizer: Any = None, **config: Any
 ) -> Path:
-    """Writes a random model of one of ARCHITECTURES, or a mistral, with its tokenizer. `config` overrides single
+    """Writes a random model of one of ARCHITECTURES or OTHER_FAMILIES, with its tokenizer. `config` overrides single
     values."""
     import torch
     import transformers
@@ -112,6 +114,8 @@ _CLASS_PREFIX = {
     "qwen3": "Qwen3",
     "llama": "Llama",
     "mistral": "Mistral",
+    "gemma2": "Gemma2",
+    "phi3": "Phi3",
     "qwen3_next": "Qwen3Next",
     "qwen3_moe": "Qwen3Moe",
     "mixtral": "Mixtral",
@@ -120,6 +124,10 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "qwen3": {"intermediate_size": 128, "head_dim": 32},
     "llama": {"intermediate_size": 128},
     "mistral": {"intermediate_size": 128, "sliding_window": None},
+    # As Gemma's models are: the embeddings are the head, and logits are capped.
+    "gemma2": {"intermediate_size": 128, "head_dim": 32, "tie_word_embeddings": True, "query_pre_attn_scalar": 32},
+    # One layer for q, k and v, and one for gate and up.
+    "phi3": {"intermediate_size": 128},
     "qwen3_next": {
         "intermediate_size": 128,
         "head_dim": 32,

@@ -53,6 +53,7 @@ def _run(verb: str, asked: dict[str, Any], adapter: Path, base: ResolvedModel | 
 def _base_model(adapter: Path, model: Path | None) -> ResolvedModel:
     """Finds the model that the adapter was trained on: by the name in its config, or in the folder given."""
     from daemon.base_model.candidates import ResolvedModel, revision_in
+    from daemon.base_model.files import read_marker
     from daemon.cli.commands.chat import base_model_name, find_base_model
     from daemon.cli.errors import Misused
 
@@ -60,15 +61,24 @@ def _base_model(adapter: Path, model: Path | None) -> ResolvedModel:
         return find_base_model(adapter)
     if not (model / "config.json").is_file():
         raise Misused(f"the folder {model} holds no model: there is no config.json in it")
-    return ResolvedModel(base_model_name(adapter), model, revision_in(model), "model_path")
+    name, marker = base_model_name(adapter), read_marker(model)
+    if marker is not None and marker.model != name:
+        raise Misused(f"the adapter was trained on {name}, and the folder {model} holds {marker.model}")
+    return ResolvedModel(name, model, revision_in(model), "model_path")
 
 
 def _tell(results: dict[str, Any], as_json: bool) -> None:
-    from daemon.terminal.console import print_json, say_done
-    from daemon.terminal.format import size
+    from daemon.terminal.console import print_json, say, say_done
+    from daemon.terminal.format import count, size
 
     if as_json:
         print_json(results)
         return
     if (merged := results.get("merged")) is not None:
-        say_done(f"{merged['path']} ({size(merged['bytes'])}): {merged['base_model']} with the adapter in it")
+        layers = count(merged["merged_tensors"], "layer")
+        say_done(f"{merged['path']} ({size(merged['bytes'])}): {merged['base_model']} with {layers} changed")
+        if merged["is_dequantised"]:
+            say("  only the 4-bit copy of the base is kept here: its weights were unpacked from it, and are not the")
+            say(f"  published ones. For those: brightrun-trainer models pull {merged['base_model']}, then export again")
+        if not merged["revision_is_known"]:
+            say("  nobody noted which revision of the base model it is, here or at training: compare if in doubt")

@@ -1,0 +1,63 @@
+"""An adapter for other servers, from the command line: a real merge of a tiny model, and what is said of bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from daemon.base_model.files import Marker
+from tests.cli.command import CommandLine
+from tests.tiny_models import make_model
+
+MODEL = "acme/tiny"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """models/acme/tiny, and an adapter on it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    root = tmp_path_factory.mktemp("export")
+    model_dir = make_model(root / "models" / MODEL, "llama")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), LoraConfig(r=4, target_modules=["q_proj"]))
+    model.peft_config["default"].base_model_name_or_path = MODEL
+    model.save_pretrained(root / "adapter")
+    return root
+
+
+@pytest.fixture
+def cli(folder: Path) -> CommandLine:
+    return CommandLine(folder, TRAINER_MODELS_DIR=str(folder / "models"), DATABASE_URL="postgresql://me:s3cret@h/x")
+
+
+def test_a_merged_model_is_written_and_reported(cli: CommandLine) -> None:
+    said = cli.ok("export", "adapter", "--merged", "whole", "--json").lines[0]["merged"]
+    merged = cli.folder / "whole"
+    assert (said["path"], said["base_model"], said["merged_tensors"]) == (str(merged), MODEL, 2)
+    assert not said["is_dequantised"]
+    assert said["files"].keys() == {path.name for path in merged.iterdir()}
+    assert json.loads((merged / "manifest.json").read_text())["base_model"] == MODEL
+    again = cli.run("export", "adapter", "--merged", "whole")
+    assert (again.status, "exists already" in again.err) == (1, True)
+
+
+def test_its_progress_is_shown_to_a_person(cli: CommandLine) -> None:
+    said = cli.ok("export", "adapter", "--merged", "shown")
+    assert "merging shown" in said.err
+    assert f"{MODEL} with 2 layers changed" in said.out
+
+
+def test_bad_input_is_named_with_a_way_on(cli: CommandLine, folder: Path) -> None:
+    asked = cli.run("export", "adapter")
+    assert (asked.status, "--merged DIR" in asked.err) == (2, True)
+    absent = cli.run("export", "adapter", "--merged", "x", TRAINER_MODELS_DIR=str(folder / "none"))
+    assert absent.status == 1
+    assert f"brightrun-trainer models pull {MODEL}" in absent.err
+    other = make_model(folder / "other", "llama")
+    Marker("acme/other").write(other)
+    wrong = cli.run("export", "adapter", "--merged", "x", "--model", "other")
+    assert (wrong.status, "holds acme/other" in wrong.err) == (2, True)
+    assert not (folder / "x").exists()
