@@ -319,7 +319,7 @@ def test_the_demo_trains_a_voice_into_a_model_that_it_does_not_change(cache: Pat
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=True,
     )
     without, with_adapter = asked.stdout.split("with the adapter:")
