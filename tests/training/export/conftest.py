@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from training.adapter.describe import Described
 from training.adapter.lora import attach_adapter
 from training.adapter.save import save_adapter
 from training.spec import Hyperparameters, JobSpec
@@ -40,6 +41,8 @@ def adapter_of(tmp_path: Path) -> AdapterOf:
         for path, parameter in adapted.named_parameters():
             if ".lora_B." in path:
                 torch.nn.init.normal_(parameter, std=0.1)
-        return save_adapter(spec, adapted, AutoTokenizer.from_pretrained(base), ())
+        nothing: Any = lambda _config: Described("", {})  # noqa: E731
+        save_adapter(spec, adapted, AutoTokenizer.from_pretrained(base), (), nothing)
+        return spec.output_dir
 
     return make
