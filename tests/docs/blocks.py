@@ -25,6 +25,7 @@ ELSEWHERE = {
     ("docs/cookbook.md", "sql"): "tests/docs/test_cookbook.py",
     ("docs/for-app-developers.md", "json"): "tests/docs/test_for_app_developers.py",
     ("docs/for-app-developers.md", "python"): "tests/docs/test_for_app_developers.py",
+    ("docs/how-to/compare.md", "sh"): "tests/cli/test_compare.py",
     ("docs/how-to/fronts.md", "sh"): "tests/fronts/test_page.py",
     ("docs/how-to/fronts.md", "sql"): "tests/fronts/test_page.py",
     ("docs/how-to/restoring.md", "sh"): "tests/docs/test_restoring.py",

@@ -27,7 +27,7 @@ _CLI_HEAD = """\
 | command | what it does |
 |---|---|
 | `submit FILE`, `jobs`, `show`, `watch`, `events`, `logs`, `cancel`, `retry` | jobs, from a terminal |
-| `download`, `chat` | download an adapter and verify it; talk to it beside its base model |
+| `download`, `chat`, `compare` | download an adapter and verify it; talk to it beside its base model; compare several |
 | `export` | merge an adapter into its base model, for other servers |
 | `check FILE` | checks a dataset or a job before any GPU is paid for |
 | `models pull`, `list`, `verify`, `quantize` | base models on this host |

@@ -92,7 +92,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("adapter", type=Path)
     parser.add_argument("--max-new-tokens", type=int, default=200)
     chosen = parser.parse_args(arguments)
-    say = _own_stdout()
+    say = own_stdout()
     try:
         pair = Pair(chosen.model, chosen.adapter, chosen.max_new_tokens)
     except TrainingFailed as failed:
@@ -113,7 +113,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _own_stdout() -> Say:
+def own_stdout() -> Say:
     """Keeps stdout for our lines: what libraries print goes to stderr."""
     ours = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

@@ -75,6 +75,16 @@ def fetch_adapter(row: JobRow, details: JobDetails, folder: Path) -> dict[str, A
         raise CommandFailed(f"the folder {folder} cannot be written: {error.strerror or error}") from error
 
 
+def kept_adapter(row: JobRow, details: JobDetails) -> Path:
+    """The folder of a completed job's adapter, downloaded once and kept in the cache."""
+    from daemon.demo.model import cache_folder
+
+    kept = cache_folder() / "adapters" / f"{row.job_id}-{(details.adapter_sha256 or '')[:12]}"
+    if not (kept / "adapter_config.json").is_file():
+        fetch_adapter(row, details, kept)
+    return kept
+
+
 async def _fetch(settings: Settings, adapter_path: str, archive: Path) -> str:
     """Downloads bucket/path into a file; returns its sha256."""
     from daemon.storage.open import open_storage

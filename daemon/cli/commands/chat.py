@@ -16,8 +16,6 @@ from daemon.cli.data.trainer_process import trainer_environment
 from daemon.cli.errors import CommandFailed
 
 if TYPE_CHECKING:
-    from uuid import UUID
-
     from daemon.base_model.candidates import ResolvedModel
     from daemon.settings import Settings
 
@@ -178,11 +176,10 @@ def adapter_folder(what: str) -> Path:
         if not (folder / "adapter_config.json").is_file():
             raise CommandFailed(f"the folder {folder} holds no adapter: there is no adapter_config.json in it")
         return folder
-    from daemon.cli.commands.adapters import completed_job, fetch_adapter
+    from daemon.cli.commands.adapters import completed_job, kept_adapter
     from daemon.cli.data.connection import open_database
     from daemon.cli.data.queries import find_job, job_digits
     from daemon.cli.errors import Misused
-    from daemon.demo.model import cache_folder
 
     try:
         job_digits(what)
@@ -190,11 +187,7 @@ def adapter_folder(what: str) -> Path:
         raise Misused(f"{what[:80]!r} is neither an adapter's folder nor a job's id", error.hint) from None
     with open_database() as connection:
         row, details = completed_job(connection, find_job(connection, what))
-    job_id: UUID = row.job_id
-    kept = cache_folder() / "adapters" / f"{job_id}-{(details.adapter_sha256 or '')[:12]}"
-    if not (kept / "adapter_config.json").is_file():
-        fetch_adapter(row, details, kept)
-    return kept
+    return kept_adapter(row, details)
 
 
 def find_base_model(adapter: Path) -> ResolvedModel:
