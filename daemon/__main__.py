@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import typer
 
-from daemon.cli.commands import adapters, chat, check, compare, export, host, jobs, models, submit, watch
+from daemon.cli.commands import adapters, chat, check, compare, export, host, jobs, models, push, submit, watch
 from daemon.cli.commands import logs as trainer_logs
 from daemon.errors import TrainerError
 
@@ -35,7 +35,7 @@ _WORDS: dict[str, tuple[Callable[..., None], ...]] = {
         jobs.retry,
         jobs.release_held,
     ),
-    "Models and data": (check.check, adapters.download, chat.chat, compare.compare, export.export),
+    "Models and data": (check.check, adapters.download, chat.chat, compare.compare, export.export, push.push),
     "Hosts and database": (
         host.run,
         host.serve,

@@ -6,6 +6,7 @@ import it without loading torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -31,6 +32,9 @@ _INSTEAD = {
     **dict.fromkeys(("val_size", "validation_split", "test_size", "eval_size"), "set validation_fraction"),
     **dict.fromkeys(("lora_target", "lora_target_modules"), "set target_modules"),
 }
+# As the hub names repositories.
+_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
+_REPOSITORY = re.compile(rf"(?!.*(?:--|\.\.|\.git$)){_PART}/{_PART}")
 _OTHER_NAMES_OF_THE_MODEL = ("model", "model_id", "model_name", "model_name_or_path", "base_model_name_or_path")
 _SHOWN_CHARACTERS = 60
 
@@ -146,6 +150,11 @@ class Hyperparameters(BaseModel):
     @property
     def effective_lora_alpha(self) -> float:
         return self.lora_alpha if self.lora_alpha is not None else 2.0 * self.lora_rank
+
+
+def is_hub_repository(name: str) -> bool:
+    """Whether the hub takes this as `owner/name`."""
+    return len(name) <= 96 and _REPOSITORY.fullmatch(name) is not None
 
 
 class GpuConfig(BaseModel):

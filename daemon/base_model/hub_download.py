@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from daemon.base_model.files import Marker
-from daemon.network.endpoint_client import hub_hooks
+from daemon.network.hub_process import keep_token_at_the_hub
 from training.death_signal import end_with_parent
 from training.files.durable_files import sha256_of
 from training.files.model_folder import CONFIG, read_config
@@ -79,7 +79,7 @@ def download(order: Order) -> Done | NotDone:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     target = Path(order.target)
-    _keep_the_token_at_the_hub()
+    keep_token_at_the_hub()
     try:
         info = HfApi(token=order.token or False).model_info(order.model, files_metadata=True)
         files = {file.rfilename: file for file in info.siblings or [] if is_wanted(file.rfilename)}
@@ -141,15 +141,6 @@ def _remove_damaged(folder: Path, hashes: dict[str, str]) -> list[str]:
     for name in damaged:
         (folder / name).unlink()
     return damaged
-
-
-def _keep_the_token_at_the_hub() -> None:
-    from huggingface_hub import constants, get_session, set_client_factory
-
-    usual, hooks = get_session(), hub_hooks(constants.ENDPOINT)
-    merged = {name: [*usual.event_hooks[name], *hooks[name]] for name in hooks}
-    # A factory: the library makes a new client when a connection has failed.
-    set_client_factory(lambda: type(usual)(event_hooks=merged, follow_redirects=True, timeout=None))
 
 
 def is_wanted(name: str) -> bool:

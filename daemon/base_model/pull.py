@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +21,7 @@ from daemon.base_model.candidates import (
 from daemon.base_model.files import read_marker
 from daemon.base_model.hub_download import Order, bytes_on_disk
 from daemon.errors import HostFault, JobDelayed, JobError, JobFailed
+from daemon.network.hub_process import hub_environment
 from daemon.settings import Settings
 from training.events import ErrorCode
 from training.files.model_folder import faults_of_model
@@ -32,11 +31,6 @@ log = structlog.get_logger()
 
 
 PROGRESS_SECONDS = 1.0
-
-
-# What the download process needs from our environment; none of it is secret.
-_INHERITED = re.compile(r"^(PATH|HOME|LANG|LC_.*|TMPDIR|PYTHONPATH|VIRTUAL_ENV|HF_ENDPOINT|HF_HUB_.*|SSL_CERT_.*"
-                        r"|HTTPS?_PROXY|NO_PROXY|https?_proxy|no_proxy)$")  # fmt: skip
 
 
 _downloads: dict[Path, asyncio.Lock] = {}
@@ -76,7 +70,7 @@ async def _run_download(name: str, target: Path, settings: Settings, on_progress
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
-        env={key: value for key, value in os.environ.items() if _INHERITED.match(key)},
+        env=hub_environment(),
     )  # fmt: skip
     assert process.stdin is not None and process.stdout is not None
     watching: asyncio.Task[None] | None = None

@@ -28,7 +28,7 @@ _CLI_HEAD = """\
 |---|---|
 | `submit FILE`, `jobs`, `show`, `watch`, `events`, `logs`, `cancel`, `retry` | jobs, from a terminal |
 | `download`, `chat`, `compare` | download an adapter and verify it; talk to it beside its base model; compare several |
-| `export` | merge an adapter into its base model, for other servers |
+| `export`, `push` | merge an adapter into its base model, for other servers; put it on the hub |
 | `check FILE` | checks a dataset or a job before any GPU is paid for |
 | `models pull`, `list`, `verify`, `quantize` | base models on this host |
 | `migrate`, `doctor`, `run` | install the tables; check this host; run the daemon |

@@ -1,0 +1,1 @@
+"""Where finished adapters are served from: repositories on the hub. Called by the command line."""
