@@ -15,7 +15,7 @@ from typing import Any
 ARCHITECTURES = ("qwen3", "llama", "qwen3_next", "qwen3_moe", "mixtral")
 DENSE = ("qwen3", "llama")
 # More families, for what reads a finished adapter: layers of other names, norms and embeddings of other kinds.
-OTHER_FAMILIES = ("mistral", "gemma2", "phi3")
+OTHER_FAMILIES = ("mistral", "qwen2", "gemma2", "gemma3", "phi3")
 MIXTURES = ("qwen3_next", "qwen3_moe", "mixtral")
 
 CHATML = (
@@ -104,7 +104,8 @@ def make_model(
     }
     prefix = _CLASS_PREFIX[architecture]
     torch.manual_seed(0)
-    model = getattr(transformers, f"{prefix}ForCausalLM")(getattr(transformers, f"{prefix}Config")(**values))
+    config_class = getattr(transformers, "Gemma3TextConfig" if architecture == "gemma3" else f"{prefix}Config")
+    model = getattr(transformers, f"{prefix}ForCausalLM")(config_class(**values))
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -114,18 +115,29 @@ _CLASS_PREFIX = {
     "qwen3": "Qwen3",
     "llama": "Llama",
     "mistral": "Mistral",
+    "qwen2": "Qwen2",
     "gemma2": "Gemma2",
+    "gemma3": "Gemma3",
     "phi3": "Phi3",
     "qwen3_next": "Qwen3Next",
     "qwen3_moe": "Qwen3Moe",
     "mixtral": "Mixtral",
 }
+# As Gemma's models are: the embeddings are the head, and most layers look back through a window.
+_GEMMA = {
+    "intermediate_size": 128,
+    "head_dim": 32,
+    "tie_word_embeddings": True,
+    "query_pre_attn_scalar": 32,
+    "sliding_window": 16,
+}
 _SPECIAL: dict[str, dict[str, Any]] = {
     "qwen3": {"intermediate_size": 128, "head_dim": 32},
     "llama": {"intermediate_size": 128},
     "mistral": {"intermediate_size": 128, "sliding_window": None},
-    # As Gemma's models are: the embeddings are the head, and logits are capped.
-    "gemma2": {"intermediate_size": 128, "head_dim": 32, "tie_word_embeddings": True, "query_pre_attn_scalar": 32},
+    "qwen2": {"intermediate_size": 128},
+    "gemma2": _GEMMA,
+    "gemma3": {**_GEMMA, "num_hidden_layers": 7},
     # One layer for q, k and v, and one for gate and up.
     "phi3": {"intermediate_size": 128},
     "qwen3_next": {
