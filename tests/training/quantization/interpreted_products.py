@@ -1,6 +1,8 @@
 """Runs the fused kernel on a CPU by Triton's interpreter, and prints how far it is from the reference, as JSON.
 
-A program of its own: Triton reads TRITON_INTERPRET when it is imported.
+A program of its own: Triton reads TRITON_INTERPRET when it is imported. A process that has it already, as the one from
+which the tests fork this, imports its Python files anew, which takes an instant. With `large` it computes what takes
+longer.
 """
 
 from __future__ import annotations
@@ -8,17 +10,23 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
+if "triton" in sys.modules:
+    for _name in [name for name in sys.modules if name.partition(".")[0] == "triton" and "._C" not in name]:
+        del sys.modules[_name]
 
 import torch
 from transformers import GptOssConfig, NemotronHConfig, Qwen3MoeConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+from triton.runtime.interpreter import interpreter_builder
 
+import training.quantization.choose_product
 import training.quantization.fused_product
 import training.quantization.fused_rows
 from training.quantization.choose_product import choose_products, moved_there_and_back
@@ -50,8 +58,8 @@ _SHAPES: dict[str, tuple[int, tuple[int, int], list[int]]] = {
     "one expert": (1, (64, 64), [19]),
     "exactly full tiles": (3, (128, 64), [16, 32, 16]),
     "sizes that are no whole tiles": (3, (72, 192), [7, 0, 9]),
-    "512 experts": (512, (16, 64), [3 if expert % 29 == 0 else 0 for expert in range(512)]),
 }
+_MANY = {"512 experts": (512, (16, 64), [3 if expert % 29 == 0 else 0 for expert in range(512)])}
 _LARGE = {
     "two tiles of columns and of rows": (2, (200, 256), [130, 65]),
     "a group of tiles that is not full": (24, (256, 128), [17] * 24),
@@ -75,17 +83,21 @@ def _errors(experts: int, matrix: tuple[int, int], counts: list[int], dtype: tor
     return worst
 
 
-def products(shapes: dict[str, Any], heights: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+def products(
+    shapes: dict[str, Any],
+    heights: tuple[int, ...],
+    types: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16),
+) -> Iterator[dict[str, Any]]:
     for name, (experts, matrix, counts) in shapes.items():
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in types:
             for height in heights:
                 error = _errors(experts, matrix, counts, dtype, height)
                 yield {"name": f"{name}, {height}", "type": str(dtype), "error": error}
 
 
-def lists_of_tiles() -> bool:
+def lists_of_tiles(seeds: range) -> bool:
     """Compares the list of tiles with one made by a loop, for many uneven groups."""
-    for seed in range(12):
+    for seed in seeds:
         chosen = torch.Generator().manual_seed(seed)
         counts = torch.randint(0, 40, (1 + 11 * seed,), generator=chosen) * torch.randint(
             0, 2, (1 + 11 * seed,), generator=chosen
@@ -101,32 +113,36 @@ def lists_of_tiles() -> bool:
     return True
 
 
-def modules() -> dict[str, torch.nn.Module]:
-    """Both orders of the stored weight, with and without gate and bias."""
-    sizes = {"hidden_size": 64, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-    made = {
-        "gate": Qwen3MoeExperts(Qwen3MoeConfig(**sizes, num_experts=6)),
-        "transposed, with bias": GptOssExperts(
-            GptOssConfig(**sizes, num_local_experts=6, intermediate_size=64, num_hidden_layers=1)
-        ),
-        "no gate": NemotronHExperts(NemotronHConfig(**sizes, n_routed_experts=6, moe_latent_size=None)),
-    }
-    for module in made.values():
-        torch.manual_seed(0)
-        for parameter in module.parameters():
-            torch.nn.init.normal_(parameter, std=0.1)
-        for name in ("gate_up_proj", "up_proj", "down_proj"):
-            if name in module._parameters:
-                module._parameters[name] = quantise_experts(module, name, module._parameters[name].data)
-        module.requires_grad_(False)
-    return made
+_SIZES = {"hidden_size": 64, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+# Both orders of the stored weight, with and without gate and bias.
+_MODULES: dict[str, Callable[[int], torch.nn.Module]] = {
+    "gate": lambda experts: Qwen3MoeExperts(Qwen3MoeConfig(**_SIZES, num_experts=experts)),
+    "transposed, with bias": lambda experts: GptOssExperts(
+        GptOssConfig(**_SIZES, num_local_experts=experts, intermediate_size=64, num_hidden_layers=1)
+    ),
+    "no gate": lambda experts: NemotronHExperts(
+        NemotronHConfig(**_SIZES, n_routed_experts=experts, moe_latent_size=None)
+    ),
+}
 
 
-def layers() -> Iterator[dict[str, Any]]:
+def quantised(name: str, experts: int) -> torch.nn.Module:
+    module = _MODULES[name](experts)
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    for stored in ("gate_up_proj", "up_proj", "down_proj"):
+        if stored in module._parameters:
+            module._parameters[stored] = quantise_experts(module, stored, module._parameters[stored].data)
+    return module.requires_grad_(False)
+
+
+def layers(experts: int, tokens: int) -> Iterator[dict[str, Any]]:
     """A whole layer's experts, forward and backward, by every implementation, compared with unpacking."""
-    for name, module in modules().items():
-        hidden = torch.randn(9, 64)
-        weight, chosen = torch.rand(9, 6).topk(2, dim=1)
+    for name in _MODULES:
+        module = quantised(name, experts)
+        hidden = torch.randn(tokens, 64)
+        weight, chosen = torch.rand(tokens, experts).topk(2, dim=1)
         found = {}
         for implementation in (UNPACKED, REFERENCE, Implementation(Kind.FUSED, 16), _ALL):
             for is_held in (False, True):
@@ -148,7 +164,7 @@ def choices() -> dict[str, Any]:
     answers = {}
 
     def choose(earlier: dict[str, Choice] | None = None) -> dict[str, Any]:
-        layer = torch.nn.ModuleList([modules()["gate"]])
+        layer = torch.nn.ModuleList([quantised("gate", 6)])
         (tried,) = choose_products(layer, 8, lambda _module, _rows: (UNPACKED, _ALL), earlier=earlier)
         return {
             "chosen": [str(implementation) for _, implementation in tried.choice.by_rows],
@@ -186,9 +202,9 @@ def choices() -> dict[str, Any]:
     return answers
 
 
-def moving() -> Iterator[dict[str, Any]]:
-    """The kernels that move rows, in both types and for widths beyond one tile, compared in float32."""
-    for width in (48, 1024, 1500):
+def moving(*widths: int) -> Iterator[dict[str, Any]]:
+    """The kernels that move rows, in both types, compared in float32."""
+    for width in widths:
         for dtype in (torch.float32, torch.bfloat16):
             chosen = torch.rand(7, 9).topk(3, dim=1)[1]
             hidden, weight = torch.randn(7, width).to(dtype), torch.rand(7, 3).to(dtype)
@@ -200,14 +216,24 @@ def moving() -> Iterator[dict[str, Any]]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    # A third of the time: looks in each sum for an overflow, and says what it finds only in debugging.
+    interpreter_builder.options = replace(interpreter_builder.options, sanitize_overflow=False)
+    # Twice a layer's timing is enough here, where nothing is learnt from the times.
+    training.quantization.choose_product._SECONDS = 0.1
     if "large" in sys.argv:
-        report: dict[str, Any] = {"products": list(products(_LARGE, TILE_ROWS[1::2]))}
+        report: dict[str, Any] = {
+            "products": [*products(_LARGE, TILE_ROWS[1::2]), *products(_MANY, TILE_ROWS[:1])],
+            "tiles": lists_of_tiles(range(12)),
+            "layers": list(layers(experts=6, tokens=9)),
+            "moving": list(moving(1024)),
+        }
     else:
         report = {
-            "products": list(products(_SHAPES, TILE_ROWS[:1])),
-            "tiles": lists_of_tiles(),
-            "layers": list(layers()),
-            "moving": list(moving()),
+            "products": [*products(_SHAPES, TILE_ROWS[:1]), *products(_MANY, TILE_ROWS[:1], (torch.float32,))],
+            "tiles": lists_of_tiles(range(1, 12, 5)),
+            "layers": list(layers(experts=4, tokens=5)),
+            # Less than a tile, and one and a half.
+            "moving": list(moving(48, 1500)),
             "choices": choices(),
         }
     json.dump(report, sys.stdout)
