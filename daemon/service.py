@@ -17,6 +17,7 @@ from daemon.attempt.collaborators import Collaborators
 from daemon.chores import Chores
 from daemon.database.connection import Database
 from daemon.database.listener import Listener
+from daemon.delivery.runner import delivery_runner
 from daemon.errors import DatabaseAway, HostUnfit
 from daemon.host.inspect import inspect_host
 from daemon.logs import configure_logs_by
@@ -87,6 +88,7 @@ async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_C
         courier = CallbackCourier(settings)
         environment = pod_environment(settings)
         price = PodPrice(settings.pod_id, keys_of(environment), settings.runpod_api)
+        deliveries = delivery_runner(settings, host, troubles, storage, database)
         worker = Worker(
             Collaborators.of(
                 settings,
@@ -99,6 +101,7 @@ async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_C
                 storage=storage,
                 courier=courier,
                 platform_price=lambda: price.per_gpu_hour,
+                deliveries=deliveries,
             ),
             Queue(store, visibility, WorkerRegistry(database)),
         )
@@ -106,13 +109,14 @@ async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_C
         signals = _obey_signals(worker)
         log.info("daemon_started", worker_id=str(host.worker_id), device=host.device, gpus=len(host.gpus))
         await price.read()
-        listener = Listener(dsn, wake=worker.wake, on_cancel=worker.cancelled)
+        listener = Listener(dsn, wake=worker.wake, on_cancel=worker.cancelled, on_delivery=deliveries.wake)
         life = None
         if settings.pod_id is not None:
             life = PodLife(
                 settings,
                 worker,
                 endings_wait=lambda: _has_callbacks(outbox),
+                delivery_waits=deliveries.has_work,
                 end_pod=lambda: end_own_pod(str(settings.pod_id), chosen_end(environment), environment),
             )
         async with Chores(troubles) as chores:
@@ -138,8 +142,9 @@ async def _check_database(database: Database) -> None:
     """Fails at once where waiting cannot help (no migration, no grant); goes on if the database is away."""
     try:
         await database.fetch("SELECT FROM training_leases LIMIT 0")
-        # The newest function that a lost lease needs: without it the migrations are older than this daemon.
+        # The newest table and function that a job needs: without them the migrations are older than this daemon.
         await database.fetch("SELECT FROM training_find_job(NULL)")
+        await database.fetch("SELECT FROM training_deliveries LIMIT 0")
     except DatabaseAway as error:
         log.warning("database_away_at_start", error=str(error))
         return

@@ -117,6 +117,13 @@ class Settings(BaseSettings):
         default=7.0, gt=0, description="how long checkpoints of failed and cancelled jobs are kept"
     )
 
+    # After a job.
+    deliveries: _CommaList | None = Field(
+        default=None,
+        description="what this host does for completed jobs, separated by commas: `merged`, `gguf`, `transformers4`, "
+        "`hub`, `endpoint`, or `none`; all that it can if not set",
+    )
+
     # Experiment trackers.
     trackers: Annotated[tuple[Tracker, ...], NoDecode] = Field(
         default=("tensorboard",),
@@ -307,6 +314,7 @@ class Settings(BaseSettings):
         "callback_secrets",
         "gateway_keys",
         "trackers",
+        "deliveries",
         mode="before",
     )
     @classmethod
@@ -321,6 +329,14 @@ class Settings(BaseSettings):
         if any(len(key.get_secret_value()) < 16 for key in keys):
             raise ValueError("each key needs 16 characters or more; `openssl rand -hex 32` makes a good one")
         return keys
+
+    @field_validator("deliveries")
+    @classmethod
+    def _deliveries_are_known(cls, kinds: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        known = ("merged", "gguf", "transformers4", "hub", "endpoint")
+        if kinds is not None and kinds != ("none",) and (unknown := [kind for kind in kinds if kind not in known]):
+            raise ValueError(f"unknown: {', '.join(unknown)}; there are {', '.join(known)}, or `none` alone")
+        return kinds
 
     @field_validator("database_url")
     @classmethod

@@ -25,7 +25,7 @@ from daemon.host.slots import GpuSlots
 from daemon.queue.job import ClaimedJob
 from daemon.queue.reaper import reap_forever
 from daemon.queue.row_visibility import RowVisibility, watch_row_visibility
-from daemon.queue.rows import Claim, Limits
+from daemon.queue.rows import Claim, Limits, limits_of
 from daemon.queue.sql_job_store import SqlJobStore
 from daemon.queue.worker_registry import Load, WorkerRegistry, keep_registered, unregister
 from daemon.stop_request import Stop, StopReason
@@ -55,6 +55,7 @@ class Worker:
     def __init__(self, collaborators: Collaborators, queue: Queue | None = None) -> None:
         self._with = collaborators
         self._queue_or_none = queue
+        self._deliveries = collaborators.deliveries
         self._settings = collaborators.settings
         self._host = collaborators.host
         self._pool = GpuSlots(collaborators.host, collaborators.settings.slots)
@@ -106,6 +107,7 @@ class Worker:
                 break
             alarm = asyncio.get_running_loop().call_later(seconds, self._wake.set)
             self._at_rest = True
+            self._deliveries.rested(idle=not self._attempts)
             await self._wake.wait()
             self._at_rest = False
             alarm.cancel()
@@ -113,6 +115,7 @@ class Worker:
         while self._attempts:
             await asyncio.wait(self._attempts)
         await self._leave_no_claim()
+        await self._deliveries.ended.wait()
 
     def _begin_chores(self, chores: Chores) -> None:
         """Starts the work beside claiming. It goes on during a drain."""
@@ -137,6 +140,7 @@ class Worker:
         )
         chores.start("waiting trainers", self._with.trainers.tend)
         chores.start("probes of the host", self._with.fitness.run)
+        chores.start("deliveries", self._deliveries.run)
 
     async def _claim_all(self) -> float:
         """Claims until nothing is due or no slot is free. Returns the seconds to sleep unless woken."""
@@ -275,18 +279,7 @@ class Worker:
             self._prefetch.guess(dataset)
 
     def _limits(self, free_gpus: int | None, warm_models: Sequence[str]) -> Limits:
-        """Returns what this host serves and what of it is free; the same rules for a claim and for a prefetch."""
-        settings = self._settings
-        return Limits(
-            free_gpus=free_gpus,
-            gpu_memory_gb=self._host.gpu_memory_gb,
-            gpu_type=self._host.gpu_type,
-            models=settings.allowed_models or None,
-            user_cap=settings.user_cap,
-            warm_models=warm_models,
-            warm_first_seconds=settings.warm_first_seconds,
-            skip=self._queue.store.refused_claims.skip,
-        )
+        return limits_of(self._settings, self._host, free_gpus, warm_models, self._queue.store.refused_claims.skip)
 
     def begin(self, job: ClaimedJob) -> asyncio.Task[FinishedAttempt]:
         """Runs an attempt at a job that has been claimed for this host. The task ends when the attempt is settled."""
@@ -367,6 +360,7 @@ class Worker:
         log.info("worker_draining", running=len(self._attempts))
         self._with.trainers.drain()
         self._prefetch.stop()
+        self._deliveries.drain()
         self._closing.set()
         self._wake.set()
 
@@ -374,6 +368,7 @@ class Worker:
         """Claims nothing more; running jobs save a checkpoint and go back to the queue."""
         self._shutting_down = True
         self.drain()
+        self._deliveries.shut_down()
         for _job, stop in self._attempts.values():
             stop.request(StopReason.SHUTDOWN)
 
@@ -384,16 +379,20 @@ class Worker:
 
     @property
     def idle_seconds(self) -> float | None:
-        """Seconds since the last attempt was settled, or since the start; None while one is running."""
-        return None if self._attempts else time.monotonic() - self._idle_since
+        """Seconds since the last attempt or delivery ended, or since the start; None while one is running."""
+        if self._attempts or self._deliveries.is_working:
+            return None
+        return time.monotonic() - max(self._idle_since, self._deliveries.worked_at)
 
     async def pause(self) -> None:
         """Claims nothing until `resume`; returns when no claim is under way."""
         self._paused = True
+        await self._deliveries.pause()
         async with self._claiming:
             if self._ahead is not None:
                 await self._claim_all()
 
     def resume(self) -> None:
         self._paused = False
+        self._deliveries.resume()
         self._wake.set()

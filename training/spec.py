@@ -41,6 +41,9 @@ _SHOWN_CHARACTERS = 60
 # Where a run's curves can be sent.
 Tracker = Literal["tensorboard", "wandb"]
 
+# What can be made of a finished adapter.
+Export = Literal["merged", "gguf", "transformers4"]
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -133,6 +136,11 @@ class Hyperparameters(BaseModel):
     trackers: tuple[Tracker, ...] | None = Field(
         default=None, description="where the metrics go: `tensorboard`, `wandb`; the host's setting if not set"
     )
+    exports: tuple[Export, ...] = Field(
+        default=(),
+        description="what to make of the adapter after the training: `merged` (the whole model), `gguf` (for "
+        "llama.cpp and Ollama), `transformers4` (an adapter for transformers 4)",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -146,6 +154,18 @@ class Hyperparameters(BaseModel):
     @classmethod
     def _lists_become_tuples(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("exports", mode="before")
+    @classmethod
+    def _one_export_is_a_list(cls, value: Any) -> Any:
+        """A single word is a list of one, null is none, and asking twice is asking once."""
+        if value is None:
+            return ()
+        if isinstance(value, str):
+            return (value,)
+        if isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
+            return tuple(dict.fromkeys(value))
+        return value
 
     @property
     def effective_lora_alpha(self) -> float:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from uuid import UUID
 
 from daemon.database.retry import retry_until_database_is_back
+from daemon.delivery.beside import Deliveries
 from daemon.fitness import Fitness
 from daemon.host.inspect import Host
 from daemon.queue.job_store import JobStore
@@ -36,6 +37,7 @@ class Collaborators:
     platform_price: Callable[[], float | None]
     troubles: Troubles
     redaction: Redaction
+    deliveries: Deliveries = field(default_factory=Deliveries)
 
     async def owns_file(self, user_id: UUID, path: str) -> bool:
         """Whether a path in the bucket training-files is this user's. Waits while the database is away."""
@@ -57,8 +59,11 @@ class Collaborators:
         storage: Storage,
         courier: CallbackCourier,
         platform_price: Callable[[], float | None] = lambda: None,
+        deliveries: Deliveries | None = None,
     ) -> Collaborators:
-        """With or without a database: `store` and `uploads` keep the jobs, `heartbeat` renews their leases."""
+        """With or without a database: `store` and `uploads` keep the jobs, `heartbeat` renews their leases.
+
+        `deliveries` work beside the jobs; without a database there are none."""
         return cls(
             settings=settings,
             host=host,
@@ -77,4 +82,5 @@ class Collaborators:
             platform_price=platform_price,
             troubles=troubles,
             redaction=Redaction.of(settings, (host.hostname, host.pod_id)),
+            deliveries=deliveries or Deliveries(),
         )

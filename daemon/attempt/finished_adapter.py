@@ -31,6 +31,8 @@ from training.spec import Hyperparameters
 
 log = structlog.get_logger()
 
+# Not part of what the adapter is trained from: the model is compared by the name that was used.
+_DECIDES_NOTHING = {"base_model", "trackers", "exports"}
 # What the manifest of an archive has beside the facts.
 _OF_THE_ARCHIVE = ("format", "files", "archive")
 
@@ -59,7 +61,7 @@ def spec_hash(base_model: str, hyperparameters: Hyperparameters, dataset_sha256:
     """Returns one hash of what decides about an adapter: with another one, a finished adapter is of no use.
 
     Defaults are left out: a newer version may have more settings, and does not train otherwise because of them."""
-    asked = hyperparameters.model_dump(mode="json", exclude_defaults=True, exclude={"base_model", "trackers"})
+    asked = hyperparameters.model_dump(mode="json", exclude_defaults=True, exclude=_DECIDES_NOTHING)
     document = {"base_model": base_model, "dataset_sha256": dataset_sha256, "hyperparameters": asked}
     return sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 

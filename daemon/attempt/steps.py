@@ -41,7 +41,7 @@ from daemon.errors import HostFault, JobDelayed, JobError, JobFailed, LeaseLost,
 from daemon.host.gpu_load import read_load
 from daemon.queue.job import ClaimedJob, JobDataset, Returned
 from daemon.queue.lease import HeldLease
-from daemon.queue.outcome import Failed, Outcome, Superseded
+from daemon.queue.outcome import Failed, Outcome, Superseded, Wanted
 from daemon.report.cost import CostMeter, price_per_gpu_hour
 from daemon.report.reporter import Reporter
 from daemon.report.trained_with import model_in_words
@@ -196,7 +196,8 @@ class Attempt:
             stop,
             grace=lambda reason: settings.drain_seconds if reason is StopReason.SHUTDOWN else 0.0,
         )
-        return replace(published, summary=adapter.summary)
+        wanted = tuple(Wanted(kind) for kind in row.hyperparameters.exports)
+        return replace(published, summary=adapter.summary, deliveries=wanted)
 
     async def _run_trainer(
         self, row: ParsedRow, tracking: Tracking, dataset: FetchedDataset, workspace: WorkFolder, reporter: Reporter

@@ -28,12 +28,21 @@ PROOF_LIMIT_SECONDS = 30.0
 
 
 class Listener:
-    """Sets `wake` when a job may be claimable and calls `on_cancel` when a job was cancelled."""
+    """Calls `wake` when a job may be claimable, `on_cancel` when a job was cancelled, and `on_delivery` when a delivery
+    may be due."""
 
-    def __init__(self, dsn: str, *, wake: Callable[[], None], on_cancel: Callable[[UUID], None]) -> None:
+    def __init__(
+        self,
+        dsn: str,
+        *,
+        wake: Callable[[], None],
+        on_cancel: Callable[[UUID], None],
+        on_delivery: Callable[[], None] = lambda: None,
+    ) -> None:
         self._dsn = dsn
         self._wake = wake
         self._on_cancel = on_cancel
+        self._on_delivery = on_delivery
         self._warned_deaf = False
         self._probed = False
         self._nonce: str | None = None
@@ -162,6 +171,8 @@ class Listener:
                 log.warning("notification_not_understood", payload=payload[:80])
         elif word == "queued":
             self._wake()
+        elif word == "delivery":
+            self._on_delivery()
         elif payload == self._nonce:
             self.hears.set()
             if self._ended is not None and not self._ended.done():

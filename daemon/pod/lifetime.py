@@ -1,7 +1,7 @@
 """Decides when to shut down the RunPod pod this daemon runs on: after an idle timeout or a maximum age.
 
-Never while a job or an upload is open; a job that is inserted during the shutdown is still taken. If the pod cannot be
-ended, the daemon goes on serving, which is better than an idle pod, and tries again later.
+Never while a job, an upload or a delivery is open; a job that is inserted during the shutdown is still taken. If the
+pod cannot be ended, the daemon goes on serving, which is better than an idle pod, and tries again later.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ log = structlog.get_logger()
 CHECK_SECONDS = 5.0
 # Final callbacks that are not delivered within this time are left to the next daemon, the gateway or the fleet loop.
 ENDINGS_SECONDS = 300.0
+# A delivery that is due holds an idle pod for this long and no longer: something may keep this host from doing it.
+DELIVERY_SECONDS = 600.0
 # Between two tries to end the pod: often enough to save money, rarely enough for a readable log.
 RETRY_SECONDS = 60.0
 
@@ -42,6 +44,10 @@ class Working(Protocol):
     def drain(self) -> None: ...
 
 
+async def _no_delivery() -> bool:
+    return False
+
+
 class PodLife:
     """Run `run` as a task; it returns once RunPod has accepted the pod's end and the worker was asked to leave."""
 
@@ -52,6 +58,7 @@ class PodLife:
         *,
         endings_wait: Callable[[], Awaitable[bool]],
         end_pod: Callable[[], Awaitable[bool]],
+        delivery_waits: Callable[[], Awaitable[bool]] = _no_delivery,
         retry_seconds: float = RETRY_SECONDS,
     ) -> None:
         self._idle_limit = None if settings.idle_minutes is None else settings.idle_minutes * 60
@@ -59,6 +66,7 @@ class PodLife:
         self._worker = worker
         self._endings_wait = endings_wait
         self._end_pod = end_pod
+        self._delivery_waits = delivery_waits
         self._retry_seconds = retry_seconds
         self._born_at = time.monotonic()
         self._leaving = False
@@ -103,6 +111,8 @@ class PodLife:
 
     async def _end_of_idling(self) -> bool | None:
         """Ends the idle pod. None if there is work again."""
+        if self._may_wait_for_delivery and await self._waiting(self._delivery_waits):
+            return None
         await self._await_endings()
         await self._worker.pause()
         if not self._too_idle:
@@ -129,13 +139,18 @@ class PodLife:
     async def _await_endings(self) -> None:
         """Waits for callbacks to be delivered, for a limited time from the end of the last job."""
         while (idle := self._worker.idle_seconds) is not None and idle < ENDINGS_SECONDS:
-            if not await self._waiting():
+            if not await self._waiting(self._endings_wait):
                 return
             await asyncio.sleep(min(1.0, self._seconds_to_look * 10))
 
-    async def _waiting(self) -> bool:
+    @property
+    def _may_wait_for_delivery(self) -> bool:
+        idle, limit = self._worker.idle_seconds, self._idle_limit
+        return idle is not None and limit is not None and idle < limit + DELIVERY_SECONDS
+
+    async def _waiting(self, for_what: Callable[[], Awaitable[bool]]) -> bool:
         try:
-            return await self._endings_wait()
+            return await for_what()
         except (DatabaseAway, StatementRefused) as error:
             log.debug("endings_unknown", error=str(error))
             return True

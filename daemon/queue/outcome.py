@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from daemon.queue.job import Returned
 from training.events import ErrorCode, HostPart
 
+DeliveryKind = Literal["merged", "gguf", "transformers4", "hub", "endpoint"]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be done with the adapter once the job is completed. `target`: a repository of the hub, say."""
+
+    kind: DeliveryKind
+    target: str = ""
+
 
 @dataclass(frozen=True)
 class Completed:
-    """The adapter is stored and verified."""
+    """The adapter is stored and verified. `deliveries` follow."""
 
     adapter_path: str
     adapter_sha256: str
     adapter_bytes: int
     artifacts: dict[str, str] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
+    deliveries: tuple[Wanted, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,10 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
+from daemon.host.inspect import Host
 from daemon.queue.job import ClaimedJob, Lease
 from daemon.queue.states import State
+from daemon.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,22 @@ class Limits:
             "skip": list(self.skip),
             "window": window,
         }
+
+
+def limits_of(
+    settings: Settings, host: Host, free_gpus: int | None, warm_models: Sequence[str], skip: Sequence[UUID]
+) -> Limits:
+    """Returns what this host serves and what of it is free; the same rules for a claim and for a prefetch."""
+    return Limits(
+        free_gpus=free_gpus,
+        gpu_memory_gb=host.gpu_memory_gb,
+        gpu_type=host.gpu_type,
+        models=settings.allowed_models or None,
+        user_cap=settings.user_cap,
+        warm_models=warm_models,
+        warm_first_seconds=settings.warm_first_seconds,
+        skip=skip,
+    )
 
 
 @dataclass(frozen=True)

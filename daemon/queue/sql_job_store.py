@@ -280,6 +280,7 @@ class SqlJobStore:
         """Completes the job: the stored adapter was verified."""
         values = adapter_columns(outcome) | {
             "result": Jsonb(clean_json({"artifacts": outcome.artifacts, "summary": outcome.summary})),
+            "deliveries": Jsonb([{"kind": wanted.kind, "target": wanted.target} for wanted in outcome.deliveries]),
         }
         return await self._end("complete_job", lease, values, cost, {State.COMPLETED})
 

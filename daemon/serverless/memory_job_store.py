@@ -353,6 +353,8 @@ class MemoryJobStore:
             "adapter_path": job.columns.get("adapter_path"),
             "adapter_sha256": job.columns.get("adapter_sha256"),
             "adapter_bytes": job.columns.get("adapter_bytes"),
+            # Deliveries need a database: they outlive this process.
+            "deliveries": [],
             "error_code": job.columns.get("error_code"),
             "error_message": job.columns.get("error_message"),
             "error_hint": job.columns.get("error_hint"),

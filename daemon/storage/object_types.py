@@ -1,10 +1,10 @@
-"""The MIME types of what an attempt stores, and whether a bucket takes them."""
+"""The MIME types of what attempts and deliveries store, and whether a bucket takes them."""
 
 from __future__ import annotations
 
 import mimetypes
 
-# What an attempt stores: archive; weights and log; configuration and manifest; chart.
+# What is stored: archive; weights, log and the other files of an export; configuration and manifest; chart.
 STORED_TYPES = ("application/gzip", "application/octet-stream", "application/json", "image/png")
 
 
@@ -13,7 +13,9 @@ def type_of(object_path: str) -> str:
         return "application/gzip"
     if object_path.endswith(".jsonl"):
         return "application/octet-stream"
-    return mimetypes.guess_type(object_path)[0] or "application/octet-stream"
+    guessed = mimetypes.guess_type(object_path)[0]
+    # A bucket that lists its types has these and no others: the text files of an exported model are bytes to it.
+    return guessed if guessed in STORED_TYPES else "application/octet-stream"
 
 
 def takes(allowed: list[str] | None, kind: str) -> bool:

@@ -137,6 +137,9 @@ def test_every_callback_event_and_field_is_described(database: AppDatabase) -> N
     named = {f"job.{word}" for word in re.findall(r"THEN '(\w+)'", naming[1])}
     # `ELSE kind`: of the kinds that remain, those that are no requeue.
     named |= {"job.started", "job.completed", "job.failed", "job.cancelled", "job.progress"}
+    of_deliveries = re.search(r"FUNCTION public\.training_deliveries_announce.*?\n\$\$;", sql_of(migrations), re.DOTALL)
+    assert of_deliveries is not None
+    named |= set(re.findall(r"'(job\.\w+)'", of_deliveries[0]))
     assert set(marked("callback events")) == named
 
     user = database.insert_user()

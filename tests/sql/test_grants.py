@@ -28,6 +28,7 @@ MATRIX: dict[str, dict[str, str]] = {
     "training_events": {"authenticated": "r", "service_role": "r", "training_daemon": "rid"},
     "training_workers": {"authenticated": "(r)", "service_role": "r", "training_daemon": "riu"},
     "training_callbacks": {"authenticated": "(r)", "service_role": "r", "training_daemon": "riud"},
+    "training_deliveries": {"authenticated": "(r)", "service_role": "r", "training_daemon": "riu"},
     "training_uploads": {"service_role": "r", "training_daemon": "riud"},
 }
 VERBS = {"r": "SELECT", "i": "INSERT", "u": "UPDATE", "d": "DELETE"}
@@ -103,7 +104,7 @@ async def test_each_user_sees_his_own_rows_and_nobody_elses(
 ) -> None:
     other = database.insert_user()
     for owner in (user, other):
-        await finished_job(store, database, owner)
+        database.run("SELECT redeliver(%s, 'gguf')", (await finished_job(store, database, owner),))
         database.insert_job(owner)
         await claimed(store)
     for table, roles in MATRIX.items():

@@ -20,6 +20,7 @@ INTENDED = {
     "authenticated_security_definer_function_executable: training_owns_file(owner uuid, path text)",
     "authenticated_security_definer_function_executable: retry_training_job(job_id uuid)",
     "authenticated_security_definer_function_executable: resend_callback(callback_id uuid)",
+    "authenticated_security_definer_function_executable: redeliver(job_id uuid, kind text, target text)",
 }
 # The app's policies are for PUBLIC, so they count for every role; ours stand beside them, for one role each.
 BESIDE_THE_APPS = {

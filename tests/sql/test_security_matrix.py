@@ -157,6 +157,13 @@ training_callbacks
                                                created_at, next_at, last_status, delivered_at
   .        .        .        r        riu      url, host, payload, locked_until, lock_token, last_error
 
+training_deliveries
+  .        .        .        .        .        (the row)
+  .        .        r        r        riu      id, job_id, user_id, kind, target, state, attempts, next_at,
+                                               locked_until, result, error_code, error_message, error_hint,
+                                               created_at, started_at, finished_at
+  .        .        .        r        riu      storage, first_worker, worker_id, claims, lock_token
+
 training_pods
   .        .        .        .        .        (the row)
   .        .        .        r        riu      id, slot, gpu_type, gpu_count, pod, price_per_hour, asked_at,
@@ -181,10 +188,12 @@ FUNCTIONS = """
   .        -        x        x        x        cancel_training_job
   .        -        x        x        x        retry_training_job
   .        -        x        x        x        resend_callback
+  .        -        x        x        x        redeliver
   .        .        .        x        x        reap_expired_leases
   .        .        .        x        x        release_held_jobs
   .        .        .        x        x        prune_training_history
   .        x        x        x        x        training_status_json
+  .        x        x        x        x        training_deliveries_of
   .        x        x        x        x        training_name_url
   .        x        x        x        x        training_read_needs
   .        x        x        x        x        training_check_limits
@@ -193,6 +202,7 @@ FUNCTIONS = """
   .        .        .        .        x        training_find_job
   .        .        .        .        x        training_real_job
   .        .        .        .        x        training_sample_rows
+  .        .        .        .        x        training_make_deliveries
   .        .        .        .        x        training_record_cost
   .        .        .        .        x        training_notify_user
   .        x        x        .        x        training_owns_file
@@ -210,10 +220,12 @@ CALLS = {
     "cancel_training_job": "cancel_training_job(%(running)s)",
     "retry_training_job": "retry_training_job(%(failed)s)",
     "resend_callback": "resend_callback(%(dead_callback)s)",
+    "redeliver": "redeliver(%(completed)s, 'merged')",
     "reap_expired_leases": "reap_expired_leases()",
     "release_held_jobs": "release_held_jobs()",
     "prune_training_history": "prune_training_history('1 year')",
     "training_status_json": "training_status_json(NULL::training_jobs)",
+    "training_deliveries_of": "training_deliveries_of(%(completed)s)",
     "training_name_url": "training_name_url('https://a')",
     "training_read_needs": "training_read_needs('{}', '{}')",
     "training_check_limits": "training_check_limits(3, 1, now(), NULL)",
@@ -222,6 +234,7 @@ CALLS = {
     "training_find_job": "training_find_job(%(running)s)",
     "training_real_job": "training_real_job(%(running)s)",
     "training_sample_rows": "training_sample_rows()",
+    "training_make_deliveries": 'training_make_deliveries(%(completed)s, %(owner)s, 1, NULL, \'[{"kind": "gguf"}]\')',
     "training_record_cost": f"training_record_cost({A_FAILED_JOB}, 1)",
     "training_notify_user": f"training_notify_user({A_FAILED_JOB}, 'failed')",
     "training_owns_file": "training_owns_file(%(owner)s, 'x')",
@@ -310,6 +323,9 @@ async def build(store: SqlJobStore, database: AppDatabase) -> tuple[World, Jobs]
                {"id": one_id("SELECT id FROM training_callbacks WHERE job_id = %s LIMIT 1", jobs.completed)},
                {"job_id": jobs.completed, "user_id": owner, "url": "https://a", "host": "a", "event": "e",
                 "payload": {}}),
+        Target("training_deliveries", "training_deliveries",
+               {"id": one_id("SELECT id FROM training_deliveries WHERE job_id = %s", jobs.completed)},
+               {"job_id": jobs.failed, "user_id": owner, "kind": "merged"}),
         Target("training_pods", "training_pods", {"id": one_id("SELECT id FROM training_pods WHERE slot = 1")},
                {"slot": 3, "gpu_type": "H100", "gpu_count": 1, "asked_at": LATER,
                 "ended_at": LATER, "ending": "ended"}),
@@ -333,6 +349,8 @@ async def build(store: SqlJobStore, database: AppDatabase) -> tuple[World, Jobs]
         "storage_path": f"{owner}/tried.jsonl",
         "training_workers.state": "draining",
         "training_callbacks.state": "dead",
+        "training_deliveries.kind": "gguf",
+        "training_deliveries.state": "failed",
         "training_uploads.kind": "checkpoint",
         "sequence": 9_999,
         "pod_row": one_id("SELECT id FROM training_pods WHERE slot = 2"),

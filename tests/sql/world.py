@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from uuid import UUID, uuid4
 
-from daemon.queue.outcome import Completed, Failed
+from daemon.queue.outcome import Completed, Failed, Wanted
 from daemon.queue.rows import MetricPoint
 from daemon.queue.sql_job_store import SqlJobStore
 from daemon.queue.worker_registry import WorkerRegistry, WorkerRow
@@ -46,7 +46,7 @@ async def populate(store: SqlJobStore, database: AppDatabase, owner: UUID) -> Jo
     await store.start_job(lease)
     points = [MetricPoint(step, 0, 2.0 / step, 1e-4, validation_loss=2.1 / step) for step in range(1, 31)]
     await store.record_metrics(lease, points)
-    await store.complete_job(lease, ADAPTER, cost=1.5)
+    await store.complete_job(lease, replace(ADAPTER, deliveries=(Wanted("merged"),)), cost=1.5)
 
     failed = database.insert_job(owner, callback_url=RECEIVER)
     lease = (await claimed(store)).lease

@@ -8,8 +8,8 @@ from training.data.corpus import Corpus
 from training.data.plan import MAX_GRAD_NORM, OPTIMIZER, SCHEDULE, Plan
 from training.spec import JobSpec
 
-# Not settings of the training: the model stands beside them, the prompts are told as samples.
-_ELSEWHERE = {"base_model", "sample_prompts", "trackers"}
+# Not settings of the training: the model stands beside them, the prompts are told as samples, exports come after it.
+_ELSEWHERE = {"base_model", "sample_prompts", "trackers", "exports"}
 
 
 def trained_with(spec: JobSpec, corpus: Corpus, plan: Plan) -> dict[str, Any]:

@@ -1,8 +1,9 @@
--- Completes the job, whose stored adapter was verified, and ends its lease.
+-- Completes the job, whose stored adapter was verified, and ends its lease. What follows (training_deliveries) is written
+-- down in the same transaction.
 -- Always one row, which _ending_answer.sql explains.
 WITH ended AS (
     -- include: end_lease
-    RETURNING lease.job_id, lease.epoch
+    RETURNING lease.job_id, lease.epoch, lease.worker_id
 ),
 moved AS (
     UPDATE training_jobs AS job
@@ -22,6 +23,8 @@ moved AS (
     WHERE job.id = ended.job_id
       AND job.lease_epoch = ended.epoch
       AND job.status IN ('initializing', 'running')
-    RETURNING job.status
+    RETURNING
+        job.status,
+        training_make_deliveries(job.id, job.user_id, job.lease_epoch, ended.worker_id, %(deliveries)s::jsonb) AS deliveries
 )
 -- include: ending_answer

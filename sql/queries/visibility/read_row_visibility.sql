@@ -16,6 +16,8 @@ SELECT
                     THEN EXISTS (SELECT FROM training_callbacks AS callback WHERE callback.id = sample.id)
                 WHEN 'training_uploads'
                     THEN EXISTS (SELECT FROM training_uploads AS upload WHERE upload.job_id = sample.id)
+                WHEN 'training_deliveries'
+                    THEN EXISTS (SELECT FROM training_deliveries AS delivery WHERE delivery.id = sample.id)
                 WHEN 'training_pods' THEN EXISTS (SELECT FROM training_pods AS pod WHERE pod.id = sample.id)
                 WHEN 'datasets' THEN EXISTS (SELECT FROM datasets AS dataset WHERE dataset.id = sample.id)
             END
