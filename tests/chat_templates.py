@@ -65,6 +65,23 @@ _SMOLLM2 = (
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# It begins every answer with a thought, and shows none.
+_QWQ = (
+    "{%- for message in messages %}{%- if message.role == 'assistant' %}"
+    "{%- set content = message.content.split('</think>')[-1].lstrip('\\n') %}"
+    "{{- '<|im_start|>assistant\\n' + content + '<|im_end|>\\n' }}"
+    "{%- else %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{%- endif %}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}{%- endif %}"
+)
+# It thinks where it is told to, under another name than Qwen's.
+_DEEPSEEK_V31 = (
+    "{%- if thinking is not defined %}{%- set thinking = false %}{%- endif %}{{- bos_token }}"
+    "{%- for message in messages %}{%- if message.role == 'user' %}{{- '<｜User｜>' + message.content }}"
+    "{%- elif message.role == 'system' %}{{- message.content }}"
+    "{%- else %}{{- '<｜Assistant｜></think>' + message.content.split('</think>')[-1] + '<｜end▁of▁sentence｜>' }}"
+    "{%- endif %}{%- endfor %}{%- if add_generation_prompt %}"
+    "{{- '<｜Assistant｜>' + ('<think>' if thinking else '</think>') }}{%- endif %}"
+)
 _WRITTEN = {
     "chatml": CHATML,
     "mistral-v0.1": _MISTRAL.replace("END", "+ ' '"),
@@ -74,6 +91,8 @@ _WRITTEN = {
     "zephyr": _ZEPHYR,
     "phi-4": _PHI_4,
     "smollm2": _SMOLLM2,
+    "qwq": _QWQ,
+    "deepseek-v3.1": _DEEPSEEK_V31,
 }
 # The tokens that stop a server, by the beginning of the name: the tokenizer's own first, then generation_config's.
 _STOPS = {

@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from training.files.template_options import template_options
+
 
 def answer(model_dir: Path, adapter_dir: Path | None, question: str, max_new_tokens: int = 60) -> str:
     """Returns the model's answer, decoded greedily: always the same. Without an adapter, the base model's answer."""
@@ -27,7 +29,11 @@ def answer(model_dir: Path, adapter_dir: Path | None, question: str, max_new_tok
         model = PeftModel.from_pretrained(model, adapter_dir)
     model.eval()
     prompt_BT = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        [{"role": "user", "content": question}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+        **(template_options(adapter_dir) if adapter_dir is not None else {}),
     )
     with torch.no_grad():
         tokens_BT = model.generate(**prompt_BT, max_new_tokens=max_new_tokens, do_sample=False)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from training.data.formats.conversation import Turn
 from training.failures import TrainingFailed
 from training.files.model_folder import open_model_folder
+from training.files.template_options import template_options
 from training.quick_imports import quick_imports
 from training.spec import Hyperparameters, JobSpec
 
@@ -37,6 +38,7 @@ class Pair:
 
             from training.base.load import load_base_model
             from training.data.chat_template import ChatTemplate
+            from training.data.template.thinking import Thinking
             from training.data.tokenizer import load_tokenizer, stop_tokens
 
         folder = open_model_folder(model_dir, model_dir.name)
@@ -45,6 +47,7 @@ class Pair:
         self._max_new_tokens = max_new_tokens
         self._tokenizer: Any = load_tokenizer(folder)
         self._template: ChatTemplate = ChatTemplate(self._tokenizer, stops=stop_tokens(folder))
+        self._template.use(Thinking(template_options(adapter_dir)))
         self._model: Any = PeftModel.from_pretrained(load_base_model(_spec(model_dir, device), folder), adapter_dir)
         self._model.eval()
         self.forget()

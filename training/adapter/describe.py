@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from training.adapter.readers import peft_floor
 from training.data.chat_template import ChatTemplate
 from training.files.licence import licence_of
 from training.files.model_folder import ModelFolder
@@ -37,10 +38,9 @@ class Describer:
         serving = serving_of(
             adapter_config,
             self.folder.text_config,
-            peft=_peft_floor(adapter_config),
+            peft=peft_floor(adapter_config),
             brings_template=self.template.is_default,
-            template_options={},
-            opens_thought=False,
+            thinking=self.template.thinking,
         )
         trained = Trained(
             counts=self.summary,
@@ -51,7 +51,3 @@ class Describer:
             versions=self.summary["versions"],
         )
         return Described(model_card(serving, trained, licence_of(self.folder.path)), serving.as_dict())
-
-
-def _peft_floor(adapter_config: Mapping[str, Any]) -> str:
-    return "0.18.1" if adapter_config.get("target_parameters") else "0.14"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
@@ -22,6 +22,7 @@ from training.data.formats.conversation import Conversation, Turn
 from training.data.template.answer_spans import AnswerFinder, Span
 from training.data.template.labelling import Labelled, Labeller, Trained
 from training.data.template.rendering import MARK, CannotEncode, Message, Renderer, TemplateRefuses
+from training.data.template.thinking import END_OF_THOUGHT, Thinking, choose_thinking
 from training.data.template.turn_end import Ending, TurnEnd, find_turn_end
 from training.events import ErrorCode
 from training.failures import TrainingFailed
@@ -74,18 +75,32 @@ class ChatTemplate:
             if not self._tokenizer.eos_token:
                 raise _without_end("a chat template")
             self._tokenizer.chat_template = DEFAULT_TEMPLATE
-        self._render = Renderer(tokenizer, today)
-        known = {*stops, *([tokenizer.eos_token_id] if isinstance(tokenizer.eos_token_id, int) else [])}
-        turn_end = find_turn_end(self._render, tokenizer, known)
-        if turn_end is None:
-            raise _without_end("a chat template that marks the end of an answer")
-        self.turn_end: TurnEnd = turn_end
-        self.folds_system = not self._takes_system()
-        self._finder = AnswerFinder(self._render, turn_end)
+        self._stops = {*stops, *([tokenizer.eos_token_id] if isinstance(tokenizer.eos_token_id, int) else [])}
+        self._untold = Renderer(tokenizer, today)
         self._labeller = Labeller(self._tokenizer)
         self._control = _pattern_of(
             token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special
         )
+        self.use(choose_thinking(self._untold, has_thoughts=False))
+
+    def use(self, thinking: Thinking) -> None:
+        """Asks the model in this way from now on."""
+        self.thinking = thinking
+        self._render = self._untold.told(thinking.options)
+        turn_end = find_turn_end(self._render, self._tokenizer, self._stops)
+        if turn_end is None:
+            raise _without_end("a chat template that marks the end of an answer")
+        self.turn_end: TurnEnd = turn_end
+        self.folds_system = not self._takes_system()
+        self._finder = AnswerFinder(self._render, turn_end, thinking)
+        self.__dict__.pop("default_system_text", None)
+
+    def suit(self, conversations: Iterable[Conversation]) -> None:
+        """Chooses how the model is asked so that it can give these answers: with thoughts, or without any."""
+        has_thoughts = any(
+            turn.trained and END_OF_THOUGHT in turn.content for row in conversations for turn in row.turns
+        )
+        self.use(choose_thinking(self._untold, has_thoughts=has_thoughts))
 
     def encode(self, conversation: Conversation, most_tokens: int | None = None) -> Encoded:
         """Makes the examples. Raises CannotEncode if the answers cannot be trained as they will be asked for.
@@ -107,7 +122,7 @@ class ChatTemplate:
         raise refusal
 
     def _encode(self, messages: Sequence[Message], place: str, most_tokens: int | None) -> Encoded:
-        text = self._render(messages)
+        text = self._finder.shown(messages)
         if any(message.trained for message in messages[1:]):
             spans = self._finder.in_whole(messages, text)
             parts = None if spans is None else self._parts(messages, spans)
@@ -197,7 +212,7 @@ class ChatTemplate:
                 continue
             before = [replace(earlier, trained=()) for earlier in messages[:index]]
             text, span = self._finder.at_the_end([*before, message])
-            if span.trimmed is None and "</think>" not in message.content:
+            if span.trimmed is None and END_OF_THOUGHT not in message.content:
                 notes["empty_thought_added"] += 1
             parts = self._parts([*before, message], {index: span})
             if parts is None:

@@ -113,6 +113,7 @@ def gather(
     sides = _divide(reading, validation_path, chosen, remarks)
     train_part, held_out = list(sides.train), list(sides.validation)
     rows = [*train_part, *held_out]
+    template.suit(rows)
     encoded = encode(rows, template, longest_possible(chosen.max_length, context_length), tick)
     remarks += remarks_on_encoding(template, rows, encoded)
     longest = max(len(example.input_ids) for row in encoded for example in row.examples)

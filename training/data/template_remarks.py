@@ -67,8 +67,32 @@ def _notes(count: Mapping[str, int], first: Mapping[str, str], examples: int, ma
     return [replace(remark, data={"count": count[remark.code], "first": first.get(remark.code)}) for remark in remarks]
 
 
+def _on_thinking(template: ChatTemplate) -> list[Remark]:
+    thinking = template.thinking
+    if thinking.options:
+        options = ", ".join(f"{name}={value}" for name, value in thinking.options.items())
+        return [
+            Remark(
+                "template_options",
+                f"this model's chat template is given {options}, because "
+                f"{'answers have thoughts' if any(thinking.options.values()) else 'no answer has a thought'}; a server "
+                "must give it the same, and the README.md beside the adapter has the commands",
+                {"options": dict(thinking.options)},
+            )
+        ]
+    if thinking.answers_at_once:
+        return [
+            Remark(
+                "answers_at_once",
+                "this model's chat template shows the last answer after an empty thought, which no prompt contains; it "
+                "is left out, so the adapter answers at once",
+            )
+        ]
+    return []
+
+
 def _on_template(template: ChatTemplate, conversations: Sequence[Conversation]) -> list[Remark]:
-    remarks = []
+    remarks = _on_thinking(template)
     if template.is_default:
         remarks.append(
             Remark("default_template", "this model has no chat template; the default one is used and saved beside it")

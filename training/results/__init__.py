@@ -1,2 +1,2 @@
-"""What a run saves beside its adapter: history, summary, chart, trackers. A resumed run continues them. Used by the
-recipe and the loop."""
+"""What a run saves beside its adapter: model card, history, summary, chart, trackers. A resumed run continues them.
+Used by the recipe, the adapter's room and the loop."""

@@ -124,25 +124,31 @@ def _serving(serving: Serving) -> Iterable[str]:
 
 
 def _thinking(serving: Serving) -> str | None:
-    if serving.template_options:
-        options = ", ".join(f"{name}={value}" for name, value in serving.template_options.items())
+    thinking = serving.thinking
+    if thinking.options:
+        options = ", ".join(f"{name}={value}" for name, value in thinking.options.items())
         return (
             f"The adapter was trained on the prompts that the base model's chat template makes with {_code(options)}. "
-            "A server must be told so, as the commands below do; otherwise the model is asked in a way in which it was "
-            "not trained."
+            "A server must give it the same, as below; other prompts are not those that it was trained on."
         )
-    if serving.opens_thought:
+    if thinking.opens_thought:
         return (
             "The base model's chat template begins a thought before every answer. The adapter was trained on answers "
             "without one and ends the thought at once, so an answer begins with `</think>`. A server's reasoning "
             "parser (in vLLM `--reasoning-parser deepseek_r1`) takes it away."
+        )
+    if thinking.answers_at_once:
+        return (
+            "The base model can think before it answers. The adapter was trained to answer at once, after the prompt "
+            "that a server makes unless it is told otherwise. Serve it without a reasoning parser, which would take "
+            "the answer for a thought."
         )
     return None
 
 
 def _python(serving: Serving) -> str:
     revision = f", revision={_literal(serving.revision)}" if serving.revision else ""
-    options = "".join(f", {name}={value!r}" for name, value in serving.template_options.items())
+    options = "".join(f", {name}={value!r}" for name, value in serving.thinking.options.items())
     return "\n".join(
         (
             "from peft import PeftModel",

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from training.data.template.thinking import Thinking
+
 # The values that vLLM's --max-lora-rank takes; 16 unless it is given.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # The name under which the commands serve it.
@@ -25,9 +27,8 @@ _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 class Serving:
     """How one adapter is served.
 
-    `modules`: the adapted layers, by the last part of their names. `template_options`: what the chat template must be
-    told so that it ends prompts as in training. `brings_template`: the base model has none of its own. `opens_thought`:
-    the chat template begins a thought before each answer, which the adapter ends at once.
+    `modules`: the adapted layers, by the last part of their names. `brings_template`: the base model has none of its
+    own. `thinking`: what the chat template must be told so that it ends prompts as in training, and what comes of it.
     """
 
     base_model: str
@@ -37,8 +38,7 @@ class Serving:
     is_mixture: bool
     peft: str
     brings_template: bool = False
-    template_options: Mapping[str, Any] = field(default_factory=dict)
-    opens_thought: bool = False
+    thinking: Thinking = field(default_factory=Thinking)
 
     @property
     def max_lora_rank(self) -> int:
@@ -89,8 +89,8 @@ class Serving:
             "lora_rank": self.rank,
             "lora_modules": list(self.modules),
             "chat_template": TEMPLATE_FILE if self.brings_template else None,
-            "chat_template_kwargs": dict(self.template_options),
-            "opens_thought": self.opens_thought,
+            "chat_template_kwargs": dict(self.thinking.options),
+            "answers_end_a_thought": self.thinking.opens_thought,
             "vllm": {
                 "max_lora_rank": self.max_lora_rank,
                 "lora_target_modules": list(self.modules) if self.is_mixture else None,
@@ -106,7 +106,7 @@ class Serving:
         return ["--lora-target-modules", *self.modules] if self.is_mixture else []
 
     def _template_arguments(self) -> list[str]:
-        options = self.template_options
+        options = self.thinking.options
         return ["--default-chat-template-kwargs", json.dumps(dict(options))] if options else []
 
 
@@ -116,8 +116,7 @@ def serving_of(
     *,
     peft: str,
     brings_template: bool,
-    template_options: Mapping[str, Any],
-    opens_thought: bool,
+    thinking: Thinking,
 ) -> Serving:
     """Reads what decides about serving from the adapter's config and the base model's (that of its language model).
 
@@ -130,8 +129,7 @@ def serving_of(
         is_mixture=max(int(base_config.get(key) or 1) for key in _EXPERT_COUNTS) > 1,
         peft=peft,
         brings_template=brings_template,
-        template_options=template_options,
-        opens_thought=opens_thought,
+        thinking=thinking,
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import training.recipe
+from tests.chat_templates import template_text
 from tests.tiny_models import ARCHITECTURES, DENSE
 from tests.training.conftest import ON_A_CARD_TOO, ModelOf, SpecOf, train
 from training.adapter.lora import attach_adapter, choose_targets, trainable_parameters
@@ -42,11 +45,22 @@ def test_an_adapter_opens_with_plain_peft_and_changes_the_answers(architecture: 
     assert saved.summary["trainable_parameters"] == sum(value.numel() for value in stored.values())
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3_next"])
+@pytest.mark.parametrize(("architecture", "template"), [("llama", "none"), ("qwen3_next", "qwen3_6")])
 def test_the_model_card_s_program_runs_and_its_serving_block_is_reported(
-    architecture: str, spec_of: SpecOf, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    architecture: str,
+    template: str,
+    spec_of: SpecOf,
+    tiny: ModelOf,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    spec = spec_of(architecture, lora_rank=24, num_epochs=1)
+    base = tmp_path / "base"
+    shutil.copytree(tiny(architecture), base)
+    (base / "chat_template.jinja").unlink()
+    if template != "none":
+        (base / "chat_template.jinja").write_text(template_text(template), encoding="utf-8")
+    spec = spec_of(architecture, lora_rank=24, num_epochs=1, model_path=base)
     (saved,) = train(spec).all("adapter_saved")
     card = (spec.output_dir / "README.md").read_text(encoding="utf-8")
     assert "More Information Needed" not in card and str(spec.output_dir.parent) not in card
@@ -55,6 +69,11 @@ def test_the_model_card_s_program_runs_and_its_serving_block_is_reported(
     local = program.replace(json.dumps(spec.base_model), json.dumps(str(spec.model_path))).replace("=200", "=4")
     exec(compile(local, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip()
+    told = {"enable_thinking": False} if template == "qwen3_6" else {}
+    assert saved.serving["chat_template_kwargs"] == told and ("enable_thinking=False" in program) == bool(told)
+    ours = "chat_template.jinja" if template == "none" else None
+    assert saved.serving["chat_template"] == ours and ("--chat-template" in card) == bool(ours)
+    assert Path("chat_template.jinja").is_file()
     stored = {name.split(".lora_")[0].rpartition(".")[2] for name in load_file("adapter_model.safetensors")}
     assert saved.serving["base_model"] == spec.base_model and set(saved.serving["lora_modules"]) == stored
     vllm = saved.serving["vllm"]

@@ -187,8 +187,8 @@ def test_where_a_server_stops_at_the_next_turn_that_is_what_ends_an_answer() -> 
     template = ChatTemplate(tokenizer, stops=stops)
     (example,) = template.encode(_said("user: A?", "assistant: Aye.", "user: B?", "assistant: Bye.")).examples
     assert _trained_pieces(tokenizer, example.input_ids, example.labels) == [
-        "\n<think></think>\nAye.<|user|>",
-        "\n<think></think>\nBye.<|user|>",
+        "\nAye.<|user|>",
+        "\nBye.<|user|>",
     ]
 
 

@@ -8,7 +8,7 @@ what is trained after them must be the answer and a token that stops a server, a
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from training.data.chat_template import ChatTemplate, Encoded
 from training.data.example import IGNORED, Example
 from training.data.formats.conversation import Conversation, Role, Turn
 from training.data.template.rendering import CannotEncode
+from training.data.template.thinking import Thinking
 
 _Rows = Sequence[tuple[Role, str]]
 
@@ -65,8 +66,9 @@ ODD_PIECES = [
 ]
 
 
-def prove(tokenizer: Any, stops: Sequence[int], turns: _Rows, encoded: Encoded) -> int:
+def prove(tokenizer: Any, stops: Sequence[int], turns: _Rows, encoded: Encoded, thinking: Thinking) -> int:
     """Raises AssertionError unless each answer is trained as it will be asked for. Returns how many are."""
+    thought_of = any("</think>" in text for _, text in turns)
     runs = [run for example in encoded.examples for run in _runs(example)]
     opening = encoded.notes["opening_not_trained"]
     answers = [index for index, (role, _) in enumerate(turns) if role == "assistant"]
@@ -75,7 +77,9 @@ def prove(tokenizer: Any, stops: Sequence[int], turns: _Rows, encoded: Encoded) 
     for index, run in zip(answers, runs, strict=True):
         answer = turns[index][1]
         if index:
-            prompt = tokenizer(_served(tokenizer, turns[:index]), add_special_tokens=False)["input_ids"]
+            prompt = tokenizer(_served(tokenizer, turns[:index], thinking.options), add_special_tokens=False)[
+                "input_ids"
+            ]
             assert run.before == prompt, (tokenizer.decode(run.before), tokenizer.decode(prompt))
         assert run.trained[-1] in stops, tokenizer.decode(run.trained)
         said = _squeezed(tokenizer.decode(run.trained, skip_special_tokens=False))
@@ -84,7 +88,9 @@ def prove(tokenizer: Any, stops: Sequence[int], turns: _Rows, encoded: Encoded) 
             words = words.removeprefix("<think>")
         lead, found, rest = said.rpartition(words)
         assert found, (said, words)
-        assert lead in {"", "<think></think>", "</think>", "to=user<|message|>", "<|channel|>final<|message|>"}, said
+        # Where no answer has a thought, none begins with one, unless the prompt itself has begun it.
+        empty = {"<think></think>", "</think>"} if thought_of else {"</think>"} if thinking.opens_thought else set()
+        assert lead in {"", "to=user<|message|>", "<|channel|>final<|message|>", *empty}, said
         assert all(token in tokenizer.all_special_tokens for token in tokenizer.tokenize(rest)), said
     return len(runs)
 
@@ -110,7 +116,7 @@ def _runs(example: Example) -> list[_Run]:
     return runs
 
 
-def _served(tokenizer: Any, turns: _Rows) -> str:
+def _served(tokenizer: Any, turns: _Rows, options: Mapping[str, Any]) -> str:
     """Renders the prompt as a server does, in the form that the template takes."""
     refused: Exception | None = None
     for rows in (turns, _folded(turns), _merged(turns), _merged(_folded(turns))):
@@ -119,7 +125,7 @@ def _served(tokenizer: Any, turns: _Rows) -> str:
                 {"role": role, "content": [{"type": "text", "text": text}] if parts else text} for role, text in rows
             ]
             try:
-                text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+                text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
             except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
                 refused = error
                 continue
@@ -171,6 +177,47 @@ def test_every_answer_is_trained_as_it_will_be_asked_for(name: str) -> None:
     assert not set(refused) - {"opening answer", "opening answer after a system text", "thoughts", "a last thought"}
 
 
+# Without thoughts in the data: what a server must tell the template. Of all others, nothing.
+_TOLD_NOT_TO_THINK = (
+    *("glm4moe", "nemotron_3_5_lightning", "nemotron_3_nano", "nemotron_3_super", "nemotron_3_ultra"),
+    *("qwen3_5_think", "qwen3_6", "qwen3_8"),
+)
+# Their prompts always begin a thought.
+_THINK_ALWAYS = ("deepseek_r1_distill", "deepseekv3", "qwq")
+# Their usual prompts have ended the thought.
+_TOLD_TO_THINK = {"qwen3_5_nothink": {"enable_thinking": True}, "deepseek-v3.1": {"thinking": True}}
+
+
+@pytest.mark.parametrize("name", [*SHIPPED, *STRICT])
+def test_how_a_model_is_asked_is_chosen_by_its_template_and_by_the_answers(name: str) -> None:
+    tokenizer, stops = tokenizer_of(name)
+    template = ChatTemplate(tokenizer, stops=stops)
+    template.suit([CONVERSATIONS["three answers"]])
+    expected = {"enable_thinking": False} if name in _TOLD_NOT_TO_THINK else {}
+    assert template.thinking == Thinking(expected, name == "qwen3", name in _THINK_ALWAYS)
+    template.suit([CONVERSATIONS["one answer"], CONVERSATIONS["thoughts"]])
+    assert template.thinking == Thinking(_TOLD_TO_THINK.get(name, {}))
+
+
+@pytest.mark.parametrize("name", [*_TOLD_TO_THINK, "qwen3", "qwen3_6", "qwq", "nemotron_3_nano"])
+def test_answers_with_thoughts_are_trained_with_every_template_that_can_show_them(name: str) -> None:
+    tokenizer, stops = tokenizer_of(name)
+    assert not {"thoughts", "a last thought"} & set(prove_all(tokenizer, stops))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "glm4moe", "qwq", "qwen3_6"])
+def test_answers_without_thoughts_begin_alike_wherever_they_stand(name: str) -> None:
+    """A model learns one beginning: what an answer begins with must not depend on what follows it."""
+    tokenizer, stops = tokenizer_of(name)
+    template = ChatTemplate(tokenizer, stops=stops)
+    for beside in ([], [CONVERSATIONS["thoughts"]]):
+        template.suit([CONVERSATIONS["three answers"], *beside])
+        encoded = template.encode(CONVERSATIONS["three answers"])
+        runs = [run.trained for example in encoded.examples for run in _runs(example)]
+        first = {tokenizer.decode(run).partition("Answer")[0] for run in runs}
+        assert len(runs) == 3 and len(first) == 1, first
+
+
 @pytest.mark.parametrize("spaces", ["first", "always", "never"])
 @pytest.mark.parametrize("name", ["mistral-v0.1", "mistral-v0.2", "mistral-v0.3", "llama-2", "zephyr"])
 def test_it_is_so_with_tokenizers_that_join_spaces_to_words(name: str, spaces: str) -> None:
@@ -193,7 +240,7 @@ def test_it_is_so_for_two_thousand_odd_conversations_and_a_real_tokenizer() -> N
         for number in range(2 * chosen.randint(1, 5)):
             words = "".join(chosen.choice(ODD_PIECES) for _ in range(chosen.randint(1, 6))) + chosen.choice("xé.")
             rows.append(("assistant" if number % 2 else "user", words))
-        prove(tokenizer, stops, rows, template.encode(conversation(*rows)))
+        prove(tokenizer, stops, rows, template.encode(conversation(*rows)), template.thinking)
 
 
 def prove_all(tokenizer: Any, stops: Sequence[int]) -> dict[str, str]:
@@ -201,6 +248,7 @@ def prove_all(tokenizer: Any, stops: Sequence[int]) -> dict[str, str]:
     template = ChatTemplate(tokenizer, stops=stops)
     refused = {}
     for case, given in CONVERSATIONS.items():
+        template.suit([given])
         try:
             encoded = template.encode(given)
         except CannotEncode as error:
@@ -209,7 +257,7 @@ def prove_all(tokenizer: Any, stops: Sequence[int]) -> dict[str, str]:
         turns: _Rows = [(turn.role, turn.content) for turn in given.turns]
         if encoded.notes["turns_merged"]:
             turns = _merged(turns)
-        assert prove(tokenizer, stops, turns, encoded), case
+        assert prove(tokenizer, stops, turns, encoded, template.thinking), case
     assert all(any(reason in said for reason in _REASONS) for said in refused.values()), refused
     return refused
 

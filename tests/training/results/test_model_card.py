@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
+from training.data.template.thinking import Thinking
 from training.files.licence import Licence, licence_of
 from training.results.history import EvaluationRecord, RunHistory, StepRecord
 from training.results.model_card import Trained, model_card
@@ -25,7 +26,7 @@ MIXTURE = DENSE | {
 
 
 def _serving(config: dict[str, Any] = DENSE, base: dict[str, Any] | None = None, **more: Any) -> Serving:
-    options = {"peft": "0.14", "brings_template": False, "template_options": {}, "opens_thought": False, **more}
+    options = {"peft": "0.14", "brings_template": False, "thinking": Thinking(), **more}
     return serving_of(config, base or {}, **options)
 
 
@@ -64,7 +65,7 @@ def test_a_mixture_s_experts_are_left_out_and_it_is_merged_elsewhere() -> None:
 
 
 def test_a_template_of_ours_and_its_options_are_told_to_every_server() -> None:
-    serving = _serving(brings_template=True, template_options={"enable_thinking": False})
+    serving = _serving(brings_template=True, thinking=Thinking({"enable_thinking": False}))
     command = serving.vllm_arguments("/adapters/a")
     assert command[command.index("--chat-template") + 1] == "/adapters/a/chat_template.jinja"
     assert command[command.index("--default-chat-template-kwargs") + 1] == '{"enable_thinking": false}'
@@ -73,6 +74,15 @@ def test_a_template_of_ours_and_its_options_are_told_to_every_server() -> None:
     assert shlex.split(variables["VLLM_EXTRA_ARGS"])[1] == '{"enable_thinking": false}'
     card = model_card(serving, _trained(), None)
     assert "enable_thinking=False" in card and serving.as_dict()["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+def test_the_card_says_what_stands_before_an_answer() -> None:
+    cards = [
+        model_card(_serving(thinking=thinking), _trained(), None)
+        for thinking in (Thinking(), Thinking(answers_at_once=True), Thinking(opens_thought=True))
+    ]
+    assert ["reasoning parser" in card for card in cards] == [False, True, True]
+    assert "--reasoning-parser" in cards[2] and "--reasoning-parser" not in cards[1]
 
 
 def test_the_card_says_what_it_was_trained_on_and_how_it_went() -> None:

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from training.data.template.rendering import MARK, CannotEncode, Message, Renderer, TemplateRefuses
+from training.data.template.thinking import END_OF_THOUGHT, THOUGHT_OPENED, Thinking, find_leads
 from training.data.template.turn_end import TurnEnd, common_prefix
 
-_THOUGHT_OPENED = re.compile(r"<think>\s*\Z")
 # The end of an empty thought that the prompt has begun, as Qwen3's and DeepSeek's models write it.
 _EMPTY_THOUGHT = "\n</think>\n\n"
 # Up to this many answers, each one's prompt is rendered; of more, those whose renderings together cost as much as two.
@@ -47,11 +47,22 @@ class _Words:
 class AnswerFinder:
     """Finds answers in what one template renders."""
 
-    def __init__(self, render: Renderer, turn_end: TurnEnd) -> None:
+    def __init__(self, render: Renderer, turn_end: TurnEnd, thinking: Thinking) -> None:
         self._render = render
         self._turn_end = turn_end
-        self._leads = self._find_leads()
+        leads = find_leads(render)
+        # The empty thought that this template shows before the last answer, and no prompt contains.
+        self._left_out = leads.empty_thought if thinking.answers_at_once else None
+        self._leads = ("", *(lead for lead in (leads.earlier, leads.last) if lead not in {None, self._left_out}))
         self._lead = self._leads[-1]
+
+    def shown(self, messages: Sequence[Message]) -> str:
+        """Renders the conversation as it is trained."""
+        text = self._render(messages)
+        if self._left_out is None or messages[-1].role != "assistant" or END_OF_THOUGHT in messages[-1].content:
+            return text
+        prompt = self._prompt(messages[:-1])
+        return prompt + text[len(prompt) :].removeprefix(self._left_out) if text.startswith(prompt) else text
 
     def in_whole(self, messages: Sequence[Message], text: str) -> dict[int, Span] | None:
         """Returns each answer's span in the text of the whole conversation; None if it differs from the prompts.
@@ -77,6 +88,9 @@ class AnswerFinder:
             if not text.startswith(self._turn_end.earlier.text, end):
                 return None
             spans[index] = Span(begin, start, end, trimmed)
+        if len({END_OF_THOUGHT in text[span.begin : span.start] for span in spans.values()}) > 1:
+            # After equal prompts one would begin with an empty thought and the other not.
+            return None
         for index in _compared(earlier):
             if index and self._prompt(messages[:index]) != text[: spans[index].begin]:
                 return None
@@ -86,17 +100,17 @@ class AnswerFinder:
         """Returns a text that ends with the last message's answer, and its span. Raises CannotEncode if none does."""
         content = messages[-1].content
         prompt = self._prompt(messages[:-1])
-        text = self._render(messages)
+        text = self.shown(messages)
         span = self._last_span(text, prompt, content)
         if span is not None:
             return text, span
-        if _THOUGHT_OPENED.search(prompt):
+        if THOUGHT_OPENED.search(prompt):
             continuation = _after_opened_thought(prompt, content)
             text = prompt + continuation
             start = len(text) - len(continuation.lstrip())
             return text + self._turn_end.last.text, Span(len(prompt), start, len(text), None)
         for words, trimmed in _trimmings(content):
-            if "</think>" not in content and text.endswith(self._lead + words + self._turn_end.tail):
+            if END_OF_THOUGHT not in content and text.endswith(self._lead + words + self._turn_end.tail):
                 # Mistral v0.3 shows the system text in prompts only: the answer is shown as ever, after other text.
                 start = len(prompt) + len(self._lead)
                 end = start + len(words)
@@ -116,16 +130,16 @@ class AnswerFinder:
         for words, trimmed in _trimmings(content):
             if middle.endswith(words) and self._may_lead(lead := middle[: len(middle) - len(words)], content):
                 return Span(begin, begin + len(lead), end, trimmed)
-        if "</think>" in content:
+        if END_OF_THOUGHT in content:
             # Templates set a thought apart with line breaks of their own; the prompt may have begun it.
-            opened = "<think>" if _THOUGHT_OPENED.search(prompt) else ""
+            opened = "<think>" if THOUGHT_OPENED.search(prompt) else ""
             if _squeezed(content) in (_squeezed(middle), _squeezed(opened + middle)):
                 return Span(begin, begin, end, None)
         return None
 
     def _may_lead(self, lead: str, content: str) -> bool:
         # Not an empty thought before an answer that brings its own.
-        return lead in self._leads and not ("</think>" in lead and "</think>" in content)
+        return lead in self._leads and not (END_OF_THOUGHT in lead and END_OF_THOUGHT in content)
 
     def _words(self, messages: Sequence[Message], prompt: str) -> _Words | None:
         """Finds each message's words in a prompt, and the template's own text between them."""
@@ -177,26 +191,11 @@ class AnswerFinder:
                 return begin if request[len(request) - same :].strip() else None
         return None
 
-    def _find_leads(self) -> tuple[str, ...]:
-        """Finds what may stand between prompt and answer: nothing, or what the template puts there; the last's last."""
-        asked = [Message("user", f"{MARK}q")]
-        answered = [*asked, Message("assistant", f"{MARK}a")]
-        again = [*answered, Message("user", f"{MARK}r"), Message("assistant", f"{MARK}b")]
-        leads = [""]
-        for rows in (again, answered):
-            try:
-                text, prompt = self._render(rows), self._prompt(asked)
-            except TemplateRefuses:
-                continue
-            if text.startswith(prompt) and (found := text.find(f"{MARK}a", len(prompt))) >= 0:
-                leads.append(text[len(prompt) : found])
-        return tuple(leads)
-
     def _why_not(self, text: str, prompt: str, content: str) -> str:
         if _squeezed(content) not in _squeezed(text):
-            thought = ": it drops what comes before </think>" if "</think>" in content else ""
+            thought = ": it drops what comes before </think>" if END_OF_THOUGHT in content else ""
             return f"the model's chat template leaves out a part of the answer{thought}"
-        if "</think>" in content and "</think>" in prompt[-40:]:
+        if END_OF_THOUGHT in content and END_OF_THOUGHT in prompt[-40:]:
             return (
                 "the answer has a thought, and the model's chat template ends the thought before an answer begins "
                 f"(its prompt ends with {prompt[-40:]!r})"
@@ -225,9 +224,9 @@ def _after_opened_thought(prompt: str, content: str) -> str:
 
     DeepSeek-R1's template begins one and never shows one: the answer is put together here.
     """
-    opened = _THOUGHT_OPENED.search(prompt)
+    opened = THOUGHT_OPENED.search(prompt)
     assert opened is not None
-    if "</think>" not in content:
+    if END_OF_THOUGHT not in content:
         return _EMPTY_THOUGHT + content.strip()
     head, thought, rest = content.partition("<think>")
     if not thought:

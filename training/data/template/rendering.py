@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from typing import TYPE_CHECKING, Any
@@ -63,15 +63,22 @@ class Renderer:
         if today is not None:
             midnight = datetime.combine(today, time())
             self._names["strftime_now"] = midnight.strftime
+        self._options: Mapping[str, Any] = {}
         self.list_form = False
         self.list_form = self._reads_only_lists()
+
+    def told(self, options: Mapping[str, Any]) -> Renderer:
+        """Returns one that tells the template these options, as a server does with `chat_template_kwargs`."""
+        other = Renderer.__new__(Renderer)
+        other.__dict__.update(self.__dict__, _options=options)
+        return other
 
     def __call__(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
         """Returns the text; with `prompt`, up to where the model begins to answer. Raises TemplateRefuses."""
         rows = [{"role": message.role, "content": self._content(message.content)} for message in messages]
         try:
             rendered: str = self._template.render(
-                messages=rows, tools=None, documents=None, add_generation_prompt=prompt, **self._names
+                messages=rows, tools=None, documents=None, add_generation_prompt=prompt, **self._names, **self._options
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise TemplateRefuses(str(error) or type(error).__name__) from None
