@@ -29,6 +29,8 @@ ELSEWHERE = {
     ("docs/how-to/fronts.md", "sh"): "tests/fronts/test_page.py",
     ("docs/how-to/fronts.md", "sql"): "tests/fronts/test_page.py",
     ("docs/how-to/restoring.md", "sh"): "tests/docs/test_restoring.py",
+    ("docs/how-to/serve-your-adapter.md", "python"): "tests/docs/test_serve_your_adapter.py",
+    ("docs/how-to/serve-your-adapter.md", "sh"): "tests/docs/test_serve_your_adapter.py",
     ("docs/operators-guide.md", "json"): "tests/contract/test_operators_guide.py",
 }
 RUN = ("sh", "sql", "python", "json")

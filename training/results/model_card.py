@@ -119,7 +119,6 @@ def _serving(serving: Serving) -> Iterable[str]:
     yield "### transformers and PEFT"
     yield _block("sh", f'pip install "peft>={serving.peft}" "transformers>=4.57" accelerate')
     yield _block("python", _python(serving))
-    yield "### llama.cpp, Ollama, SGLang"
     yield from _elsewhere(serving)
 
 
@@ -148,7 +147,8 @@ def _thinking(serving: Serving) -> str | None:
 
 def _python(serving: Serving) -> str:
     revision = f", revision={_literal(serving.revision)}" if serving.revision else ""
-    options = "".join(f", {name}={value!r}" for name, value in serving.thinking.options.items())
+    options = (f"    {name}={value!r}," for name, value in serving.thinking.options.items())
+    model = f'{_literal(serving.base_model)}{revision}, dtype="auto", device_map="auto"'
     return "\n".join(
         (
             "from peft import PeftModel",
@@ -156,13 +156,14 @@ def _python(serving: Serving) -> str:
             "",
             'adapter = "."  # this folder, or its name on the Hugging Face hub',
             "tokenizer = AutoTokenizer.from_pretrained(adapter)",
-            "base = AutoModelForCausalLM.from_pretrained(",
-            f'    {_literal(serving.base_model)}{revision}, dtype="auto", device_map="auto"',
-            ")",
+            f"base = AutoModelForCausalLM.from_pretrained({model})",
             "model = PeftModel.from_pretrained(base, adapter)",
             "prompt = tokenizer.apply_chat_template(",
             '    [{"role": "user", "content": "Hello"}],',
-            f'    add_generation_prompt=True, return_tensors="pt", return_dict=True{options},',
+            "    add_generation_prompt=True,",
+            '    return_tensors="pt",',
+            "    return_dict=True,",
+            *options,
             ").to(model.device)",
             "answer = model.generate(**prompt, max_new_tokens=200)",
             'print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))',
@@ -171,27 +172,25 @@ def _python(serving: Serving) -> str:
 
 
 def _elsewhere(serving: Serving) -> Iterable[str]:
-    if serving.only_merged is not None:
-        yield (
-            f"These cannot apply this adapter to its base model: {serving.only_merged}. Merge the two, and serve the "
-            "result as any other model; `JOB` is the `job_id` in `manifest.json`:"
-        )
-        merged, gguf = "brightrun-trainer export JOB --merged merged", "brightrun-trainer export JOB --gguf model.gguf"
-        yield _block("sh", f"{merged}\n{gguf}")
-        return
-    yield (
-        "llama.cpp and Ollama read the adapter as GGUF, beside the base model as GGUF; `JOB` is the `job_id` in "
-        "`manifest.json`:"
+    yield "### llama.cpp"
+    yield "The adapter as GGUF, beside the base model as GGUF:"
+    yield _block(
+        "sh", "brightrun-trainer export . --gguf ../adapter.gguf\n" + _lines(serving.llama_arguments("../adapter.gguf"))
     )
+    yield "### Ollama"
+    yield "Ollama takes no adapters any more, so base model and adapter are merged into one file:"
     yield _block(
         "sh",
-        "brightrun-trainer export JOB --gguf adapter.gguf\nllama-server --model base.gguf --lora adapter.gguf --jinja",
+        "brightrun-trainer export . --gguf ../model.gguf --gguf-form merged\n"
+        f"ollama create {NAME} -f ../model.Modelfile",
     )
+    yield "### Other servers"
     yield (
-        "For Ollama, write `FROM` with the base model and `ADAPTER ./adapter.gguf` into a Modelfile. SGLang takes this "
-        f"folder: `--lora-paths {NAME}=.`. For servers without adapters, merge the two: "
-        "`brightrun-trainer export JOB --merged merged`."
-    )
+        "SGLang has no adapters for this model's linear attention. "
+        if serving.has_linear_attention
+        else f"SGLang takes this folder (`--enable-lora --lora-paths {NAME}=.`). "
+    ) + "Every server of the base model serves the two merged:"
+    yield _block("sh", "brightrun-trainer export . --merged ../merged")
 
 
 def _data(trained: Trained) -> str:

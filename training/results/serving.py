@@ -46,13 +46,9 @@ class Serving:
         return next(allowed for allowed in VLLM_RANKS if allowed >= self.rank)
 
     @property
-    def only_merged(self) -> str | None:
-        """Why llama.cpp, Ollama and SGLang cannot apply this adapter to its base model; None if they can."""
-        if any(module.startswith("in_proj_") for module in self.modules):
-            return "they have no adapters for its linear attention layers"
-        if self.is_mixture:
-            return "they have no adapters for all layers of a mixture of experts"
-        return None
+    def has_linear_attention(self) -> bool:
+        """SGLang has no adapters for these layers, so that it serves the merged model only."""
+        return any(module.startswith("in_proj_") for module in self.modules)
 
     def vllm_arguments(self, folder: str) -> list[str]:
         """Returns the command line for vLLM; `folder` is the adapter's."""
@@ -64,6 +60,15 @@ class Serving:
             *self._without_experts(),
             *(("--chat-template", f"{folder}/{TEMPLATE_FILE}") if self.brings_template else ()),
             *self._template_arguments(),
+        ]
+
+    def llama_arguments(self, adapter: str) -> list[str]:
+        """Returns the command line for llama.cpp's server; `adapter` is the adapter as GGUF."""
+        options = self.thinking.options
+        return [
+            *("llama-server", "--model", "base.gguf", "--lora", adapter, "--jinja"),
+            *(("--chat-template-file", TEMPLATE_FILE) if self.brings_template else ()),
+            *(("--chat-template-kwargs", json.dumps(dict(options))) if options else ()),
         ]
 
     def runpod_variables(self) -> dict[str, str]:
@@ -98,7 +103,13 @@ class Serving:
             },
             "runpod_vllm_worker": self.runpod_variables(),
             "peft": f">={self.peft}",
-            "only_merged_elsewhere": self.only_merged,
+            # Ollama 0.34.1 and newer refuse an adapter; many before it did so at the first request.
+            "forms": {
+                "vllm": "adapter",
+                "llama.cpp": "adapter",
+                "ollama": "merged",
+                "sglang": "merged" if self.has_linear_attention else "adapter",
+            },
         }
 
     def _without_experts(self) -> list[str]:

@@ -72,7 +72,7 @@ def test_the_model_card_s_program_runs_and_its_serving_block_is_reported(
     told = {"enable_thinking": False} if template == "qwen3_6" else {}
     assert saved.serving["chat_template_kwargs"] == told and ("enable_thinking=False" in program) == bool(told)
     ours = "chat_template.jinja" if template == "none" else None
-    assert saved.serving["chat_template"] == ours and ("--chat-template" in card) == bool(ours)
+    assert saved.serving["chat_template"] == ours and ("--chat-template-file" in card) == bool(ours)
     assert Path("chat_template.jinja").is_file()
     stored = {name.split(".lora_")[0].rpartition(".")[2] for name in load_file("adapter_model.safetensors")}
     assert saved.serving["base_model"] == spec.base_model and set(saved.serving["lora_modules"]) == stored

@@ -55,13 +55,15 @@ def test_the_rank_is_told_to_vllm_as_the_smallest_that_it_takes() -> None:
     assert set(taken.values()) <= set(VLLM_RANKS)
 
 
-def test_a_mixture_s_experts_are_left_out_and_it_is_merged_elsewhere() -> None:
+def test_a_mixture_s_experts_are_left_out_and_sglang_gets_linear_attention_merged() -> None:
     dense, mixture = _serving(), _serving(MIXTURE, {"num_experts": 512})
-    assert "--lora-target-modules" not in dense.vllm_arguments(".") and dense.only_merged is None
+    assert "--lora-target-modules" not in dense.vllm_arguments(".")
     command = shlex.join(mixture.vllm_arguments("."))
     assert "--lora-target-modules down_proj in_proj_qkvz q_proj" in command
     assert mixture.runpod_variables()["VLLM_EXTRA_ARGS"] == "--lora-target-modules down_proj in_proj_qkvz q_proj"
-    assert mixture.only_merged and "--merged" in model_card(mixture, _trained(), None)
+    assert (dense.as_dict()["forms"]["sglang"], mixture.as_dict()["forms"]["sglang"]) == ("adapter", "merged")
+    assert "--lora-paths" in model_card(dense, _trained(), None)
+    assert "--lora-paths" not in model_card(mixture, _trained(), None)
 
 
 def test_a_template_of_ours_and_its_options_are_told_to_every_server() -> None:
@@ -69,6 +71,9 @@ def test_a_template_of_ours_and_its_options_are_told_to_every_server() -> None:
     command = serving.vllm_arguments("/adapters/a")
     assert command[command.index("--chat-template") + 1] == "/adapters/a/chat_template.jinja"
     assert command[command.index("--default-chat-template-kwargs") + 1] == '{"enable_thinking": false}'
+    llama = serving.llama_arguments("adapter.gguf")
+    assert llama[llama.index("--chat-template-file") + 1] == "chat_template.jinja"
+    assert llama[llama.index("--chat-template-kwargs") + 1] == '{"enable_thinking": false}'
     variables = serving.runpod_variables()
     assert variables["CUSTOM_CHAT_TEMPLATE"] == "/runpod-volume/adapter/chat_template.jinja"
     assert shlex.split(variables["VLLM_EXTRA_ARGS"])[1] == '{"enable_thinking": false}'
@@ -135,8 +140,8 @@ def test_no_name_breaks_the_card(odd: str) -> None:
     # The same document: nothing that a name holds became a heading, a table, a link or a block of its own.
     assert _shape(card) == _shape(plain)
     for block in re.findall(r"```+sh\n(.*?)\n```", card, re.DOTALL):
-        words = shlex.split(block.replace("\\\n", ""))
-        assert words[0] in {"vllm", "curl", "pip", "brightrun-trainer"}
+        for line in block.replace("\\\n", "").splitlines():
+            assert shlex.split(line)[0] in {"vllm", "curl", "pip", "brightrun-trainer", "llama-server", "ollama"}
     (program,) = re.findall(r"```+python\n(.*?)\n```", card, re.DOTALL)
     compile(program, "card", "exec")
 
