@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-_FUSED_IN_MIXTURES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-
 
 def attach_adapter(model: PreTrainedModel, chosen: Hyperparameters) -> PeftModel:
     """Wraps the frozen model with seeded float32 LoRA weights. Raises TrainingFailed(invalid_spec) for bad targets."""
@@ -37,7 +34,7 @@ def attach_adapter(model: PreTrainedModel, chosen: Hyperparameters) -> PeftModel
         bias="none",
     )
     torch.manual_seed(chosen.seed)
-    with _targets_taken_literally():
+    with targets_taken_literally():
         adapted = get_peft_model(model, config)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
@@ -107,30 +104,8 @@ def _names(paths: set[str]) -> str:
     return ", ".join(sorted({path.rpartition(".")[2] for path in paths})[:20])
 
 
-def openable_config(model: PeftModel) -> LoraConfig:
-    """Returns the adapter's config, written so that plain `PeftModel.from_pretrained` adapts the intended layers.
-
-    For mixture models PEFT rewrites gate/up/down_proj in target_modules to the fused experts, and fails. Listed as
-    target_parameters, the shared expert's weights are left alone and the stored tensors keep their names. PEFT allows
-    no dropout with those; an adapter opened for inference has none anyway.
-    """
-    config: LoraConfig = copy.deepcopy(model.peft_config["default"])
-    rewritten = copy.deepcopy(config)
-    try:
-        peft_conversion.convert_peft_config_for_transformers(rewritten, model=model.get_base_model(), conversions=None)
-        refused = set(config.target_modules) - set(rewritten.target_modules)
-    except ValueError:
-        # PEFT refuses a subset of the three fused names; then all of them go into target_parameters.
-        refused = {name for name in config.target_modules if name.rpartition(".")[2] in _FUSED_IN_MIXTURES}
-    if refused:
-        config.target_modules = set(config.target_modules) - refused
-        config.target_parameters = sorted(f"{name}.weight" for name in refused)
-        config.lora_dropout = 0.0
-    return config
-
-
 @contextmanager
-def _targets_taken_literally() -> Iterator[None]:
+def targets_taken_literally() -> Iterator[None]:
     """Keeps PEFT from rewriting gate/up/down_proj of a mixture model to its fused experts (peft issue 3711).
 
     The rewriting would train 3.4 billion expert parameters instead of the shared expert's few million.

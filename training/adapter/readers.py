@@ -6,12 +6,19 @@ from collections.abc import Mapping
 
 # The oldest PEFT that our adapters were opened with.
 _OLDEST = "0.12"
+# What it knows of a LoRA config. It raises for any other key, whatever its value; later versions warn or read it.
+KNOWN_KEYS = frozenset((
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode",
+    "init_lora_weights", "layer_replication", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
+    "lora_dropout", "megatron_config", "megatron_core", "modules_to_save", "peft_type", "r", "rank_pattern", "revision",
+    "target_modules", "task_type", "use_dora", "use_rslora",
+))  # fmt: skip
 # The keys of a LoRA config that came later, with the first version that opens such an adapter as it was trained.
 _SINCE: Mapping[str, str] = {
     # Earlier ones raise "unexpected keyword argument".
     "exclude_modules": "0.14",
-    # Before 0.17 it is ignored; up to 0.18.0 a name was not matched as a whole.
-    "target_parameters": "0.18.1",
+    # Earlier ones ignore it. We list all layers there, so that they find none and raise.
+    "target_parameters": "0.17",
 }
 
 

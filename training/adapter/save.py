@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training.adapter.describe import Described, Describer
-from training.adapter.lora import openable_config
+from training.adapter.openable_config import openable_config
+from training.adapter.tokenizer_files import write_tokenizer
 from training.files.durable_files import beside, put_in_place
 from training.results.model_card import CARD
 from training.spec import JobSpec
@@ -16,6 +17,8 @@ from training.spec import JobSpec
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
+
+CONFIG = "adapter_config.json"
 
 
 def save_adapter(
@@ -31,15 +34,12 @@ def save_adapter(
     with beside(spec.output_dir) as staging:
         staging.mkdir(parents=True)
         model.save_pretrained(staging, safe_serialization=True, save_embedding_layers=False)
-        config = openable_config(model)
-        # The model's public name, where PEFT writes a path of this host.
-        config.base_model_name_or_path, config.revision = spec.base_model, spec.model_revision
-        config.inference_mode = True
-        config.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
+        config = json.dumps(openable_config(model, spec.base_model, spec.model_revision), indent=2, sort_keys=True)
+        (staging / CONFIG).write_text(config + "\n", encoding="utf-8")
+        write_tokenizer(spec.model_path, tokenizer, staging)
         for source in extras:
             shutil.copyfile(source, staging / source.name)
-        described = describe(json.loads((staging / "adapter_config.json").read_text(encoding="utf-8")))
+        described = describe(json.loads(config))
         # In place of PEFT's, which is a form to fill in.
         (staging / CARD).write_text(described.card, encoding="utf-8")
         put_in_place(staging, spec.output_dir)

@@ -74,8 +74,8 @@ def test_its_layout_is_the_published_one_and_its_weights_are_those_of_peft(
     changed = {name for name in before if not before[name].equal(after[name])}
     for name, tensor in after.items():
         # Sums in another order may fall on the other side of a rounding, once in thousands of times. PEFT rounds what
-        # it adds to a parameter (that of a shared expert) before it adds it.
-        most = 1.0 if "shared_expert" in name else 1e-3
+        # it adds to a parameter (its adapter's layers are all listed so) before it adds it.
+        most = 1.0 if family == "qwen3_next" else 1e-3
         assert (tensor != expected[name]).float().mean() < most, name
         assert tensor.equal(expected[name]) or distance(tensor, expected[name]) < 2**-8, name
     assert changed == {name for name in before if not before[name].equal(expected[name])}
