@@ -33,8 +33,8 @@ class Sum:
             delta = self.deltas.of(layer)
             row = 0
             for block in self.weights.rows(shard, tensor):
-                merged = added(block, delta.rows(row, row + block.shape[0]))
-                if not bool(merged.isfinite().all()):
+                merged = delta.added_to(block, row)
+                if not _is_finite(merged):
                     raise TrainingFailed(
                         ErrorCode.MODEL_UNSUPPORTED,
                         f"{tensor.name} would not be finite: the sum does not fit into {tensor.dtype}",
@@ -44,7 +44,6 @@ class Sum:
                 yield bytes_of(merged)
 
 
-def added(block: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """The sum in float32 (float64 for weights stored so), rounded once to the type of the weights."""
-    wide = torch.promote_types(block.dtype, torch.float32)
-    return (block.to(wide) + delta.to(wide)).to(block.dtype)
+def _is_finite(block: torch.Tensor) -> bool:
+    """True if no element is NaN or infinite. A sum tells in one pass, unless it overflows itself."""
+    return bool(block.sum(dtype=torch.float32).isfinite()) or bool(block.isfinite().all())

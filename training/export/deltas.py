@@ -1,4 +1,4 @@
-"""Reads what an adapter adds to each linear layer: scale × B × A, in float32, some rows at a time."""
+"""Reads an adapter and adds it to the weight of a linear layer: scale × B × A, some rows at a time."""
 
 from __future__ import annotations
 
@@ -89,9 +89,12 @@ class Delta:
     b_OR: torch.Tensor
     scale: float
 
-    def rows(self, begin: int, end: int) -> torch.Tensor:
-        """These rows (outputs) of scale × B × A, in the order in which PEFT multiplies."""
-        return (self.b_OR[begin:end] @ self.a_RI) * self.scale
+    def added_to(self, block: torch.Tensor, begin: int) -> torch.Tensor:
+        """Rows of the weight, from `begin` on, plus those of scale × B × A: in float32 (float64 for weights stored so),
+        rounded once to the type of the weight."""
+        wide = torch.promote_types(block.dtype, torch.float32)
+        rows_OR = self.b_OR[begin : begin + block.shape[0]].to(wide)
+        return block.to(wide, copy=True).addmm_(rows_OR, self.a_RI.to(wide), alpha=self.scale).to(block.dtype)
 
 
 def read_adapter(folder: Path) -> Adapter:

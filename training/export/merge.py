@@ -19,7 +19,6 @@ from training.events import ErrorCode
 from training.export.base_plus_adapter import Sum
 from training.export.base_weights import BaseWeights, PublishedWeights
 from training.export.deltas import AdaptedLayer, Adapter, read_adapter
-from training.export.kept_copy import KeptCopyWeights
 from training.export.merged_files import write_beside_files
 from training.export.orders import OnBytes
 from training.export.proof import prove
@@ -64,6 +63,8 @@ class _Base:
 
 def export_merged(request: Mapping[str, Any], on_bytes: OnBytes) -> dict[str, Any]:
     """The export `merged`. Request: base, adapter, into (folders); base_model and base_revision, if known."""
+    # The disk decides how long it takes. Several threads would wait for each other at each small piece.
+    torch.set_num_threads(1)
     merged = merge_adapter(
         Path(request["base"]),
         Path(request["adapter"]),
@@ -97,6 +98,9 @@ def merge_adapter(
     if base.folder.kept_copy is None:
         weights = PublishedWeights(base.folder)
     else:
+        # Imported here: it brings bitsandbytes along.
+        from training.export.kept_copy import KeptCopyWeights
+
         weights = KeptCopyWeights(base.folder, base.name, names)
         weights.check(base.folder.kept_copy)
     adapted = _places(adapter, weights, names, base.name)

@@ -8,6 +8,7 @@ from typing import Any
 
 from training.events import ErrorCode
 from training.failures import TrainingFailed
+from training.quick_imports import quick_imports
 
 OnBytes = Callable[[int, int], None]  # bytes done, total bytes
 # Takes the request and where to report progress; returns the result, JSON without secrets. Raises TrainingFailed.
@@ -28,5 +29,6 @@ def export_of(kind: str) -> Export:
             f"choose one of: {', '.join(sorted(_EXPORTS))}",
         )
     module, _, name = _EXPORTS[kind].partition(":")
-    function: Export = getattr(import_module(module), name)
+    with quick_imports():
+        function: Export = getattr(import_module(module), name)
     return function

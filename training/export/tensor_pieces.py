@@ -11,9 +11,9 @@ import torch
 
 from training.files.model_folder import read_header, tensors_in
 
-# How much of a tensor is in memory at once: its bytes, or its rows in float32.
-PIECE_BYTES = 8 * 2**20
-_ROWS_ELEMENTS = 2**23
+# How much of a tensor is in memory at once: its bytes, or its rows. What the processor's cache holds is fastest.
+PIECE_BYTES = 4 * 2**20
+_ROWS_ELEMENTS = 2**20
 
 # By safetensors' names. Only these are added to; others are copied.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
