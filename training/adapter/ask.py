@@ -33,7 +33,7 @@ def answer(model_dir: Path, adapter_dir: Path | None, question: str, max_new_tok
         add_generation_prompt=True,
         return_tensors="pt",
         return_dict=True,
-        **(template_options(adapter_dir) if adapter_dir is not None else {}),
+        **((template_options(adapter_dir) if adapter_dir is not None else None) or {}),
     )
     with torch.no_grad():
         tokens_BT = model.generate(**prompt_BT, max_new_tokens=max_new_tokens, do_sample=False)

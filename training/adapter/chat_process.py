@@ -47,7 +47,7 @@ class Pair:
         self._max_new_tokens = max_new_tokens
         self._tokenizer: Any = load_tokenizer(folder)
         self._template: ChatTemplate = ChatTemplate(self._tokenizer, stops=stop_tokens(folder))
-        self._template.use(Thinking(template_options(adapter_dir)))
+        self._template.use(Thinking(template_options(adapter_dir) or {}))
         self._model: Any = PeftModel.from_pretrained(load_base_model(_spec(model_dir, device), folder), adapter_dir)
         self._model.eval()
         self.forget()

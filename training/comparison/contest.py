@@ -21,10 +21,12 @@ from training.comparison.measuring import Asked, summed_loss
 from training.comparison.prompts import Prompt, beginnings, read_prompts, spread
 from training.comparison.request import Request
 from training.data.chat_template import ChatTemplate
+from training.data.template.thinking import Thinking
 from training.data.tokenizer import load_tokenizer, stop_tokens
 from training.events import ErrorCode
 from training.failures import TrainingFailed, in_brief
 from training.files.model_folder import open_model_folder
+from training.files.template_options import template_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,6 +54,7 @@ class Contest:
         template = ChatTemplate(tokenizer, stops=stops, today=request.today)
         self._sets = find_sets(request, template, context_length, self._note)
         prompts = self._prompts()
+        self._ask_as_trained(template)
         self._asked = Asked(request, prompts, tokenizer, template, stops=stops, context_length=context_length)
         self._padding = tokenizer.pad_token_id
         say({"kind": "prompts", "held_out": request.prompts is None, "prompts": list(map(_as_json, prompts))})
@@ -70,6 +73,17 @@ class Contest:
             self._question(place + 1, adapted.get_base_model())
             base = self._detach(adapted, itself)
         say({"kind": "done"})
+
+    def _ask_as_trained(self, template: ChatTemplate) -> None:
+        """Gives the template what a server must give it. All are asked alike: the first adapter's way."""
+        ways = [template_options(contestant.adapter) for contestant in self._request.contestants]
+        if ways[0] is not None:
+            template.use(Thinking(ways[0]))
+        if any(way != ways[0] for way in ways):
+            self._note(
+                "the adapters were trained on prompts made with different options of the chat template: all are asked "
+                f"with those of {self._request.contestants[0].name}"
+            )
 
     def _prompts(self) -> list[Prompt]:
         request = self._request

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 
-def template_options(adapter_dir: Path) -> dict[str, Any]:
-    """Returns the manifest's `serving.chat_template_kwargs`; none where an older manifest, or none, lies beside it."""
+def template_options(adapter_dir: Path) -> dict[str, Any] | None:
+    """Returns the manifest's `serving.chat_template_kwargs`; None if no manifest lies beside it, or an older one."""
     try:
-        found = json.loads((adapter_dir / "manifest.json").read_text(encoding="utf-8"))["serving"][
-            "chat_template_kwargs"
-        ]
+        manifest = json.loads((adapter_dir / "manifest.json").read_text(encoding="utf-8"))
+        found = manifest["serving"]["chat_template_kwargs"]
     except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    return dict(found) if isinstance(found, dict) else {}
+        return None
+    return dict(found) if isinstance(found, dict) else None

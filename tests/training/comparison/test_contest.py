@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.chat_templates import tokenizer_of
 from tests.tiny_models import conversation, write_conversations, write_dataset
 from tests.training.conftest import ModelOf, SpecOf, train
 from training.comparison.contest import Contest
 from training.comparison.request import Request
+from training.data.chat_template import ChatTemplate
+from training.data.formats.conversation import Turn
 from training.data.formats.read_dataset import read_conversations
 from training.data.holding_out import hold_out
 from training.failures import TrainingFailed
@@ -106,6 +110,24 @@ def test_what_is_not_known_is_said_and_prompts_come_from_a_file(spec_of: SpecOf,
     assert len(given.prompts) == 3
     with pytest.raises(TrainingFailed, match="no held-out conversation to ask"):
         compare(tiny("qwen3"), spec, with_data=False)
+
+
+def test_the_prompts_are_made_with_what_the_adapter_s_manifest_says(tmp_path: Path) -> None:
+    tokenizer, stops = tokenizer_of("qwen3_6")
+    template = ChatTemplate(tokenizer, stops=stops)
+    prompts = {}
+    for names, told in (("a", {"enable_thinking": True}), ("b", {"enable_thinking": False})):
+        (tmp_path / names).mkdir()
+        (tmp_path / names / "manifest.json").write_text(json.dumps({"serving": {"chat_template_kwargs": told}}))
+    for names in ("a", "b", "ba"):
+        contestants = [{"name": name, "adapter": tmp_path / name} for name in names]
+        request = {"base_model": "tiny", "model_path": tmp_path, "contestants": contestants}
+        lines: list[dict[str, Any]] = []
+        Contest(Request.model_validate(request), lines.append)._ask_as_trained(template)
+        prompts[names] = template.prompt((Turn("user", "Hello?", trained=False),))
+        assert len(lines) == len(names) - 1
+    assert prompts["a"].endswith("<think>\n") and prompts["b"] == prompts["ba"]
+    assert prompts["b"].endswith("</think>\n\n")
 
 
 def test_an_answer_at_a_temperature_is_the_same_for_the_same_seed(
