@@ -55,6 +55,11 @@ class Forker:
         self._rest = b""
         self._one_reader = threading.Lock()
 
+    @property
+    def pid(self) -> int:
+        """The parent of all processes that it starts."""
+        return self._process.pid
+
     def start(
         self, environment: Mapping[str, str], folder: Path, files: Mapping[int, int], *arguments: str
     ) -> ForkedProcess:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import socket
 import textwrap
 import time
 from collections.abc import Iterable
@@ -14,7 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.paths import ROOT
+from tests.daemon_process import eventually
+from tests.forked_process import forker
+from tests.paths import ROOT, TRAINER_PYTHON
 from tests.tiny_models import write_conversations
 from tests.training.conftest import IN_BOTH_TYPES, ROUNDING, SpecOf, train
 from tests.training.process.child import Child, start
@@ -26,12 +29,13 @@ from training.data.corpus import gather
 from training.data.plan import Plan, make_plan
 from training.data.sampler import StepOrder
 from training.data.tokenizer import load_tokenizer
-from training.events import EXIT_STOPPED, ErrorCode, Progress
+from training.events import EXIT_STOPPED, ErrorCode, Event, Progress, parse_line
 from training.failures import TrainingFailed, failed_event
 from training.files.model_folder import open_model_folder
 from training.launch.shared_folder import RankFolder
 from training.preflight.check import plan_and_estimate
 from training.ranks import Ranks
+from training.spec import JobSpec
 
 # The processes import torch, on a machine that may be busy.
 SECONDS = 500
@@ -53,22 +57,75 @@ def _same_run(ours: list[Progress], theirs: list[Progress], computed_in: Compute
     )
 
 
+# With the launcher, whose ranks each import the libraries, by test-system; without them, in the test that follows.
+@pytest.mark.parametrize("is_launched", [False, pytest.param(True, marks=pytest.mark.system)])
 @IN_BOTH_TYPES
-def test_two_processes_make_the_steps_of_one(compute_type: ComputeType, spec_of: SpecOf) -> None:
+def test_two_processes_make_the_steps_of_one(
+    compute_type: ComputeType, is_launched: bool, spec_of: SpecOf, tmp_path: Path
+) -> None:
     """22 conversations (24 less two held out), seven per step: the shares differ, and the last step has only one."""
     chosen = {"batch_size": 7, "num_epochs": 2, "lora_dropout": 0.0, "sample_prompts": None}
     alone = train(spec_of(name="alone", **chosen))
     together = spec_of(name="together", num_gpus=2, **chosen)
-    with start(together, forked=True) as child:
-        assert child.exit_status(SECONDS) == 0
-    assert _same_run(_steps(child.events), _steps(alone.heard), compute_type)
+    if is_launched:
+        with start(together, forked=True) as child:
+            assert child.exit_status(SECONDS) == 0
+        events = child.events
+        assert [event.kind for event in events].count("started") == 1
+    else:
+        events = _forked_ranks(together, tmp_path)
+    assert _same_run(_steps(events), _steps(alone.heard), compute_type)
     for ours, theirs in zip(
-        [event for event in child.events if event.kind == "evaluated"], alone.all("evaluated"), strict=True
+        [event for event in events if event.kind == "evaluated"], alone.all("evaluated"), strict=True
     ):
         assert math.isclose(ours.validation_loss, theirs.validation_loss, rel_tol=ROUNDING[compute_type])
-    kinds = [event.kind for event in child.events]
-    assert kinds.count("started") == kinds.count("planned") == kinds.count("adapter_saved") == 1
+    kinds = [event.kind for event in events]
+    assert kinds.count("planned") == kinds.count("adapter_saved") == 1
     assert kinds.count("sample") == 4 and kinds[-1] == "adapter_saved"
+
+
+def test_the_launchers_ranks_meet_and_only_the_first_ones_events_arrive(
+    spec_of: SpecOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks are real but for the recipe: instead of training they exchange their numbers."""
+    _in_every_rank(
+        tmp_path,
+        monkeypatch,
+        """
+import sys, types
+
+def train_adapter(spec, voice, stop, ranks):
+    voice.notice("met", spec.job_id, ranks=ranks.exchange([ranks.index, stop.requested]))
+
+sys.modules["training.recipe"] = recipe = types.ModuleType("training.recipe")
+recipe.train_adapter = train_adapter
+""",
+    )
+    with start(spec_of(num_gpus=2), forked=True) as child:
+        assert child.exit_status(SECONDS) == 0
+    assert [event.kind for event in child.events] == ["started", "stage", "notice"]
+    met = child.wait_for("notice")
+    assert (met.code, met.message, met.data) == ("met", "job", {"ranks": [[0, 0], [1, 0]]})
+
+
+def _forked_ranks(spec: JobSpec, folder: Path) -> list[Event]:
+    """Runs a job's ranks with what the engine would tell them; returns the events of the first one."""
+    desk, told = RankFolder.lay(folder / "desk", spec), folder / "events"
+    told.touch()
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    python = forker(str(TRAINER_PYTHON))
+    ranks = []
+    for rank in range(spec.num_gpus):
+        named = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": spec.num_gpus, "MASTER_PORT": port}
+        environment = {**os.environ, "MASTER_ADDR": "localhost", **{name: str(value) for name, value in named.items()}}
+        arguments = ("-m", "training.launch.rank_main", "--launcher", str(python.pid), "--desk", str(desk.folder))
+        log = folder / f"rank-{rank}.log"
+        ranks.append(python.start_quietly(environment, ROOT, log, *arguments, "--events", str(told)))
+    for rank, process in enumerate(ranks):
+        assert process.wait(SECONDS) == 0, (folder / f"rank-{rank}.log").read_text()[-4000:]
+    events = [parse_line(line) for line in told.read_bytes().splitlines()]
+    return [event for event in events if event is not None]
 
 
 @pytest.mark.system
@@ -103,12 +160,25 @@ def test_a_checkpoint_of_two_processes_is_continued_by_one_and_one_of_one_by_two
     assert _same_run([*first_half, *_steps(child.events)], list(expected.values()), compute_type)
 
 
-@pytest.mark.parametrize(
-    "victim",
-    [pytest.param(1), pytest.param(0, marks=pytest.mark.system), pytest.param(None, marks=pytest.mark.system)],
-    ids=["the_second_rank", "the_first_rank", "the_launcher"],
-)
 def test_a_killed_process_takes_the_others_with_it_and_is_named(
+    spec_of: SpecOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks sleep instead of training, without torch; by test-system real ones are killed."""
+    asleep = "import pathlib, time\n"
+    asleep += f"pathlib.Path({str(tmp_path)!r}, 'asleep-' + os.environ['RANK']).touch()\ntime.sleep({SECONDS})"
+    _in_every_rank(tmp_path, monkeypatch, asleep)
+    with start(spec_of(num_gpus=2), forked=True) as child:
+        eventually(lambda: len(list(tmp_path.glob("asleep-*"))) == 2, seconds=SECONDS)
+        ranks = _ranks_of(child)
+        os.kill(ranks[1], signal.SIGKILL)
+        assert child.exit_status(SECONDS) == 1
+        _until_gone(ranks.values())
+    _assert_named(child, 1)
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("victim", [1, 0, None], ids=["the_second_rank", "the_first_rank", "the_launcher"])
+def test_a_process_killed_while_it_trains_takes_the_others_with_it_and_is_named(
     victim: int | None, spec_of: SpecOf, tmp_path: Path
 ) -> None:
     data = write_conversations(tmp_path / "many.jsonl", 200)
@@ -124,6 +194,10 @@ def test_a_killed_process_takes_the_others_with_it_and_is_named(
         assert status == -signal.SIGKILL
         return
     assert status == 1
+    _assert_named(child, victim)
+
+
+def _assert_named(child: Child, victim: int) -> None:
     failed = child.wait_for("failed")
     assert child.events[-1] is failed
     assert failed.code == "rank_lost" and failed.transient
