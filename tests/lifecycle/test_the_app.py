@@ -12,6 +12,7 @@ import asyncio
 import itertools
 import json
 import math
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -98,6 +99,9 @@ async def live(database: AppDatabase, folder: Path) -> Day:
         daemon.environment |= {"SUPABASE_URL": storage.url, "SUPABASE_SERVICE_ROLE_KEY": storage.key}
         with daemon:
             await asyncio.to_thread(live_through, day, daemon, folder)
+            # It ends the trainer that it has begun to start anew; killed, it might leave it to import its libraries.
+            daemon.signal(signal.SIGTERM)
+            await asyncio.to_thread(daemon.wait)
         return day
 
 
