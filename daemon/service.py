@@ -88,7 +88,7 @@ async def serve(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_C
         courier = CallbackCourier(settings)
         environment = pod_environment(settings)
         price = PodPrice(settings.pod_id, keys_of(environment), settings.runpod_api)
-        deliveries = delivery_runner(settings, host, troubles, storage, database)
+        deliveries = delivery_runner(settings, host, troubles, storage, database, on_told=courier.wake)
         worker = Worker(
             Collaborators.of(
                 settings,

@@ -20,7 +20,7 @@ import structlog
 from daemon.base_model.candidates import ResolvedModel
 from daemon.delivery.context import DeliveryContext
 from daemon.delivery.delivery import Delivery
-from daemon.errors import JobError, JobFailed, disk_fault
+from daemon.errors import HostFault, JobDelayed, JobError, JobFailed, disk_fault
 from daemon.storage.archive import MANIFEST, PICKLES
 from daemon.storage.publish import object_names
 from daemon.trainer.export_process import run_export
@@ -76,6 +76,14 @@ async def _make(delivery: Delivery, context: DeliveryContext, into: Path) -> dic
     log.info("export_begins", job_id=str(delivery.job_id), kind=delivery.kind)
     try:
         result = await run_export(request)
+    except HostFault as error:
+        # It may be the export that kills its process: a try that counts, so that it comes to an end.
+        raise JobDelayed(
+            error.code,
+            error.message,
+            "If this repeats, the hosts may have too little memory for it: ask for it again on a larger one.",
+            detail=error.detail,
+        ) from error
     except JobFailed as error:
         if error.code is ErrorCode.DISK_FULL:
             # The disk is this host's, not the export's.

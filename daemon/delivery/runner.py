@@ -36,7 +36,8 @@ from training.events import ErrorCode
 
 log = structlog.get_logger()
 
-TROUBLE = "deliveries"
+# Not the name of the chore, whose trouble ends with each good round.
+TROUBLE = "a delivery"
 MAX_TRIES = 6
 FIRST_BACKOFF_SECONDS = 30.0
 MAX_BACKOFF_SECONDS = 3600.0
@@ -57,7 +58,9 @@ class DeliveryRunner(Deliveries):
         self,
         tools: Tools,
         troubles: Troubles,
+        *,
         steps: Mapping[DeliveryKind, Step] = STEPS,
+        on_told: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
         self._tools = tools
@@ -65,6 +68,8 @@ class DeliveryRunner(Deliveries):
         self._deliveries = tools.deliveries
         self._troubles = troubles
         self._steps = steps
+        # A callback may be in the outbox.
+        self._on_told = on_told
         self._kinds = kinds_of_host(tools.settings, steps)
         self._wake = asyncio.Event()
         self._closing = asyncio.Event()
@@ -224,8 +229,8 @@ class DeliveryRunner(Deliveries):
         if error.code is ErrorCode.DISK_FULL:
             # What is there already fills the disk.
             await self._forget(delivery)
-        # A moment, so that this host does not ask again before it has begun to rest.
-        await self._settle(delivery, self._deliveries.postpone, self._fault(error), 1.0, counted=False)
+        await self._settle(delivery, self._deliveries.postpone, self._fault(error), 0.0, counted=False)
+        self._look_in(rest)
         return "given_back"
 
     async def _later(self, delivery: Delivery, fault: Fault) -> str:
@@ -236,7 +241,12 @@ class DeliveryRunner(Deliveries):
         delay = min(FIRST_BACKOFF_SECONDS * 2.0 ** (delivery.attempts - 1), MAX_BACKOFF_SECONDS) * spread
         log.warning("delivery_postponed", message=fault.message, seconds=round(delay))
         await self._settle(delivery, self._deliveries.postpone, fault, delay, counted=True)
+        self._look_in(delay)
         return "postponed"
+
+    def _look_in(self, seconds: float) -> None:
+        """Looks again when what this host has put off is due; the slow poll finds what others have."""
+        asyncio.get_running_loop().call_later(seconds + 0.01, self._wake.set)
 
     async def _fail(self, delivery: Delivery, fault: Fault) -> None:
         log.warning("delivery_failed", code=fault.code, message=fault.message, hint=fault.hint)
@@ -259,6 +269,7 @@ class DeliveryRunner(Deliveries):
         while True:
             try:
                 await write(delivery, *facts, **named)
+                self._on_told()
                 return
             except LockLost as error:
                 log.warning("delivery_lock_lost", error=str(error))
@@ -335,12 +346,18 @@ class DeliveryRunner(Deliveries):
 
 
 def delivery_runner(
-    settings: Settings, host: Host, troubles: Troubles, storage: Storage, database: Database
+    settings: Settings,
+    host: Host,
+    troubles: Troubles,
+    storage: Storage,
+    database: Database,
+    *,
+    on_told: Callable[[], None],
 ) -> DeliveryRunner:
-    """Builds the runner of a host."""
+    """Builds the runner of a host. `on_told` is called when a callback may be in the outbox."""
     redaction = Redaction.of(settings, (host.hostname, host.pod_id))
     tools = Tools(settings, host, storage, database, SqlDeliveries(database), redaction)
-    return DeliveryRunner(tools, troubles)
+    return DeliveryRunner(tools, troubles, on_told=on_told)
 
 
 def _lost_too_often(delivery: Delivery) -> Fault:

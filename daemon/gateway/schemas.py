@@ -108,6 +108,25 @@ class Metrics(BaseModel):
     gradient_norm: float | None = None
 
 
+class DeliveryStatus(BaseModel):
+    """What follows a completed job: an export of its adapter, say. Whatever becomes of it, the job stays completed."""
+
+    kind: str
+    target: str | None = None
+    state: Literal["waiting", "running", "done", "failed"]
+    path: str | None = Field(default=None, description="in the storage, once it is done")
+    bytes: int | None = None
+    manifest_sha256: str | None = Field(default=None, description="of the file manifest.json in that folder")
+    error_message: str | None = Field(default=None, description="what happened and what to do")
+
+
+# The older contract as it was, unless the job asked for more.
+Deliveries = Annotated[
+    list[DeliveryStatus],
+    Field(description="what follows the completed job; absent if nothing does", exclude_if=lambda found: not found),
+]
+
+
 class TrainingStatus(BaseModel):
     status: OldStatus = Field(description="running from the submit on; cancelled reads as failed")
     progress: float = Field(description="percent")
@@ -118,6 +137,7 @@ class TrainingStatus(BaseModel):
     )
     metrics: Metrics
     error_message: str | None = Field(description="what happened and what to do")
+    deliveries: Deliveries = []
 
 
 class TrainingCancelled(BaseModel):
@@ -138,6 +158,7 @@ class Output(BaseModel):
     current_step: int
     metrics: Metrics
     adapter_path: str | None = Field(description="in the storage: lora-models/adapters/<job>.tar.gz")
+    deliveries: Deliveries = []
 
 
 class RunStatus(BaseModel):
@@ -196,6 +217,7 @@ def training_status(state: str, contract: Mapping[str, Any]) -> TrainingStatus:
         stage="lost" if state == "lost" else contract["stage"],
         metrics=_metrics(contract),
         error_message=_error(contract),
+        deliveries=_deliveries(contract),
     )
 
 
@@ -217,7 +239,27 @@ def run_output(contract: Mapping[str, Any]) -> Output:
         current_step=contract["current_step"],
         metrics=_metrics(contract),
         adapter_path=contract.get("adapter_path"),
+        deliveries=_deliveries(contract),
     )
+
+
+def _deliveries(contract: Mapping[str, Any]) -> list[DeliveryStatus]:
+    found = []
+    for each in contract.get("deliveries") or ():
+        result = each.get("result") or {}
+        message = each.get("error_message")
+        found.append(
+            DeliveryStatus(
+                kind=each["kind"],
+                target=each["target"] or None,
+                state=each["state"],
+                path=result.get("path"),
+                bytes=result.get("bytes"),
+                manifest_sha256=result.get("manifest_sha256"),
+                error_message=None if message is None else with_advice(message, each.get("error_hint")),
+            )
+        )
+    return found
 
 
 def _metrics(contract: Mapping[str, Any]) -> Metrics:

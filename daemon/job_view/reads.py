@@ -50,6 +50,7 @@ class JobRow:
     error_message: str | None
     error_hint: str | None
     adapter_path: str | None
+    deliveries: list[dict[str, Any]]
 
     @property
     def is_final(self) -> bool:

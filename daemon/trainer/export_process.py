@@ -14,6 +14,8 @@ from daemon.errors import HostFault, JobFailed
 from daemon.trainer.environment import child_environment
 from training.events import ErrorCode
 
+EXPORT_COMMAND: tuple[str, ...] = (sys.executable, "-m", "training.export")
+
 OnBytes = Callable[[int, int], None]  # bytes done, total bytes
 
 _STDERR_TAIL_BYTES = 4000
@@ -28,7 +30,7 @@ async def run_export(request: Mapping[str, Any], on_bytes: OnBytes = lambda _don
     """
     with tempfile.TemporaryFile() as stderr:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "training.export"),
+            *EXPORT_COMMAND,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=stderr,

@@ -26,7 +26,8 @@ SELECT
     status.error_code,
     status.error_message,
     status.error_hint,
-    status.adapter_path
+    status.adapter_path,
+    status.deliveries
 FROM public.training_job_status AS status
 JOIN public.training_jobs AS job ON job.id = status.job_id
 WHERE (%(ids)s::uuid[] IS NULL OR job.id = ANY (%(ids)s::uuid[]))

@@ -292,6 +292,7 @@ def _print_job(row: JobRow, details: JobDetails, story: list[Event]) -> None:
 
 
 def _facts(row: JobRow, details: JobDetails) -> Table:
+    from daemon.job_view.deliveries import delivery_facts
     from daemon.terminal.console import facts_table
     from daemon.terminal.format import clock, loss, money, size, span
     from daemon.terminal.sanitize import plain
@@ -332,6 +333,8 @@ def _facts(row: JobRow, details: JobDetails) -> Table:
     fact("adapter", row.adapter_path)
     if details.adapter_sha256:
         fact("", f"{size(details.adapter_bytes)}, sha256 {details.adapter_sha256}")
+    for name, words in delivery_facts(row):
+        fact(name, words)
     return table
 
 

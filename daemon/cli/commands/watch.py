@@ -123,6 +123,7 @@ def _say_endings(jobs: WatchedJobs) -> None:
     """Prints one line per job after the live view is gone: how it ended, and what to do next."""
     from rich.text import Text
 
+    from daemon.job_view.deliveries import delivery_facts
     from daemon.sentence import without_advice
     from daemon.terminal.console import say
     from daemon.terminal.format import money, short_id, span
@@ -134,6 +135,8 @@ def _say_endings(jobs: WatchedJobs) -> None:
         if row.state == "completed":
             words = f"{name} completed in {span(row.run_seconds)}, {money(row.cost)}: "
             say(Text.assemble(("✓ ", "bold green"), words, (f"brightrun-trainer download {name}", "bold")))
+            for kind, state in delivery_facts(row):
+                say(f"  {kind}: {state}")
             continue
         reason = ""
         if row.state == "failed" and row.error_message:

@@ -453,6 +453,108 @@ export type Database = {
           },
         ]
       }
+      training_deliveries: {
+        Row: {
+          attempts: number
+          claims: number
+          created_at: string
+          error_code: string | null
+          error_hint: string | null
+          error_message: string | null
+          finished_at: string | null
+          first_worker: string | null
+          id: string
+          job_id: string
+          kind: string
+          lock_token: string | null
+          locked_until: string | null
+          next_at: string
+          result: Json | null
+          started_at: string | null
+          state: string
+          storage: string | null
+          target: string
+          user_id: string
+          worker_id: string | null
+        }
+        ComputedFields: never
+        Insert: {
+          attempts?: number
+          claims?: number
+          created_at?: string
+          error_code?: string | null
+          error_hint?: string | null
+          error_message?: string | null
+          finished_at?: string | null
+          first_worker?: string | null
+          id?: string
+          job_id: string
+          kind: string
+          lock_token?: string | null
+          locked_until?: string | null
+          next_at?: string
+          result?: Json | null
+          started_at?: string | null
+          state?: string
+          storage?: string | null
+          target?: string
+          user_id: string
+          worker_id?: string | null
+        }
+        Update: {
+          attempts?: number
+          claims?: number
+          created_at?: string
+          error_code?: string | null
+          error_hint?: string | null
+          error_message?: string | null
+          finished_at?: string | null
+          first_worker?: string | null
+          id?: string
+          job_id?: string
+          kind?: string
+          lock_token?: string | null
+          locked_until?: string | null
+          next_at?: string
+          result?: Json | null
+          started_at?: string | null
+          state?: string
+          storage?: string | null
+          target?: string
+          user_id?: string
+          worker_id?: string | null
+        }
+        Relationships: [
+          {
+            foreignKeyName: 'training_deliveries_job_id_fkey'
+            columns: ['job_id']
+            isOneToOne: false
+            referencedRelation: 'training_job_status'
+            referencedColumns: ['job_id']
+          },
+          {
+            foreignKeyName: 'training_deliveries_job_id_fkey'
+            columns: ['job_id']
+            isOneToOne: false
+            referencedRelation: 'training_jobs'
+            referencedColumns: ['id']
+          },
+          {
+            foreignKeyName: 'training_deliveries_job_id_fkey'
+            columns: ['job_id']
+            isOneToOne: false
+            referencedRelation: 'training_orphans'
+            referencedColumns: ['job_id']
+          },
+          {
+            foreignKeyName: 'training_deliveries_job_id_fkey'
+            columns: ['job_id']
+            isOneToOne: false
+            referencedRelation: 'training_queue'
+            referencedColumns: ['job_id']
+          },
+        ]
+      }
       training_events: {
         Row: {
           at: string
@@ -968,6 +1070,7 @@ export type Database = {
           cost: number | null
           current_epoch: number | null
           current_step: number | null
+          deliveries: Json | null
           error_code: string | null
           error_hint: string | null
           error_message: string | null
@@ -1129,6 +1232,7 @@ export type Database = {
           state: string
         }[]
       }
+      redeliver: { Args: { job_id: string; kind: string; target?: string }; Returns: Json }
       release_held_jobs: { Args: Record<PropertyKey, never>; Returns: number }
       resend_callback: { Args: { callback_id: string }; Returns: undefined }
       retry_training_job: { Args: { job_id: string }; Returns: Json }
@@ -1137,6 +1241,7 @@ export type Database = {
         Args: { deadline_at: string; max_attempts: number; max_cost: number; run_after: string }
         Returns: undefined
       }
+      training_deliveries_of: { Args: { job: string }; Returns: Json }
       training_find_dispatchers: { Args: Record<PropertyKey, never>; Returns: Json }
       training_find_job: {
         Args: { wanted: string }
@@ -1171,6 +1276,10 @@ export type Database = {
       }
       training_is_object_path: { Args: { path: string }; Returns: boolean }
       training_job_status: { Args: { job_id: string }; Returns: Json }
+      training_make_deliveries: {
+        Args: { job: string; job_epoch: number; owner_id: string; wanted: Json; worker: string }
+        Returns: number
+      }
       training_name_url: { Args: { url: string }; Returns: Record<string, unknown> }
       training_note_dispatcher: { Args: { job_id: string; said: string }; Returns: undefined }
       training_notify_user: {
