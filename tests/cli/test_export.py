@@ -50,6 +50,12 @@ def test_its_progress_is_shown_to_a_person(cli: CommandLine) -> None:
     assert f"{MODEL} with 2 layers changed" in said.out
 
 
+def test_an_adapter_for_transformers_4_needs_no_base_model(cli: CommandLine, folder: Path) -> None:
+    said = cli.ok("export", "adapter", "--transformers4", "for4", TRAINER_MODELS_DIR=str(folder / "none"))
+    assert "the adapter for transformers 4; adapter_config.json rewritten" in said.out
+    assert (folder / "for4" / "adapter_model.safetensors").is_file()
+
+
 def test_bad_input_is_named_with_a_way_on(cli: CommandLine, folder: Path) -> None:
     asked = cli.run("export", "adapter")
     assert (asked.status, "--merged DIR" in asked.err) == (2, True)

@@ -17,6 +17,7 @@ Export = Callable[[Mapping[str, Any], OnBytes], dict[str, Any]]
 # By the request's `kind`. Imported when asked for: each needs other libraries.
 _EXPORTS = {
     "merged": "training.export.merge:export_merged",
+    "transformers4": "training.export.transformers4:export_transformers4",
 }
 
 

@@ -19,19 +19,29 @@ def export(
         Path | None,
         typer.Option("--merged", metavar="DIR", help="A new folder: the base model with the adapter in it."),
     ] = None,
+    transformers4: Annotated[
+        Path | None,
+        typer.Option(
+            "--transformers4", metavar="DIR", help="A new folder: the adapter for transformers 4 and old PEFT."
+        ),
+    ] = None,
     model: Annotated[Path | None, typer.Option(help="The base model's folder; default: found by its name.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Export a completed job's adapter for other servers. The base model must be on this host."""
+    """Export a completed job's adapter for other servers. For a merge the base model must be on this host."""
     from daemon.cli.commands.chat import adapter_folder
     from daemon.cli.errors import Misused
 
-    if merged is None:
-        raise Misused("nothing was asked for", "say what to export: --merged DIR")
+    if merged is None and transformers4 is None:
+        raise Misused("nothing was asked for", "say what to export: --merged DIR, --transformers4 DIR")
     adapter = adapter_folder(what)
     results = {}
-    base = _base_model(adapter, model)
-    results["merged"] = _run("merging", {"kind": "merged", "into": merged}, adapter, base, shown=not as_json)
+    if transformers4 is not None:
+        asked = {"kind": "transformers4", "into": transformers4}
+        results["transformers4"] = _run("writing", asked, adapter, None, shown=False)
+    if merged is not None:
+        base = _base_model(adapter, model)
+        results["merged"] = _run("merging", {"kind": "merged", "into": merged}, adapter, base, shown=not as_json)
     _tell(results, as_json)
 
 
@@ -74,6 +84,9 @@ def _tell(results: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(results)
         return
+    if (folder := results.get("transformers4")) is not None:
+        differs = f"{', '.join(folder['changed'])} rewritten" if folder["changed"] else "it opens there as it is"
+        say_done(f"{folder['path']} ({size(folder['bytes'])}): the adapter for transformers 4; {differs}")
     if (merged := results.get("merged")) is not None:
         layers = count(merged["merged_tensors"], "layer")
         say_done(f"{merged['path']} ({size(merged['bytes'])}): {merged['base_model']} with {layers} changed")
