@@ -72,7 +72,14 @@ def read_catalogue(db: psycopg.Connection[Any], schema: str = "public") -> dict[
         db.execute("SET LOCAL lock_timeout = '1s'")
         db.execute("SET LOCAL search_path = ''")
         rows = db.execute(_READ, {"schema": schema}).fetchall()
-    return {(kind, name.replace(schema, "public")): text.replace(schema, "public") for kind, name, text in rows}
+    return {(kind, name.replace(schema, "public")): _as_public(text, schema) for kind, name, text in rows}
+
+
+def _as_public(definition: str, schema: str) -> str:
+    """Returns the definition as it is in the real schema, where users are Supabase's."""
+    if schema != "public":
+        definition = definition.replace(f"{schema}.users(", "auth.users(")
+    return definition.replace(schema, "public")
 
 
 def _take_over_types(db: psycopg.Connection[Any], app: Catalogue) -> None:

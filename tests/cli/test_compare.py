@@ -83,6 +83,11 @@ def test_jobs_answer_held_out_prompts_and_lose_what_their_rows_say(trained: Trai
     assert len(prompts) == common["conversations"] >= 1
     assert prompts[0]["reference"].startswith("The ")
     assert [answer["who"] for answer in prompts[0]["answers"]] == ["base", slow, quick]
+    row = trained.queue.select("SELECT * FROM training_comparisons")[0]
+    assert (str(row["id"]), row["user_id"]) == (head["id"], trained.queue.user_id)
+    assert [contestant["job_id"] for contestant in row["contestants"]] == [None, str(trained.slow), str(trained.quick)]
+    kept = trained.queue.select("SELECT answers FROM training_comparison_answers ORDER BY number")
+    assert [answer["text"] for answer in kept[0]["answers"]] == [said["text"] for said in prompts[0]["answers"]]
 
 
 @pytest.mark.system

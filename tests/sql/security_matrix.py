@@ -110,7 +110,7 @@ class Prober:
             self._stand_back()
             made = [row for row in self._rows(target) if _key_of(target, row) not in before]
             assert len(made) == 1, f"{caller} inserted {len(made)} rows into {target.table}"
-            return "i" if _same(made[0][column], sent) else "(i)"
+            return "i" if _same(made[0][column], sent.obj if isinstance(sent, Jsonb) else sent) else "(i)"
 
     def updates(self, caller: str, target: Target, column: str, kind: str) -> str:
         """`u` when the row has the new value, `(u)` when the guard or a constraint keeps the old one."""

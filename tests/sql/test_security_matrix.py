@@ -18,6 +18,7 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 from psycopg.rows import dict_row
+from psycopg.types.json import Jsonb
 
 from daemon.queue.sql_job_store import SqlJobStore
 from daemon.schema.migrations import migrate
@@ -178,6 +179,21 @@ training_fleet_decisions
   .        .        .        .        .        (the row)
   .        .        .        r        r        id
   .        .        .        r        ri       at, decision, pod_row, pod, gpu_type, reason
+
+training_comparisons
+  .        .        .        d        .        (the row)
+  .        .        r        r        ri       id, user_id, base_model, contestants, options, held_out, notes,
+                                               prompts_are_held_out, created_at
+
+training_comparison_answers
+  .        .        .        .        .        (the row)
+  .        .        r        r        ri       comparison_id, number, turns, reference, answers
+
+training_votes
+  .        .        .        .        .        (the row)
+  .        .        r        r        ri       comparison_id, number, one, two, kind, voter, voter_key,
+                                               turned, said, shown_at
+  .        .        r        r        riu      choice, voted_at
 """
 
 # x carried out, - refused by the function's own check (as for a job that does not exist), . may not be called.
@@ -290,6 +306,23 @@ async def build(store: SqlJobStore, database: AppDatabase) -> tuple[World, Jobs]
     def one_id(statement: str, *values: Any) -> Any:
         return database.one(statement, values)["id"]
 
+    compared = one_id(
+        "INSERT INTO training_comparisons "
+        "(user_id, base_model, contestants, options, held_out, notes, prompts_are_held_out) "
+        """VALUES (%s, 'a/b', '["base", "one"]', '{}', '[]', '[]', true) RETURNING id""",
+        owner,
+    )
+    database.run(
+        "INSERT INTO training_comparison_answers (comparison_id, number, turns, answers) "
+        "VALUES (%(id)s, 1, '[]', '[]'), (%(id)s, 2, '[]', '[]')",
+        {"id": compared},
+    )
+    database.run(
+        "INSERT INTO training_votes (comparison_id, number, one, two, kind, voter, turned, choice, voted_at) "
+        "VALUES (%s, 1, 0, 9, 'person', 'me', false, 'one', now())",
+        (compared,),
+    )
+
     of_owner = "SELECT id FROM {} WHERE user_id = %s LIMIT 1"
     artifact = one_id(of_owner.format("model_artifacts"), owner)
     shown: dict[str, Any] = {"quality_metrics": {}, "training_summary": {}, "configuration": {}, "artifacts": {}}
@@ -335,6 +368,14 @@ async def build(store: SqlJobStore, database: AppDatabase) -> tuple[World, Jobs]
         Target("training_fleet_decisions", "training_fleet_decisions",
                {"id": one_id("SELECT id FROM training_fleet_decisions LIMIT 1")},
                {"at": LATER, "decision": "wait", "reason": "r"}),
+        Target("training_comparisons", "training_comparisons", {"id": compared},
+               {"user_id": owner, "base_model": "a/b", "contestants": Jsonb([1, 2]), "options": {},
+                "held_out": Jsonb([]), "notes": Jsonb([]), "prompts_are_held_out": True}),
+        Target("training_comparison_answers", "training_comparison_answers", {"comparison_id": compared, "number": 1},
+               {"comparison_id": compared, "number": 3, "turns": Jsonb([]), "answers": Jsonb([])}),
+        Target("training_votes", "training_votes", {"comparison_id": compared, "number": 1},
+               {"comparison_id": compared, "number": 2, "one": 0, "two": 9, "kind": "person", "voter": "me",
+                "turned": False, "choice": "one", "voted_at": LATER}),
     )  # fmt: skip
     other_values = {
         "user_id": stranger,
@@ -355,6 +396,12 @@ async def build(store: SqlJobStore, database: AppDatabase) -> tuple[World, Jobs]
         "sequence": 9_999,
         "pod_row": one_id("SELECT id FROM training_pods WHERE slot = 2"),
         "slot": 9,
+        "comparison_id": compared,
+        "training_votes.kind": "judge",
+        "choice": "tie",
+        "contestants": Jsonb([1, 2, 3]),
+        "training_votes.number": 2,
+        "one": 1,
     }
     return World(owner, stranger, targets, other_values), jobs
 

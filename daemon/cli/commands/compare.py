@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from daemon.cli.data.contestants import Entry
     from daemon.comparison.results import Comparison
 
@@ -41,12 +43,15 @@ def compare(
         bool | None,
         typer.Option(help="The base model in 4 bits, as jobs train it; default: on a GPU, not on a CPU."),
     ] = None,
+    store: Annotated[
+        bool, typer.Option(help="Keep a comparison of jobs in the database, for the dashboard and for votes.")
+    ] = True,
     as_json: AsJson = False,
 ) -> None:
     """Ask a base model and adapters of it the same prompts, side by side, and measure their loss on held-out data."""
     from daemon.cli.comparison_screen import show_comparison
     from daemon.cli.errors import Misused
-    from daemon.terminal.console import print_json
+    from daemon.terminal.console import print_json, say
 
     for file in (prompts, held_out):
         if file is not None and not file.is_file():
@@ -56,11 +61,14 @@ def compare(
         request |= {"most_prompts": most, "max_new_tokens": max_tokens, "temperature": temperature, "seed": seed}
         request["quantize"] = request["device"] == "cuda" if quantize is None else quantize
         comparison = _run(entries, request, notes)
+    kept = _store(comparison, entries) if store else None
     if as_json:
         for line in comparison.as_lines():
-            print_json(line)
+            print_json({"id": kept, **line} if line["kind"] == "comparison" else line)
         return
     show_comparison(comparison)
+    if kept is not None:
+        say(f"kept as {kept}; the dashboard shows it, and takes blind votes")
 
 
 def _prepare(
@@ -166,6 +174,33 @@ def _run(entries: list[Entry], request: dict[str, Any], notes: list[str]) -> Com
             if (words := _progress(said, comparison)) is not None:
                 status.update(words)
     return comparison
+
+
+def _store(comparison: Comparison, entries: list[Entry]) -> UUID | None:
+    """Keeps a comparison of one user's jobs. What cannot be kept is said and shown all the same."""
+    from daemon.cli.data.connection import open_database
+    from daemon.comparison.record import parameters
+    from daemon.database.statements import statement
+    from daemon.errors import TrainerError
+    from daemon.terminal.console import say_aside
+
+    owners = {entry.user_id for entry in entries if entry.user_id is not None}
+    if not owners:
+        return None
+    if len(owners) > 1:
+        comparison.notes.append("Not kept in the database: the jobs belong to different users.")
+        return None
+    try:
+        with open_database() as connection:
+            row = connection.execute(
+                statement("record_comparison").encode(), parameters(comparison, next(iter(owners)))
+            ).fetchone()
+    except TrainerError as error:
+        say_aside(f"not kept in the database: {error}")
+        return None
+    assert row is not None
+    kept: UUID = row["id"]
+    return kept
 
 
 def _progress(said: dict[str, Any], comparison: Comparison) -> str | None:

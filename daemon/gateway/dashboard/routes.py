@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 from uuid import UUID
 
 import structlog
-from fastapi import Depends, FastAPI, Header, Path, Request, Response
+from fastapi import FastAPI, Header, Path, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, RedirectResponse
 from pydantic import BaseModel, Field
 
@@ -27,6 +27,8 @@ from daemon.errors import JobDelayed, JobFailed
 from daemon.gateway.access.keys import KeyRing
 from daemon.gateway.access.sessions import COOKIE, COOKIE_PATH, SESSION_SECONDS, Sessions, cookie_value
 from daemon.gateway.dashboard.broadcaster import Feed, TooManyWatchers
+from daemon.gateway.dashboard.comparisons import Voters, add_comparisons
+from daemon.gateway.dashboard.own_page import SENT_BY_THE_PAGE
 from daemon.gateway.dashboard.sse import EventStream
 from daemon.gateway.dashboard.state import plain
 from daemon.gateway.job_rows import GatewayRows, Refused, unknown_job
@@ -76,11 +78,13 @@ class _File:
 def add_dashboard(app: FastAPI, settings: Settings, rows: GatewayRows, feed: Feed, sessions: Sessions) -> None:
     """Adds the dashboard's routes. They serve its page only, and are not part of the documented API."""
     _add_files(app)
-    _add_session(app, KeyRing([key.get_secret_value() for key in settings.gateway_keys]), sessions)
+    ring = KeyRing([key.get_secret_value() for key in settings.gateway_keys])
+    _add_session(app, ring, sessions)
     _add_stream(app, feed, sessions)
     _add_reads(app, rows)
     _add_writes(app, rows)
     _add_downloads(app, settings, rows)
+    add_comparisons(app, rows, Voters(ring, sessions))
 
 
 def _add_files(app: FastAPI) -> None:
@@ -98,7 +102,7 @@ def _add_files(app: FastAPI) -> None:
 
 
 def _add_session(app: FastAPI, ring: KeyRing, sessions: Sessions) -> None:
-    @app.post("/dashboard/login", include_in_schema=False, dependencies=[Depends(_sent_by_the_page)])
+    @app.post("/dashboard/login", include_in_schema=False, dependencies=SENT_BY_THE_PAGE)
     async def login(request: Request, login: Login) -> Response:
         place = ring.find(f"Bearer {login.key}")
         if place is None:
@@ -123,7 +127,7 @@ def _add_session(app: FastAPI, ring: KeyRing, sessions: Sessions) -> None:
         """Answers 204 to a signed-in user; the gate answers everyone else."""
         return Response(status_code=204)
 
-    @app.post("/dashboard/logout", include_in_schema=False, dependencies=[Depends(_sent_by_the_page)])
+    @app.post("/dashboard/logout", include_in_schema=False, dependencies=SENT_BY_THE_PAGE)
     async def logout(request: Request) -> Response:
         sessions.end(cookie_value(request.headers.get("cookie", "")))
         answer = Response(status_code=204)
@@ -177,7 +181,7 @@ def _add_reads(app: FastAPI, rows: GatewayRows) -> None:
 
 
 def _add_writes(app: FastAPI, rows: GatewayRows) -> None:
-    @app.post("/dashboard/jobs/{job_id}/{move}", include_in_schema=False, dependencies=[Depends(_sent_by_the_page)])
+    @app.post("/dashboard/jobs/{job_id}/{move}", include_in_schema=False, dependencies=SENT_BY_THE_PAGE)
     async def move(job_id: JobId, move: Literal["cancel", "retry"]) -> Response:
         """Cancels or retries a job. The database's functions decide; a refusal has their message."""
         await (rows.cancel(job_id) if move == "cancel" else rows.retry(job_id))
@@ -217,14 +221,6 @@ def _add_downloads(app: FastAPI, settings: Settings, rows: GatewayRows) -> None:
         # Supabase takes the file's name from `download`. The URL contains the signature, so it is never a referrer.
         headers = {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}
         return RedirectResponse(f"{source.url}&download={filename}", headers=headers)
-
-
-def _sent_by_the_page(
-    x_dashboard: Annotated[str, Header()] = "", sec_fetch_site: Annotated[str, Header()] = "same-origin"
-) -> None:
-    """Refuses writes that another site made the browser send: it cannot set this header, nor hide its origin."""
-    if x_dashboard != "1" or sec_fetch_site != "same-origin":
-        raise Refused(403, "Only the dashboard page may send this request.", "Callers with a key use /cancel and /run.")
 
 
 def _came_by_https(request: Request) -> bool:

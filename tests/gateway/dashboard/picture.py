@@ -9,9 +9,11 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
+from uuid import UUID
 
 from tests.gateway.conftest import KEY, Gateway
 from tests.gateway.dashboard.browser import Browser, open_browser
+from tests.gateway.dashboard.comparison_rows import record
 from tests.gateway.dashboard.seeded_world import seed
 from tests.lifecycle.queue import Queue
 from tests.paths import ROOT
@@ -32,6 +34,20 @@ def take(browser: Browser, url: str, file: Path, size: str, theme: str, view: st
     file.write_bytes(browser.driver.get_screenshot_as_png())
 
 
+def picture_comparison(browser: Browser, url: str, folder: Path, name: str, comparison: UUID) -> None:
+    """One comparison, a ballot and its result, in the size and theme of the moment."""
+    for view, shown in ((str(comparison), ".answers"), (f"{comparison}/vote", "#voter")):
+        browser.driver.get(f"{url}/dashboard#/comparisons/{view}")
+        element = browser.wait_for(shown)
+        (folder / f"comparison-{name}.png").write_bytes(browser.driver.get_screenshot_as_png())
+        name = f"ballot-{name}"
+    element.clear()
+    element.send_keys(name)
+    browser.find("form button").click()
+    browser.wait_for(".choices")
+    (folder / f"{name}.png").write_bytes(browser.driver.get_screenshot_as_png())
+
+
 def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None
     with tempfile.TemporaryDirectory() as scratch, open_server() as server, server.database() as name:
@@ -39,7 +55,9 @@ def main() -> None:
         migrated(server, name)
         dsn = server.dsn(name)
         jobs = seed(dsn)
-        with Gateway(Queue(dsn, Path(scratch)), Path(scratch)) as gateway, open_browser() as browser:
+        queue = Queue(dsn, Path(scratch))
+        comparison = record(dsn, queue.user_id, ("3f2a91bc", "c01dfeed"), 4)
+        with Gateway(queue, Path(scratch)) as gateway, open_browser() as browser:
             browser.resize(*SIZES["wide"])
             browser.sign_in(gateway.url, KEY)
             browser.wait_for(".running .row")
@@ -57,6 +75,7 @@ def main() -> None:
                         take(
                             browser, gateway.url, folder / f"{job}-{size}-{theme}.png", size, theme, f"jobs/{jobs[job]}"
                         )
+                    picture_comparison(browser, gateway.url, folder, f"{size}-{theme}", comparison)
             print("\n".join(browser.complaints()) or "the console has no complaint")
 
 

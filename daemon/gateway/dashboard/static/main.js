@@ -4,12 +4,15 @@ import { el, say, mark } from "./dom.js";
 import { state, watch, connect, disconnect, ask } from "./store.js";
 import { overview } from "./overview.js";
 import { jobPage } from "./job.js";
+import { comparisonList, comparisonPage } from "./comparisons.js";
+import { blindPage } from "./blind.js";
 import { clock } from "./format.js";
 
 const view = document.getElementById("view");
 const link = document.getElementById("link");
 const away = document.getElementById("away");
 const themeButton = document.getElementById("theme");
+const toComparisons = document.getElementById("to-comparisons");
 const signOutButton = document.getElementById("sign-out");
 
 let endView = () => {};
@@ -20,13 +23,21 @@ function show() {
   endView = () => {};
   view.replaceChildren();
   if (!signedIn) return login();
-  const job = /^#\/jobs\/([0-9a-fA-F-]{36})$/.exec(location.hash);
-  endView = job ? jobPage(view, job[1].toLowerCase()) : overview(view);
+  endView = viewOf(location.hash);
   window.scrollTo(0, 0);
+}
+
+function viewOf(hash) {
+  const [, kind, id, deeper] = /^#\/(jobs|comparisons)(?:\/([0-9a-fA-F-]{36}))?(\/vote)?$/.exec(hash) ?? [];
+  if (kind === "jobs" && id && !deeper) return jobPage(view, id.toLowerCase());
+  if (kind !== "comparisons") return overview(view);
+  if (!id) return comparisonList(view);
+  return deeper ? blindPage(view, id.toLowerCase()) : comparisonPage(view, id.toLowerCase());
 }
 
 function setSignedIn(value) {
   signedIn = value;
+  toComparisons.hidden = !value;
   signOutButton.hidden = !value;
   link.hidden = !value;
   if (value) connect(() => setSignedIn(false));

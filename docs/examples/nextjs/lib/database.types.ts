@@ -453,6 +453,76 @@ export type Database = {
           },
         ]
       }
+      training_comparison_answers: {
+        Row: {
+          answers: NonNullable<Json>
+          comparison_id: string
+          number: number
+          reference: string | null
+          turns: NonNullable<Json>
+        }
+        ComputedFields: never
+        Insert: {
+          answers: NonNullable<Json>
+          comparison_id: string
+          number: number
+          reference?: string | null
+          turns: NonNullable<Json>
+        }
+        Update: {
+          answers?: NonNullable<Json>
+          comparison_id?: string
+          number?: number
+          reference?: string | null
+          turns?: NonNullable<Json>
+        }
+        Relationships: [
+          {
+            foreignKeyName: 'training_comparison_answers_comparison_id_fkey'
+            columns: ['comparison_id']
+            isOneToOne: false
+            referencedRelation: 'training_comparisons'
+            referencedColumns: ['id']
+          },
+        ]
+      }
+      training_comparisons: {
+        Row: {
+          base_model: string
+          contestants: NonNullable<Json>
+          created_at: string
+          held_out: NonNullable<Json>
+          id: string
+          notes: NonNullable<Json>
+          options: NonNullable<Json>
+          prompts_are_held_out: boolean
+          user_id: string
+        }
+        ComputedFields: never
+        Insert: {
+          base_model: string
+          contestants: NonNullable<Json>
+          created_at?: string
+          held_out: NonNullable<Json>
+          id?: string
+          notes: NonNullable<Json>
+          options: NonNullable<Json>
+          prompts_are_held_out: boolean
+          user_id: string
+        }
+        Update: {
+          base_model?: string
+          contestants?: NonNullable<Json>
+          created_at?: string
+          held_out?: NonNullable<Json>
+          id?: string
+          notes?: NonNullable<Json>
+          options?: NonNullable<Json>
+          prompts_are_held_out?: boolean
+          user_id?: string
+        }
+        Relationships: []
+      }
       training_deliveries: {
         Row: {
           attempts: number
@@ -994,6 +1064,60 @@ export type Database = {
           storage?: string
         }
         Relationships: []
+      }
+      training_votes: {
+        Row: {
+          choice: string | null
+          comparison_id: string
+          kind: string
+          number: number
+          one: number
+          said: Json | null
+          shown_at: string
+          turned: boolean
+          two: number
+          voted_at: string | null
+          voter: string
+          voter_key: string
+        }
+        ComputedFields: never
+        Insert: {
+          choice?: string | null
+          comparison_id: string
+          kind: string
+          number: number
+          one: number
+          said?: Json | null
+          shown_at?: string
+          turned: boolean
+          two: number
+          voted_at?: string | null
+          voter: string
+          voter_key?: string
+        }
+        Update: {
+          choice?: string | null
+          comparison_id?: string
+          kind?: string
+          number?: number
+          one?: number
+          said?: Json | null
+          shown_at?: string
+          turned?: boolean
+          two?: number
+          voted_at?: string | null
+          voter?: string
+          voter_key?: string
+        }
+        Relationships: [
+          {
+            foreignKeyName: 'training_votes_of_an_answer'
+            columns: ['comparison_id', 'number']
+            isOneToOne: false
+            referencedRelation: 'training_comparison_answers'
+            referencedColumns: ['comparison_id', 'number']
+          },
+        ]
       }
       training_workers: {
         Row: {

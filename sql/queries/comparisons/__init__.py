@@ -1,0 +1,1 @@
+"""Comparisons of adapters: recorded whole, then voted on."""
