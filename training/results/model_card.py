@@ -119,6 +119,8 @@ def _serving(serving: Serving) -> Iterable[str]:
     yield "### transformers and PEFT"
     yield _block("sh", f'pip install "peft>={serving.peft}" "transformers>=4.57" accelerate')
     yield _block("python", _python(serving))
+    yield "For transformers 4, where this folder does not open there:"
+    yield _block("sh", "brightrun-trainer export . --transformers4 ../transformers4")
     yield from _elsewhere(serving)
 
 
