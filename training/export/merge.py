@@ -103,7 +103,7 @@ def merge_adapter(
 
         weights = KeptCopyWeights(base.folder, base.name, names)
         weights.check(base.folder.kept_copy)
-    adapted = _places(adapter, weights, names, base.name)
+    adapted = places(adapter, weights, names, base.name)
     fingerprint = {
         "base": weights.fingerprint,
         "adapter": sha256_of(adapter.folder / "adapter_model.safetensors"),
@@ -142,7 +142,7 @@ def merge_adapter(
     )
 
 
-def _places(adapter: Adapter, weights: BaseWeights, names: StoredNames, base: str) -> dict[str, AdaptedLayer]:
+def places(adapter: Adapter, weights: BaseWeights, names: StoredNames, base: str) -> dict[str, AdaptedLayer]:
     """Finds the stored tensor of each adapted layer. Raises TrainingFailed if the adapter is of another base."""
     stored = {tensor.name: tensor for shard in weights.shards for tensor in shard.tensors}
     by_parameter: dict[str, list[str]] = {}

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from training.export.deltas import Adapter
+from training.export.deltas import ADAPTER_WEIGHTS, Adapter
+from training.export.merged_card import Origin, merged_card
 from training.export.unfinished_folder import UnfinishedFolder
+from training.files.durable_files import sha256_of
+from training.files.licence import licence_of
 from training.files.model_folder import CONFIG, INDEX, ModelFolder
 
 MANIFEST = "manifest.json"
@@ -27,7 +29,6 @@ _NOT_COPIED = frozenset((README, INDEX, MANIFEST, "params.json"))
 # A tokenizer with several chat templates keeps them in this folder.
 _TEMPLATES = "additional_chat_templates"
 _MOST_BYTES = 2**28
-_LICENSE_LINE = re.compile(r"^license(?:_name|_link)?:\s*\S.*$", re.MULTILINE)
 
 
 def write_beside_files(
@@ -49,15 +50,27 @@ def write_beside_files(
     if template is not None and template != _template_of(folder.path):
         # What the adapter was trained with. Readers take this file before a template in tokenizer_config.json.
         unfinished.write(TEMPLATE, template)
+    manifest = _manifest_of(adapter.folder)
+    serving = manifest.get("serving")
+    origin = Origin(
+        base_model=base_model,
+        base_revision=base_revision or adapter.base_revision,
+        job_id=_text(manifest.get("job_id")),
+        is_dequantised=is_dequantised,
+        licence=licence_of(folder.path),
+        serving=serving if isinstance(serving, dict) else {},
+    )
+    unfinished.write(README, merged_card(origin))
     facts = {
         "kind": "merged",
+        "job_id": origin.job_id,
         "base_model": base_model,
-        "base_model_revision": base_revision or adapter.base_revision,
+        "base_model_revision": origin.base_revision,
         "is_dequantised": is_dequantised,
-        "adapter": _about(adapter.folder),
+        "adapter_sha256": sha256_of(adapter.folder / ADAPTER_WEIGHTS),
+        "chat_template_kwargs": origin.serving.get("chat_template_kwargs") or {},
         "versions": {library: version(library) for library in ("brightrun-trainer", "torch", "transformers")},
     }
-    unfinished.write(README, _card(facts, folder.path))
     files = {name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in unfinished.files.items()}
     unfinished.write(MANIFEST, json.dumps({"format": 1, **facts, "files": files}, indent=2, sort_keys=True) + "\n")
 
@@ -90,61 +103,14 @@ def _template_of(folder: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _about(adapter: Path) -> dict[str, Any]:
-    """Which adapter it was, as far as its own manifest says."""
+def _manifest_of(adapter: Path) -> dict[str, Any]:
+    """The adapter's own manifest; {} if it has none, as before it is packed."""
     try:
         manifest = json.loads((adapter / MANIFEST).read_text(encoding="utf-8"))
-        return {
-            "job_id": manifest.get("job_id"),
-            "sha256": manifest["files"]["adapter_model.safetensors"]["sha256"],
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError):
         return {}
+    return manifest if isinstance(manifest, dict) else {}
 
 
-def _card(facts: dict[str, Any], base: Path) -> str:
-    name, revision = facts["base_model"], facts["base_model_revision"]
-    head = [f"base_model: {name}", "base_model_relation: finetune", "library_name: transformers", *_license_of(base)]
-    at = f" at the revision `{revision}`" if revision else ""
-    job = facts["adapter"].get("job_id")
-    lines = [
-        "---",
-        *head,
-        "---",
-        "",
-        f"# {name.rpartition('/')[2]}, fine-tuned",
-        "",
-        f"The weights of [{name}](https://huggingface.co/{name}){at} with a LoRA adapter merged into them"
-        + (f" (job `{job}`)." if job else "."),
-        "The layout is the base model's, file by file: whatever opens the base opens this.",
-        "",
-    ]
-    if facts["is_dequantised"]:
-        lines += [
-            "**These weights were in 4 bits.** Only the 4-bit copy (NF4) of the base was kept where this was made, so",
-            "its weights were unpacked: they are those that the adapter was trained on, and as far from the published",
-            "ones as 4 bits are. A merge into the published weights needs those: `brightrun-trainer models pull`.",
-            "Layers for speculative decoding (`mtp`) that the base may have are not here.",
-            "",
-        ]
-    lines += [
-        "Serve it:",
-        "",
-        "```sh",
-        "vllm serve FOLDER",
-        "```",
-        "",
-        "`manifest.json` has the size and SHA-256 of each file. The base model's licence applies.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _license_of(base: Path) -> list[str]:
-    """The lines about the licence at the head of the base model's own card."""
-    try:
-        text = (base / README).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    head = text[4:].partition("\n---")[0] if text.startswith("---\n") else ""
-    return _LICENSE_LINE.findall(head)
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -19,8 +20,10 @@ from tests.training.conftest import ModelOf
 from tests.training.export.conftest import AdapterOf
 from training.distance import distance
 from training.export.merge import Merged, merge_adapter
+from training.export.merged_card import Origin, merged_card
 from training.failures import TrainingFailed
 from training.files.durable_files import sha256_of
+from training.files.licence import Licence
 from training.files.model_folder import ModelFolder, faults_of_model, read_header
 
 FAMILIES = (*ARCHITECTURES, *OTHER_FAMILIES)
@@ -112,7 +115,7 @@ def test_shards_index_and_small_files_are_the_bases(sharded: Path, adapter_of: A
     assert names.isdisjoint({"pytorch_model.bin", "consolidated.safetensors", "params.json", ".brightrun-model.json"})
     assert not any(name.startswith(".") for name in names)
     card = (folder / "README.md").read_text()
-    assert "base_model: tiny/base\n" in card and "license: apache-2.0\n" in card and "4 bits" not in card
+    assert 'base_model: "tiny/base"\n' in card and 'license: "apache-2.0"\n' in card and "4 bits" not in card
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["files"].keys() | {"manifest.json"} == names
     for name, file in manifest["files"].items():
@@ -131,7 +134,18 @@ def test_the_template_that_the_adapter_was_trained_with_goes_along(tmp_path: Pat
     assert (merged / "chat_template.jinja").read_text() == "ours"
 
 
-Change = Callable[[Path, Path], None]
+def test_the_card_says_what_the_template_was_told_and_quotes_what_others_wrote() -> None:
+    card = merged_card(
+        Origin("acme/tiny", "main", "0b5e", False, None, {"chat_template_kwargs": {"enable_thinking": False}})
+    )
+    assert "vllm serve . --default-chat-template-kwargs '{\"enable_thinking\": false}'" in card
+    assert "acme/tiny, revision `main`, with a LoRA adapter merged into its weights (job `0b5e`)" in card
+    hostile = merged_card(
+        Origin("a\n---\n[x](y)", "`x`", "<b>", False, Licence("other", "README.md", "n\n---"), {"x": 1})
+    )
+    assert yaml.safe_load(hostile.split("---\n")[1])["license_name"] == "n\n---"
+    assert "[x](y)" not in hostile.split("---\n", 2)[2] and "<b>" not in hostile
+    assert "vllm serve .\n" in hostile
 
 
 def edit(config: str, **values: Any) -> Callable[[Path], None]:
