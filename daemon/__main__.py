@@ -33,6 +33,7 @@ _WORDS: dict[str, tuple[Callable[..., None], ...]] = {
         trainer_logs.logs,
         jobs.cancel,
         jobs.retry,
+        adapters.redeliver,
         jobs.release_held,
     ),
     "Models and data": (check.check, adapters.download, chat.chat, compare.compare, export.export, push.push),

@@ -21,7 +21,7 @@ from daemon.base_model.candidates import ResolvedModel
 from daemon.delivery.context import DeliveryContext
 from daemon.delivery.delivery import Delivery
 from daemon.errors import HostFault, JobDelayed, JobError, JobFailed, disk_fault
-from daemon.storage.archive import MANIFEST, PICKLES
+from daemon.storage.archive import PICKLES
 from daemon.storage.publish import object_names
 from daemon.trainer.export_process import run_export
 from training.events import ErrorCode
@@ -29,6 +29,8 @@ from training.files.durable_files import sha256_of, write_whole
 
 log = structlog.get_logger()
 
+# A merged model has a manifest.json of its own.
+MANIFEST = "delivery.json"
 MANIFEST_FORMAT = 1
 # Written once the process has ended well: a later try on this disk only has to store what is there.
 MADE = "made.json"

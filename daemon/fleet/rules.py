@@ -53,7 +53,7 @@ class WaitingJob:
 
 @dataclass(frozen=True)
 class WorkerSeen:
-    """A daemon's row and the leases that it holds."""
+    """A daemon's row, the leases that it holds and the deliveries that it works on, which take no slot."""
 
     id: UUID
     pod: str | None
@@ -68,10 +68,11 @@ class WorkerSeen:
     last_seen_at: datetime
     leases: int
     live_leases: int = 0
+    deliveries: int = 0
 
     @property
     def has_work(self) -> bool:
-        return self.busy > 0 or self.leases > 0
+        return self.busy > 0 or self.leases > 0 or self.deliveries > 0
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,11 @@ class View:
         return (self.now - since).total_seconds()
 
     def works(self, row: PodRow) -> bool:
-        """Whether any daemon on this pod, the current or an earlier one, keeps a lease alive."""
+        """Whether any daemon on this pod, the current or an earlier one, keeps a lease or a delivery alive."""
         return any(
-            worker.live_leases > 0 for worker in self.workers if worker.pod is not None and worker.pod == row.pod
+            worker.live_leases > 0 or worker.deliveries > 0
+            for worker in self.workers
+            if worker.pod is not None and worker.pod == row.pod
         )
 
     def worker_of(self, row: PodRow) -> WorkerSeen | None:

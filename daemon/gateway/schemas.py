@@ -116,7 +116,7 @@ class DeliveryStatus(BaseModel):
     state: Literal["waiting", "running", "done", "failed"]
     path: str | None = Field(default=None, description="in the storage, once it is done")
     bytes: int | None = None
-    manifest_sha256: str | None = Field(default=None, description="of the file manifest.json in that folder")
+    manifest_sha256: str | None = Field(default=None, description="of the file delivery.json in that folder")
     error_message: str | None = Field(default=None, description="what happened and what to do")
 
 

@@ -74,12 +74,12 @@ async def test_an_export_is_stored_beside_the_adapter_and_told(project: Project)
         result = each["result"]
         assert result["path"] == f"lora-models/adapters/{job}/{kind}"
         objects = stored(project, f"adapters/{job}/{kind}")
-        assert set(objects) == FILES | {"manifest.json"}
+        assert set(objects) == FILES | {"delivery.json"}
         assert {name: file["sha256"] for name, file in result["files"].items()} | {
-            "manifest.json": result["manifest_sha256"]
+            "delivery.json": result["manifest_sha256"]
         } == objects
         assert result["base_model"] == "tiny" and each["attempts"] == 1 and each["lock_token"] is None
-    manifest = json.loads(project.storage.read("lora-models", f"adapters/{job}/merged/manifest.json"))
+    manifest = json.loads(project.storage.read("lora-models", f"adapters/{job}/merged/delivery.json"))
     assert manifest["job_id"] == str(job) and set(manifest["files"]) == FILES
     # What was uploaded is accounted for, and found if the job is deleted; this host's disk is free again.
     uploads = project.queue.select("SELECT kind, manifest_sha256 FROM training_uploads WHERE job_id = %s", job)
@@ -120,7 +120,7 @@ async def test_a_host_killed_in_mid_export_loses_nothing(project: Project) -> No
         row = await reaches(project, job, "done")
     assert row["claims"] == 2 and row["result"]["path"].endswith("/merged-2")
     assert project.queue.row(job)["status"] == "completed"
-    assert set(stored(project, f"adapters/{job}/merged-2")) == FILES | {"manifest.json"}
+    assert set(stored(project, f"adapters/{job}/merged-2")) == FILES | {"delivery.json"}
 
 
 def recorded(project: Project) -> list[int]:
@@ -146,7 +146,7 @@ async def test_what_a_killed_host_had_stored_is_deleted(project: Project) -> Non
     with third:
         await asyncio.to_thread(eventually, lambda: recorded(project) == [2])
     assert not stored(project, f"adapters/{job}/merged")
-    assert set(stored(project, f"adapters/{job}/merged-2")) == FILES | {"manifest.json"}
+    assert set(stored(project, f"adapters/{job}/merged-2")) == FILES | {"delivery.json"}
 
 
 async def test_what_cannot_be_done_says_why_and_its_job_stays_completed(project: Project) -> None:

@@ -258,6 +258,30 @@ async def test_an_idle_pod_that_overstays_is_drained_first_and_then_terminated(y
     assert pod.status == "TERMINATED" and yard.rows()[0]["ending"] == "overstayed"
 
 
+async def test_a_pod_that_works_on_a_delivery_is_not_idle_and_still_has_room(yard: Yard) -> None:
+    job = yard.job()
+    async with yard.fleet() as fleet:
+        await fleet.look()
+        (pod,) = yard.pods
+        worker = yard.boot(pod)
+        yard.database.run("UPDATE training_jobs SET status = 'cancelled'")
+        yard.database.run(
+            "INSERT INTO training_deliveries (job_id, user_id, kind, state, worker_id, lock_token, locked_until) "
+            "SELECT id, user_id, 'merged', 'running', %s, gen_random_uuid(), now() + interval '1 year' "
+            "FROM training_jobs WHERE id = %s",
+            (worker, job),
+        )
+        for _ in range(9):
+            await fleet.look()
+            yard.after(minutes=10)
+            yard.touch(worker)
+        assert not yard.wants_drain(worker) and pod.status == "RUNNING"
+        # Its slot is free: the next job starts no pod.
+        yard.job()
+        await fleet.look()
+    assert len(yard.pods) == 1
+
+
 async def test_a_pod_whose_host_is_out_of_service_is_no_room_and_is_ended(yard: Yard) -> None:
     yard.job()
     async with yard.fleet() as fleet:

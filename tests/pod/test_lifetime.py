@@ -72,6 +72,43 @@ def test_a_job_that_outlasts_the_idle_time_is_not_disturbed_and_the_clock_starts
     assert runpod.pods["me"].status == "TERMINATED"
 
 
+def test_a_delivery_is_work_for_a_pod_as_long_as_it_lasts(queue: Queue, tmp_path: Path, runpod: RunPodDouble) -> None:
+    go = tmp_path / "go"
+    (tmp_path / "models" / "tiny" / "export.json").write_text(json.dumps({"wait_for": str(go)}))
+    job = queue.insert(hyperparameters={"base_model": "tiny", "exports": ["merged", "gguf"]})
+    with on_a_pod(queue, tmp_path, runpod, idle_minutes=TWO_SECONDS) as daemon:
+        daemon.wait_for_log("delivery_claimed")
+        assert queue.row(job)["status"] == "completed"
+        time.sleep(4)  # twice the idle time
+        assert runpod.pods["me"].status == "RUNNING"
+        go.touch()
+        assert daemon.wait(30) == 0
+    assert runpod.pods["me"].status == "EXITED"
+    rows = queue.select("SELECT kind, state FROM training_deliveries ORDER BY kind")
+    assert [(row["kind"], row["state"]) for row in rows] == [("gguf", "done"), ("merged", "done")]
+
+
+async def test_a_delivery_that_this_host_never_takes_holds_the_pod_no_longer_than_its_minutes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pod_life, "DELIVERY_SECONDS", 1.0)
+
+    async def waits() -> bool:
+        return True
+
+    async def nothing() -> bool:
+        return False
+
+    async def ended() -> bool:
+        return True
+
+    given = load_settings(database_url="postgresql://nowhere", idle_minutes=0.2 / 60)
+    worker = IdleWorker()
+    life = PodLife(given, worker, endings_wait=nothing, end_pod=ended, delivery_waits=waits)
+    await asyncio.wait_for(life.run(), 30)
+    assert worker.idle_seconds is not None and worker.idle_seconds >= 1.2 and worker.drained
+
+
 def test_without_the_setting_a_pod_never_ends_itself(queue: Queue, tmp_path: Path, runpod: RunPodDouble) -> None:
     with on_a_pod(queue, tmp_path, runpod) as daemon:
         daemon.wait_for_log("listener_hears")

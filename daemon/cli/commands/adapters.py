@@ -1,4 +1,4 @@
-"""Downloads and verifies the adapter of a completed job."""
+"""Downloads and verifies the adapter of a completed job, or an export of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 def download(
     job: JobId,
-    to: Annotated[Path | None, typer.Option("--to", help="A new folder; default: ./adapter-ID.")] = None,
+    to: Annotated[Path | None, typer.Option("--to", help="A new folder; default: ./adapter-ID, or ./KIND-ID.")] = None,
+    export: Annotated[
+        str | None,
+        typer.Option("--export", metavar="KIND", help="An export of it instead: merged, gguf or transformers4."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Download a completed job's adapter, compare its hash with the row and unpack it."""
@@ -32,6 +36,10 @@ def download(
     with open_database() as connection:
         job_id = find_job(connection, job)
         row, details = completed_job(connection, job_id)
+        result = None if export is None else _stored_export(connection, job_id, export)
+    if result is not None:
+        _download_export(job_id, result, to or Path(f"{export}-{short_id(job_id)}"), as_json)
+        return
     folder = to or Path(f"adapter-{short_id(job_id)}")
     with console(stderr=True).status(f"fetching {size(details.adapter_bytes)} …"):
         manifest = fetch_adapter(row, details, folder)
@@ -40,6 +48,79 @@ def download(
         return
     say_done(f"{folder} ({size(details.adapter_bytes)}, sha256 as in the row) for {_base_of(manifest, row)}")
     say(f"  talk to it:  brightrun-trainer chat {folder}")
+
+
+def redeliver(
+    job: JobId,
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="merged, gguf, transformers4, hub or endpoint.")],
+    target: Annotated[str | None, typer.Option(help="Which one, where the job has several of the kind.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Do again what follows a completed job, or make an export that it did not ask for. A host does it."""
+    from daemon.cli.data.connection import open_database, said_plainly
+    from daemon.cli.data.queries import find_job
+    from daemon.terminal.console import print_json, say_done
+
+    with open_database() as connection:
+        job_id = find_job(connection, job)
+        with said_plainly():
+            row = connection.execute("SELECT public.redeliver(%s, %s, %s) AS answer", (job_id, kind, target)).fetchone()
+    if as_json and row is not None:
+        print_json(row["answer"])
+    elif not as_json:
+        say_done(f"{kind} of {job_id} waits for a host; `brightrun-trainer show {job_id}` says how it stands")
+
+
+def _stored_export(connection: Connection, job_id: UUID, kind: str) -> dict[str, Any]:
+    """Reads where an export is. Raises CommandFailed if it is not stored (yet)."""
+    from daemon.cli.errors import CommandFailed, Misused
+    from daemon.database.statements import read_statement
+    from daemon.delivery.delivery import EXPORTS
+    from daemon.terminal.format import short_id
+
+    if kind not in EXPORTS:
+        raise Misused(f"{kind[:80]!r} is no export", f"choose one of {', '.join(EXPORTS)}")
+    row = connection.execute(read_statement("read_delivery"), {"job_id": job_id, "kind": kind}).fetchone()
+    again = f"`brightrun-trainer redeliver {short_id(job_id)} {kind}` asks for it"
+    if row is None:
+        raise CommandFailed(f"job {job_id} has no export {kind}", again)
+    result: dict[str, Any] | None = row["result"]
+    if result is None:
+        words = {"failed": f"failed: {row['error_message']}", "running": "is made now"}.get(
+            row["state"], "waits for a host"
+        )
+        raise CommandFailed(f"the export {kind} of job {job_id} {words}", again if row["state"] == "failed" else None)
+    return result
+
+
+def _download_export(job_id: UUID, result: dict[str, Any], folder: Path, as_json: bool) -> None:
+    import asyncio
+
+    from daemon.cli.errors import Misused
+    from daemon.delivery.fetch_export import fetch_export
+    from daemon.read_settings import load_settings
+    from daemon.storage.open import open_storage
+    from daemon.terminal.console import print_json, say_done
+    from daemon.terminal.format import size
+    from daemon.terminal.progress_bar import transfer_bar
+
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise Misused(f"the folder {folder} exists already and is not empty", "name a new folder with --to")
+    settings = load_settings().model_copy(update={"models_bucket": str(result["path"]).partition("/")[0]})
+
+    async def fetch() -> dict[str, Any]:
+        storage = open_storage(settings)
+        try:
+            with transfer_bar(folder.name, shown=not as_json, verb="fetching") as on_bytes:
+                return await fetch_export(storage, result, folder, on_bytes)
+        finally:
+            await storage.close()
+
+    manifest = asyncio.run(fetch())
+    if as_json:
+        print_json({"job_id": job_id, "path": folder.resolve(), "bytes": result["bytes"], "manifest": manifest})
+        return
+    say_done(f"{folder} ({size(result['bytes'])}, each file as in the manifest)")
 
 
 def fetch_adapter(row: JobRow, details: JobDetails, folder: Path) -> dict[str, Any]:

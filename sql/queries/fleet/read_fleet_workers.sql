@@ -1,4 +1,5 @@
--- Reads the hosts that were seen since a given time, and the last one on each given pod, with the leases they hold.
+-- Reads the hosts that were seen since a given time, and the last one on each given pod, with the leases they hold and
+-- the deliveries they work on, which take no slot.
 -- No row means that no host is alive.
 SELECT
     worker.id,
@@ -13,6 +14,13 @@ SELECT
     worker.state,
     worker.last_seen_at,
     (SELECT count(*) FROM training_leases AS lease WHERE lease.worker_id = worker.id) AS leases,
+    (
+        SELECT count(*)
+        FROM training_deliveries AS delivery
+        WHERE delivery.worker_id = worker.id
+          AND delivery.state = 'running'
+          AND delivery.locked_until > clock_timestamp()
+    ) AS deliveries,
     -- A heartbeat renews this lease: the host works, even if it does not touch its own row.
     (
         SELECT count(*)
