@@ -39,14 +39,19 @@ def dotenv_unreadable(error: OSError | UnicodeDecodeError) -> HostUnfit:
 def secrets_of(settings: BaseSettings) -> Iterator[str]:
     """Yields every value that no output may contain, found by its type, so that a new secret cannot be forgotten."""
     for name in type(settings).model_fields:
-        held = getattr(settings, name)
-        for one in held if isinstance(held, tuple) else (held,):
-            if isinstance(one, DatabaseUrl):
-                yield from one.secrets
-            elif isinstance(one, SecretStr):
-                yield one.get_secret_value()
+        yield from _secrets_in(getattr(settings, name))
     # libpq reads this beside DATABASE_URL.
     yield os.environ.get("PGPASSWORD", "")
+
+
+def _secrets_in(held: object) -> Iterator[str]:
+    if isinstance(held, tuple):
+        for one in held:
+            yield from _secrets_in(one)
+    elif isinstance(held, DatabaseUrl):
+        yield from held.secrets
+    elif isinstance(held, SecretStr):
+        yield held.get_secret_value()
 
 
 def notices_of(settings: BaseSettings) -> tuple[str, ...]:

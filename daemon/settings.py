@@ -9,20 +9,18 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 from uuid import UUID
 
 from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import NoDecode, SettingsConfigDict
 
 from daemon.database.url import DatabaseUrl, read_database_url
+from daemon.serving_settings import CommaList, ServingSettings, split_commas, whole_web_address
 from training.compute import ComputeType
 from training.spec import Tracker
 
-_CommaList = Annotated[tuple[str, ...], NoDecode]
 
-
-class Settings(BaseSettings):
+class Settings(ServingSettings):
     model_config = SettingsConfigDict(
         env_prefix="TRAINER_",
         env_file=".env",
@@ -57,7 +55,7 @@ class Settings(BaseSettings):
     models_dir: Path = Field(
         default=Path("/workspace/models"), description="folder of base models, as `<org>/<name>` or `<name>`"
     )
-    allowed_models: _CommaList = Field(
+    allowed_models: CommaList = Field(
         default=(), description="base models that jobs may name, separated by commas; empty allows all"
     )
     model_downloads: bool = Field(default=True, description="download missing base models from the hub")
@@ -118,7 +116,7 @@ class Settings(BaseSettings):
     )
 
     # After a job.
-    deliveries: _CommaList | None = Field(
+    deliveries: CommaList | None = Field(
         default=None,
         description="what this host does for completed jobs, separated by commas: `merged`, `gguf`, `transformers4`, "
         "`hub`, `endpoint`, or `none`; all that it can if not set",
@@ -202,7 +200,7 @@ class Settings(BaseSettings):
     )
     storage_dir: Path = Field(default=Path("/workspace/storage"), description="folder that stands in for Storage")
     models_bucket: str = Field(default="lora-models", description="bucket for adapters")
-    dataset_buckets: _CommaList = Field(
+    dataset_buckets: CommaList = Field(
         default=("lora-datasets", "training-files"), description="buckets that datasets may be in, separated by commas"
     )
     upload_hours: float = Field(
@@ -221,7 +219,7 @@ class Settings(BaseSettings):
     callback_authorization: SecretStr | None = Field(
         default=None, description="Authorization header for callbacks to the project's own functions host"
     )
-    allowed_hosts: _CommaList = Field(
+    allowed_hosts: CommaList = Field(
         default=(),
         description="`host` or `host:port`, separated by commas: these may have private addresses or use plain http",
     )
@@ -319,9 +317,7 @@ class Settings(BaseSettings):
     )
     @classmethod
     def _split_commas(cls, value: object) -> object:
-        if isinstance(value, str):
-            return tuple(part.strip() for part in value.split(",") if part.strip())
-        return value
+        return split_commas(value)
 
     @field_validator("gateway_keys")
     @classmethod
@@ -346,19 +342,7 @@ class Settings(BaseSettings):
     @field_validator("supabase_url", "runpod_api", "wandb_base_url")
     @classmethod
     def _web_address_is_whole(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
-        try:
-            parts = urlsplit(value.strip())
-            is_whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError:
-            is_whole = False
-        if not is_whole:
-            raise ValueError("must be a web address, https://HOST")
-        # The address is shown in messages; credentials are sent in headers of their own.
-        if "@" in parts.netloc:
-            raise ValueError("must hold no user and no password: keys have settings of their own")
-        return value.strip()
+        return whole_web_address(value)
 
     @model_validator(mode="after")
     def _storage_is_complete(self) -> Settings:

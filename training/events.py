@@ -28,6 +28,7 @@ class ErrorCode(StrEnum):
     STALLED = "stalled"
     WORKER_LOST = "worker_lost"
     RANK_LOST = "rank_lost"
+    ENDPOINT_FAILED = "endpoint_failed"
     BUDGET_EXCEEDED = "budget_exceeded"
     DEADLINE_EXCEEDED = "deadline_exceeded"
     INTERNAL = "internal"

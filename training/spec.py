@@ -32,6 +32,8 @@ _INSTEAD = {
     **dict.fromkeys(("val_size", "validation_split", "test_size", "eval_size"), "set validation_fraction"),
     **dict.fromkeys(("lora_target", "lora_target_modules"), "set target_modules"),
 }
+# The name under which an endpoint shall serve an adapter.
+_SERVED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # As the hub names repositories.
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _REPOSITORY = re.compile(rf"(?!.*(?:--|\.\.|\.git$)){_PART}/{_PART}")
@@ -142,6 +144,18 @@ class Hyperparameters(BaseModel):
         "llama.cpp and Ollama), `transformers4` (an adapter for transformers 4)",
     )
 
+    push_to_hub: str | None = Field(
+        default=None,
+        description="repository on the Hugging Face hub, `owner/name`, that the finished adapter is pushed to; private "
+        "if it is made by this",
+    )
+    deploy: bool | str | None = Field(
+        default=None,
+        description="whether the finished adapter is served on the operator's endpoint: `true` fails a job that does "
+        "not fit it, before it is trained, and a name means the same and is what the adapter is served as; where there "
+        "is an endpoint if not set",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _auto_is_not_set(cls, value: Any) -> Any:
@@ -165,6 +179,20 @@ class Hyperparameters(BaseModel):
             return (value,)
         if isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
             return tuple(dict.fromkeys(value))
+        return value
+
+    @field_validator("push_to_hub")
+    @classmethod
+    def _is_a_repository(cls, value: str | None) -> str | None:
+        if value is not None and not is_hub_repository(value):
+            raise ValueError("must be OWNER/NAME, as the hub names repositories")
+        return value
+
+    @field_validator("deploy")
+    @classmethod
+    def _is_a_name(cls, value: bool | str | None) -> bool | str | None:
+        if isinstance(value, str) and not _SERVED_NAME.fullmatch(value):
+            raise ValueError("must be true, false or a name: up to 64 letters, digits and . _ -")
         return value
 
     @property

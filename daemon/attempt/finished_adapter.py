@@ -32,7 +32,7 @@ from training.spec import Hyperparameters
 log = structlog.get_logger()
 
 # Not part of what the adapter is trained from: the model is compared by the name that was used.
-_DECIDES_NOTHING = {"base_model", "trackers", "exports"}
+_DECIDES_NOTHING = {"base_model", "trackers", "exports", "push_to_hub", "deploy"}
 # What the manifest of an archive has beside the facts.
 _OF_THE_ARCHIVE = ("format", "files", "archive")
 

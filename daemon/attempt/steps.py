@@ -19,6 +19,7 @@ from typing import TypeVar
 
 import structlog
 
+from daemon.attempt.after_training import check_deliveries, wanted_deliveries
 from daemon.attempt.choose_trackers import Tracking, choose_trackers
 from daemon.attempt.cleanup import FinishedAttempt
 from daemon.attempt.collaborators import Collaborators
@@ -41,7 +42,7 @@ from daemon.errors import HostFault, JobDelayed, JobError, JobFailed, LeaseLost,
 from daemon.host.gpu_load import read_load
 from daemon.queue.job import ClaimedJob, JobDataset, Returned
 from daemon.queue.lease import HeldLease
-from daemon.queue.outcome import Failed, Outcome, Superseded, Wanted
+from daemon.queue.outcome import Failed, Outcome, Superseded
 from daemon.report.cost import CostMeter, price_per_gpu_hour
 from daemon.report.reporter import Reporter
 from daemon.report.trained_with import model_in_words
@@ -196,7 +197,7 @@ class Attempt:
             stop,
             grace=lambda reason: settings.drain_seconds if reason is StopReason.SHUTDOWN else 0.0,
         )
-        wanted = tuple(Wanted(kind) for kind in row.hyperparameters.exports)
+        wanted = wanted_deliveries(row.hyperparameters, settings)
         return replace(published, summary=adapter.summary, deliveries=wanted)
 
     async def _run_trainer(
@@ -205,6 +206,7 @@ class Attempt:
         """Finds the model and trains. Returns the adapter, or how the attempt ended without one."""
         job, stop, settings = self._job, self._stop, self._with.settings
         model = await _until_stopped(self._find_model(row.hyperparameters.base_model, reporter), stop)
+        await _until_stopped(check_deliveries(job, model.name, row.hyperparameters, settings, reporter), stop)
         adapter_bytes = await asyncio.to_thread(expected_adapter_bytes, model.path, row.hyperparameters)
         await _until_stopped(self._with.storage.check(adapter_bytes), stop)
 

@@ -7,11 +7,21 @@ import json
 import sys
 from dataclasses import asdict
 from typing import Any
+from uuid import UUID
 
 from daemon.errors import JobDelayed, JobError, JobFailed
 from daemon.network.hub_process import hub_environment
 from daemon.serving.hub_upload import Push
+from daemon.serving_settings import EVERYBODY
+from daemon.settings import Settings
 from training.events import ErrorCode
+
+
+def hub_token(settings: Settings, user_id: UUID) -> str | None:
+    """Returns the token for jobs of this user: his own, else the one for everybody (`*`)."""
+    tokens = dict(settings.hub_tokens)
+    found = tokens.get(str(user_id)) or tokens.get(EVERYBODY)
+    return None if found is None else found.get_secret_value()
 
 
 async def push_adapter(push: Push) -> dict[str, Any]:

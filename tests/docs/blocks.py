@@ -26,6 +26,8 @@ ELSEWHERE = {
     ("docs/for-app-developers.md", "json"): "tests/docs/test_for_app_developers.py",
     ("docs/for-app-developers.md", "python"): "tests/docs/test_for_app_developers.py",
     ("docs/how-to/compare.md", "sh"): "tests/cli/test_compare.py",
+    ("docs/how-to/deploy.md", "sh"): "tests/docs/test_deploy.py",
+    ("docs/how-to/deploy.md", "sql"): "tests/docs/test_deploy.py",
     ("docs/how-to/fronts.md", "sh"): "tests/fronts/test_page.py",
     ("docs/how-to/fronts.md", "sql"): "tests/fronts/test_page.py",
     ("docs/how-to/restoring.md", "sh"): "tests/docs/test_restoring.py",

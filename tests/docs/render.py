@@ -217,10 +217,11 @@ def variable_of(setting: str) -> str:
 
 
 def _groups(model: type[BaseModel]) -> dict[str, list[str]]:
-    """The fields under each comment that heads a group of them in the class."""
+    """The fields under each comment that heads a group of them in the class, or in one that it is made from."""
     groups: dict[str, list[str]] = {}
     heading = ""
-    for line in inspect.getsource(model).splitlines():
+    ours = [each for each in model.mro() if issubclass(each, BaseModel) and each.__module__.startswith("daemon.")]
+    for line in (line for each in ours for line in inspect.getsource(each).splitlines()):
         if comment := re.match(r" {4}# (.+)\.$", line):
             heading = comment[1]
         elif (field := re.match(r" {4}(\w+): ", line)) and field[1] in model.model_fields:

@@ -8,12 +8,15 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 
-from daemon.errors import JobDelayed, JobFailed
+from daemon.errors import HostUnfit, JobDelayed, JobFailed
+from daemon.read_settings import load_settings, secrets_of
 from daemon.serving.hub_upload import MARKER, Push, upload
-from daemon.serving.push import push_adapter, result_of
+from daemon.serving.push import hub_token, push_adapter, result_of
+from daemon.settings import Settings
 from tests.doubles.hub_uploads import Fault, HubUploads
 
 TOKEN = "hf_token-of-acme"
@@ -195,3 +198,20 @@ async def test_a_hub_that_cannot_be_reached_is_away(
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(JobDelayed):
         await push_adapter(order())
+
+
+def test_a_user_has_his_own_token_or_everybodys() -> None:
+    one, other = UUID(int=1), UUID(int=2)
+    settings = Settings(database_url="postgresql://u:p@h/d", hub_tokens=f"{one}=hf_one, *=hf_all")
+    assert (hub_token(settings, one), hub_token(settings, other)) == ("hf_one", "hf_all")
+    assert {"hf_one", "hf_all"} <= set(secrets_of(settings)), "no output may contain them"
+    settings = Settings(database_url="postgresql://u:p@h/d", hub_tokens=f"{one}=hf_one")
+    assert hub_token(settings, other) is None
+
+
+@pytest.mark.parametrize("given", ["hf_secret", "hf_secret,*=hf_other", "bob=hf_secret", "*=hf_secret,*=hf_secret"])
+def test_a_wrong_list_of_tokens_is_refused_without_quoting_it(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAINER_HUB_TOKENS", given)
+    with pytest.raises(HostUnfit, match="TRAINER_HUB_TOKENS") as refused:
+        load_settings(database_url="postgresql://u:p@h/d")
+    assert "secret" not in str(refused.value) and "other" not in str(refused.value)

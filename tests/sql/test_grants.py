@@ -29,6 +29,7 @@ MATRIX: dict[str, dict[str, str]] = {
     "training_workers": {"authenticated": "(r)", "service_role": "r", "training_daemon": "riu"},
     "training_callbacks": {"authenticated": "(r)", "service_role": "r", "training_daemon": "riud"},
     "training_deliveries": {"authenticated": "(r)", "service_role": "r", "training_daemon": "riu"},
+    "training_served_names": {"service_role": "r", "training_daemon": "riu"},
     "training_uploads": {"service_role": "r", "training_daemon": "riud"},
 }
 VERBS = {"r": "SELECT", "i": "INSERT", "u": "UPDATE", "d": "DELETE"}

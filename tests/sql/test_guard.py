@@ -160,6 +160,7 @@ def test_a_job_is_never_without_a_state(shared: AppDatabase, people: dict[str, U
 SERVER_OWNED = (
     "progress = 50", "current_stage = 'x'", "current_cost = 0", "lease_epoch = 9", "attempt = 0", "due = true",
     "lease_token = gen_random_uuid()", "trained_with = '{}'", "base_model = 'x'",
+    "deployed_at = now()", "deployed_as = 'x'", "deployment_note = 'x'",
     "held = true", "error_message = 'x'", "adapter_path = 'x'", "queued_at = now()", "retry_count = 5",
     "external_job_id = 'x'", "need_gpus = 4", "result = '{}'", "last_progress_at = now()",
     "user_id = gen_random_uuid()",
@@ -270,6 +271,7 @@ def test_what_the_server_owns_is_reset_at_the_insert(database: AppDatabase) -> N
         "adapter_path": "x", "error_message": "x", "external_job_id": "x", "due": False, "held": True,
         "priority": 1000, "max_attempts": 100, "queued_at": "2001-01-01", "started_at": "2001-01-01",
         "need_gpus": 0, "result": {"x": 1}, "base_model": "x", "trained_with": {"first_step_at": "x"},
+        "deployed_at": "2001-01-01", "deployed_as": "x", "deployment_note": "x",
     }  # fmt: skip
     with database.acting("authenticated", user) as owner:
         text, values = insert_statement("training_jobs", app_job(user, dataset) | wishes)
@@ -282,6 +284,7 @@ def test_what_the_server_owns_is_reset_at_the_insert(database: AppDatabase) -> N
         None,
     ) * 5
     assert row["trained_with"] is None
+    assert (row["deployed_at"], row["deployed_as"], row["deployment_note"]) == (None,) * 3
     assert row["base_model"] == row["hyperparameters"].get("base_model")
     assert row["due"] and not row["held"] and row["need_gpus"] == 1 and row["started_at"] is None
     assert row["queued_at"].year > 2001

@@ -53,7 +53,8 @@ training_jobs (queued)
                                                error_message, error_stack, retry_count, due, held, need_gpus,
                                                need_gpu_memory_gb, need_gpu_type, base_model, attempt,
                                                last_progress_at, error_code, error_hint, adapter_path,
-                                               adapter_sha256, adapter_bytes, result, trained_with
+                                               adapter_sha256, adapter_bytes, result, trained_with,
+                                               deployed_at, deployed_as, deployment_note
   .        .        ri       riu      riu      total_epochs, total_steps, estimated_total_cost, callback_url,
                                                run_after
   .        .        r(i)     r(i)     r(i)     external_job_id, created_at, lease_epoch, lease_token
@@ -73,7 +74,7 @@ training_jobs (running)
                                                need_gpus, need_gpu_memory_gb, need_gpu_type, base_model,
                                                attempt, last_progress_at, error_code, error_hint,
                                                adapter_path, adapter_sha256, adapter_bytes, result,
-                                               trained_with
+                                               trained_with, deployed_at, deployed_as, deployment_note
   .        .        r        ru       ru       total_epochs, total_steps, estimated_total_cost, callback_url
   .        .        r        ru       r        artifact_id, updated_at, max_attempts, max_cost, deadline_at
 
@@ -89,7 +90,7 @@ training_jobs (completed)
                                                need_gpus, need_gpu_memory_gb, need_gpu_type, base_model,
                                                attempt, last_progress_at, error_code, error_hint,
                                                adapter_path, adapter_sha256, adapter_bytes, result,
-                                               trained_with
+                                               trained_with, deployed_at, deployed_as, deployment_note
   .        .        r        ru       ru       total_epochs, total_steps, estimated_total_cost, callback_url
   .        .        r        ru       r        artifact_id, updated_at, max_attempts, max_cost, deadline_at
 
@@ -106,7 +107,7 @@ training_jobs (cancelled)
                                                need_gpus, need_gpu_memory_gb, need_gpu_type, base_model,
                                                attempt, last_progress_at, error_code, error_hint,
                                                adapter_path, adapter_sha256, adapter_bytes, result,
-                                               trained_with
+                                               trained_with, deployed_at, deployed_as, deployment_note
   .        .        r        ru       ru       total_epochs, total_steps, estimated_total_cost, callback_url
   .        .        r(u)     r(u)     ru       completed_at, final_cost
   .        .        r        ru       r        artifact_id, updated_at, max_attempts, max_cost, deadline_at
@@ -121,8 +122,8 @@ model_artifacts
   .        .        (d)      (d)      .        (the row)
   .        .        r        ri(u)    ri       id
   .        .        r        riu      ri       user_id, job_id, dataset_id, parent_model_id, created_at
-  .        .        ru       riu      riu      name, updated_at
-  .        .        ru       riu      ri       version, description, status, deployed_at, deleted_at
+  .        .        ru       riu      riu      name, status, deployed_at, updated_at
+  .        .        ru       riu      ri       version, description, deleted_at
   .        .        r        riu      riu      quality_metrics, training_summary, configuration, artifacts
 
 cost_records
@@ -174,6 +175,11 @@ training_uploads
   .        .        .        .        d        (the row)
   .        .        .        r        riu      job_id, epoch, kind, step, storage, bucket, objects,
                                                manifest_sha256, bytes, noted_at
+
+training_served_names
+  .        .        .        .        .        (the row)
+  .        .        .        r        riu      endpoint, name, user_id, job_id, completed_at, superseded,
+                                               taken_at
 
 training_fleet_decisions
   .        .        .        .        .        (the row)
@@ -303,6 +309,12 @@ async def build(store: SqlJobStore, database: AppDatabase) -> tuple[World, Jobs]
         (jobs.running,),
     )
 
+    database.run(
+        "INSERT INTO training_served_names (endpoint, name, user_id, job_id, completed_at) "
+        "VALUES ('e', 'n', %s, %s, now())",
+        (owner, jobs.completed),
+    )
+
     def one_id(statement: str, *values: Any) -> Any:
         return database.one(statement, values)["id"]
 
@@ -365,6 +377,8 @@ async def build(store: SqlJobStore, database: AppDatabase) -> tuple[World, Jobs]
         Target("training_uploads", "training_uploads", {"job_id": jobs.running},
                {"job_id": jobs.failed, "epoch": 1, "kind": "adapter", "storage": "s", "bucket": "lora-models",
                 "objects": ["a"]}),
+        Target("training_served_names", "training_served_names", {"job_id": jobs.completed},
+               {"endpoint": "e", "name": "other", "user_id": owner, "job_id": jobs.failed, "completed_at": LATER}),
         Target("training_fleet_decisions", "training_fleet_decisions",
                {"id": one_id("SELECT id FROM training_fleet_decisions LIMIT 1")},
                {"at": LATER, "decision": "wait", "reason": "r"}),
@@ -393,6 +407,7 @@ async def build(store: SqlJobStore, database: AppDatabase) -> tuple[World, Jobs]
         "training_deliveries.kind": "gguf",
         "training_deliveries.state": "failed",
         "training_uploads.kind": "checkpoint",
+        "superseded": [jobs.failed],
         "sequence": 9_999,
         "pod_row": one_id("SELECT id FROM training_pods WHERE slot = 2"),
         "slot": 9,

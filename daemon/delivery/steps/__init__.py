@@ -14,7 +14,7 @@ from typing import Any
 
 from daemon.delivery.context import DeliveryContext
 from daemon.delivery.delivery import Delivery
-from daemon.delivery.steps import gguf, merged, transformers4
+from daemon.delivery.steps import endpoint, gguf, hub, merged, transformers4
 from daemon.queue.outcome import DeliveryKind
 from daemon.settings import Settings
 
@@ -29,6 +29,8 @@ STEPS: Mapping[DeliveryKind, Step] = {
     "merged": Step(merged.deliver, merged.lacks),
     "gguf": Step(gguf.deliver, gguf.lacks),
     "transformers4": Step(transformers4.deliver, transformers4.lacks),
+    "hub": Step(hub.deliver, hub.lacks),
+    "endpoint": Step(endpoint.deliver, endpoint.lacks),
 }
 
 

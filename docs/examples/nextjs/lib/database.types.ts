@@ -744,6 +744,9 @@ export type Database = {
           dataset_id: string
           dataset_url: string | null
           deadline_at: string | null
+          deployed_as: string | null
+          deployed_at: string | null
+          deployment_note: string | null
           due: boolean
           error_code: string | null
           error_hint: string | null
@@ -802,6 +805,9 @@ export type Database = {
           dataset_id: string
           dataset_url?: string | null
           deadline_at?: string | null
+          deployed_as?: string | null
+          deployed_at?: string | null
+          deployment_note?: string | null
           due?: boolean
           error_code?: string | null
           error_hint?: string | null
@@ -857,6 +863,9 @@ export type Database = {
           dataset_id?: string
           dataset_url?: string | null
           deadline_at?: string | null
+          deployed_as?: string | null
+          deployed_at?: string | null
+          deployment_note?: string | null
           due?: boolean
           error_code?: string | null
           error_hint?: string | null
@@ -1024,6 +1033,66 @@ export type Database = {
           slot?: number
         }
         Relationships: []
+      }
+      training_served_names: {
+        Row: {
+          completed_at: string
+          endpoint: string
+          job_id: string
+          name: string
+          superseded: string[]
+          taken_at: string
+          user_id: string
+        }
+        ComputedFields: never
+        Insert: {
+          completed_at: string
+          endpoint: string
+          job_id: string
+          name: string
+          superseded?: string[]
+          taken_at?: string
+          user_id: string
+        }
+        Update: {
+          completed_at?: string
+          endpoint?: string
+          job_id?: string
+          name?: string
+          superseded?: string[]
+          taken_at?: string
+          user_id?: string
+        }
+        Relationships: [
+          {
+            foreignKeyName: 'training_served_names_job_id_fkey'
+            columns: ['job_id']
+            isOneToOne: false
+            referencedRelation: 'training_job_status'
+            referencedColumns: ['job_id']
+          },
+          {
+            foreignKeyName: 'training_served_names_job_id_fkey'
+            columns: ['job_id']
+            isOneToOne: false
+            referencedRelation: 'training_jobs'
+            referencedColumns: ['id']
+          },
+          {
+            foreignKeyName: 'training_served_names_job_id_fkey'
+            columns: ['job_id']
+            isOneToOne: false
+            referencedRelation: 'training_orphans'
+            referencedColumns: ['job_id']
+          },
+          {
+            foreignKeyName: 'training_served_names_job_id_fkey'
+            columns: ['job_id']
+            isOneToOne: false
+            referencedRelation: 'training_queue'
+            referencedColumns: ['job_id']
+          },
+        ]
       }
       training_uploads: {
         Row: {
