@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.training.adapter.readers_page import PAGE, written
 from training.adapter.readers import peft_floor
 
 
@@ -19,3 +20,8 @@ from training.adapter.readers import peft_floor
 )
 def test_the_floor_of_peft_is_that_of_the_newest_key_in_use(config: dict[str, object], floor: str) -> None:
     assert peft_floor(config) == floor
+
+
+def test_the_page_has_the_table_that_is_tested() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == written(page), "run `python -m tests.training.adapter.readers_page`"
