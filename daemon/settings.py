@@ -224,6 +224,10 @@ class Settings(ServingSettings):
         description="`host` or `host:port`, separated by commas: these may have private addresses or use plain http",
     )
 
+    judge_key: SecretStr | None = Field(
+        default=None, description="key that `compare --judge` sends to the endpoint of the judge"
+    )
+
     # The HTTP gateway.
     gateway_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         default=(), description="bearer keys for callers of `serve`, separated by commas, at least 16 characters each"

@@ -19,6 +19,9 @@ def show_comparison(comparison: Comparison) -> None:
     for number, prompt in enumerate(comparison.prompts, start=1):
         _show_prompt(comparison, number, prompt)
     _show_losses(comparison)
+    for judged in comparison.judged:
+        pair = " and ".join(map(plain, judged["pair"]))
+        screen.print(Text.assemble((f"judge {plain(judged['judge'])}, {pair}: ", "dim"), plain(judged["words"])))
     options = comparison.options
     how = "greedily" if not options["temperature"] else f"at temperature {options['temperature']:g}"
     bits = "4 bits" if options["quantize"] else "its own precision"

@@ -74,6 +74,8 @@ class Comparison:
     prompts: list[Prompt] = field(default_factory=list)
     sets: list[HeldOut] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    # What a judge said, as `daemon.comparison.judge` tells it; empty without one.
+    judged: list[dict[str, Any]] = field(default_factory=list)
 
     def take(self, said: Mapping[str, Any]) -> None:
         """Takes one line of the process that answers."""
@@ -130,6 +132,7 @@ class Comparison:
             "options": dict(self.options),
             "held_out": sets,
             "notes": self.notes,
+            "judged": self.judged,
         }
         return [head, *(self._line(number, prompt) for number, prompt in enumerate(self.prompts, start=1))]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shlex
 import shutil
@@ -12,15 +13,16 @@ from uuid import UUID
 
 import pytest
 
-from tests.cli.command import CommandLine
+from tests.cli.command import CommandLine, Said
 from tests.daemon_process import REAL
 from tests.database_pool import DatabasePool
 from tests.docs.blocks import blocks
+from tests.doubles.chat_completions import KEY, MODEL, ChatCompletions
 from tests.lifecycle.queue import Queue
 from tests.postgres import Server
 from tests.tiny_models import conversation, make_model
 
-MODEL = "acme/tiny"
+BASE = "acme/tiny"
 pytestmark = [pytest.mark.timeout(420), pytest.mark.together]
 
 
@@ -46,11 +48,11 @@ def trained(
 
 
 def train(queue: Queue, folder: Path) -> Trained:
-    make_model(folder / "models" / MODEL, "qwen3")
+    make_model(folder / "models" / BASE, "qwen3")
     lines = [json.dumps(conversation(number)) for number in range(16)]
     slow, quick = (
         queue.insert(
-            lines=lines, hyperparameters={"base_model": MODEL, "num_epochs": 1, "lora_rank": 4, "learning_rate": rate}
+            lines=lines, hyperparameters={"base_model": BASE, "num_epochs": 1, "lora_rank": 4, "learning_rate": rate}
         )
         for rate in (1e-6, 2e-2)
     )
@@ -83,10 +85,12 @@ def test_jobs_answer_held_out_prompts_and_lose_what_their_rows_say(trained: Trai
     assert len(prompts) == common["conversations"] >= 1
     assert prompts[0]["reference"].startswith("The ")
     assert [answer["who"] for answer in prompts[0]["answers"]] == ["base", slow, quick]
-    row = trained.queue.select("SELECT * FROM training_comparisons")[0]
-    assert (str(row["id"]), row["user_id"]) == (head["id"], trained.queue.user_id)
+    row = trained.queue.select("SELECT * FROM training_comparisons WHERE id = %s", head["id"])[0]
+    assert row["user_id"] == trained.queue.user_id
     assert [contestant["job_id"] for contestant in row["contestants"]] == [None, str(trained.slow), str(trained.quick)]
-    kept = trained.queue.select("SELECT answers FROM training_comparison_answers ORDER BY number")
+    kept = trained.queue.select(
+        "SELECT answers FROM training_comparison_answers WHERE comparison_id = %s ORDER BY number", head["id"]
+    )
     assert [answer["text"] for answer in kept[0]["answers"]] == [said["text"] for said in prompts[0]["answers"]]
 
 
@@ -135,6 +139,32 @@ def test_folders_need_no_database_and_wrong_words_are_said_at_once(trained: Trai
 
 
 @pytest.mark.system
+async def test_a_judge_is_asked_and_its_verdicts_are_kept_apart(trained: Trained) -> None:
+    def judge(first: str, second: str, _all: str) -> str:
+        # A preference of its own, whatever the tiny models said.
+        return f"VERDICT: {'A' if first < second else 'B'}"
+
+    async with ChatCompletions(judge) as api:
+        words = ["compare", trained.slow, trained.quick, "--max-tokens", 6, "--json", "--judge", api.base]
+
+        def run(model: str) -> Said:
+            return trained.cli.run(*words, "--judge-model", model, TRAINER_JUDGE_KEY=KEY)
+
+        said = await asyncio.to_thread(run, MODEL)
+        refused = await asyncio.to_thread(run, "nobody")
+    assert said.status == 0 and KEY not in said.out + said.err
+    head = said.lines[0]
+    pairs = head["prompts"] * 3
+    assert sum(sum(judged["votes"].values()) for judged in head["judged"]) == pairs and len(api.requests) == 2 * pairs
+    kept = trained.queue.select("SELECT kind, voter FROM training_votes WHERE comparison_id = %s", head["id"])
+    assert [(row["kind"], row["voter"]) for row in kept] == [("judge", MODEL)] * pairs
+    # What was answered is shown and kept, whatever the judge does.
+    assert refused.status == 1 and "The model `nobody` does not exist" in refused.err
+    assert refused.lines[0]["judged"] == [] and len(refused.lines) == 1 + head["prompts"]
+    assert "was not asked about all pairs" in refused.lines[0]["notes"][0]
+
+
+@pytest.mark.system
 def test_the_commands_of_the_page_run(trained: Trained) -> None:
     """The page's own commands; answers are short, since a tiny model never ends one."""
     asked = [block.text for block in blocks() if (block.page, block.language) == ("docs/how-to/compare.md", "sh")]
@@ -161,6 +191,9 @@ def test_wrong_words_are_said_at_once(tmp_path: Path) -> None:
         (("mine", "another", "-p", prompts), "of different base models"),
         (("mine", "mine", "-p", prompts), "named twice"),
         (("nowhere!", "-p", prompts), "neither an adapter's folder nor a job's id"),
+        (("mine", "-p", prompts, "--judge", "api.example.com", "--judge-model", "m"), "is no http address"),
+        (("mine", "-p", prompts, "--judge", "https://a"), "has no model"),
+        (("mine", "-p", prompts, "--rubric", "Be kind."), "There is no judge"),
         (("mine", "-p", "absent.txt"), "There is no file absent.txt"),
     ):
         failed = cli.run("compare", *words)

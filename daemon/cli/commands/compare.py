@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from uuid import UUID
 
     from daemon.cli.data.contestants import Entry
+    from daemon.comparison.record import Verdict
     from daemon.comparison.results import Comparison
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON: one object about all of it, then one per prompt.")]
@@ -43,16 +45,24 @@ def compare(
         bool | None,
         typer.Option(help="The base model in 4 bits, as jobs train it; default: on a GPU, not on a CPU."),
     ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="An OpenAI-compatible API whose model judges each pair of answers."),
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="The judge's model; its key is TRAINER_JUDGE_KEY.")] = None,
+    rubric: Annotated[str | None, typer.Option(help="What the judge shall prefer: a text, or a file.")] = None,
     store: Annotated[
         bool, typer.Option(help="Keep a comparison of jobs in the database, for the dashboard and for votes.")
     ] = True,
     as_json: AsJson = False,
 ) -> None:
     """Ask a base model and adapters of it the same prompts, side by side, and measure their loss on held-out data."""
+    from daemon.cli.commands.judging import ask_judge, check_judge
     from daemon.cli.comparison_screen import show_comparison
-    from daemon.cli.errors import Misused
+    from daemon.cli.errors import CommandFailed, Misused
     from daemon.terminal.console import print_json, say
 
+    check_judge(judge, judge_model, rubric)
     for file in (prompts, held_out):
         if file is not None and not file.is_file():
             raise Misused(f"there is no file {file}")
@@ -61,14 +71,17 @@ def compare(
         request |= {"most_prompts": most, "max_new_tokens": max_tokens, "temperature": temperature, "seed": seed}
         request["quantize"] = request["device"] == "cuda" if quantize is None else quantize
         comparison = _run(entries, request, notes)
-    kept = _store(comparison, entries) if store else None
+    judgement = ask_judge(comparison, judge, judge_model, rubric) if judge and judge_model else None
+    kept = _store(comparison, entries, judgement.verdicts if judgement else ()) if store else None
     if as_json:
         for line in comparison.as_lines():
             print_json({"id": kept, **line} if line["kind"] == "comparison" else line)
-        return
-    show_comparison(comparison)
-    if kept is not None:
-        say(f"kept as {kept}; the dashboard shows it, and takes blind votes")
+    else:
+        show_comparison(comparison)
+        if kept is not None:
+            say(f"kept as {kept}; the dashboard shows it, and takes blind votes")
+    if judgement is not None and judgement.failure is not None:
+        raise CommandFailed(judgement.failure, "the answers are complete; ask the judge again later")
 
 
 def _prepare(
@@ -176,7 +189,7 @@ def _run(entries: list[Entry], request: dict[str, Any], notes: list[str]) -> Com
     return comparison
 
 
-def _store(comparison: Comparison, entries: list[Entry]) -> UUID | None:
+def _store(comparison: Comparison, entries: list[Entry], verdicts: Sequence[Verdict]) -> UUID | None:
     """Keeps a comparison of one user's jobs. What cannot be kept is said and shown all the same."""
     from daemon.cli.data.connection import open_database
     from daemon.comparison.record import parameters
@@ -193,7 +206,7 @@ def _store(comparison: Comparison, entries: list[Entry]) -> UUID | None:
     try:
         with open_database() as connection:
             row = connection.execute(
-                statement("record_comparison").encode(), parameters(comparison, next(iter(owners)))
+                statement("record_comparison").encode(), parameters(comparison, next(iter(owners)), verdicts)
             ).fetchone()
     except TrainerError as error:
         say_aside(f"not kept in the database: {error}")
