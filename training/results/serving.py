@@ -95,6 +95,7 @@ class Serving:
             "lora_modules": list(self.modules),
             "chat_template": TEMPLATE_FILE if self.brings_template else None,
             "chat_template_kwargs": dict(self.thinking.options),
+            "answers_at_once": self.thinking.answers_at_once,
             "answers_end_a_thought": self.thinking.opens_thought,
             "vllm": {
                 "max_lora_rank": self.max_lora_rank,
