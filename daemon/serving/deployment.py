@@ -10,8 +10,8 @@ import asyncio
 import contextlib
 import json
 import shutil
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import UUID
@@ -62,6 +62,7 @@ class Order:
     repository: str | None = None
     name: str | None = None
     take_name: Callable[[str, str], Awaitable[Taken]] | None = None
+    template_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 async def deploy(order: Order, adapter: Path | None, settings: Settings) -> dict[str, Any]:
@@ -94,6 +95,9 @@ class _Visit:
             await self._load(model, path)
         prompt, answer = await self._prove(base, model)
         result: dict[str, Any] = {"model": model}
+        if order.template_options:
+            # A request that leaves them out is answered after a prompt that the adapter was not trained on.
+            result["chat_template_kwargs"] = dict(order.template_options)
         if order.name is not None:
             result |= await self._give_name(order.name, model, path)
         return result | {
@@ -158,7 +162,8 @@ class _Visit:
     async def _ask(self, model: str, prompt: str) -> Answer:
         # A server that finds adapters by itself knows this one a moment later.
         return await self._tried(
-            lambda: self._endpoint.answer(model, prompt), lambda error: error.may_pass or error.status == 404
+            lambda: self._endpoint.answer(model, prompt, self._order.template_options),
+            lambda error: error.may_pass or error.status == 404,
         )
 
     async def _give_name(self, name: str, model: str, path: str) -> dict[str, Any]:

@@ -118,15 +118,18 @@ class Endpoint(AbstractAsyncContextManager["Endpoint"]):
             raise
         return True
 
-    async def answer(self, model: str, prompt: str) -> Answer:
-        """Asks a model a prompt, greedily. The first way that the endpoint takes is kept for the next ones."""
+    async def answer(self, model: str, prompt: str, template_options: Mapping[str, Any]) -> Answer:
+        """Asks a model a prompt, greedily. The first way that the endpoint takes is kept for the next ones.
+
+        `template_options`: what the chat template is given, as in the adapter's training."""
+        ways = _ways(model, prompt, template_options)
         while True:
-            path, body = _ways(model, prompt)[self._way]
+            path, body = ways[self._way]
             try:
                 return _read_answer(await self._ask("POST", path, body, ANSWER_SECONDS))
             except EndpointError as error:
                 # A base model without a chat template, or a server that tells no probabilities.
-                if error.status not in (400, 422, 501) or self._way + 1 == len(_ways(model, prompt)):
+                if error.status not in (400, 422, 501) or self._way + 1 == len(ways):
                     raise
                 self._way += 1
 
@@ -171,10 +174,12 @@ class Endpoint(AbstractAsyncContextManager["Endpoint"]):
         return f"it answered HTTP {status}: {words}"
 
 
-def _ways(model: str, prompt: str) -> list[tuple[str, dict[str, Any]]]:
+def _ways(model: str, prompt: str, template_options: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """The ways to ask, the best first: as a chat is trained, with probabilities; without; and without a template."""
     common = {"model": model, "max_tokens": ANSWER_TOKENS, "temperature": 0}
     chat = {**common, "messages": [{"role": "user", "content": prompt}]}
+    if template_options:
+        chat["chat_template_kwargs"] = dict(template_options)
     plain = {**common, "prompt": prompt}
     return [
         ("/v1/chat/completions", {**chat, "logprobs": True}),

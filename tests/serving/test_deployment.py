@@ -76,6 +76,18 @@ async def test_an_adapter_is_put_into_the_folder_told_and_asked_until_it_answers
     assert endpoint.paths.count("/v1/load_lora_adapter") == loads
 
 
+async def test_it_is_asked_as_it_was_trained(endpoint: EndpointDouble, settings: Settings, adapter: Make) -> None:
+    told = {"enable_thinking": False}
+    result = await deploy(replace(ORDER, template_options=told), adapter(), settings)
+    assert result["chat_template_kwargs"] == told
+    chats = [body for path, body in endpoint.asked if path == "/v1/chat/completions"]
+    assert chats and all(body["chat_template_kwargs"] == told for body in chats)
+    # Of servers that know no such key, none is asked for it without need.
+    endpoint.asked.clear()
+    assert "chat_template_kwargs" not in await deploy(ORDER, adapter("two"), settings)
+    assert not [body for _, body in endpoint.asked if body and "chat_template_kwargs" in body]
+
+
 async def test_a_base_model_is_known_by_its_name_or_its_folder(settings: Settings, endpoint: EndpointDouble) -> None:
     asked = Hyperparameters()
     roots = [BASE, f"/models/{BASE}", f"/cache/hub/models--{BASE.replace('/', '--')}/snapshots/0123", f"/x/{BASE}/"]

@@ -13,6 +13,7 @@ from daemon.errors import JobDelayed, JobFailed
 from daemon.serving.deployment import MOST_PROMPTS, Order, Taken, deploy, read_adapter
 from daemon.settings import Settings
 from training.events import ErrorCode
+from training.files.template_options import template_options
 from training.spec import SpecInvalid, parse_row
 
 
@@ -37,6 +38,7 @@ async def deliver(delivery: Delivery, context: DeliveryContext) -> dict[str, Any
     known = await _read(context, delivery, repository)
     if context.settings.endpoint_dir is None and repository is not None:
         _check_push(repository, known["hub_state"])
+    options = await asyncio.to_thread(template_options, folder)
     order = Order(
         job_id=delivery.job_id,
         base_model=delivery.model_name or "",
@@ -46,6 +48,7 @@ async def deliver(delivery: Delivery, context: DeliveryContext) -> dict[str, Any
         repository=repository,
         name=delivery.target or None,
         take_name=partial(_take_name, context, delivery),
+        template_options=options or {},
     )
     return await deploy(order, folder, context.settings)
 
