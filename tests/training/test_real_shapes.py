@@ -29,6 +29,8 @@ from tests.real_shapes import (
 )
 from tests.training.conftest import RecordedEvents
 from training.adapter.lora import attach_adapter, trainable_parameters
+from training.adapter.openable_config import openable_config
+from training.adapter.readers import peft_floor
 from training.base.architecture import architecture_of
 from training.base.rehearsal import rehearse_loading
 from training.data.chat_template import ChatTemplate
@@ -76,6 +78,21 @@ TARGETS = {
     "openai/gpt-oss-20b": _ATTENTION,
     # Not kv_b_proj, which servers of latent attention multiply into other weights.
     "deepseek-ai/DeepSeek-V3": {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"} | _FEED_FORWARD,
+}
+READ_BY = ("target_modules", "target_parameters")
+# The parts beside experts that have layers of the same names.
+BESIDE_EXPERTS = {
+    "Qwen/Qwen3-Next-80B-A3B-Instruct": ("shared_expert",),
+    "Qwen/Qwen3.5-397B-A17B": ("shared_expert",),
+    "deepseek-ai/DeepSeek-V3": ("mlp", "shared_experts"),
+    "zai-org/GLM-4.5-Air": ("mlp", "shared_experts"),
+}
+# The oldest PEFT. A pattern keeps Gemma's vision tower out.
+READABLE_FROM = {
+    "Qwen/Qwen3-Next-80B-A3B-Instruct": "0.17",
+    "deepseek-ai/DeepSeek-V3": "0.17",
+    "zai-org/GLM-4.5-Air": "0.17",
+    "google/gemma-3-12b-it": "0.14",
 }
 # Matrices that stay in 16 bits, by the end of their names: embeddings and heads; routers; what decides how much a layer
 # remembers; convolutions; biases and the like, one row for each expert. Of what sees, whatever is no linear layer.
@@ -230,6 +247,13 @@ def test_the_adapter_is_on_the_language_model_and_as_large_as_its_headers_say(na
     assert adapter_parameters(open_model_folder(found.folder, name).tensors(), found.spec.hyperparameters) == count
     # What the daemon asks Storage for, before a training: four bytes a number, and what lies beside them.
     assert expected_adapter_bytes(found.folder, found.spec.hyperparameters) == 4 * count + BESIDE_BYTES
+    # What its readers are told: where names of the feed-forward are also those of the experts, more of the path.
+    written = openable_config(adapted, name, None)
+    named = {target.removesuffix(".weight") for key in READ_BY for target in written.get(key) or ()}
+    taken = set(config.target_modules)
+    beside = {f"{part}.{last}" for part in BESIDE_EXPERTS.get(name, ()) for last in taken & _FEED_FORWARD}
+    assert named == (beside | (taken - _FEED_FORWARD) if beside else taken)
+    assert peft_floor(written) == READABLE_FROM.get(name, "0.12")
 
 
 @pytest.mark.system

@@ -28,6 +28,7 @@ _TOKENIZER_CONFIG = "tokenizer_config.json"
 _MANIFEST = "manifest.json"
 _FLOORS = re.compile(r'"peft>=[^"]*" "transformers>=[^"]*"')
 _READERS = '"peft>=0.12,<0.19" "transformers>=4.57,<5"'
+_REFUSED_BY_LATER_ONES = 0.05
 # What a later PEFT writes for an option that is not used.
 _UNUSED: tuple[Any, ...] = (None, False, [], {}, "")
 
@@ -82,6 +83,9 @@ def _config(config: dict[str, Any], modules: list[str]) -> dict[str, Any]:
         # What is in the file is what was trained: `mlp.shared_expert.up_proj` ends no path of a routed expert.
         written["target_modules"] = sorted({_in_block(module) for module in modules})
         written.pop("exclude_modules", None)
+        # A later PEFT with transformers 5 would take the shared expert's names for the routed experts', open half of
+        # the adapter and say nothing. It knows no dropout there, and raises. Opened for inference, there is none.
+        written["lora_dropout"] = _REFUSED_BY_LATER_ONES
     alpha = written.get("lora_alpha")
     if isinstance(alpha, float) and alpha.is_integer():
         written["lora_alpha"] = int(alpha)

@@ -20,6 +20,8 @@ FAMILIES = {
     "mixtral": "Mixtral",
     "qwen3_next": "Qwen3-Next",
 }
+# The same adapter, as `export JOB --transformers4` writes it.
+FOR_TRANSFORMERS_4 = "qwen3_next_for_transformers_4"
 # With transformers 4.57. The versions where what is read changed, and that with which most servers were built.
 OLD_PEFTS = ("0.12.0", "0.16.0", "0.17.0", "0.18.1")
 YES, RAISES = "yes", "raises"
@@ -36,6 +38,8 @@ def rows() -> list[str]:
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for family, name in FAMILIES.items():
         lines.append(f"| {' | '.join((name, *(cell(family, peft) for peft in OLD_PEFTS), YES, YES, YES))} |")
+    rewritten = [cell(FOR_TRANSFORMERS_4, peft) for peft in OLD_PEFTS]
+    lines.append(f"| {' | '.join(('Qwen3-Next, `--transformers4`', *rewritten, RAISES, YES, YES))} |")
     return lines
 
 

@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import training.recipe
 from tests.other_libraries import library, python_path
 from tests.tiny_models import make_model, write_conversations
 from tests.training.adapter import open_with_peft
-from tests.training.adapter.readers_page import FAMILIES, OLD_PEFTS, RAISES, cell
+from tests.training.adapter.readers_page import FAMILIES, FOR_TRANSFORMERS_4, OLD_PEFTS, RAISES, cell
 from tests.training.conftest import train
 from tests.training.export import llama_cpp_reader
 from training.adapter.readers import peft_floor
@@ -33,6 +33,7 @@ from training.distance import distance
 from training.export.gguf_adapter import write_gguf_adapter
 from training.export.gguf_model import write_gguf_model
 from training.export.merge import merge_adapter
+from training.export.transformers4 import write_for_transformers4
 from training.spec import Hyperparameters, JobSpec
 
 pytestmark = [pytest.mark.system, pytest.mark.together]
@@ -113,6 +114,11 @@ def _name_experts_as_published(config: Path) -> None:
         config.write_text(json.dumps({**values, "num_experts": values["num_local_experts"]}))
 
 
+def for_transformers_4(made: Trained, root: Path) -> Trained:
+    assert write_for_transformers4(made.adapter, root / "rewritten")
+    return replace(made, adapter=root / "rewritten")
+
+
 def _logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = model.eval()(input_ids=torch.tensor(open_with_peft.probe())).logits.float()
@@ -130,16 +136,22 @@ def test_current_peft(family: str, trained: TrainedOf) -> None:
     made.assert_same(_logits(model))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_rewritten_for_transformers_4_is_refused_by_current_peft(trained: TrainedOf, tmp_path: Path) -> None:
+    made = for_transformers_4(trained("qwen3_next"), tmp_path)
+    with pytest.raises(ValueError, match="does not work with lora_dropout != 0"):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(made.base), made.adapter)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, FOR_TRANSFORMERS_4])
 def test_merged_and_loaded_again(family: str, trained: TrainedOf, tmp_path: Path) -> None:
-    made = trained(family)
+    made = for_transformers_4(trained("qwen3_next"), tmp_path) if family == FOR_TRANSFORMERS_4 else trained(family)
     merged = merge_adapter(made.base, made.adapter, tmp_path / "merged")
     made.assert_same(_logits(AutoModelForCausalLM.from_pretrained(merged.path, dtype=torch.float32)))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, FOR_TRANSFORMERS_4])
 def test_llama_cpp(family: str, trained: TrainedOf, tmp_path: Path) -> None:
-    made = trained(family)
+    made = for_transformers_4(trained("qwen3_next"), tmp_path) if family == FOR_TRANSFORMERS_4 else trained(family)
     write_gguf_model(made.base, tmp_path / "model.gguf", type_="f32")
     write_gguf_adapter(made.base, made.adapter, tmp_path / "lora.gguf")
     request = {
@@ -174,6 +186,7 @@ def test_llama_cpp(family: str, trained: TrainedOf, tmp_path: Path) -> None:
 def test_an_older_peft_with_transformers_4(peft: str, trained: TrainedOf, tmp_path: Path) -> None:
     """One process for all families: importing takes longer than all of them."""
     made = {family: trained(family) for family in FAMILIES}
+    made[FOR_TRANSFORMERS_4] = for_transformers_4(made["qwen3_next"], tmp_path)
     request = {
         "into": str(tmp_path),
         "adapters": {name: {"base": str(one.base), "adapter": str(one.adapter)} for name, one in made.items()},
