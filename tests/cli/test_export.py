@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 
 from daemon.base_model.files import Marker
 from tests.cli.command import CommandLine
+from tests.docs.blocks import blocks
 from tests.tiny_models import make_model
 
 MODEL = "acme/tiny"
@@ -41,7 +43,18 @@ def test_a_merged_model_is_written_and_reported(cli: CommandLine) -> None:
     assert said["files"].keys() == {path.name for path in merged.iterdir()}
     assert json.loads((merged / "manifest.json").read_text())["base_model"] == MODEL
     again = cli.run("export", "adapter", "--merged", "whole")
-    assert (again.status, "exists already" in again.err) == (1, True)
+    assert (again.status, "exists already" in again.err) == (2, True)
+
+
+def test_the_commands_of_the_page_do_what_it_says(cli: CommandLine) -> None:
+    shown = [block.text for block in blocks() if block.page == "docs/how-to/export.md" and block.language == "sh"]
+    assert len(shown) == 2
+    for text in shown:
+        program, *words = shlex.split(text.replace('"$job"', "adapter"))
+        assert program == "brightrun-trainer"
+        cli.ok(*words)
+    assert (cli.folder / "merged" / "model.safetensors").is_file()
+    assert (cli.folder / "for-transformers-4" / "adapter_config.json").is_file()
 
 
 def test_its_progress_is_shown_to_a_person(cli: CommandLine) -> None:

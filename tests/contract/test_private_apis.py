@@ -47,7 +47,7 @@ IN_USE = {
     # The compiled chat template: the public call takes no clock of ours.
     "_compile_jinja_template": {"training/data/template/rendering.py"},
     # A model without weights, of exactly this class: AutoModelForCausalLM would choose by the configuration.
-    "_from_config": {"training/base/rehearsal.py"},
+    "_from_config": {"training/base/architecture.py"},
     # Keeps transformers from initialising weights that we have put in their place.
     "_is_hf_initialized": {"training/quantization/experts.py"},
     # What an architecture itself keeps in 32 bits.

@@ -28,6 +28,7 @@ ELSEWHERE = {
     ("docs/how-to/compare.md", "sh"): "tests/cli/test_compare.py",
     ("docs/how-to/deploy.md", "sh"): "tests/docs/test_deploy.py",
     ("docs/how-to/deploy.md", "sql"): "tests/docs/test_deploy.py",
+    ("docs/how-to/export.md", "sh"): "tests/cli/test_export.py",
     ("docs/how-to/fronts.md", "sh"): "tests/fronts/test_page.py",
     ("docs/how-to/fronts.md", "sql"): "tests/fronts/test_page.py",
     ("docs/how-to/restoring.md", "sh"): "tests/docs/test_restoring.py",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from training.events import ErrorCode
@@ -32,6 +33,12 @@ class Architecture:
         text = self.config.get_text_config()
         found = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
         return int(found or _UNLIMITED)
+
+    def without_weights(self, **options: Any) -> Any:
+        """Returns the model on the meta device, in bfloat16. Raises what the library raises for a bad config."""
+        # Of exactly this class: AutoModelForCausalLM would choose by the configuration.
+        with torch.device("meta"):
+            return self.model_class._from_config(self.config, dtype=torch.bfloat16, **options)
 
 
 def architecture_of(folder: ModelFolder, name: str) -> Architecture:

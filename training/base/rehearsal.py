@@ -44,8 +44,7 @@ def rehearse_loading(wanted: Wanted, folder: ModelFolder) -> Rehearsal:
     options = {"experts_implementation": EXPERTS_FUNCTION} if wanted.quantize else {}
     if folder.kept_copy is not None or is_packed_on_disk(wanted, folder):
         # Its tensors were all there then. Naming 75,000 of them again would take seconds.
-        with _META:
-            model = architecture.model_class._from_config(architecture.config, dtype=torch.bfloat16, **options)
+        model = architecture.without_weights(**options)
     else:
         model = _load_headers(wanted, folder, architecture, options)
     if wanted.quantize:

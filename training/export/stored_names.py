@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -41,10 +40,7 @@ class StoredNames:
     def __init__(self, folder: ModelFolder, name: str) -> None:
         architecture = architecture_of(folder, name)
         try:
-            with torch.device("meta"):
-                model: PreTrainedModel = architecture.model_class._from_config(
-                    architecture.config, dtype=torch.bfloat16
-                )
+            model: PreTrainedModel = architecture.without_weights()
         except (ValueError, KeyError, ImportError, RuntimeError) as error:
             raise TrainingFailed(
                 ErrorCode.MODEL_UNSUPPORTED,

@@ -60,7 +60,7 @@ class UnfinishedFolder:
             raise TrainingFailed(
                 ErrorCode.INVALID_SPEC,
                 f"the folder {final} cannot be made: {error.strerror or error}",
-                "name a folder in a place that can be written",
+                "name a folder where this user may write",
             ) from error
         with lock:
             _take(lock.fileno(), final)

@@ -34,6 +34,9 @@ def export(
 
     if merged is None and transformers4 is None:
         raise Misused("nothing was asked for", "say what to export: --merged DIR, --transformers4 DIR")
+    for folder in (merged, transformers4):
+        if folder is not None and (folder.exists() or folder.is_symlink()):
+            raise Misused(f"{folder} exists already", "name a new folder")
     adapter = adapter_folder(what)
     results = {}
     if transformers4 is not None:
