@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tests.forked_process import ForkedProcess, forker
-from tests.paths import ROOT, SCRIPTED_DAEMON
+from tests.forked_python import forked_python
+from tests.paths import REAL_DAEMON, ROOT, SCRIPTED_DAEMON
 
 T = TypeVar("T")
 SCRIPTED = (sys.executable, str(SCRIPTED_DAEMON))
 REAL = (sys.executable, "-m", "daemon", "run")
+FORKED_REAL = (sys.executable, str(REAL_DAEMON))
 
 
 class DaemonProcess:
@@ -58,6 +60,8 @@ class DaemonProcess:
             # A whole test run may force one type.
             "TRAINER_COMPUTE_TYPE": os.environ.get("TRAINER_COMPUTE_TYPE", "auto"),
         } | {f"TRAINER_{name.upper()}": str(value) for name, value in settings.items()}
+        if command == FORKED_REAL:
+            self.environment["FORKED_PYTHON"] = str(forked_python())
         self.process: subprocess.Popen[bytes] | ForkedProcess | None = None
 
     def __enter__(self) -> DaemonProcess:

@@ -15,6 +15,7 @@ from typing import Any
 
 from tests.daemon_process import eventually
 from tests.forked_process import PipedProcess, forker
+from tests.forked_python import forked_python
 from tests.paths import COMMAND_LINE, ROOT
 
 
@@ -42,6 +43,7 @@ class CommandLine:
             "HOME": str(folder),
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
+            "FORKED_PYTHON": str(forked_python()),
             **environment,
         }
 

@@ -14,7 +14,7 @@ from uuid import UUID
 import pytest
 
 from tests.cli.command import CommandLine, Said
-from tests.daemon_process import REAL
+from tests.daemon_process import FORKED_REAL
 from tests.database_pool import DatabasePool
 from tests.docs.blocks import blocks
 from tests.doubles.chat_completions import KEY, MODEL, ChatCompletions
@@ -56,7 +56,7 @@ def train(queue: Queue, folder: Path) -> Trained:
         )
         for rate in (1e-6, 2e-2)
     )
-    with queue.daemon(folder, command=REAL):
+    with queue.daemon(folder, command=FORKED_REAL):
         for job in (slow, quick):
             queue.wait_for(job, "completed", seconds=200)
     cli = CommandLine(

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.daemon_process import alive, eventually
 from tests.forked_process import Forker
+from tests.forked_python import forked_python
 
 SCRIPT = """
 import os, sys, time
@@ -55,3 +57,60 @@ def test_it_is_waited_for_and_killed_as_one_that_was_started(tmp_path: Path) -> 
     assert one.wait(20) == other.wait(20) == -signal.SIGKILL
     with pytest.raises(ProcessLookupError):
         os.kill(one.pid, 0)
+
+
+STARTED = """
+import os, signal, sys, time
+
+if __name__ == "__main__":
+    print(sys.argv[1:], os.environ["WORD"], os.getcwd(), sys.stdin.readline().strip(), flush=True)
+    os.write(int(sys.argv[-1]), b"told " + str(os.getpid()).encode())
+    os.close(int(sys.argv[-1]))
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(75))
+    print("ready", flush=True)
+    if os.environ["WORD"] == "wait":
+        time.sleep(60)
+    sys.exit(3)
+"""
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    script = tmp_path_factory.mktemp("python") / "script.py"
+    script.write_text(STARTED)
+    return forked_python(str(script))
+
+
+@pytest.mark.parametrize(
+    ("word", "number", "status"),
+    [("end", None, 3), ("wait", signal.SIGTERM, 75), ("wait", signal.SIGKILL, -signal.SIGKILL)],
+)
+def test_what_a_program_starts_by_the_forking_python_has_its_files_its_signals_and_its_end(
+    python: Path, tmp_path: Path, word: str, number: signal.Signals | None, status: int
+) -> None:
+    reading, writing = os.pipe()
+    with subprocess.Popen(
+        [python, "-m", "training", str(writing)],
+        env={"WORD": word}, cwd=tmp_path, pass_fds=[writing], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as started:  # fmt: skip
+        os.close(writing)
+        assert started.stdin is not None and started.stdout is not None
+        started.stdin.write("a line\n")
+        started.stdin.flush()
+        assert started.stdout.readline() == f"['-m', 'training', '{writing}'] {word} {tmp_path} a line\n"
+        told = os.read(reading, 100).decode()
+        assert os.read(reading, 100) == b"", "its stand-in keeps the file open"
+        os.close(reading)
+        assert started.stdout.readline() == "ready\n"
+        pid = int(told.removeprefix("told "))
+        if number is not None:
+            os.kill(started.pid, number)
+        assert started.wait(20) == status
+        eventually(lambda: not alive(pid))
+
+
+def test_the_forking_python_is_the_usual_one_for_everything_else(python: Path) -> None:
+    said = subprocess.run(
+        [python, "-c", "import psycopg, sys; print(sys.argv)", "x"], capture_output=True, text=True, check=True
+    )
+    assert said.stdout == "['-c', 'x']\n", said.stderr

@@ -5,6 +5,8 @@ The tests fork their commands from a process that has run this: starting one tak
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import import_module
 from pkgutil import walk_packages
 
@@ -13,6 +15,7 @@ import typer.main
 import daemon.cli
 import daemon.job_view
 import daemon.terminal
+import daemon.trainer.export_process
 from daemon.__main__ import app, main
 
 OTHERS = (
@@ -41,6 +44,9 @@ def prepare() -> None:
 
 
 if __name__ == "__main__":
+    # What it starts by it is forked as well.
+    sys.executable = os.environ.pop("FORKED_PYTHON", sys.executable)
+    daemon.trainer.export_process.EXPORT_COMMAND = (sys.executable, "-m", "training.export")
     main()
 else:
     prepare()

@@ -25,7 +25,7 @@ import pytest
 from daemon.schema.fronts import fronts
 from daemon.schema.migrations import bring_up_to_date
 from tests.chat_templates import template_text
-from tests.daemon_process import REAL, DaemonProcess, eventually
+from tests.daemon_process import FORKED_REAL, DaemonProcess, eventually
 from tests.doubles.app_data import app_conversations, write_app_data
 from tests.doubles.app_routes import LONG, SHORT, AppRoutes
 from tests.doubles.storage import StorageDouble
@@ -94,7 +94,7 @@ async def live(database: AppDatabase, folder: Path) -> Day:
     async with StorageDouble(folder / "double") as storage:
         day = Day(AppRoutes(database, database.insert_user(), storage.put), storage.path_of("", ""))
         daemon = DaemonProcess(
-            database.dsn, folder, command=REAL, storage="supabase", default_model=MODEL, cost_per_gpu_hour=3600
+            database.dsn, folder, command=FORKED_REAL, storage="supabase", default_model=MODEL, cost_per_gpu_hour=3600
         )
         daemon.environment |= {"SUPABASE_URL": storage.url, "SUPABASE_SERVICE_ROLE_KEY": storage.key}
         with daemon:
