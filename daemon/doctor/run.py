@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 from daemon.doctor.check_result import CheckResult, Status
+from daemon.doctor.endpoint_check import check_endpoint
 from daemon.doctor.host_checks import check_device, check_disk, check_model, check_python, check_trainer
 from daemon.doctor.service_checks import (
     check_callbacks,
@@ -37,6 +38,8 @@ async def examine(settings: Settings) -> AsyncIterator[CheckResult]:
     yield await check_storage(settings)
     yield await asyncio.to_thread(check_unfinished_uploads, settings)
     yield check_callbacks(settings)
+    async for finding in check_endpoint(settings):
+        yield finding
     yield await check_pod(settings)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from psycopg.types.json import Jsonb
 
 from daemon.cli.commands.check import facts
 from daemon.cli.data.preflight import PreflightReport
-from tests.cli.command import CommandLine
+from tests.cli.command import CommandLine, Said
+from tests.doubles.endpoint import EndpointDouble
 from tests.lifecycle.queue import Queue
 
 CONVERSATION = {
@@ -136,3 +138,20 @@ def test_a_check_with_the_model_says_in_words_what_will_be_trained() -> None:
     said = facts(PreflightReport(ok=True, errors=(), remarks=(), data=counts, estimate=None))
     assert said[1:3] == [("to train on", "28 answers of 7 conversations"), ("held out", "3 answers of 1 conversation")]
     assert dict(said)["steps"] == "21 in 3 epochs" and "21,125 an epoch, 16 %" in dict(said)["tokens"]
+
+
+async def test_a_check_asks_whether_the_endpoint_could_serve_the_adapter(cli: CommandLine) -> None:
+    async with EndpointDouble("acme/base") as endpoint:
+
+        def check(**hyperparameters: object) -> Said:
+            job = {"hyperparameters": {"base_model": "acme/base", **hyperparameters}, "gpu_config": {}}
+            (cli.folder / "job.json").write_text(json.dumps(job))
+            shared = {"TRAINER_ENDPOINT_URL": endpoint.url, "TRAINER_ENDPOINT_DIR": str(cli.folder / "shared")}
+            return cli.run("check", "job.json", "--json", **shared)
+
+        assert (await asyncio.to_thread(check)).lines[0]["endpoint_misfits"] == []
+        large = await asyncio.to_thread(lambda: check(lora_rank=32))
+        assert large.status == 0 and "above the endpoint's 16" in large.lines[0]["endpoint_misfits"][0]
+        asked = await asyncio.to_thread(lambda: check(lora_rank=32, deploy="support"))
+        assert asked.status == 1 and "above the endpoint's 16" in asked.lines[0]["faults"][0]
+        assert (await asyncio.to_thread(lambda: check(deploy=False))).lines[0]["endpoint_misfits"] is None

@@ -17,6 +17,7 @@ from psycopg.types.json import Jsonb
 from daemon.doctor import host_checks as doctor_host
 from daemon.doctor import service_checks as doctor_services
 from daemon.doctor.check_result import CheckResult, Status
+from daemon.doctor.endpoint_check import check_endpoint
 from daemon.doctor.host_checks import check_disk, check_model, findings_of
 from daemon.doctor.run import examine
 from daemon.doctor.service_checks import check_callbacks, check_database, check_storage
@@ -25,6 +26,7 @@ from daemon.host.inspect import installed_versions
 from daemon.read_settings import load_settings
 from daemon.settings import Settings
 from daemon.trainer.run_selfcheck import read_selfcheck, run_selfcheck
+from tests.doubles.endpoint import EndpointDouble
 from tests.doubles.storage import Bucket, StorageDouble
 from tests.doubles.storage_keys import ANON_KEY, PUBLISHABLE_KEY
 from tests.forked_process import PipedProcess, forker
@@ -477,3 +479,21 @@ async def test_every_line_comes_even_where_everything_is_wrong(tmp_path: Path, m
         "callback secret",
     }
     assert all(finding.advice for finding in found.values() if finding.light is not Status.GREEN)
+
+
+async def test_the_endpoint_answers_and_has_the_default_model(tmp_path: Path) -> None:
+    assert await by_name(check_endpoint(settings(tmp_path))) == {}
+    async with EndpointDouble("tiny", key="right") as endpoint:
+        shared = tmp_path / "shared"
+        here = settings(tmp_path, endpoint_url=endpoint.url, endpoint_key="right", endpoint_dir=shared)
+        found = await by_name(check_endpoint(here))
+        assert [finding.light for finding in found.values()] == [Status.GREEN] * 2
+        assert "serves tiny and 0 adapters, ranks up to 16" in found["endpoint"].detail
+        endpoint.base = endpoint.root = "another"
+        shared.rmdir()
+        shared.write_text("a file")
+        found = await by_name(check_endpoint(here))
+        assert_red(found["endpoint"], "not tiny", light=Status.YELLOW)
+        assert_red(found["endpoint folder"], str(shared))
+        endpoint.key = "another"
+        assert_red((await by_name(check_endpoint(here)))["endpoint"], "HTTP 401")

@@ -44,11 +44,18 @@ def check(
     verdict: PreflightReport | None = None
     if dataset is not None:
         verdict = judge(dataset, row) if row is not None else judge_dataset(dataset)
+    misfits = endpoint_misfits(row) if row is not None and job is not None else None
+    if misfits and row is not None and row.hyperparameters.deploy:
+        # Such a job would not be trained.
+        faults, misfits = [*faults, *misfits], ()
     ok = not faults and (verdict is None or verdict.ok)
     if as_json:
-        print_json({"ok": ok, "faults": faults, "unknown_keys": unknown, "dataset": verdict})
+        print_json(
+            {"ok": ok, "faults": faults, "unknown_keys": unknown, "dataset": verdict, "endpoint_misfits": misfits}
+        )
     else:
         _print(file, faults, unknown, verdict, dataset)
+        _print_misfits(misfits or ())
     if not ok:
         raise typer.Exit(EXIT_FAILED)
 
@@ -65,6 +72,20 @@ def judge(dataset: Path, row: ParsedRow) -> PreflightReport:
         verdict = judge_dataset(dataset)
         return replace(verdict, remarks=(*verdict.remarks, _not_judged(name))) if verdict.ok else verdict
     return judge_job(dataset, row, name, folder, settings.device)
+
+
+def endpoint_misfits(row: ParsedRow) -> tuple[str, ...] | None:
+    """Returns why the endpoint of the settings could not serve the job's adapter; None where there is no endpoint."""
+    import asyncio
+
+    from daemon.cli.commands.models import model_settings
+    from daemon.serving.fit import misfits
+
+    settings = model_settings()
+    if settings.endpoint_url is None or row.hyperparameters.deploy is False:
+        return None
+    name = row.hyperparameters.base_model or settings.default_model
+    return asyncio.run(misfits(settings, name, row.hyperparameters))
 
 
 def _not_judged(name: str) -> dict[str, str]:
@@ -125,6 +146,18 @@ def facts(verdict: PreflightReport) -> list[tuple[str, str]]:
             ("time", f"about {span(max(1.0, verdict.estimate['seconds']))}"),
         ]
     return said
+
+
+def _print_misfits(misfits: tuple[str, ...]) -> None:
+    from rich.text import Text
+
+    from daemon.sentence import as_sentence
+    from daemon.terminal.console import say
+    from daemon.terminal.sanitize import plain
+
+    for misfit in misfits:
+        said = f"its adapter could be trained, but not served: {misfit}"
+        say(Text.assemble(("! ", "yellow"), as_sentence(plain(said))))
 
 
 def _read_job(file: Path) -> dict[str, Any] | None:
