@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.tiny_models import ARCHITECTURES, OTHER_FAMILIES
-from tests.training.conftest import ModelOf
+from tests.training.conftest import ModelOf, SpecOf
 from training.adapter.lora import attach_adapter
 from training.adapter.openable_config import openable_config, shortest_name
 from training.adapter.readers import KNOWN_KEYS, peft_floor
+from training.base.load import load_base_model
+from training.distance import distance
+from training.files.model_folder import open_model_folder
 from training.spec import Hyperparameters
 
 _ATTENTION, _FEED_FORWARD = ["k_proj", "o_proj", "q_proj", "v_proj"], ["down_proj", "gate_proj", "up_proj"]
@@ -60,6 +67,30 @@ def test_what_old_versions_of_peft_ignore_holds_every_layer_so_that_they_find_no
         "shared_expert.up_proj.weight",
         "v_proj.weight",
     ]
+
+
+def test_an_adapter_that_lists_weights_opens_on_4_bits_as_well_and_comes_off_again(
+    tiny: ModelOf, spec_of: SpecOf, tmp_path: Path
+) -> None:
+    adapted = _adapted(tiny("qwen3_next"))
+    for path, parameter in adapted.named_parameters():
+        if ".lora_B." in path:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(openable_config(adapted, "acme/base", None)))
+    spec = spec_of("qwen3_next", compute_type="float32")
+    base = load_base_model(spec, open_model_folder(spec.model_path, spec.base_model))
+    tokens = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        before = base(input_ids=tokens).logits
+        opened = PeftModel.from_pretrained(base, tmp_path)
+        kinds = {type(module).__name__ for module in opened.modules() if isinstance(module, LoraLayer)}
+        stored = load_file(tmp_path / "adapter_model.safetensors")
+        loaded = {path.replace(".default", ""): value for path, value in opened.named_parameters() if "lora_" in path}
+        assert kinds == {"Linear4bit"} and loaded.keys() == stored.keys()
+        assert all(torch.equal(loaded[path], value) for path, value in stored.items())
+        assert distance(opened(input_ids=tokens).logits, before) > 0.1
+        assert torch.equal(opened.unload()(input_ids=tokens).logits, before)
 
 
 @pytest.mark.parametrize(("alpha", "written"), [(None, "8"), (24, "24"), (24.0, "24"), (0.5, "0.5")])
