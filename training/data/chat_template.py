@@ -127,8 +127,9 @@ class ChatTemplate:
             spans = self._finder.in_whole(messages, text)
             parts = None if spans is None else self._parts(messages, spans)
             labelled = None if parts is None else self._labeller.whole(text, parts)
-            if labelled is not None:
-                return Encoded((_example(labelled, place),), Counter())
+            if spans is not None and labelled is not None:
+                added = sum(_adds_thought(text, span, messages[index]) for index, span in spans.items())
+                return Encoded((_example(labelled, place),), Counter(empty_thought_added=added))
         return self._alone(messages, place, most_tokens)
 
     def prompt(self, turns: Sequence[Turn]) -> str:
@@ -212,8 +213,7 @@ class ChatTemplate:
                 continue
             before = [replace(earlier, trained=()) for earlier in messages[:index]]
             text, span = self._finder.at_the_end([*before, message])
-            if span.trimmed is None and END_OF_THOUGHT not in message.content:
-                notes["empty_thought_added"] += 1
+            notes["empty_thought_added"] += _adds_thought(text, span, message)
             parts = self._parts([*before, message], {index: span})
             if parts is None:
                 raise CannotEncode("one of the merged answers cannot be found again in what the template renders")
@@ -254,6 +254,11 @@ class ChatTemplate:
             return f"{MARK}s" in self._render([Message("system", f"{MARK}s"), Message("user", "q")], prompt=True)
         except TemplateRefuses:
             return False
+
+
+def _adds_thought(text: str, span: Span, message: Message) -> bool:
+    """True if what is trained has a thought, an empty one, that the data do not have."""
+    return END_OF_THOUGHT in text[span.begin : span.end] and END_OF_THOUGHT not in message.content
 
 
 def _example(labelled: Labelled, place: str) -> Example:

@@ -60,8 +60,8 @@ def _notes(count: Mapping[str, int], first: Mapping[str, str], examples: int, ma
         ),
         Remark(
             "empty_thought_added",
-            f"{how_many('empty_thought_added', 'answers')} have no thought; they are trained after an empty one, "
-            "because this model's chat template begins a thought before each answer",
+            f"{how_many('empty_thought_added', 'answers')} have no thought; they are trained with an empty one, as "
+            "this model's chat template shows or begins one before each answer",
         ),
     ]
     return [replace(remark, data={"count": count[remark.code], "first": first.get(remark.code)}) for remark in remarks]

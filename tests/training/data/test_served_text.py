@@ -216,6 +216,8 @@ def test_answers_without_thoughts_begin_alike_wherever_they_stand(name: str) -> 
         runs = [run.trained for example in encoded.examples for run in _runs(example)]
         first = {tokenizer.decode(run).partition("Answer")[0] for run in runs}
         assert len(runs) == 3 and len(first) == 1, first
+        # An empty thought that the data do not have is counted.
+        assert encoded.notes["empty_thought_added"] == (3 if "</think>" in first.pop() else 0)
 
 
 @pytest.mark.parametrize("spaces", ["first", "always", "never"])
