@@ -80,6 +80,8 @@ class Comparison:
     def take(self, said: Mapping[str, Any]) -> None:
         """Takes one line of the process that answers."""
         match said["kind"]:
+            case "options":
+                self.options = {**self.options, "quantize": bool(said["quantize"])}
             case "prompts":
                 self.prompts_are_held_out = bool(said["held_out"])
                 for prompt in said["prompts"]:

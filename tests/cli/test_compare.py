@@ -98,7 +98,10 @@ def test_jobs_answer_held_out_prompts_and_lose_what_their_rows_say(trained: Trai
 def test_the_terminal_has_what_the_json_has(trained: Trained) -> None:
     prompts = trained.cli.folder / "prompts.txt"
     prompts.write_text("What colour is the cat?\nWhat colour is\x1b[31m the dog?\n")
-    lines = trained.cli.ok("compare", trained.slow, "-p", prompts, "--max-tokens", 12).out.splitlines()
+    page = trained.cli.folder / "page.html"
+    words = ("compare", trained.slow, "-p", prompts, "--max-tokens", 12, "--html", page)
+    lines = trained.cli.ok(*words).out.splitlines()
+    assert "What colour is the cat?" in page.read_text() and "\x1b" not in page.read_text()
     assert max(map(len, lines)) <= 80
     assert "you › What colour is␛[31m the dog?" in lines
     assert any(line.split() == ["base", str(trained.slow)[:8]] for line in lines)
@@ -194,6 +197,7 @@ def test_wrong_words_are_said_at_once(tmp_path: Path) -> None:
         (("mine", "-p", prompts, "--judge", "api.example.com", "--judge-model", "m"), "is no http address"),
         (("mine", "-p", prompts, "--judge", "https://a"), "has no model"),
         (("mine", "-p", prompts, "--rubric", "Be kind."), "There is no judge"),
+        (("mine", "-p", prompts, "--html", "nowhere/page.html"), "for the HTML file"),
         (("mine", "-p", "absent.txt"), "There is no file absent.txt"),
     ):
         failed = cli.run("compare", *words)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from training.data.formats.conversation import Turn
 from training.failures import TrainingFailed
-from training.files.model_folder import open_model_folder
+from training.files.model_folder import ModelFolder, open_model_folder
 from training.files.template_options import template_options
 from training.quick_imports import quick_imports
 from training.spec import Hyperparameters, JobSpec
@@ -48,7 +48,9 @@ class Pair:
         self._tokenizer: Any = load_tokenizer(folder)
         self._template: ChatTemplate = ChatTemplate(self._tokenizer, stops=stop_tokens(folder))
         self._template.use(Thinking(template_options(adapter_dir) or {}))
-        self._model: Any = PeftModel.from_pretrained(load_base_model(_spec(model_dir, device), folder), adapter_dir)
+        self._model: Any = PeftModel.from_pretrained(
+            load_base_model(_spec(model_dir, device, folder), folder), adapter_dir
+        )
         self._model.eval()
         self.forget()
 
@@ -128,7 +130,7 @@ def own_stdout() -> Say:
     return say
 
 
-def _spec(model_dir: Path, device: str) -> JobSpec:
+def _spec(model_dir: Path, device: str, folder: ModelFolder) -> JobSpec:
     """Returns the part of a spec that loading a model reads. Nothing is trained or written."""
     nowhere = Path(os.devnull)
     return JobSpec(
@@ -141,8 +143,9 @@ def _spec(model_dir: Path, device: str) -> JobSpec:
         output_dir=nowhere,
         hyperparameters=Hyperparameters(),
         device="cuda" if device == "cuda" else "cpu",
-        # 4 bits fit on the GPU that trained it; on a CPU, unpacking them for every token takes minutes.
-        quantize=device == "cuda",
+        # 4 bits fit on the GPU that trained it; on a CPU, unpacking them for every token takes minutes: only where
+        # nothing else is kept.
+        quantize=device == "cuda" or folder.kept_copy is not None,
     )
 
 

@@ -6,13 +6,14 @@ memory need not grow with their number. That the base model is itself again afte
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 
 from training.base.architecture import architecture_of
 from training.base.load import load_base_model
@@ -48,6 +49,11 @@ class Contest:
         request, say = self._request, self._say
         say({"kind": "stage", "stage": "reading"})
         folder = open_model_folder(request.model_path, request.base_model)
+        quantize = request.quantize
+        if quantize is None:
+            # On a CPU, unpacking 4 bits for every token takes minutes; but there may be nothing else.
+            quantize = request.device == "cuda" or folder.kept_copy is not None
+        say({"kind": "options", "quantize": quantize})
         context_length = architecture_of(folder, request.base_model).context_length
         tokenizer: Any = load_tokenizer(folder)
         stops = stop_tokens(folder)
@@ -61,7 +67,7 @@ class Contest:
         say({"kind": "sets", "sets": _told(self._sets)})
 
         say({"kind": "stage", "stage": "loading"})
-        base = load_base_model(_Loading(request), folder)
+        base = load_base_model(_Loading(request, quantize), folder)
         base.eval()
         itself = _first_logits(base)
         # Each is opened once before anything is asked: a broken one is told at once, not after an hour.
@@ -95,7 +101,7 @@ class Contest:
             raise TrainingFailed(
                 ErrorCode.DATASET_INVALID,
                 "there is no held-out conversation to ask: "
-                + ("none that all jobs have held out" if self._sets.own else "no job's held-out data are known"),
+                + ("none that all jobs have held out" if self._sets.own else _why_none(self._sets)),
                 "give prompts with --prompts FILE",
             )
         return spread(found, request.most_prompts or HELD_OUT_PROMPTS)
@@ -131,15 +137,18 @@ class Contest:
     def _attach(self, base: PreTrainedModel, place: int) -> PeftModel:
         contestant = self._request.contestants[place]
         try:
-            with warnings.catch_warnings(record=True) as said:
-                warnings.simplefilter("always")
-                adapted = PeftModel.from_pretrained(base, contestant.adapter)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+            adapted = PeftModel.from_pretrained(base, contestant.adapter)
+            with safe_open(contestant.adapter / "adapter_model.safetensors", framework="pt") as file:
+                stored = set(file.keys())
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
             raise self._cannot_open(contestant.name, in_brief(error)) from error
-        for warning in said:
-            # PEFT only warns, and answers with an adapter that is partly random.
-            if "missing adapter keys" in str(warning.message):
-                raise self._cannot_open(contestant.name, "it lacks weights for layers that its config names")
+        read = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+        # PEFT warns at most, and answers with an adapter that is partly random, or with a part of it.
+        if read - stored:
+            raise self._cannot_open(contestant.name, f"it lacks weights for {len(read - stored)} places of its config")
+        if stored - read:
+            why = f"PEFT {version('peft')} reads only {len(stored & read)} of its {len(stored)} tensors"
+            raise self._cannot_open(contestant.name, why)
         adapted.eval()
         return adapted
 
@@ -167,12 +176,16 @@ class Contest:
 class _Loading:
     """The part of a spec that loading a model reads."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, quantize: bool) -> None:
         self.base_model = request.base_model
         self.device = request.device
         self.compute_type = request.compute_type
-        self.quantize = request.quantize
+        self.quantize = quantize
         self.quantized_dir: Path | None = request.quantized_dir
+
+
+def _why_none(sets: Sets) -> str:
+    return "no job's held-out data are known" if sets.unknown else "the jobs have held out none"
 
 
 def _first_logits(model: Any) -> torch.Tensor:

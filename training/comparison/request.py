@@ -25,7 +25,7 @@ class Contestant(BaseModel):
 
 class Request(BaseModel):
     """`prompts`: a file of them; held-out ones if not set. `held_out`: a dataset to measure the loss on, in place of
-    what the jobs held out."""
+    what the jobs held out. `quantize`: in 4 bits; if not set, on a GPU and where only a 4-bit copy is kept."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -34,7 +34,7 @@ class Request(BaseModel):
     quantized_dir: Path | None = None
     device: Literal["cpu", "cuda"] = "cpu"
     compute_type: ComputeType | None = None
-    quantize: bool = False
+    quantize: bool | None = None
     contestants: Annotated[tuple[Contestant, ...], Field(min_length=1)]
     prompts: Path | None = None
     most_prompts: Annotated[int, Field(ge=1)] | None = None

@@ -51,6 +51,7 @@ def compare(
     ] = None,
     judge_model: Annotated[str | None, typer.Option(help="The judge's model; its key is TRAINER_JUDGE_KEY.")] = None,
     rubric: Annotated[str | None, typer.Option(help="What the judge shall prefer: a text, or a file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write it as one HTML file, to send or to upload.")] = None,
     store: Annotated[
         bool, typer.Option(help="Keep a comparison of jobs in the database, for the dashboard and for votes.")
     ] = True,
@@ -63,13 +64,15 @@ def compare(
     from daemon.terminal.console import print_json, say
 
     check_judge(judge, judge_model, rubric)
+    if html is not None and not html.absolute().parent.is_dir():
+        raise Misused(f"there is no folder {html.absolute().parent} for the HTML file")
     for file in (prompts, held_out):
         if file is not None and not file.is_file():
             raise Misused(f"there is no file {file}")
     with tempfile.TemporaryDirectory(prefix="brightrun-compare-") as scratch:
         entries, request, notes = _prepare(what, prompts, held_out, model, Path(scratch))
         request |= {"most_prompts": most, "max_new_tokens": max_tokens, "temperature": temperature, "seed": seed}
-        request["quantize"] = request["device"] == "cuda" if quantize is None else quantize
+        request["quantize"] = quantize
         comparison = _run(entries, request, notes)
     judgement = ask_judge(comparison, judge, judge_model, rubric) if judge and judge_model else None
     kept = _store(comparison, entries, judgement.verdicts if judgement else ()) if store else None
@@ -80,6 +83,8 @@ def compare(
         show_comparison(comparison)
         if kept is not None:
             say(f"kept as {kept}; the dashboard shows it, and takes blind votes")
+    if html is not None:
+        _write(comparison, html)
     if judgement is not None and judgement.failure is not None:
         raise CommandFailed(judgement.failure, "the answers are complete; ask the judge again later")
 
@@ -187,6 +192,16 @@ def _run(entries: list[Entry], request: dict[str, Any], notes: list[str]) -> Com
             if (words := _progress(said, comparison)) is not None:
                 status.update(words)
     return comparison
+
+
+def _write(comparison: Comparison, file: Path) -> None:
+    from daemon.cli.errors import CommandFailed
+    from daemon.comparison.page import write_page
+
+    try:
+        write_page(comparison, file)
+    except OSError as error:
+        raise CommandFailed(f"the file {file} cannot be written: {error.strerror or error}") from error
 
 
 def _store(comparison: Comparison, entries: list[Entry], verdicts: Sequence[Verdict]) -> UUID | None:

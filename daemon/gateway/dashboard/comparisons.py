@@ -85,6 +85,14 @@ def _add_reads(app: FastAPI, rows: GatewayRows) -> None:
         found = await rows.fetch("list_comparisons", {"limit": MOST_LISTED}, "reads")
         return JSONResponse(plain({"comparisons": found}), headers=FRESH)
 
+    @app.get("/dashboard/comparisons/{comparison_id}/names", include_in_schema=False)
+    async def names(comparison_id: ComparisonId) -> Response:
+        """Answers who is compared, without a word of theirs: for a voter who chooses a pair."""
+        found = await rows.fetch("read_comparison", {"comparison_id": comparison_id}, "reads")
+        if not found:
+            raise unknown_comparison()
+        return JSONResponse(plain({"contestants": found[0]["contestants"]}), headers=FRESH)
+
     @app.get("/dashboard/comparisons/{comparison_id}", include_in_schema=False)
     async def comparison(comparison_id: ComparisonId) -> Response:
         """Answers a comparison with all names, answers, losses and counted votes."""

@@ -68,7 +68,10 @@ def test_a_comparison_is_listed_and_told_with_answers_losses_and_names(world: Wo
     assert told["comparison"]["held_out"][0]["losses"] == {"base": 1.9, "slow": 1.65, "quick": 1.4}
     assert [answer["text"][:4] for answer in told["prompts"][0]["answers"]] == ["base", "slow", "quic"]
     assert told["tallies"] == [] and told["more"] is False
-    assert page.get(f"/dashboard/comparisons/{uuid4()}").status_code == 404
+    told = page.get(f"/dashboard/comparisons/{kept}/names").json()
+    assert set(told) == {"contestants"} and [who["name"] for who in told["contestants"]] == ["base", "slow", "quick"]
+    for path in ("", "/names"):
+        assert page.get(f"/dashboard/comparisons/{uuid4()}{path}").status_code == 404
 
 
 def test_a_pair_is_shown_without_names_in_an_order_that_stays(world: World, page: httpx.Client) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from daemon.base_model.replace_weights import replace_weights
 from tests.chat_templates import tokenizer_of
 from tests.tiny_models import conversation, write_conversations, write_dataset
 from tests.training.conftest import ModelOf, SpecOf, train
+from training.base.make_quantized_copy import Request as CopyRequest
+from training.base.make_quantized_copy import quantize
 from training.comparison.contest import Contest
 from training.comparison.request import Request
 from training.data.chat_template import ChatTemplate
@@ -111,6 +115,14 @@ def test_what_is_not_known_is_said_and_prompts_come_from_a_file(spec_of: SpecOf,
     with pytest.raises(TrainingFailed, match="no held-out conversation to ask"):
         compare(tiny("qwen3"), spec, with_data=False)
 
+    def at(temperature: float, seed: int) -> list[str]:
+        asked: dict[str, Any] = {"prompts": prompts, "temperature": temperature, "seed": seed}
+        return compare(tiny("qwen3"), spec, with_data=False, **asked).answers(1)
+
+    # Drawn answers are the same for the same seed; greedy ones always.
+    assert at(2.0, 1) == at(2.0, 1) != at(2.0, 2)
+    assert at(0.0, 1) == at(0.0, 2)
+
 
 def test_the_prompts_are_made_with_what_the_adapter_s_manifest_says(tmp_path: Path) -> None:
     tokenizer, stops = tokenizer_of("qwen3_6")
@@ -130,30 +142,29 @@ def test_the_prompts_are_made_with_what_the_adapter_s_manifest_says(tmp_path: Pa
     assert prompts["b"].endswith("</think>\n\n")
 
 
-def test_an_answer_at_a_temperature_is_the_same_for_the_same_seed(
+def test_a_base_model_of_which_the_4_bit_copy_alone_is_kept_is_loaded_from_it(
     spec_of: SpecOf, tiny: ModelOf, tmp_path: Path
 ) -> None:
-    spec = spec_of(name="one")
+    spec = spec_of("qwen3", name="one")
     train(spec)
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("What colour is the cat?\n")
-
-    def at(temperature: float, seed: int) -> list[str]:
-        return compare(
-            tiny("qwen3"), spec, with_data=False, prompts=prompts, temperature=temperature, seed=seed
-        ).answers(1)
-
-    assert at(2.0, 1) == at(2.0, 1) != at(2.0, 2)
-    assert at(0.0, 1) == at(0.0, 2)
+    folder = shutil.copytree(tiny("qwen3"), tmp_path / "model")
+    copy = quantize(folder, CopyRequest("tiny", "cpu", tmp_path / "copies", spec.compute_type))["path"]
+    whole = compare(folder, spec, quantize=True)
+    replace_weights(folder, Path(str(copy)))
+    kept = compare(folder, spec)
+    assert {"kind": "options", "quantize": True} in kept.lines
+    assert kept.losses == whole.losses and kept.answers(1) == whole.answers(1)
 
 
-def test_an_adapter_that_lacks_weights_is_refused_before_anything_is_asked(
-    spec_of: SpecOf, tiny: ModelOf, tmp_path: Path
-) -> None:
+def test_an_adapter_that_is_not_read_whole_is_refused_before_anything_is_asked(spec_of: SpecOf, tiny: ModelOf) -> None:
     spec = spec_of(name="one")
     train(spec)
     weights = spec.output_dir / "adapter_model.safetensors"
     tensors = load_file(weights)
     save_file(dict(list(tensors.items())[2:]), weights, {"format": "pt"})
-    with pytest.raises(TrainingFailed, match=r"the adapter one cannot be opened .* lacks weights"):
+    with pytest.raises(TrainingFailed, match=r"the adapter one cannot be opened .* lacks weights for 2 places"):
+        compare(tiny("qwen3"), spec)
+    more = {name.replace("layers.0", "layers.7"): tensor.clone() for name, tensor in tensors.items()}
+    save_file(tensors | more, weights, {"format": "pt"})
+    with pytest.raises(TrainingFailed, match=rf"reads only {len(tensors)} of its {len(tensors | more)} tensors"):
         compare(tiny("qwen3"), spec)

@@ -23,18 +23,9 @@ export function blindPage(view, id) {
   document.title = "Blind votes · brightrun trainer";
 
   // The names alone: the page that lists answers beside them is another one, and is not asked for here.
-  ask("/dashboard/comparisons")
-    .then(({ comparisons }) => {
-      const row = comparisons.find((listed) => listed.id === id);
-      if (ended) return;
-      if (row) start(namesOf(row));
-      else fault("This comparison is not among the newest ones.");
-    })
-    .catch((error) => ended || fault(error.message));
-
-  function fault(words) {
-    place.replaceChildren(el("p", { class: "empty", role: "alert", text: words }));
-  }
+  ask(`${path}/names`)
+    .then((told) => ended || start(namesOf(told)))
+    .catch((error) => ended || place.replaceChildren(el("p", { class: "empty", role: "alert", text: error.message })));
 
   function start(names) {
     const pairs = names.flatMap((one, i) => names.slice(i + 1).map((two, j) => [i, i + 1 + j, `${one} and ${two}`]));
