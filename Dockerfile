@@ -34,7 +34,7 @@ RUN python3 -m venv --system-site-packages /opt/venv \
     && mkdir -p daemon training sql && touch README.md \
     # shellcheck disable=SC2086
     && /opt/venv/bin/python -m pip install --no-cache-dir --disable-pip-version-check \
-       -c image-constraints.txt . ${IMAGE_PACKAGES} ${CAUSAL_CONV1D} \
+       -c image-constraints.txt ".[gguf]" ${IMAGE_PACKAGES} ${CAUSAL_CONV1D} \
     && /opt/venv/bin/python -m pip uninstall --yes --disable-pip-version-check brightrun-trainer \
     && rm -rf build ./*.egg-info
 

@@ -140,8 +140,8 @@ class Hyperparameters(BaseModel):
     )
     exports: tuple[Export, ...] = Field(
         default=(),
-        description="what to make of the adapter after the training: `merged` (the whole model), `gguf` (for "
-        "llama.cpp and Ollama), `transformers4` (an adapter for transformers 4)",
+        description="what to make of the adapter after the training: `merged` (the whole model), `gguf` (a "
+        "LoRA for llama.cpp), `transformers4` (an adapter for transformers 4)",
     )
 
     push_to_hub: str | None = Field(

@@ -69,6 +69,46 @@ def test_an_adapter_for_transformers_4_needs_no_base_model(cli: CommandLine, fol
     assert (folder / "for4" / "adapter_model.safetensors").is_file()
 
 
+def test_a_gguf_of_adapter_and_of_the_merged_model_are_written(cli: CommandLine) -> None:
+    said = cli.ok("export", "adapter", "--gguf", "lora.gguf", "--json").lines[0]["gguf"]
+    assert said == {
+        "path": str(cli.folder / "lora.gguf"),
+        "form": "adapter",
+        "file": "lora.gguf",
+        "modelfile": None,
+        "base_model": MODEL,
+        "architecture": "llama",
+        "type": "f32",
+        "tensors": 4,
+        "bytes": (cli.folder / "lora.gguf").stat().st_size,
+    }
+    shown = cli.ok("export", "adapter", "--gguf", "whole.gguf", "--gguf-form", "merged", "--gguf-type", "q8_0")
+    assert f"{MODEL} with the adapter in it" in shown.out
+    assert "ollama create NAME --file whole.Modelfile" in shown.out
+    assert (cli.folder / "whole.Modelfile").read_text().startswith("FROM ./whole.gguf\n")
+    assert not list(cli.folder.glob(".whole*"))
+
+
+def test_a_folder_for_ggufs_holds_the_file_and_its_modelfile(cli: CommandLine) -> None:
+    cli.ok("export", "adapter", "--merged", "both", "--gguf", "for-ollama", "--gguf-form", "merged")
+    assert {path.name for path in (cli.folder / "for-ollama").iterdir()} == {"model.gguf", "Modelfile"}
+    assert (cli.folder / "both" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        (("--gguf-form", "whole"), "no GGUF form 'whole'"),
+        (("--gguf-form", "merged", "--gguf-type", "q4_k_m"), "llama.cpp's llama-quantize"),
+        (("--gguf-type", "q8_0"), "fits a base of any type"),
+    ],
+)
+def test_a_wrong_form_or_type_of_gguf_is_named(cli: CommandLine, asked: tuple[str, ...], says: str) -> None:
+    found = cli.run("export", "adapter", "--gguf", "wrong.gguf", *asked)
+    assert (found.status, says in found.err) == (1, True), found.err
+    assert not list(cli.folder.glob("*wrong*"))
+
+
 def test_bad_input_is_named_with_a_way_on(cli: CommandLine, folder: Path) -> None:
     asked = cli.run("export", "adapter")
     assert (asked.status, "--merged DIR" in asked.err) == (2, True)

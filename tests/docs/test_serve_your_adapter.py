@@ -47,9 +47,7 @@ def test_what_the_page_shows_is_what_the_card_of_its_example_says() -> None:
     assert f"takes {', '.join(ranks)} or {last}:" in TEXT
 
 
-@pytest.mark.parametrize(
-    "words", [words for words in _commands() if words[0] == "brightrun-trainer" and "--gguf" not in words], ids=" ".join
-)
+@pytest.mark.parametrize("words", [words for words in _commands() if words[0] == "brightrun-trainer"], ids=" ".join)
 def test_our_own_commands_have_these_options(words: list[str]) -> None:
     _, name, *rest = words
     command = get_command(app).commands[name]  # type: ignore[attr-defined]

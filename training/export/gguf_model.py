@@ -57,6 +57,7 @@ def write_gguf_model(
     `name` is what programs show. Raises TrainingFailed: model_unsupported for what llama.cpp would compute otherwise,
     model_incomplete for a folder that is not whole, invalid_spec without the package gguf."""
     need_gguf()
+    refuse_unknown_type(type_)
     model = open_model_folder(folder, name or folder.name)
     if model.kept_copy is not None:
         raise TrainingFailed(
@@ -77,11 +78,21 @@ def write_gguf_model(
         writer.add_file_type(int(gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"]))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         add_parameters(writer, family)
-        tokenizer = add_vocabulary(writer, folder, _rows_of_embeddings(entries))
+        tokenizer = add_vocabulary(writer, model, _rows_of_embeddings(entries))
         writer.add_name(_name_for(name or folder.name, tokenizer))
 
     size = write_gguf(out, family.name, describe, entries, on_bytes)
     return WrittenGguf(out, family.name, kind.lower(), len(entries), size)
+
+
+def refuse_unknown_type(asked: str | None) -> None:
+    """Raises TrainingFailed(invalid_spec) for a type that is not written here."""
+    if asked is not None and asked not in TYPES:
+        raise TrainingFailed(
+            ErrorCode.INVALID_SPEC,
+            f"there is no GGUF type {asked[:40]!r} here",
+            f"choose one of: {', '.join(TYPES)}; llama.cpp's llama-quantize makes the smaller ones from these",
+        )
 
 
 def family_of(model: ModelFolder) -> Family:
@@ -114,12 +125,6 @@ def _parts(model: ModelFolder, family: Family) -> dict[str, list[_Part]]:
 
 def _chosen_type(asked: str | None, parts: dict[str, list[_Part]]) -> str:
     if asked is not None:
-        if asked not in TYPES:
-            raise TrainingFailed(
-                ErrorCode.INVALID_SPEC,
-                f"there is no GGUF type {asked[:40]!r} here",
-                f"choose one of: {', '.join(TYPES)}; llama.cpp's llama-quantize makes the smaller ones from these",
-            )
         return asked.upper()
     values: Counter[str] = Counter()
     for found in parts.values():

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
+from training.data.template.rendering import Renderer
+from training.data.template.turn_end import find_turn_end
+from training.data.tokenizer import load_tokenizer, stop_tokens
 from training.export.gguf_families import refused
+from training.files.model_folder import ModelFolder
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _GPT4 = (
@@ -33,14 +36,13 @@ _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _SPACE = "▁"
 
 
-def add_vocabulary(writer: Any, folder: Path, size: int) -> Any:
+def add_vocabulary(writer: Any, folder: ModelFolder, size: int) -> Any:
     """Adds the tokenizer of a model's folder to a GGUFWriter, filled up to `size` words (the rows of the embeddings).
 
     Returns the tokenizer. Raises TrainingFailed(model_unsupported) if llama.cpp would split text in another way."""
     import gguf
-    from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    tokenizer: Any = load_tokenizer(folder)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise refused("this model's tokenizer has no tokenizer.json form, from which the vocabulary is read")
@@ -160,7 +162,7 @@ def _prefixes_space(parts: dict[str, Any], tokenizer: Any) -> bool:
     return scheme == "always" or (scheme == "first" and not tokenizer.chat_template)
 
 
-def _add_special_tokens(writer: Any, folder: Path, tokenizer: Any) -> None:
+def _add_special_tokens(writer: Any, folder: ModelFolder, tokenizer: Any) -> None:
     for name in ("bos", "eos", "unk", "pad"):
         number = getattr(tokenizer, f"{name}_token_id")
         if number is not None:
@@ -169,19 +171,11 @@ def _add_special_tokens(writer: Any, folder: Path, tokenizer: Any) -> None:
     tokens = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(tokenizer.bos_token_id is not None and tokens[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(tokenizer.eos_token_id is not None and tokens[-1] == tokenizer.eos_token_id)
-    # llama.cpp stops at the end of a text and at one end of a turn beside it.
-    ends = [number for number in stop_tokens(folder, tokenizer) if number != tokenizer.eos_token_id]
-    if ends:
-        writer.add_eot_token_id(ends[0])
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
-
-
-def stop_tokens(folder: Path, tokenizer: Any) -> list[int]:
-    """The tokens at which generation ends: the tokenizer's, and those of generation_config.json."""
-    stated: Any = None
-    path = folder / "generation_config.json"
-    if path.is_file():
-        stated = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    numbers = [tokenizer.eos_token_id, *(stated if isinstance(stated, list) else [stated])]
-    return list(dict.fromkeys(int(number) for number in numbers if number is not None))
+        # llama.cpp stops at the end of a text, and at one end of a turn beside it: where the template's answers end.
+        stops = stop_tokens(folder)
+        end = find_turn_end(Renderer(tokenizer), tokenizer, stops)
+        ends = [*([end.stop] if end else []), *sorted(stops)]
+        if other := [token for token in ends if token != tokenizer.eos_token_id]:
+            writer.add_eot_token_id(other[0])

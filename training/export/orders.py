@@ -16,6 +16,7 @@ Export = Callable[[Mapping[str, Any], OnBytes], dict[str, Any]]
 
 # By the request's `kind`. Imported when asked for: each needs other libraries.
 _EXPORTS = {
+    "gguf": "training.export.gguf:export_gguf",
     "merged": "training.export.merge:export_merged",
     "transformers4": "training.export.transformers4:export_transformers4",
 }

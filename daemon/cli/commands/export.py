@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from daemon.base_model.candidates import ResolvedModel
 
 
-def export(
+def export(  # noqa: PLR0917 - what, then each form and its choices, as `--help` shows them
     what: Annotated[str, typer.Argument(metavar="ID|FOLDER", help="A completed job, or an adapter's folder.")],
     merged: Annotated[
         Path | None,
@@ -25,6 +25,16 @@ def export(
             "--transformers4", metavar="DIR", help="A new folder: the adapter for transformers 4 and old PEFT."
         ),
     ] = None,
+    gguf: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A new file for llama.cpp, or for Ollama with a Modelfile; or a new folder."),
+    ] = None,
+    gguf_form: Annotated[
+        str, typer.Option(help="adapter: a LoRA beside a GGUF of the base. merged: the whole model, as for Ollama.")
+    ] = "adapter",
+    gguf_type: Annotated[
+        str | None, typer.Option(help="Of a merged GGUF: f32, f16, bf16 or q8_0; default: as published, 16 bits.")
+    ] = None,
     model: Annotated[Path | None, typer.Option(help="The base model's folder; default: found by its name.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -32,19 +42,23 @@ def export(
     from daemon.cli.commands.chat import adapter_folder
     from daemon.cli.errors import Misused
 
-    if merged is None and transformers4 is None:
-        raise Misused("nothing was asked for", "say what to export: --merged DIR, --transformers4 DIR")
-    for folder in (merged, transformers4):
-        if folder is not None and (folder.exists() or folder.is_symlink()):
-            raise Misused(f"{folder} exists already", "name a new folder")
+    if merged is None and transformers4 is None and gguf is None:
+        raise Misused("nothing was asked for", "say what to export: --merged DIR, --transformers4 DIR, --gguf FILE")
+    for new in (merged, transformers4, gguf):
+        if new is not None and (new.exists() or new.is_symlink()):
+            raise Misused(f"{new} exists already", "name a new file or folder" if new == gguf else "name a new folder")
     adapter = adapter_folder(what)
     results = {}
     if transformers4 is not None:
-        asked = {"kind": "transformers4", "into": transformers4}
+        asked: dict[str, Any] = {"kind": "transformers4", "into": transformers4}
         results["transformers4"] = _run("writing", asked, adapter, None, shown=False)
+    base = _base_model(adapter, model) if merged is not None or gguf is not None else None
     if merged is not None:
-        base = _base_model(adapter, model)
         results["merged"] = _run("merging", {"kind": "merged", "into": merged}, adapter, base, shown=not as_json)
+    if gguf is not None:
+        asked = {"kind": "gguf", "into": gguf, "form": gguf_form, "type": gguf_type}
+        asked["merged"] = None if merged is None else merged.absolute()
+        results["gguf"] = _run("writing", asked, adapter, base, shown=not as_json)
     _tell(results, as_json)
 
 
@@ -98,3 +112,12 @@ def _tell(results: dict[str, Any], as_json: bool) -> None:
             say(f"  published ones. For those: brightrun-trainer models pull {merged['base_model']}, then export again")
         if not merged["revision_is_known"]:
             say("  nobody noted which revision of the base model it is, here or at training: compare if in doubt")
+    if (gguf := results.get("gguf")) is not None:
+        about = f"{gguf['type']}, {gguf['architecture']}"
+        if gguf["form"] == "adapter":
+            say_done(f"{gguf['path']} ({size(gguf['bytes'])}, {about}): a LoRA for a GGUF of {gguf['base_model']}")
+            say(f"  llama-server --model BASE.gguf --lora {gguf['path']}")
+        else:
+            say_done(f"{gguf['path']} ({size(gguf['bytes'])}, {about}): {gguf['base_model']} with the adapter in it")
+            say(f"  llama-server --model {gguf['path']}")
+            say(f"  ollama create NAME --file {gguf['modelfile']}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 from daemon.delivery.context import DeliveryContext
@@ -11,9 +12,9 @@ from daemon.settings import Settings
 
 
 def lacks(settings: Settings) -> str | None:
-    """Every host that trains can do it."""
+    """Every host that trains can do it, with a small package."""
     del settings
-    return None
+    return None if find_spec("gguf") else 'the package gguf is not installed: pip install "brightrun-trainer[gguf]"'
 
 
 async def deliver(delivery: Delivery, context: DeliveryContext) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Runs in an environment that has llama.cpp (xllamacpp) and none of ours: serves a GGUF file and says what it answers.
 
 A JSON request on stdin: `model`, `lora` (or null), `prompts` (lists of token numbers), `texts`, `chats` (lists of
-messages). JSON on stdout: `logprobs` (after each prompt, of every word), `tokens` (of each text), `rendered` (each
-chat, by the template in the file). A file that llama.cpp refuses ends the process.
+messages), `ends` (texts of one token). JSON on stdout: `logprobs` (after each prompt, of every word), `tokens` (of each
+text), `rendered` (each chat, by the template in the file), `ended` (whether an answer ends at each of `ends`). A file
+that llama.cpp refuses ends the process.
 """
 
 import json
@@ -46,10 +47,15 @@ def main() -> None:
         asked = {"content": text, "add_special": True, "parse_special": True}
         return ask("/tokenize", asked)["tokens"]
 
+    def ended(text):
+        forced = [ask("/tokenize", {"content": text, "parse_special": True})["tokens"][-1], 1e6]
+        return ask("/completion", {"prompt": [1], "n_predict": 2, "logit_bias": [forced]})["stop_type"] == "eos"
+
     found = {
         "logprobs": [logprobs(prompt) for prompt in request["prompts"]],
         "tokens": [tokens(text) for text in request["texts"]],
         "rendered": [ask("/apply-template", {"messages": chat})["prompt"] for chat in request["chats"]],
+        "ended": [ended(text) for text in request.get("ends", ())],
     }
     json.dump(found, answers)
     answers.flush()

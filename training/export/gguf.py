@@ -1,0 +1,104 @@
+"""The export `gguf`: the adapter as a LoRA for llama.cpp, or the whole model with a Modelfile for Ollama beside it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from training.data.tokenizer import load_tokenizer, stop_tokens
+from training.events import ErrorCode
+from training.export.gguf_adapter import write_gguf_adapter
+from training.export.gguf_model import WrittenGguf, refuse_unknown_type, write_gguf_model
+from training.export.merge import merge_adapter
+from training.export.modelfile import modelfile
+from training.export.orders import OnBytes
+from training.failures import TrainingFailed
+from training.files.durable_files import beside, put_in_place, write_whole
+from training.files.model_folder import ModelFolder
+from training.files.template_options import template_options
+
+FORMS = ("adapter", "merged")
+MODELFILE = "Modelfile"
+
+
+def export_gguf(request: Mapping[str, Any], on_bytes: OnBytes) -> dict[str, Any]:
+    """Request: base, adapter (folders); into, a new file whose name ends in .gguf, or a new folder; form, one of FORMS,
+    and type, one of TYPES, if not the defaults; base_model and base_revision, if known. `merged`, if given, is the
+    folder of the merged model; otherwise it is made for the time of the conversion, beside `into`.
+
+    Raises TrainingFailed: invalid_spec, model_unsupported, model_incomplete, disk_full."""
+    base, adapter, into = Path(request["base"]), Path(request["adapter"]), Path(request["into"])
+    form, name = str(request.get("form") or "adapter"), str(request.get("base_model") or base.name)
+    if form not in FORMS:
+        raise TrainingFailed(
+            ErrorCode.INVALID_SPEC, f"there is no GGUF form {form[:40]!r}", f"choose one of: {', '.join(FORMS)}"
+        )
+    if into.exists() or into.is_symlink():
+        raise TrainingFailed(ErrorCode.INVALID_SPEC, f"{into} exists already", "name a new file or folder")
+    if form == "adapter" and request.get("type") not in (None, "f32"):
+        raise TrainingFailed(
+            ErrorCode.INVALID_SPEC,
+            "a GGUF LoRA is written in f32: it is small, and fits a base of any type",
+            "leave the type out, or ask for the form merged",
+        )
+    with beside(into) as staging:
+        is_file = into.suffix == ".gguf"
+        file = staging if is_file else staging / ("adapter.gguf" if form == "adapter" else "model.gguf")
+        staging.parent.mkdir(parents=True, exist_ok=True)
+        if form == "adapter":
+            written = write_gguf_adapter(base, adapter, file, name=f"{name} adapter", on_bytes=on_bytes)
+        else:
+            written = _merged(request, into, file, name, on_bytes)
+        recipe = None if form == "adapter" else _recipe(base, adapter, into.name if is_file else file.name)
+        if recipe is not None and not is_file:
+            write_whole(staging / MODELFILE, recipe)
+        put_in_place(staging, into)
+    if recipe is not None and is_file:
+        write_whole(into.with_suffix(f".{MODELFILE}"), recipe)
+    return {
+        "path": str(into),
+        "form": form,
+        "file": into.name if is_file else file.name,
+        "modelfile": None if recipe is None else f"{into.stem}.{MODELFILE}" if is_file else MODELFILE,
+        "base_model": name,
+        "architecture": written.architecture,
+        "type": written.type,
+        "tensors": written.tensors,
+        "bytes": written.bytes,
+    }
+
+
+def _merged(request: Mapping[str, Any], into: Path, file: Path, name: str, on_bytes: OnBytes) -> WrittenGguf:
+    kind = request.get("type")
+    if request.get("merged"):
+        return write_gguf_model(Path(request["merged"]), file, type_=kind, name=name, on_bytes=on_bytes)
+    refuse_unknown_type(kind)
+    # Under one name for this file: a merge that was interrupted goes on where it stopped.
+    folder = into.with_name(f".{into.name}.merged")
+    if not folder.exists():
+        merge_adapter(
+            Path(request["base"]),
+            Path(request["adapter"]),
+            folder,
+            base_model=request.get("base_model"),
+            base_revision=request.get("base_revision"),
+            # Two runs over about as many bytes: the bar is half full when the second begins.
+            on_bytes=lambda done, total: on_bytes(done, 2 * total),
+        )
+    written = write_gguf_model(
+        folder, file, type_=kind, name=name, on_bytes=lambda done, total: on_bytes(total + done, 2 * total)
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    return written
+
+
+def _recipe(base: Path, adapter: Path, file: str) -> str:
+    """With the template that the adapter was trained with, told what the manifest says; the base's own otherwise."""
+    model = ModelFolder.of(base)
+    tokenizer = load_tokenizer(model)
+    template = adapter / "chat_template.jinja"
+    if template.is_file():
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return modelfile(tokenizer, stop_tokens(model), file, options=template_options(adapter))
