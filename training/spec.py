@@ -34,6 +34,7 @@ _INSTEAD = {
 }
 # The name under which an endpoint shall serve an adapter.
 _SERVED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_JOB_ID = re.compile(r"(?i)[0-9a-f]{8}-?(?:[0-9a-f]{4}-?){3}[0-9a-f]{12}")
 # As the hub names repositories.
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _REPOSITORY = re.compile(rf"(?!.*(?:--|\.\.|\.git$)){_PART}/{_PART}")
@@ -193,6 +194,9 @@ class Hyperparameters(BaseModel):
     def _is_a_name(cls, value: bool | str | None) -> bool | str | None:
         if isinstance(value, str) and not _SERVED_NAME.fullmatch(value):
             raise ValueError("must be true, false or a name: up to 64 letters, digits and . _ -")
+        # Each adapter is served under its job's id: nobody's name may be that of somebody else's job.
+        if isinstance(value, str) and _JOB_ID.fullmatch(value):
+            raise ValueError("must not look like a job's id")
         return value
 
     @property

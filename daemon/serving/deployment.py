@@ -52,7 +52,8 @@ class Taken:
 @dataclass(frozen=True)
 class Order:
     """Which adapter, and how it is proven. `repository`: where the endpoint finds it on the hub, if not in the folder.
-    `take_name` makes a name mean this job in the database, where no two owners can have the same."""
+    `take_name` (endpoint, name, whether that is in use there) makes the name mean this job in the database, where no
+    two owners can have the same."""
 
     job_id: UUID
     base_model: str
@@ -61,7 +62,7 @@ class Order:
     prompts: tuple[str, ...]
     repository: str | None = None
     name: str | None = None
-    take_name: Callable[[str, str], Awaitable[Taken]] | None = None
+    take_name: Callable[[str, str, bool], Awaitable[Taken]] | None = None
     template_options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -172,7 +173,10 @@ class _Visit:
         if self._settings.endpoint_loads == "itself":
             return {"name_refused": f"The endpoint finds adapters by itself, as {model}, and gives them no other name."}
         assert order.take_name is not None
-        taken = await order.take_name(self._endpoint.name, name)
+        served = await self._tried(self._endpoint.models)
+        # Whatever the operator serves under this name is not replaced.
+        in_use = any(model.id == name and model.root != path for model in served)
+        taken = await order.take_name(self._endpoint.name, name, in_use)
         if not taken.is_taken:
             return {"name_refused": taken.why_not}
         await self._load(name, path)

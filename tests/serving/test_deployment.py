@@ -124,8 +124,8 @@ async def test_a_name_means_the_newest_adapter_once_that_answers(
     endpoint.knows_inplace = inplace
     superseded: tuple[UUID, ...] = ()
 
-    async def take(at: str, name: str) -> Taken:
-        assert (at, name) == (endpoint.host, "support")
+    async def take(at: str, name: str, in_use: bool) -> Taken:
+        assert (at, name, in_use) == (endpoint.host, "support", bool(superseded))
         assert "support" not in endpoint.adapters or superseded, "it is proven first"
         return Taken(True, superseded)
 
@@ -143,7 +143,7 @@ async def test_a_name_means_the_newest_adapter_once_that_answers(
 async def test_a_name_of_somebody_else_is_left_to_him(
     endpoint: EndpointDouble, settings: Settings, adapter: Make
 ) -> None:
-    async def refuse(_at: str, _name: str) -> Taken:
+    async def refuse(_at: str, _name: str, _in_use: bool) -> Taken:
         return Taken(False, why_not="somebody else's jobs are served as support")
 
     result = await deploy(replace(ORDER, name="support", take_name=refuse), adapter(), settings)

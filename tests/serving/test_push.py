@@ -120,8 +120,9 @@ async def test_another_jobs_adapter_is_replaced_only_on_demand(hub: HubUploads, 
 
 async def test_a_repository_with_other_things_in_it_is_left_alone(hub: HubUploads, order: Order) -> None:
     hub.add("acme/model", **{"config.json": b"{}", "model.safetensors": b"base"})
-    with pytest.raises(JobFailed, match=r"holds files that are not an adapter of ours: config.json, model.safetensors"):
+    with pytest.raises(JobFailed, match="holds files that are not an adapter of ours") as refused:
         await push(hub, order("acme/model"))
+    assert "config.json" not in str(refused.value), "what a private repository holds may be nobody's business"
     hub.add("acme/odd", **{MARKER: b"[]"})
     with pytest.raises(JobFailed, match="not an adapter of ours"):
         await push(hub, order("acme/odd"))

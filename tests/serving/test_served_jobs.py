@@ -11,7 +11,7 @@ from uuid import UUID
 import pytest
 
 from tests.daemon_process import DaemonProcess, eventually
-from tests.doubles.endpoint import EndpointDouble
+from tests.doubles.endpoint import EndpointDouble, Loaded
 from tests.doubles.hub_uploads import HubUploads
 from tests.lifecycle.queue import Queue
 
@@ -144,6 +144,27 @@ async def test_a_name_belongs_to_its_first_owner(queue: Queue, hub: HubUploads, 
         "Somebody else's adapter is served as support.",
     )
     assert set(endpoint.adapters) == {"support", str(first), str(second)}
+
+
+async def test_a_name_that_the_operator_serves_is_not_replaced(
+    queue: Queue, hub: HubUploads, endpoint: EndpointDouble
+) -> None:
+    theirs = endpoint.adapters["support"] = Loaded("/operator/support", "I am the operator's.")
+    stolen = queue.insert(hyperparameters={"base_model": "tiny", "deploy": "5ffb2a1e-6f5e-4d9e-9d63-64ad0c4f2a11"})
+
+    def work() -> dict[str, Any]:
+        with host(queue, hub, endpoint):
+            job = queue.insert(hyperparameters={"base_model": "tiny", "deploy": "support"})
+            assert delivered(queue, job, "endpoint")["state"] == "done"
+            queue.wait_for(stolen, "failed")
+            return queue.row(job)
+
+    row = await beside(work)
+    assert (row["deployed_as"], row["deployment_note"]) == (
+        str(row["id"]), "Somebody else's adapter is served as support.",
+    )  # fmt: skip
+    assert endpoint.adapters["support"] is theirs
+    assert "must not look like a job's id" in queue.row(stolen)["error_message"]
 
 
 async def test_only_the_service_says_that_a_job_is_deployed(queue: Queue) -> None:

@@ -74,8 +74,8 @@ async def _read(context: DeliveryContext, delivery: Delivery, repository: str | 
     return (await context.database.fetch(statement("read_deployed_adapter"), asked))[0]
 
 
-async def _take_name(context: DeliveryContext, delivery: Delivery, endpoint: str, name: str) -> Taken:
-    asked = {"job_id": delivery.job_id, "endpoint": endpoint, "name": name}
+async def _take_name(context: DeliveryContext, delivery: Delivery, endpoint: str, name: str, in_use: bool) -> Taken:
+    asked = {"job_id": delivery.job_id, "endpoint": endpoint, "name": name, "in_use": in_use}
     taken = (await context.database.fetch(statement("take_served_name"), asked))[0]
     if taken["is_taken"]:
         return Taken(True, tuple(taken["superseded"]))

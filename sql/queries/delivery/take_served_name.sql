@@ -1,4 +1,5 @@
 -- Makes a name at an endpoint mean this job's adapter, unless another owner has it or a newer adapter is served by it.
+-- With `in_use`, the endpoint serves something under this name: then it must have come from us.
 -- Always one row: whether it is taken, whose it was before if not ours, and the jobs that it meant before.
 WITH mine AS (
     SELECT job.id, job.user_id, coalesce(job.completed_at, job.created_at) AS completed_at
@@ -9,6 +10,13 @@ taken AS (
     INSERT INTO training_served_names AS served (endpoint, name, user_id, job_id, completed_at)
     SELECT %(endpoint)s, %(name)s, mine.user_id, mine.id, mine.completed_at
     FROM mine
+    WHERE NOT %(in_use)s
+       OR EXISTS (
+           SELECT
+           FROM training_served_names AS known
+           WHERE known.endpoint = %(endpoint)s
+             AND known.name = %(name)s
+       )
     ON CONFLICT (endpoint, name) DO UPDATE
     SET job_id = excluded.job_id,
         completed_at = excluded.completed_at,
