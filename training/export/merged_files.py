@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from training.adapter.tokenizer_files import for_transformers_4
 from training.export.deltas import ADAPTER_WEIGHTS, Adapter
 from training.export.merged_card import Origin, merged_card
 from training.export.unfinished_folder import UnfinishedFolder
@@ -18,7 +19,7 @@ from training.files.model_folder import CONFIG, INDEX, ModelFolder
 MANIFEST = "manifest.json"
 README = "README.md"
 TEMPLATE = "chat_template.jinja"
-_TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 # Weights in any form, which the merged ones replace; what remains are small files of configuration.
 _WEIGHTS = frozenset((
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx",
@@ -46,11 +47,14 @@ def write_beside_files(
     if is_dequantised and "quantization_config" in folder.config:
         config = {key: value for key, value in folder.config.items() if key != "quantization_config"}
         unfinished.write(CONFIG, json.dumps(config, indent=2) + "\n")
+    tokenizer = _read(folder.path / TOKENIZER_CONFIG)
+    if (readable := for_transformers_4(tokenizer)) != tokenizer:
+        unfinished.write(TOKENIZER_CONFIG, json.dumps(readable, indent=2, ensure_ascii=False) + "\n")
     template = _template_of(adapter.folder)
     if template is not None and template != _template_of(folder.path):
         # What the adapter was trained with. Readers take this file before a template in tokenizer_config.json.
         unfinished.write(TEMPLATE, template)
-    manifest = _manifest_of(adapter.folder)
+    manifest = _read(adapter.folder / MANIFEST)
     serving = manifest.get("serving")
     origin = Origin(
         base_model=base_model,
@@ -96,20 +100,16 @@ def _template_of(folder: Path) -> str | None:
     file = folder / TEMPLATE
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    try:
-        found = json.loads((folder / _TOKENIZER_CONFIG).read_text(encoding="utf-8")).get("chat_template")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return found if isinstance(found, str) else None
+    return _text(_read(folder / TOKENIZER_CONFIG).get("chat_template"))
 
 
-def _manifest_of(adapter: Path) -> dict[str, Any]:
-    """The adapter's own manifest; {} if it has none, as before it is packed."""
+def _read(file: Path) -> dict[str, Any]:
+    """A JSON object; {} where there is none: an adapter has no manifest before it is packed."""
     try:
-        manifest = json.loads((adapter / MANIFEST).read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return manifest if isinstance(manifest, dict) else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _text(value: object) -> str | None:
