@@ -67,6 +67,19 @@ def test_a_published_tokenizer_is_copied_unchanged(base: Path) -> None:
     assert all((into / name).read_bytes() == (base / name).read_bytes() for name in copied)
 
 
+def test_a_base_without_a_fast_tokenizer_s_file_gets_one_beside_the_adapter(base: Path) -> None:
+    model = json.loads((base / "tokenizer.json").read_text())["model"]
+    (base / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (base / "merges.txt").write_text("".join(f"{' '.join(pair)}\n" for pair in model["merges"]))
+    (base / "tokenizer.json").unlink()
+    _config(base, **_PUBLISHED)
+    into = _write(base)
+    assert all((into / name).read_bytes() == (base / name).read_bytes() for name in ("vocab.json", "merges.txt"))
+    before, after = AutoTokenizer.from_pretrained(base), AutoTokenizer.from_pretrained(into)
+    assert (into / "tokenizer.json").is_file() and after.get_vocab() == before.get_vocab()
+    assert after("The cat is red.").input_ids == before("The cat is red.").input_ids
+
+
 def test_a_template_inside_the_config_stands_in_a_file_as_well(base: Path) -> None:
     template = (base / "chat_template.jinja").read_text()
     (base / "chat_template.jinja").unlink()
