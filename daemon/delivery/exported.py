@@ -50,31 +50,27 @@ def export_folder(delivery: Delivery) -> str:
     return folder if delivery.claims <= 1 else f"{folder}-{delivery.claims}"
 
 
-async def export_and_store(delivery: Delivery, context: DeliveryContext) -> dict[str, Any]:
+async def export_and_store(delivery: Delivery, context: DeliveryContext, *, needs_base: bool = True) -> dict[str, Any]:
     """Makes the export that the delivery's kind names, stores it and returns where it is.
 
-    Killed at any point and called again, it stores the same; what is on this disk already is not made again."""
+    `needs_base`: not from the adapter alone. Killed at any point and called again, it stores the same; what is on this
+    disk already is not made again."""
     made = context.folder / "export"
     facts = await asyncio.to_thread(_read_made, context.folder)
     if facts is None:
-        facts = await _make(delivery, context, made)
+        facts = await _make(delivery, context, made, needs_base)
     files = await asyncio.to_thread(_hash_files, made)
     return await _store(delivery, context, made, files, facts)
 
 
-async def _make(delivery: Delivery, context: DeliveryContext, into: Path) -> dict[str, Any]:
-    model = await context.base_model()
+async def _make(delivery: Delivery, context: DeliveryContext, into: Path, needs_base: bool) -> dict[str, Any]:
+    model = await context.base_model() if needs_base else None
     await asyncio.to_thread(_check_room, context, model)
     adapter = await context.adapter_folder()
     await asyncio.to_thread(shutil.rmtree, into, True)
-    request = {
-        "kind": delivery.kind,
-        "base": model.path,
-        "base_model": model.name,
-        "base_revision": model.revision,
-        "adapter": adapter,
-        "into": into,
-    }
+    request: dict[str, Any] = {"kind": delivery.kind, "adapter": adapter, "into": into}
+    if model is not None:
+        request |= {"base": model.path, "base_model": model.name, "base_revision": model.revision}
     log.info("export_begins", job_id=str(delivery.job_id), kind=delivery.kind)
     try:
         result = await run_export(request)
@@ -180,9 +176,10 @@ async def _check_limit(context: DeliveryContext, delivery: Delivery, largest_byt
         ) from error
 
 
-def _check_room(context: DeliveryContext, model: ResolvedModel) -> None:
+def _check_room(context: DeliveryContext, model: ResolvedModel | None) -> None:
     """Raises HostFault if the work folder has no room for a model of this size: before hours of writing, not after."""
-    needed = sum(path.stat().st_size for path in model.path.glob("*.safetensors")) + SPARE_BYTES
+    weights = () if model is None else model.path.glob("*.safetensors")
+    needed = sum(path.stat().st_size for path in weights) + SPARE_BYTES
     folder = context.settings.work_dir
     try:
         folder.mkdir(parents=True, exist_ok=True)

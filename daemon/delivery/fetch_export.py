@@ -62,7 +62,11 @@ async def _fetch_manifest(storage: Storage, result: Mapping[str, Any], part: Pat
 def _inside_bucket(storage: Storage, path: str) -> str:
     bucket, _, inside = path.partition("/")
     if bucket != storage.bucket:
-        raise JobFailed(ErrorCode.UPLOAD_FAILED, f"The export is in the bucket {bucket}, not in {storage.bucket}.")
+        raise JobFailed(
+            ErrorCode.UPLOAD_FAILED,
+            f"The export is in the bucket {bucket}, not in {storage.bucket}.",
+            "Set TRAINER_MODELS_BUCKET to the bucket in which it was stored.",
+        )
     return inside
 
 

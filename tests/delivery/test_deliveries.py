@@ -70,6 +70,9 @@ async def test_an_export_is_stored_beside_the_adapter_and_told(project: Project)
         await project.wait_for(job, "completed")
         row, other = await reaches(project, job, "done"), await reaches(project, job, "done", "gguf")
         (told, *_more) = await project.endings(job, "job.delivered")
+        # This host's disk is free again.
+        folder = project.folder / "jobs" / ".deliveries"
+        await asyncio.to_thread(eventually, lambda: not list(folder.iterdir()))
     for each, kind in ((row, "merged"), (other, "gguf")):
         result = each["result"]
         assert result["path"] == f"lora-models/adapters/{job}/{kind}"
@@ -81,13 +84,12 @@ async def test_an_export_is_stored_beside_the_adapter_and_told(project: Project)
         assert result["base_model"] == "tiny" and each["attempts"] == 1 and each["lock_token"] is None
     manifest = json.loads(project.storage.read("lora-models", f"adapters/{job}/merged/delivery.json"))
     assert manifest["job_id"] == str(job) and set(manifest["files"]) == FILES
-    # What was uploaded is accounted for, and found if the job is deleted; this host's disk is free again.
+    # What was uploaded is accounted for, and found if the job is deleted.
     uploads = project.queue.select("SELECT kind, manifest_sha256 FROM training_uploads WHERE job_id = %s", job)
     assert {upload["kind"]: upload["manifest_sha256"] for upload in uploads if upload["kind"] != "adapter"} == {
         "merged": row["result"]["manifest_sha256"],
         "gguf": other["result"]["manifest_sha256"],
     }
-    assert not list((project.folder / "jobs" / ".deliveries").iterdir())
     # The story, the callback and the status say the same.
     states = [e["data"]["state"] for e in project.queue.events(job) if e["data"].get("delivery") == "merged"]
     assert states == ["waiting", "running", "done"]

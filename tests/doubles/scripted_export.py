@@ -24,7 +24,7 @@ FILES = {"config.json": "{}", "model.safetensors": "merged" * 1000, "merges.txt"
 def main() -> int:
     end_with_parent()
     request = json.loads(sys.stdin.read())
-    script = _script(Path(request["base"]))
+    script = _script(Path(request["base"])) if "base" in request else {}
     if (awaited := script.get("wait_for")) is not None:
         Path(f"{awaited}.pid").write_text(str(os.getpid()))
         while not Path(awaited).exists():
@@ -38,7 +38,7 @@ def main() -> int:
     into.mkdir()
     for name, text in script.get("files", FILES).items():
         (into / name).write_text(f"{request['kind']} {text}")
-    result = {"path": str(into), "base_model": request["base_model"], "is_dequantised": False}
+    result = {"path": str(into), "base_model": request.get("base_model"), "is_dequantised": False}
     print(json.dumps({"kind": "done", "result": result}), flush=True)
     return 0
 
