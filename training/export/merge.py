@@ -16,16 +16,16 @@ from typing import Any
 import torch
 
 from training.events import ErrorCode
-from training.export.base_plus_adapter import Sum
-from training.export.base_weights import BaseWeights, PublishedWeights
-from training.export.deltas import AdaptedLayer, Adapter, read_adapter
-from training.export.merged_files import write_beside_files
+from training.export.merging.base_plus_adapter import Sum
+from training.export.merging.base_weights import BaseWeights, PublishedWeights
+from training.export.merging.deltas import AdaptedLayer, Adapter, read_adapter
+from training.export.merging.merged_files import write_beside_files
+from training.export.merging.proof import prove
+from training.export.merging.shard_file import ShardFile
+from training.export.merging.stored_names import StoredNames
+from training.export.merging.tensor_pieces import FLOATS, StoredTensor
+from training.export.merging.unfinished_folder import UnfinishedFolder, WrittenFile
 from training.export.orders import OnBytes
-from training.export.proof import prove
-from training.export.shard_file import ShardFile
-from training.export.stored_names import StoredNames
-from training.export.tensor_pieces import FLOATS, StoredTensor
-from training.export.unfinished_folder import UnfinishedFolder, WrittenFile
 from training.failures import TrainingFailed
 from training.files.durable_files import sha256_of
 from training.files.model_folder import INDEX, ModelFolder, faults_of_model, in_one_line
@@ -99,7 +99,7 @@ def merge_adapter(
         weights = PublishedWeights(base.folder)
     else:
         # Imported here: it brings bitsandbytes along.
-        from training.export.kept_copy import KeptCopyWeights
+        from training.export.merging.kept_copy import KeptCopyWeights
 
         weights = KeptCopyWeights(base.folder, base.name, names)
         weights.check(base.folder.kept_copy)

@@ -18,7 +18,7 @@ from typing import Any
 from training.adapter.readers import KNOWN_KEYS
 from training.adapter.tokenizer_files import for_transformers_4
 from training.events import ErrorCode
-from training.export.deltas import ADAPTER_CONFIG, read_adapter
+from training.export.merging.deltas import ADAPTER_CONFIG, read_adapter
 from training.export.orders import OnBytes
 from training.failures import TrainingFailed
 from training.files.durable_files import beside, put_in_place, sha256_of

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.tiny_models import make_tokenizer
-from training.export.shard_file import header_of
+from training.export.merging.shard_file import header_of
 
 _VOCABULARY = 1024
 _RANK = 16

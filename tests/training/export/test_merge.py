@@ -21,7 +21,7 @@ from tests.training.export.conftest import AdapterOf
 from training.adapter.tokenizer_files import for_transformers_4
 from training.distance import distance
 from training.export.merge import Merged, merge_adapter
-from training.export.merged_card import Origin, merged_card
+from training.export.merging.merged_card import Origin, merged_card
 from training.failures import TrainingFailed
 from training.files.durable_files import sha256_of
 from training.files.licence import Licence

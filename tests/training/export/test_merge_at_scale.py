@@ -28,7 +28,7 @@ BOUNDED = """
 import json, resource, sys
 from pathlib import Path
 from training.export.merge import merge_adapter
-from training.export.stored_names import StoredNames
+from training.export.merging.stored_names import StoredNames
 from training.files.model_folder import ModelFolder
 base, adapter, into, more = sys.argv[1:]
 StoredNames(ModelFolder.of(Path(base)), "acme/large")

@@ -54,7 +54,7 @@ def test_a_large_one_becomes_several_files(
     adapter = adapter_of(base)
     keep_the_copy_alone(base, tmp_path / "copies")
     whole = merge_adapter(base, adapter, tmp_path / "whole")
-    monkeypatch.setattr("training.export.kept_copy._SHARD_BYTES", 200_000)
+    monkeypatch.setattr("training.export.merging.kept_copy._SHARD_BYTES", 200_000)
     parts = merge_adapter(base, adapter, tmp_path / "parts")
     folder = ModelFolder.of(Path(parts.path))
     assert faults_of_model(folder.path) == [] and len(folder.shards) > 5

@@ -9,10 +9,10 @@ import torch
 
 from tests.real_shapes import REAL_SHAPES, WITHOUT_A_CLASS, config_of, published_tensors, skeleton, write_checkpoint
 from training.adapter.lora import attach_adapter
-from training.export.base_weights import PublishedWeights
-from training.export.deltas import AdaptedLayer, Adapter
 from training.export.merge import places
-from training.export.stored_names import StoredNames
+from training.export.merging.base_weights import PublishedWeights
+from training.export.merging.deltas import AdaptedLayer, Adapter
+from training.export.merging.stored_names import StoredNames
 from training.files.model_folder import ModelFolder
 from training.spec import Hyperparameters
 

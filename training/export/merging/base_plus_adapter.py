@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from training.events import ErrorCode
-from training.export.base_weights import BaseWeights, PlannedShard
-from training.export.deltas import AdaptedLayer, Deltas
-from training.export.tensor_pieces import bytes_of
+from training.export.merging.base_weights import BaseWeights, PlannedShard
+from training.export.merging.deltas import AdaptedLayer, Deltas
+from training.export.merging.tensor_pieces import bytes_of
 from training.failures import TrainingFailed
 
 

@@ -21,10 +21,10 @@ from safetensors import safe_open
 from transformers.core_model_loading import Concatenate, MergeModulelist
 
 from training.events import ErrorCode
-from training.export.base_weights import PlannedShard
-from training.export.shard_file import header_of
-from training.export.stored_names import Origin, StoredNames
-from training.export.tensor_pieces import FLOATS, StoredTensor, bytes_of, elements
+from training.export.merging.base_weights import PlannedShard
+from training.export.merging.shard_file import header_of
+from training.export.merging.stored_names import Origin, StoredNames
+from training.export.merging.tensor_pieces import FLOATS, StoredTensor, bytes_of, elements
 from training.failures import TrainingFailed
 from training.files.durable_files import sha256_of
 from training.files.model_folder import WEIGHTS, ModelFolder, read_copy_manifest

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from training.adapter.tokenizer_files import for_transformers_4
-from training.export.deltas import ADAPTER_WEIGHTS, Adapter
-from training.export.merged_card import Origin, merged_card
-from training.export.unfinished_folder import UnfinishedFolder
+from training.export.merging.deltas import ADAPTER_WEIGHTS, Adapter
+from training.export.merging.merged_card import Origin, merged_card
+from training.export.merging.unfinished_folder import UnfinishedFolder
 from training.files.durable_files import sha256_of
 from training.files.licence import licence_of
 from training.files.model_folder import CONFIG, INDEX, ModelFolder

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from training.export.tensor_pieces import StoredTensor, pieces, rows_of, stored_in
+from training.export.merging.tensor_pieces import StoredTensor, pieces, rows_of, stored_in
 from training.files.model_folder import INDEX, ModelFolder
 
 

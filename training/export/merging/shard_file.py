@@ -11,7 +11,7 @@ from types import TracebackType
 
 import torch
 
-from training.export.tensor_pieces import FLOATS, elements
+from training.export.merging.tensor_pieces import FLOATS, elements
 
 # safetensors pads its header with spaces to a multiple of this.
 _ALIGNMENT = 8

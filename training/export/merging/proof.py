@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from training.events import ErrorCode
-from training.export.base_plus_adapter import Sum
-from training.export.base_weights import PlannedShard
-from training.export.deltas import AdaptedLayer
-from training.export.tensor_pieces import FLOATS, StoredTensor, rows_of, stored_in
+from training.export.merging.base_plus_adapter import Sum
+from training.export.merging.base_weights import PlannedShard
+from training.export.merging.deltas import AdaptedLayer
+from training.export.merging.tensor_pieces import FLOATS, StoredTensor, rows_of, stored_in
 from training.failures import TrainingFailed
 
 _ROWS = 2
