@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import shlex
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,8 +129,7 @@ def test_a_dataset_that_changed_or_is_gone_is_said(trained: Trained) -> None:
 
 @pytest.mark.system
 def test_folders_need_no_database_and_wrong_words_are_said_at_once(trained: Trained, tmp_path: Path) -> None:
-    adapter = next((trained.cli.folder / ".cache" / "brightrun-trainer" / "adapters").glob(f"{trained.quick}*"))
-    shutil.copytree(adapter, tmp_path / "mine")
+    trained.cli.ok("download", trained.quick, "--to", tmp_path / "mine")
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "What colour is the cat?"}\n')
     models = str(trained.cli.folder / "models")

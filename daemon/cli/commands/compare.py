@@ -82,7 +82,7 @@ def compare(
     else:
         show_comparison(comparison)
         if kept is not None:
-            say(f"kept as {kept}; the dashboard shows it, and takes blind votes")
+            say(f"kept as {kept} (dashboard: Comparisons)")
     if html is not None:
         _write(comparison, html)
     if judgement is not None and judgement.failure is not None:
