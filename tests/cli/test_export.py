@@ -80,6 +80,7 @@ def test_a_gguf_of_adapter_and_of_the_merged_model_are_written(cli: CommandLine)
         "architecture": "llama",
         "type": "f32",
         "tensors": 4,
+        "lost_window": None,
         "bytes": (cli.folder / "lora.gguf").stat().st_size,
     }
     shown = cli.ok("export", "adapter", "--gguf", "whole.gguf", "--gguf-form", "merged", "--gguf-type", "q8_0")

@@ -66,6 +66,7 @@ def export_gguf(request: Mapping[str, Any], on_bytes: OnBytes) -> dict[str, Any]
         "architecture": written.architecture,
         "type": written.type,
         "tensors": written.tensors,
+        "lost_window": written.lost_window,
         "bytes": written.bytes,
     }
 

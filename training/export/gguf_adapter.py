@@ -63,7 +63,7 @@ def write_gguf_adapter(
             writer.add_base_model_name(0, str(base_name))
 
     size = write_gguf(out, family.name, describe, entries, on_bytes)
-    return WrittenGguf(out, family.name, "f32", len(entries), size)
+    return WrittenGguf(out, family.name, "f32", len(entries), size, family.lost_window)
 
 
 def _refuse_what_llama_cpp_would_drop(settings: dict[str, Any]) -> None:

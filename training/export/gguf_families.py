@@ -106,6 +106,16 @@ class Family:
         found = self.config.get("head_dim") or self.config["hidden_size"] // self.config["num_attention_heads"]
         return int(found)
 
+    @property
+    def lost_window(self) -> int | None:
+        """The window of attention that llama.cpp leaves out: after so many tokens it answers as no transformers does.
+
+        It has windows for Gemma only. Mistral 7B v0.1 has one of 4,096 tokens, Phi-3-mini-4k one of 2,047."""
+        window = self.config.get("sliding_window")
+        if not window or self.architecture in ("GEMMA2", "GEMMA3") or self.config.get("use_sliding_window") is False:
+            return None
+        return int(window) if window < self.config["max_position_embeddings"] else None
+
     def places(self, tensor: str) -> list[Place]:
         """Returns where a published tensor goes: one place, two for those that llama.cpp keeps apart, [] for none.
 

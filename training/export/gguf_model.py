@@ -32,13 +32,14 @@ _PIECE_VALUES = 16 * 1024 * 1024
 
 @dataclass(frozen=True)
 class WrittenGguf:
-    """A GGUF file on disk. `architecture` and `type` as llama.cpp names them."""
+    """A GGUF file on disk. `architecture` and `type` as llama.cpp names them. `lost_window`: see Family."""
 
     path: Path
     architecture: str
     type: str
     tensors: int
     bytes: int
+    lost_window: int | None
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def write_gguf_model(
         writer.add_name(_name_for(name or folder.name, tokenizer))
 
     size = write_gguf(out, family.name, describe, entries, on_bytes)
-    return WrittenGguf(out, family.name, kind.lower(), len(entries), size)
+    return WrittenGguf(out, family.name, kind.lower(), len(entries), size, family.lost_window)
 
 
 def refuse_unknown_type(asked: str | None) -> None:

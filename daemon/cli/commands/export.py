@@ -121,3 +121,6 @@ def _tell(results: dict[str, Any], as_json: bool) -> None:
             say_done(f"{gguf['path']} ({size(gguf['bytes'])}, {about}): {gguf['base_model']} with the adapter in it")
             say(f"  llama-server --model {gguf['path']}")
             say(f"  ollama create NAME --file {gguf['modelfile']}")
+        if gguf["lost_window"] is not None:
+            window = f"{gguf['lost_window']:,}"
+            say(f"  keep chats under {window} tokens: the model looks back no further than that, and llama.cpp does")

@@ -239,6 +239,55 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(
     assert not (tmp_path / "model.gguf").exists()
 
 
+@pytest.mark.parametrize(
+    ("architecture", "settings", "lost"),
+    [
+        ("mistral", {"sliding_window": 512}, 512),
+        ("mistral", {"sliding_window": None}, None),
+        ("phi3", {"sliding_window": 512}, 512),
+        ("phi3", {"sliding_window": 262_144}, None),
+        ("qwen3", {"sliding_window": 512, "use_sliding_window": False}, None),
+        ("qwen3", {"sliding_window": 512, "use_sliding_window": True}, 512),
+        ("gemma3", {"sliding_window": 512}, None),
+    ],
+)
+def test_a_window_that_llama_cpp_leaves_out_is_told(
+    architecture: str, settings: dict[str, Any], lost: int | None, family: MakeFamily, tmp_path: Path
+) -> None:
+    folder = _copy_with(family(architecture), tmp_path / "model", load_file(family(architecture) / "model.safetensors"))
+    _change(folder / "config.json", settings)
+
+    assert write_gguf_model(folder, tmp_path / "model.gguf").lost_window == lost
+
+
+def test_of_a_model_that_sees_the_language_model_is_written(family: MakeFamily, tmp_path: Path) -> None:
+    folder = family("gemma3")
+    weights = load_file(folder / "model.safetensors")
+    seeing = {name.replace("model.", "language_model.model.", 1): tensor for name, tensor in weights.items()}
+    seeing["vision_tower.vision_model.embeddings.position_embedding.weight"] = torch.zeros(4, 32)
+    seeing["multi_modal_projector.mm_soft_emb_norm.weight"] = torch.zeros(32)
+    whole = _copy_with(folder, tmp_path / "whole", seeing)
+    config = json.loads((folder / "config.json").read_text())
+    (whole / "config.json").write_text(
+        json.dumps(
+            {
+                "architectures": ["Gemma3ForConditionalGeneration"],
+                "model_type": "gemma3",
+                "text_config": config,
+                "vision_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+            }
+        )
+    )
+
+    write_gguf_model(folder, tmp_path / "text.gguf")
+    write_gguf_model(whole, tmp_path / "whole.gguf")
+
+    text, found = tensors_of(tmp_path / "text.gguf"), tensors_of(tmp_path / "whole.gguf")
+    assert set(text) == set(found)
+    assert all(np.array_equal(text[name], found[name]) for name in text)
+    assert fields_of(tmp_path / "whole.gguf")["gemma3.attention.sliding_window"] == 16
+
+
 @pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0"])
 def test_weights_are_written_in_the_type_asked_for(kind: str, family: MakeFamily, tmp_path: Path) -> None:
     folder = family("qwen3")

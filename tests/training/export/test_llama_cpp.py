@@ -127,6 +127,19 @@ def test_llama_cpp_stretches_positions_as_transformers(kind: str, llama_cpp: Ask
     assert _distance(found, expected) < 5e-4
 
 
+@pytest.mark.parametrize("architecture", ["mistral", "phi3"])
+def test_llama_cpp_leaves_out_windows_as_we_tell(architecture: str, llama_cpp: Ask, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", architecture, initializer_range=0.2, sliding_window=16)
+    written = write_gguf_model(folder, tmp_path / "model.gguf", type_="f32")
+    beyond, within = _logprobs(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+
+    found = llama_cpp(tmp_path / "model.gguf", prompts=_PROMPTS, words=512)["logprobs"]
+
+    assert written.lost_window == 16
+    assert _distance(found[1:], [within]) < 5e-4
+    assert _distance(found[:1], [beyond]) > 1
+
+
 @pytest.mark.parametrize("kind", ["bf16", "f16", "q8_0"])
 def test_llama_cpp_reads_every_type(kind: str, llama_cpp: Ask, tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", "qwen3_next", initializer_range=0.2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -90,7 +89,6 @@ def test_every_known_template_is_written_or_left_out_and_its_stops_are_named(nam
 
 
 @pytest.mark.system
-@pytest.mark.skipif(shutil.which("go") is None, reason="needs Go: apt-get install golang-go")
 def test_go_renders_as_jinja_does(tmp_path: Path) -> None:
     """All of TRL's templates and the stricter ones, by Go's own engine; a template that refuses a chat is not asked."""
     templates, expected = {}, {}
