@@ -320,42 +320,6 @@ CREATE OR REPLACE TRIGGER training_deliveries_announce
     AFTER INSERT OR UPDATE OF state, lock_token ON public.training_deliveries
     FOR EACH ROW EXECUTE FUNCTION public.training_deliveries_announce();
 
--- The view of 20261122000009 again; what is new is its last column.
-CREATE OR REPLACE VIEW public.training_job_status WITH (security_invoker = true) AS
-SELECT
-    job.id AS job_id,
-    job.user_id,
-    CASE
-        WHEN job.status IN ('initializing', 'running') AND job.lease_epoch > 0
-             AND (lease.expires_at IS NULL OR lease.expires_at < clock_timestamp())
-        THEN 'lost'
-        ELSE job.status
-    END AS state,
-    job.current_stage AS stage,
-    job.progress,
-    job.current_epoch,
-    job.current_step,
-    job.total_steps,
-    job.current_metrics AS metrics,
-    job.attempt,
-    job.max_attempts,
-    job.queued_at,
-    job.started_at,
-    job.completed_at,
-    job.estimated_completion_at,
-    job.last_progress_at,
-    lease.expires_at AS lease_expires_at,
-    coalesce(job.final_cost, job.current_cost) AS cost,
-    job.error_code,
-    job.error_message,
-    job.error_hint,
-    job.adapter_path,
-    -- The answer of the older HTTP contract.
-    public.training_status_json(job) AS contract,
-    CASE WHEN job.status = 'completed' THEN public.training_deliveries_of(job.id) ELSE '[]' END AS deliveries
-FROM public.training_jobs AS job
-LEFT JOIN (SELECT held.job_id, held.expires_at FROM public.training_leases AS held) AS lease ON lease.job_id = job.id;
-
 -- Two functions of 20261127000003 again, whole; what is new is this table among those that must not be hidden from us.
 CREATE OR REPLACE FUNCTION public.training_hiding_policies()
 RETURNS TABLE (relation text, policy text, verb text, condition text)

@@ -27,7 +27,7 @@ SELECT
     status.error_message,
     status.error_hint,
     status.adapter_path,
-    status.deliveries
+    coalesce(status.contract -> 'deliveries', '[]') AS deliveries
 FROM public.training_job_status AS status
 JOIN public.training_jobs AS job ON job.id = status.job_id
 WHERE (%(ids)s::uuid[] IS NULL OR job.id = ANY (%(ids)s::uuid[]))

@@ -95,8 +95,8 @@ async def test_an_export_is_stored_beside_the_adapter_and_told(project: Project)
     assert states == ["waiting", "running", "done"]
     assert "files" not in told.payload["deliveries"][0]["result"] and told.payload["status"] == "completed"
     (status,) = project.queue.select("SELECT * FROM training_job_status WHERE job_id = %s", job)
-    assert {each["kind"]: each["state"] for each in status["deliveries"]} == {"merged": "done", "gguf": "done"}
-    assert status["contract"]["deliveries"] == status["deliveries"]
+    shown = {each["kind"]: each["state"] for each in status["contract"]["deliveries"]}
+    assert shown == {"merged": "done", "gguf": "done"}
 
 
 async def test_a_job_that_asks_for_nothing_gets_nothing(project: Project) -> None:

@@ -1263,7 +1263,6 @@ export type Database = {
           cost: number | null
           current_epoch: number | null
           current_step: number | null
-          deliveries: Json | null
           error_code: string | null
           error_hint: string | null
           error_message: string | null
