@@ -72,7 +72,9 @@ async def test_a_job_is_pushed_served_named_and_superseded(
 
     def work() -> tuple[UUID, UUID]:
         with host(queue, hub, endpoint):
-            first = queue.insert(hyperparameters=asked)
+            first = queue.insert(
+                hyperparameters=asked, script=[["environment", str(queue.folder / "environment.json")]]
+            )
             assert delivered(queue, first, "hub")["result"]["repository"] == "acme/support"
             done = delivered(queue, first, "endpoint")
             assert done["state"] == "done", done
@@ -95,6 +97,7 @@ async def test_a_job_is_pushed_served_named_and_superseded(
         "Who?"
     }
     assert json.loads(hub.repositories["acme/support"].files["brightrun.json"])["job_id"] == str(first)
+    assert "HOME" in (queue.folder / "environment.json").read_text(), "the trainer's, read with all else"
     for secret in (TOKEN, KEY):
         assert secret not in everything(queue)
 
