@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from training.files.durable_files import beside, put_in_place
 
 Array = np.ndarray[Any, Any]
 
+# For the words of the vocabulary, and what a file system needs itself.
+_SPARE_BYTES = 2**26
 TYPES = ("f32", "f16", "bf16", "q8_0")
 
 
@@ -56,6 +59,7 @@ def write_gguf(
         writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), nbytes(entry), raw_dtype=kind)
     total, written = sum(nbytes(entry) for entry in entries), 0
     out.parent.mkdir(parents=True, exist_ok=True)
+    _refuse_small_disk(out.parent, total)
     with beside(out) as staging:
         writer.write_header_to_file(staging)
         writer.write_kv_data_to_file()
@@ -76,6 +80,17 @@ def write_gguf(
         writer.close()
         put_in_place(staging, out)
     return out.stat().st_size
+
+
+def _refuse_small_disk(folder: Path, needed: int) -> None:
+    """Before hours of writing, not after."""
+    free = shutil.disk_usage(folder).free
+    if free < needed + _SPARE_BYTES:
+        raise TrainingFailed(
+            ErrorCode.DISK_FULL,
+            f"the GGUF file takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free there",
+            "free space, or name a file on a larger disk",
+        )
 
 
 def nbytes(entry: Entry) -> int:

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import training.export.gguf_file
 import training.export.gguf_model
 from tests.tiny_models import DENSE, MIXTURES, OTHER_FAMILIES, make_model, make_tokenizer
 from training.events import ErrorCode
@@ -333,6 +335,19 @@ def test_a_large_tensor_is_written_in_pieces(
         assert all(np.array_equal(whole[name], pieces[name]) for name in whole)
         assert len(told) > 1000
         assert told[-1][0] == told[-1][1]
+
+
+def test_a_disk_that_is_too_small_is_named_before_anything_is_written(
+    family: MakeFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training.export.gguf_file.shutil, "disk_usage", lambda _folder: SimpleNamespace(free=2**26))
+
+    with pytest.raises(TrainingFailed) as refusal:
+        write_gguf_model(family("qwen3"), tmp_path / "model.gguf")
+
+    assert refusal.value.code == ErrorCode.DISK_FULL
+    assert "takes 0.0 GiB, and 0.1 GiB are free there" in refusal.value.message
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_the_package_gguf_it_says_what_to_install(
