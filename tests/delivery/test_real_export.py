@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGUFReader
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -30,9 +31,9 @@ def logits(folder: Path, adapter: Path | None = None) -> torch.Tensor:
     return found
 
 
-def test_a_job_that_asks_for_the_merged_model_gets_it(queue: Queue, tmp_path: Path) -> None:
+def test_a_job_that_asks_for_exports_gets_them(queue: Queue, tmp_path: Path) -> None:
     base = make_model(tmp_path / "models" / MODEL, "qwen3")
-    asked = {"base_model": MODEL, "num_epochs": 2, "lora_rank": 4, "learning_rate": 2e-2, "exports": ["merged"]}
+    asked = {"base_model": MODEL, "num_epochs": 2, "lora_rank": 4, "learning_rate": 2e-2, "exports": ["merged", "gguf"]}
     job = queue.insert(lines=[json.dumps(conversation(number)) for number in range(8)], hyperparameters=asked)
     cli = CommandLine(
         tmp_path,
@@ -42,14 +43,17 @@ def test_a_job_that_asks_for_the_merged_model_gets_it(queue: Queue, tmp_path: Pa
         TRAINER_WORK_DIR=str(tmp_path / "jobs"),
     )
 
-    def ended() -> dict[str, Any] | None:
-        (row,) = queue.select("SELECT * FROM training_deliveries WHERE job_id = %s", job) or [{"state": None}]
-        return row if row["state"] in ("done", "failed") else None
+    def ended() -> dict[str, dict[str, Any]] | None:
+        rows = queue.select("SELECT * FROM training_deliveries WHERE job_id = %s", job)
+        all_ended = len(rows) == 2 and all(row["state"] in ("done", "failed") for row in rows)
+        return {row["kind"]: row for row in rows} if all_ended else None
 
     with queue.daemon(tmp_path, command=REAL) as daemon:
         queue.wait_for(job, "completed", seconds=120)
-        row = eventually(ended, seconds=120, why=daemon.tail)
-    assert row["state"] == "done", row
+        rows = eventually(ended, seconds=120, why=daemon.tail)
+    row, gguf = rows["merged"], rows["gguf"]
+    assert (row["state"], gguf["state"]) == ("done", "done"), rows
+    assert str(tmp_path) not in json.dumps(gguf["result"])
     assert row["result"]["is_dequantised"] is False and str(tmp_path) not in json.dumps(row["result"])
     cli.ok("download", job, "--to", "adapter")
     said = cli.ok("download", job, "--export", "merged", "--to", "merged", "--json").lines[0]
@@ -67,4 +71,8 @@ def test_a_job_that_asks_for_the_merged_model_gets_it(queue: Queue, tmp_path: Pa
     assert not (tmp_path / "again").exists()
     stored.write_bytes(stored.read_bytes()[:-1])
     cli.ok("download", job, "--export", "merged", "--to", "again")
-    assert "has no export gguf" in cli.run("download", job, "--export", "gguf").err
+    assert "has no export transformers4" in cli.run("download", job, "--export", "transformers4").err
+
+    cli.ok("download", job, "--export", "gguf", "--to", "gguf")
+    fields = GGUFReader(tmp_path / "gguf" / "adapter.gguf").fields
+    assert (fields["general.type"].contents(), fields["adapter.type"].contents()) == ("adapter", "lora")
