@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -123,6 +124,22 @@ def deliveries_folder(settings: Settings) -> Path:
 def folder_of(settings: Settings, delivery: Delivery) -> Path:
     """Returns the folder of one claim: a stale host on the same volume writes into another one."""
     return deliveries_folder(settings) / f"{delivery.id}-{delivery.claims}"
+
+
+def adopt_folder(settings: Settings, delivery: Delivery) -> None:
+    """Takes over what a claim that was lost has made on this volume: an export of hours is gone on with.
+
+    After the rename a stale host cannot reach it: what it still writes goes to the old name."""
+    own = folder_of(settings, delivery)
+    if own.exists():
+        return
+    for claims in range(delivery.claims - 1, 0, -1):
+        earlier = own.with_name(f"{delivery.id}-{claims}")
+        # Its host may be deleting it.
+        with contextlib.suppress(OSError):
+            earlier.rename(own)
+            log.info("delivery_folder_adopted", from_claims=claims)
+            return
 
 
 def forget_folder(settings: Settings, delivery: Delivery) -> None:

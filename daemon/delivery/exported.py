@@ -73,7 +73,7 @@ async def _make(delivery: Delivery, context: DeliveryContext, into: Path, needs_
         request |= {"base": model.path, "base_model": model.name, "base_revision": model.revision}
     log.info("export_begins", job_id=str(delivery.job_id), kind=delivery.kind)
     try:
-        result = await run_export(request)
+        result = await run_export(request, gently=True)
     except HostFault as error:
         # It may be the export that kills its process: a try that counts, so that it comes to an end.
         raise JobDelayed(

@@ -20,7 +20,7 @@ from daemon.chores import worked
 from daemon.database.connection import REFUSALS, Database
 from daemon.database.retry import AWAY_SECONDS
 from daemon.delivery.beside import Deliveries
-from daemon.delivery.context import DeliveryContext, Tools, deliveries_folder, forget_folder
+from daemon.delivery.context import DeliveryContext, Tools, adopt_folder, deliveries_folder, forget_folder
 from daemon.delivery.delivery import Delivery, LockLost
 from daemon.delivery.steps import STEPS, Step, kinds_of_host
 from daemon.delivery.store import Fault, Reach, SqlDeliveries
@@ -158,6 +158,7 @@ class DeliveryRunner(Deliveries):
 
     async def _work(self, delivery: Delivery) -> str:
         """Does the step under the delivery's lock, and writes how it ended. Returns that in a word."""
+        await asyncio.to_thread(adopt_folder, self._settings, delivery)
         context = DeliveryContext(self._tools, delivery)
         step = asyncio.ensure_future(self._steps[delivery.kind].deliver(delivery, context))
         lost = asyncio.create_task(self._keep_lock(delivery))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import sys
@@ -16,6 +17,8 @@ from training.events import ErrorCode
 
 EXPORT_COMMAND: tuple[str, ...] = (sys.executable, "-m", "training.export")
 
+LOWEST_PRIORITY = 19
+
 OnBytes = Callable[[int, int], None]  # bytes done, total bytes
 
 _STDERR_TAIL_BYTES = 4000
@@ -23,9 +26,12 @@ _STDERR_TAIL_BYTES = 4000
 _LINE_BYTES = 2**24
 
 
-async def run_export(request: Mapping[str, Any], on_bytes: OnBytes = lambda _done, _total: None) -> dict[str, Any]:
+async def run_export(
+    request: Mapping[str, Any], on_bytes: OnBytes = lambda _done, _total: None, *, gently: bool = False
+) -> dict[str, Any]:
     """Returns the result of the export that `request["kind"]` names. Cancelling it ends the process.
 
+    `gently`: jobs may be training on this host, and have the processors first.
     Raises JobFailed with the process's own code, message and hint; HostFault(trainer) if it ended without a word.
     """
     with tempfile.TemporaryFile() as stderr:
@@ -38,6 +44,10 @@ async def run_export(request: Mapping[str, Any], on_bytes: OnBytes = lambda _don
             # On the CPU: a card may be training meanwhile.
             env=child_environment(os.environ, []) | {"TRANSFORMERS_VERBOSITY": "error"},
         )
+        if gently:
+            # Before it has threads, which inherit it.
+            with contextlib.suppress(ProcessLookupError):
+                os.setpriority(os.PRIO_PROCESS, process.pid, LOWEST_PRIORITY)
         try:
             answer = await _answer(process, request, on_bytes)
             status = await process.wait()

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import psycopg
 import pytest
 from psycopg.types.json import Jsonb
 
 from tests.daemon_process import alive, eventually
+from tests.doubles.tcp_proxy import TcpProxy
 from tests.lifecycle.project import Project
 
 FILES = {"config.json", "model.safetensors", "merges.txt"}
@@ -105,6 +107,19 @@ async def test_a_job_that_asks_for_nothing_gets_nothing(project: Project) -> Non
         await project.wait_for(job, "completed")
     assert not project.queue.select("SELECT id FROM training_deliveries")
     assert "delivery" not in project.queue.story(job)
+
+
+async def test_an_export_that_is_whole_on_the_volume_is_not_made_again(project: Project) -> None:
+    held = project.storage.fail("POST", "merged/", held_until=asyncio.Event(), times=1_000)
+    with project.daemon("first") as first:
+        job = insert(project, "merged")
+        await asyncio.to_thread(eventually, lambda: held.times < 1_000, why=first.tail)
+        os.kill(first.pid, signal.SIGKILL)
+    project.storage.faults.clear()
+    script(project, failed={"code": "internal", "message": "It is made twice.", "hint": "Do not."})
+    with project.daemon("second"):
+        row = await reaches(project, job, "done")
+    assert row["result"]["path"].endswith("/merged-2")
 
 
 async def test_a_host_killed_in_mid_export_loses_nothing(project: Project) -> None:
@@ -234,6 +249,37 @@ async def test_a_storage_that_is_away_counts_no_try(project: Project) -> None:
         row = await reaches(project, job, "done")
         await asyncio.to_thread(eventually, lambda: "a delivery" not in troubles(project), why=host.tail)
     assert row["attempts"] == 1 and row["error_message"] is None
+
+
+async def test_a_database_that_is_away_costs_no_export(project: Project) -> None:
+    go = project.folder / "go"
+    script(project, wait_for=str(go))
+    port = psycopg.conninfo.conninfo_to_dict(project.queue.dsn)["port"]
+    with TcpProxy(int(port or 0)) as proxy:
+        host = project.daemon()
+        host.environment["DATABASE_URL"] = proxy.dsn(project.queue.dsn)
+        with host:
+            job = insert(project, "merged")
+            await working_export(project, go)
+            proxy.partition()
+            # Its lock runs out, and nobody else is there to take it.
+            await asyncio.to_thread(eventually, lambda: lapsed(project, job), why=host.tail)
+            go.touch()
+            made = project.folder / "jobs" / ".deliveries"
+            await asyncio.to_thread(eventually, lambda: list(made.glob("*/made.json")), why=host.tail)
+            # Nothing is stored that no row accounts for.
+            assert not stored(project, f"adapters/{job}/merged")
+            assert delivery(project, job)["state"] == "running"
+            proxy.heal()
+            row = await reaches(project, job, "done")
+    assert (row["attempts"], row["claims"]) == (1, 1)
+
+
+def lapsed(project: Project, job: UUID) -> bool:
+    (row,) = project.queue.select(
+        "SELECT locked_until < clock_timestamp() AS over FROM training_deliveries WHERE job_id = %s", job
+    )
+    return bool(row["over"])
 
 
 async def test_a_full_disk_is_the_hosts_fault(project: Project) -> None:
