@@ -253,7 +253,11 @@ def test_which_revision_was_merged_is_known_or_said_to_be_unknown(
         return merge_adapter(tiny("qwen3"), adapter, tmp_path / name, base_revision=revision)
 
     assert merged("known", "1111222233334444").revision_is_known
+    assert "revision `1111222233334444`" in (tmp_path / "known" / "README.md").read_text()
     assert not merged("unknown", None).revision_is_known
+    manifest = json.loads((tmp_path / "unknown" / "manifest.json").read_text())
+    assert (manifest["base_model_revision"], manifest["trained_on_revision"]) == (None, "1111222233334444")
+    assert "revision" not in (tmp_path / "unknown" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])

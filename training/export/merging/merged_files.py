@@ -58,7 +58,7 @@ def write_beside_files(
     serving = manifest.get("serving")
     origin = Origin(
         base_model=base_model,
-        base_revision=base_revision or adapter.base_revision,
+        base_revision=base_revision,
         job_id=_text(manifest.get("job_id")),
         is_dequantised=is_dequantised,
         licence=licence_of(folder.path),
@@ -69,7 +69,9 @@ def write_beside_files(
         "kind": "merged",
         "job_id": origin.job_id,
         "base_model": base_model,
-        "base_model_revision": origin.base_revision,
+        # Of the folder that was merged into, and of the training; null where nobody noted it.
+        "base_model_revision": base_revision,
+        "trained_on_revision": adapter.base_revision,
         "is_dequantised": is_dequantised,
         "adapter_sha256": sha256_of(adapter.folder / ADAPTER_WEIGHTS),
         "chat_template_kwargs": origin.serving.get("chat_template_kwargs") or {},
