@@ -136,7 +136,8 @@ def test_the_publication_gets_our_tables_once(living: AppDatabase) -> None:
     living.run("CREATE PUBLICATION supabase_realtime FOR TABLE training_jobs")
     migrate(living.dsn, local=True)
     rows = living.run("SELECT tablename FROM pg_publication_tables WHERE pubname = 'supabase_realtime'")
-    assert {row["tablename"] for row in rows} == {"training_jobs", "training_events", "metrics_points"}
+    published = {"training_jobs", "training_events", "metrics_points", "training_deliveries"}
+    assert {row["tablename"] for row in rows} == published
 
 
 def test_a_reader_in_the_way_is_waited_for(living: AppDatabase) -> None:
