@@ -39,6 +39,7 @@ RIGHTS = {
     "training_workers": ("SELECT", "INSERT", "UPDATE"),
     "training_events": ("SELECT", "INSERT"),
     "training_callbacks": ("SELECT", "INSERT", "UPDATE"),
+    "training_deliveries": ("SELECT", "INSERT", "UPDATE"),
     "metrics_points": ("INSERT",),
     "model_artifacts": ("INSERT",),
     "cost_records": ("INSERT",),

@@ -37,6 +37,7 @@ NOBODY = UUID(int=0)
 _WORDS = {State.COMPLETED: "completed", State.FAILED: "failed", State.CANCELLED: "failed"}
 # The same event names as the announcing trigger uses.
 _OUTBOX_EVENTS = {State.QUEUED: "job.released", State.RUNNING: "job.started"}
+_NEEDS_A_DATABASE = "This endpoint has no database, which exports and pushes need. Make them from the stored adapter."
 
 
 class MemoryJobStore:
@@ -206,7 +207,12 @@ class MemoryJobStore:
     # -- JobStore: endings -----------------------------------------------------------------------------------------
 
     async def complete_job(self, lease: Lease, outcome: Completed, *, cost: float | None) -> Ending:
-        return self._end(lease, cost, State.COMPLETED, progress=100.0, **adapter_columns(outcome))
+        # Said, not done: what follows a job outlives this process, and its rows need a database.
+        undone = [
+            {"kind": wanted.kind, "target": wanted.target, "state": "failed", "error_message": _NEEDS_A_DATABASE}
+            for wanted in outcome.deliveries
+        ]
+        return self._end(lease, cost, State.COMPLETED, progress=100.0, deliveries=undone, **adapter_columns(outcome))
 
     async def fail_job(self, lease: Lease, failed: Failed, *, cost: float | None) -> Ending:
         return self._end(lease, cost, State.FAILED, **error_columns(failed))
@@ -353,8 +359,7 @@ class MemoryJobStore:
             "adapter_path": job.columns.get("adapter_path"),
             "adapter_sha256": job.columns.get("adapter_sha256"),
             "adapter_bytes": job.columns.get("adapter_bytes"),
-            # Deliveries need a database: they outlive this process.
-            "deliveries": [],
+            "deliveries": job.columns.get("deliveries", []),
             "error_code": job.columns.get("error_code"),
             "error_message": job.columns.get("error_message"),
             "error_hint": job.columns.get("error_hint"),

@@ -20,7 +20,7 @@ from daemon.gateway.schemas import Submission
 from daemon.host.inspect import Host
 from daemon.queue.job import ClaimedJob, Lease, Returned
 from daemon.queue.job_store import JobStore
-from daemon.queue.outcome import Completed, Failed
+from daemon.queue.outcome import Completed, Failed, Wanted
 from daemon.queue.rows import Ending, Limits, MetricPoint
 from daemon.queue.sql_job_store import SqlJobStore
 from daemon.queue.states import State
@@ -586,3 +586,14 @@ async def test_names_are_ours_until_the_rows_are_not_those_that_we_claimed(kept:
     await kept.store.release_job(lease, "x", cost=None)
     await claimed(kept, lease.job_id)
     assert await kept.uploads.names_are_ours(lease), "the heir's names are of a higher epoch"
+
+
+async def test_what_follows_a_job_is_written_down_or_said_to_need_a_database(kept: Kept) -> None:
+    job = await claimed(kept)
+    await kept.store.complete_job(job.lease, replace(DONE, deliveries=(Wanted("merged"),)), cost=None)
+    (row,) = (await kept.contract(job.id))["deliveries"]
+    assert row["kind"] == "merged"
+    if row["state"] == "failed":
+        assert "no database" in row["error_message"]
+    else:
+        assert row["state"] == "waiting" and row["attempts"] == 0
