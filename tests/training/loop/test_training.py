@@ -65,8 +65,8 @@ def test_a_run_tells_its_story_in_order_and_learns(spec_of: SpecOf) -> None:
     assert attached.trainable_parameters == summary["trainable_parameters"]
 
 
-# What the loaded model decides, and what is never when it is not asked for.
-NOT_RESOLVED = {"packing", "target_modules", "early_stopping_patience"}
+# What the loaded model decides, and what is never done when it is not asked for.
+NOT_RESOLVED = {"packing", "target_modules", "early_stopping_patience", "push_to_hub", "deploy"}
 
 
 @IN_BOTH_TYPES
