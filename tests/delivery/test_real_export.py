@@ -9,13 +9,17 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGUFReader
-from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from tests.cli.command import CommandLine
 from tests.daemon_process import REAL, eventually
 from tests.lifecycle.queue import Queue
 from tests.tiny_models import conversation, make_model
+from training.quick_imports import quick_imports
+
+# As the trainer imports it, wherever the tests begin.
+with quick_imports():
+    from peft import PeftModel
 
 MODEL = "acme/tiny"
 TOKENS = torch.tensor([[5, 17, 33, 6, 9]])

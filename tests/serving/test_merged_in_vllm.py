@@ -11,12 +11,16 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from tests.serving.vllm_server import VllmServer
 from tests.tiny_models import make_model
 from training.export.merge import merge_adapter
+from training.quick_imports import quick_imports
+
+# As the trainer imports it, wherever the tests begin.
+with quick_imports():
+    from peft import LoraConfig, PeftModel, get_peft_model
 
 PROMPT = list(range(3, 60))
 MOST = 4

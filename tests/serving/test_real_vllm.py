@@ -13,7 +13,6 @@ from uuid import UUID
 
 import pytest
 import torch
-from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from tests.cli.command import CommandLine
@@ -21,6 +20,11 @@ from tests.daemon_process import REAL, eventually
 from tests.lifecycle.queue import Queue
 from tests.serving.vllm_server import VllmServer
 from tests.tiny_models import conversation, make_model
+from training.quick_imports import quick_imports
+
+# As the trainer imports it, wherever the tests begin.
+with quick_imports():
+    from peft import PeftModel
 
 MODEL = "acme/tiny"
 KEY = "endpoint-key-of-the-operator"

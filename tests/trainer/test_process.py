@@ -19,7 +19,7 @@ from daemon.trainer.process import Timeouts, TrainerProcess
 from daemon.trainer.verdict import Stopped, Trained, Verdict
 from tests.daemon_process import eventually
 from tests.paths import SCRIPTED_TRAINER
-from training.events import ErrorCode, Event, Notice, Progress
+from training.events import AdapterSaved, ErrorCode, Event, Notice, Progress
 from training.spec import Hyperparameters, JobSpec
 
 SCRIPTED = (sys.executable, str(SCRIPTED_TRAINER))
@@ -86,7 +86,9 @@ def gone(leader: int) -> bool:
 async def test_a_child_that_saves_and_exits_cleanly_has_trained(tmp_path: Path) -> None:
     run = Run(tmp_path, [["steps", 3, 0.0]])
     verdict = await run.verdict()
-    assert verdict == Trained(tmp_path / "adapter", verdict.summary)  # type: ignore[union-attr]
+    (saved,) = (event for event in run.events if isinstance(event, AdapterSaved))
+    assert saved.summary and saved.serving
+    assert verdict == Trained(tmp_path / "adapter", saved.summary, saved.serving)
     assert [event.step for event in run.events if isinstance(event, Progress)] == [1, 2, 3]
 
 
