@@ -21,8 +21,8 @@ from training.export.gguf_parameters import add_parameters, position_factors
 from training.export.gguf_vocabulary import add_vocabulary
 from training.export.orders import OnBytes
 from training.export.stored_tensors import Array, StoredTensor, in_float32, stored_tensors
-from training.failures import TrainingFailed
-from training.files.model_folder import ModelFolder, open_model_folder
+from training.failures import TrainingFailed, in_brief
+from training.files.model_folder import CONFIG, ModelFolder, open_model_folder
 
 # Small and sensitive, or used by functions of llama.cpp that read only this type.
 _IN_FLOAT32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "ssm_conv1d.weight")
@@ -100,7 +100,10 @@ def family_of(model: ModelFolder) -> Family:
     """Returns the rules for a model. Its configuration is read as transformers reads it, with all defaults."""
     from transformers import AutoConfig
 
-    config: Any = AutoConfig.from_pretrained(model.path)
+    try:
+        config: Any = AutoConfig.from_pretrained(model.path)
+    except (ValueError, KeyError, OSError) as error:
+        raise refused(f"the model's {CONFIG} cannot be read: {in_brief(error)}") from error
     return Family.of(model.config.get("architectures"), config.get_text_config().to_dict())
 
 
