@@ -171,6 +171,7 @@ def test_a_gguf_lora_changes_the_base_as_merging_does(architecture: str, family:
         ({"use_rslora": True}, 2.0),
         ({"alpha_pattern": {"q_proj": 4}}, 0.5),
         ({"alpha_pattern": {r"layers\.0\.self_attn\.q_proj": 24}}, 3.0),
+        ({"alpha_pattern": {"up_proj|q_proj": 4}}, 0.5),
     ],
 )
 def test_another_scale_than_alpha_by_rank_goes_into_b(
@@ -195,6 +196,8 @@ def test_another_scale_than_alpha_by_rank_goes_into_b(
         {"modules_to_save": ["lm_head"]},
         {"trainable_token_indices": [3]},
         {"peft_type": "LOHA"},
+        {"init_lora_weights": "pissa"},
+        {"alora_invocation_tokens": [5]},
     ],
 )
 def test_what_llama_cpp_would_leave_out_is_refused(
@@ -206,8 +209,8 @@ def test_what_llama_cpp_would_leave_out_is_refused(
     with pytest.raises(TrainingFailed) as refusal:
         write_gguf_adapter(family("qwen3"), adapter, tmp_path / "lora.gguf")
 
-    assert refusal.value.code == ErrorCode.MODEL_UNSUPPORTED
-    assert "--gguf-form merged" in refusal.value.hint
+    assert refusal.value.code == ErrorCode.INVALID_SPEC
+    assert "LoRA" in refusal.value.message
     assert not (tmp_path / "lora.gguf").exists()
 
 

@@ -33,7 +33,7 @@ def test_the_layers_of_a_real_model_are_found_in_its_files(name: str, tmp_path: 
             outputs, inputs = module.get_base_layer().weight.shape
             layers[path] = AdaptedLayer(path, inputs, outputs, 2, 1.0)
     assert layers
-    found = places(Adapter(tmp_path, name, None, layers), PublishedWeights(folder), names, name)
+    found = places(Adapter(tmp_path, name, None, layers, 1.0), PublishedWeights(folder), names, name)
     assert len(found) == len(layers)
     # Each in its own layer, whatever else the name has in front of it.
     for stored, layer in found.items():

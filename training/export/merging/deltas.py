@@ -20,7 +20,6 @@ from training.files.model_folder import read_header, tensors_in
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 # What would need other arithmetic than scale × B × A, and the value that means: not so. Jobs here use none of it.
 _PLAIN: dict[str, tuple[Any, ...]] = {
@@ -33,6 +32,11 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "trainable_token_indices": (None, [], {}),
     "layer_replication": (None, []),
     "megatron_config": (None,),
+    # Active after certain tokens only; chosen among several; summed over blocks; with singular values of its own.
+    "alora_invocation_tokens": (None, []),
+    "arrow_config": (None,),
+    "use_bdlora": (None, False),
+    "kasa_config": (None,),
     # Others (PiSSA, OLoRA, LoftQ, …) change the base model's weights as well.
     "init_lora_weights": (None, True, False, "gaussian", "orthogonal"),
 }
@@ -57,6 +61,8 @@ class Adapter:
     base_model: str | None
     base_revision: str | None
     layers: Mapping[str, AdaptedLayer]
+    # The config's own; single layers may have another.
+    alpha: float
 
     @contextmanager
     def opened(self) -> Iterator[Deltas]:
@@ -73,9 +79,8 @@ class Deltas:
 
     def of(self, layer: AdaptedLayer) -> Delta:
         """Reads both factors of a layer into memory."""
-        name = f"{_PREFIX}{layer.module}.lora_"
         try:
-            a_RI, b_OR = (self._file.get_tensor(f"{name}{factor}.weight").float() for factor in "AB")
+            a_RI, b_OR = (self._file.get_tensor(factor_name(layer.module, factor)).float() for factor in "AB")
         except SafetensorError as error:
             raise _refused(f"{ADAPTER_WEIGHTS} is damaged ({in_brief(error)})") from error
         return Delta(a_RI, b_OR, layer.scale)
@@ -97,14 +102,19 @@ class Delta:
         return block.to(wide, copy=True).addmm_(rows_OR, self.a_RI.to(wide), alpha=self.scale).to(block.dtype)
 
 
+def factor_name(module: str, factor: str) -> str:
+    """The name of a layer's A or B in the adapter's file."""
+    return f"base_model.model.{module}.lora_{factor}.weight"
+
+
 def read_adapter(folder: Path) -> Adapter:
     """Reads config and header. Raises TrainingFailed(invalid_spec) for what is no LoRA adapter, or not a plain one."""
     config = _read_config(folder)
     if config.get("peft_type") != "LORA":
-        raise _refused(f"it is of the kind {config.get('peft_type')!r}, and only LoRA adapters can be merged")
+        raise _refused(f"it is of the kind {config.get('peft_type')!r}, and only LoRA adapters can be exported")
     for key, plain in _PLAIN.items():
         if config.get(key) not in plain:
-            raise _refused(f"its {ADAPTER_CONFIG} has {key} = {json.dumps(config[key])[:80]}, which is not merged here")
+            raise _refused(f"its {ADAPTER_CONFIG} has {key} = {json.dumps(config[key])[:80]}: it is no plain LoRA")
     try:
         shapes = {
             name: tuple(int(size) for size in entry["shape"])
@@ -116,7 +126,8 @@ def read_adapter(folder: Path) -> Adapter:
     if not layers:
         raise _refused(f"{ADAPTER_WEIGHTS} has no tensors")
     base = config.get("base_model_name_or_path")
-    return Adapter(folder, base if isinstance(base, str) and base else None, config.get("revision"), layers)
+    named = base if isinstance(base, str) and base else None
+    return Adapter(folder, named, config.get("revision"), layers, _number(config.get("lora_alpha")))
 
 
 def _layers(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> Iterator[tuple[str, AdaptedLayer]]:
@@ -137,8 +148,13 @@ def _layers(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) ->
 def _alpha(module: str, config: Mapping[str, Any]) -> float:
     """lora_alpha, or the first of alpha_pattern that fits, as PEFT chooses it."""
     patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
-    alpha = next((patterns[key] for key in patterns if re.match(rf"(.*\.)?({key})$", module)), config.get("lora_alpha"))
-    if not isinstance(alpha, int | float):
+    return _number(
+        next((patterns[key] for key in patterns if re.match(rf"(.*\.)?({key})$", module)), config.get("lora_alpha"))
+    )
+
+
+def _number(alpha: object) -> float:
+    if not isinstance(alpha, int | float) or alpha == 0:
         raise _refused(f"its {ADAPTER_CONFIG} has lora_alpha = {alpha!r}")
     return float(alpha)
 
@@ -156,6 +172,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _refused(why: str) -> TrainingFailed:
     return TrainingFailed(
         ErrorCode.INVALID_SPEC,
-        f"the adapter cannot be merged: {why}",
+        f"the adapter cannot be exported: {why}",
         "export the adapter of a completed job, as `brightrun-trainer download` unpacks it",
     )
