@@ -149,8 +149,15 @@ def places(adapter: Adapter, weights: BaseWeights, names: StoredNames, base: str
     origins = names.origins(stored)
     for name, origin in origins.items():
         by_parameter.setdefault(origin.parameter, []).append(name)
+    tied = names.tied()
     found = {}
     for module, layer in adapter.layers.items():
+        if f"{module}.weight" in {*tied, *tied.values()}:
+            raise TrainingFailed(
+                ErrorCode.MODEL_UNSUPPORTED,
+                f"the adapter changes {module}, whose weight {base} shares with another layer: both would change",
+                "serve the adapter beside its base model instead",
+            )
         sources = by_parameter.get(f"{module}.weight", [])
         if not sources:
             raise _of_another_base(f"{base} has no layer {module}")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -242,6 +242,21 @@ def test_an_adapter_of_another_base_is_refused(tiny: ModelOf, adapter_of: Adapte
     assert "is not on this host" in refusal(tmp_path / "nowhere")
     (tmp_path / "merged").mkdir()
     assert "exists already" in refusal(tiny("qwen3"))
+
+
+def test_a_layer_that_shares_its_weight_is_not_merged(tmp_path: Path) -> None:
+    """Some files hold a tied output layer once more. A reader takes the embeddings for it, and its change is lost."""
+    base = make_model(tmp_path / "base", "qwen3", tie_word_embeddings=True)
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(base)
+    get_peft_model(model, LoraConfig(target_modules=["lm_head"])).save_pretrained(
+        tmp_path / "adapter", save_embedding_layers=False
+    )
+    with pytest.raises(TrainingFailed, match="lm_head, whose weight"):
+        merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_which_revision_was_merged_is_known_or_said_to_be_unknown(

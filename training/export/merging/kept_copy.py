@@ -54,7 +54,7 @@ class KeptCopyWeights:
         for key in self._files:
             if key.startswith("state:"):
                 self._states.setdefault(key.split(":")[1], []).append(key)
-        self._aliases = _aliases(names.model)
+        self._aliases = names.tied()
         self._origins = names.origins(manifest["tensors"])
         self._dtype = _dtype_of(folder)
         self.shards = self._plan(manifest["tensors"])
@@ -186,18 +186,6 @@ def _placed(
         end = begin + elements(shapes[name]) * width
         yield StoredTensor(name, dtype, tuple(shapes[name]), begin, end)
         begin = end
-
-
-def _aliases(model: Any) -> dict[str, str]:
-    """Names of tied parameters, which a copy holds once: to the name under which it holds them."""
-    model.tie_weights()
-    first: dict[int, str] = {}
-    aliases = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        kept = first.setdefault(id(parameter), name)
-        if kept != name:
-            aliases[name] = kept
-    return aliases
 
 
 def _dtype_of(folder: ModelFolder) -> str:

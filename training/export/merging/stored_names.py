@@ -62,6 +62,17 @@ class StoredNames:
                 found[name] = self._origin(parameter, pattern)
         return found
 
+    def tied(self) -> dict[str, str]:
+        """Maps each parameter that is another one as well to that one's name: output layer to embeddings."""
+        self.model.tie_weights()
+        first: dict[int, str] = {}
+        found = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            kept = first.setdefault(id(parameter), name)
+            if kept != name:
+                found[name] = kept
+        return found
+
     def _renamed(self, name: str) -> tuple[str, str | None]:
         prefix = self.model.base_model_prefix
         renamed: tuple[str, str | None] = rename_source_key(
