@@ -27,9 +27,11 @@ async def fetch_export(
     """Returns the manifest. Interrupted and called again, it fetches only what is missing.
 
     Raises JobFailed if an object is absent, or is not the one that was stored, else what the storage raises."""
+    folder = folder.absolute()
     part = folder.with_name(f".{folder.name}.part")
     manifest = await _fetch_manifest(storage, result, part)
     files: dict[str, dict[str, Any]] = dict(manifest["files"])
+    await asyncio.to_thread(_remove_others, part, files)
     total, done = sum(file["bytes"] for file in files.values()), 0
     prefix = _inside_bucket(storage, str(result["path"]))
     for name, file in files.items():
@@ -72,6 +74,13 @@ def _inside_bucket(storage: Storage, path: str) -> str:
 
 def _is_there(target: Path, file: Mapping[str, Any]) -> bool:
     return target.is_file() and target.stat().st_size == file["bytes"] and sha256_of(target) == file["sha256"]
+
+
+def _remove_others(part: Path, files: Mapping[str, Any]) -> None:
+    """Removes what another export left, when its download into this folder was interrupted."""
+    for path in list(part.rglob("*")):
+        if path.is_file() and path.relative_to(part).as_posix() not in (*files, MANIFEST):
+            path.unlink()
 
 
 async def _prepare(folder: Path) -> None:
