@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -120,4 +121,15 @@ def test_bad_input_is_named_with_a_way_on(cli: CommandLine, folder: Path) -> Non
     Marker("acme/other").write(other)
     wrong = cli.run("export", "adapter", "--merged", "x", "--model", "other")
     assert (wrong.status, "holds acme/other" in wrong.err) == (2, True)
+    twice = cli.run("export", "adapter", "--merged", "x", "--gguf", "x")
+    assert (twice.status, "cannot have one name" in twice.err) == (2, True)
     assert not (folder / "x").exists()
+
+
+def test_an_adapter_that_names_no_base_is_exported_with_the_base_that_is_named(cli: CommandLine, folder: Path) -> None:
+    nameless = Path(shutil.copytree(folder / "adapter", folder / "nameless"))
+    config = json.loads((nameless / "adapter_config.json").read_text())
+    (nameless / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    assert "Name its folder with --model" in cli.run("export", "nameless", "--merged", "y").err
+    said = cli.ok("export", "nameless", "--merged", "y", "--model", f"models/{MODEL}", "--json").lines[0]["merged"]
+    assert (said["base_model"], said["merged_tensors"]) == ("tiny", 2)

@@ -47,6 +47,9 @@ def export(  # noqa: PLR0917 - what, then each form and its choices, as `--help`
     for new in (merged, transformers4, gguf):
         if new is not None and (new.exists() or new.is_symlink()):
             raise Misused(f"{new} exists already", "name a new file or folder" if new == gguf else "name a new folder")
+    asked_for = [new.absolute() for new in (merged, transformers4, gguf) if new is not None]
+    if len(set(asked_for)) < len(asked_for):
+        raise Misused("two exports cannot have one name", "name a folder or file of its own for each")
     adapter = adapter_folder(what)
     results = {}
     if transformers4 is not None:
@@ -82,13 +85,18 @@ def _base_model(adapter: Path, model: Path | None) -> ResolvedModel:
     from daemon.base_model.candidates import ResolvedModel, revision_in
     from daemon.base_model.files import read_marker
     from daemon.cli.commands.chat import base_model_name, find_base_model
-    from daemon.cli.errors import Misused
+    from daemon.cli.errors import CommandFailed, Misused
 
     if model is None:
         return find_base_model(adapter)
     if not (model / "config.json").is_file():
         raise Misused(f"the folder {model} holds no model: there is no config.json in it")
-    name, marker = base_model_name(adapter), read_marker(model)
+    marker = read_marker(model)
+    try:
+        name = base_model_name(adapter)
+    except CommandFailed:
+        # Made elsewhere; whether it fits is seen from the layers' names and shapes.
+        name = model.resolve().name if marker is None else marker.model
     if marker is not None and marker.model != name:
         raise Misused(f"the adapter was trained on {name}, and the folder {model} holds {marker.model}")
     return ResolvedModel(name, model, revision_in(model), "model_path")
