@@ -50,22 +50,26 @@ def export_folder(delivery: Delivery) -> str:
     return folder if delivery.claims <= 1 else f"{folder}-{delivery.claims}"
 
 
-async def export_and_store(delivery: Delivery, context: DeliveryContext, *, needs_base: bool = True) -> dict[str, Any]:
+async def export_and_store(
+    delivery: Delivery, context: DeliveryContext, *, needs_base: bool = True, is_model: bool = False
+) -> dict[str, Any]:
     """Makes the export that the delivery's kind names, stores it and returns where it is.
 
-    `needs_base`: not from the adapter alone. Killed at any point and called again, it stores the same; what is on this
-    disk already is not made again."""
+    `needs_base`: not from the adapter alone. `is_model`: as large as the base model. Killed at any point and called
+    again, it stores the same; what is on this disk already is not made again."""
     made = context.folder / "export"
     facts = await asyncio.to_thread(_read_made, context.folder)
     if facts is None:
-        facts = await _make(delivery, context, made, needs_base)
+        facts = await _make(delivery, context, made, needs_base=needs_base, is_model=is_model)
     files = await asyncio.to_thread(_hash_files, made)
     return await _store(delivery, context, made, files, facts)
 
 
-async def _make(delivery: Delivery, context: DeliveryContext, into: Path, needs_base: bool) -> dict[str, Any]:
+async def _make(
+    delivery: Delivery, context: DeliveryContext, into: Path, *, needs_base: bool, is_model: bool
+) -> dict[str, Any]:
     model = await context.base_model() if needs_base else None
-    await asyncio.to_thread(_check_room, context, model)
+    await asyncio.to_thread(_check_room, context, model if is_model else None)
     adapter = await context.adapter_folder()
     await asyncio.to_thread(shutil.rmtree, into, True)
     request: dict[str, Any] = {"kind": delivery.kind, "adapter": adapter, "into": into}
@@ -177,7 +181,8 @@ async def _check_limit(context: DeliveryContext, delivery: Delivery, largest_byt
 
 
 def _check_room(context: DeliveryContext, model: ResolvedModel | None) -> None:
-    """Raises HostFault if the work folder has no room for a model of this size: before hours of writing, not after."""
+    """Raises HostFault if the work folder has no room for an export, or for one of this model's size: before hours of
+    writing, not after."""
     weights = () if model is None else model.path.glob("*.safetensors")
     needed = sum(path.stat().st_size for path in weights) + SPARE_BYTES
     folder = context.settings.work_dir

@@ -1,4 +1,4 @@
-"""What llama.cpp and Ollama read: a GGUF adapter where they can apply it, else the whole model in GGUF."""
+"""What llama.cpp reads beside a GGUF of the base model: the adapter as a GGUF LoRA."""
 
 from __future__ import annotations
 

@@ -17,4 +17,4 @@ def lacks(settings: Settings) -> str | None:
 
 
 async def deliver(delivery: Delivery, context: DeliveryContext) -> dict[str, Any]:
-    return await export_and_store(delivery, context)
+    return await export_and_store(delivery, context, is_model=True)
