@@ -82,9 +82,9 @@ class Contest:
 
     def _ask_as_trained(self, template: ChatTemplate) -> None:
         """Gives the template what a server must give it. All are asked alike: the first adapter's way."""
-        ways = [template_options(contestant.adapter) for contestant in self._request.contestants]
-        if ways[0] is not None:
-            template.use(Thinking(ways[0]))
+        # Adapters of earlier versions do not say: the template was told nothing then.
+        ways = [template_options(contestant.adapter) or {} for contestant in self._request.contestants]
+        template.use(Thinking(ways[0]))
         if any(way != ways[0] for way in ways):
             self._note(
                 "the adapters were trained on prompts made with different options of the chat template: all are asked "

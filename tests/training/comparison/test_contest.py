@@ -127,17 +127,23 @@ def test_what_is_not_known_is_said_and_prompts_come_from_a_file(spec_of: SpecOf,
 def test_the_prompts_are_made_with_what_the_adapter_s_manifest_says(tmp_path: Path) -> None:
     tokenizer, stops = tokenizer_of("qwen3_6")
     template = ChatTemplate(tokenizer, stops=stops)
-    prompts = {}
-    for names, told in (("a", {"enable_thinking": True}), ("b", {"enable_thinking": False})):
-        (tmp_path / names).mkdir()
-        (tmp_path / names / "manifest.json").write_text(json.dumps({"serving": {"chat_template_kwargs": told}}))
-    for names in ("a", "b", "ba"):
+    prompts: dict[str | tuple[str, str], str] = {}
+    for folder, told in (("a", {"enable_thinking": True}), ("b", {"enable_thinking": False})):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "manifest.json").write_text(json.dumps({"serving": {"chat_template_kwargs": told}}))
+    # Of an earlier version, which said nothing of this: it is asked as one that is told nothing.
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "manifest.json").write_text("{}")
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "manifest.json").write_text(json.dumps({"serving": {"chat_template_kwargs": {}}}))
+    for names in ("a", "b", "ba", ("old", "p"), ("p", "old")):
         contestants = [{"name": name, "adapter": tmp_path / name} for name in names]
         request = {"base_model": "tiny", "model_path": tmp_path, "contestants": contestants}
         lines: list[dict[str, Any]] = []
         Contest(Request.model_validate(request), lines.append)._ask_as_trained(template)
         prompts[names] = template.prompt((Turn("user", "Hello?", trained=False),))
-        assert len(lines) == len(names) - 1
+        assert len(lines) == (len(names) == 2 and names[0] in "ab")
+    assert prompts["p", "old"] == prompts["old", "p"] == prompts["a"]
     assert prompts["a"].endswith("<think>\n") and prompts["b"] == prompts["ba"]
     assert prompts["b"].endswith("</think>\n\n")
 
