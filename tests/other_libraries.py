@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+TRANSFORMERS_4 = ("transformers==4.57.6", "tokenizers==0.22.2", "huggingface_hub==0.36.2")
 # What pip says where no index can be reached.
 _NO_NETWORK = ("NewConnectionError", "ConnectTimeoutError", "NameResolutionError", "ProxyError", "ReadTimeoutError")
 

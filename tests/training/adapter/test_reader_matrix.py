@@ -22,12 +22,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import training.recipe
-from tests.other_libraries import library, python_path
+from tests.other_libraries import TRANSFORMERS_4, library, python_path
 from tests.tiny_models import make_model, write_conversations
 from tests.training.adapter import open_with_peft
 from tests.training.adapter.readers_page import FAMILIES, FOR_TRANSFORMERS_4, OLD_PEFTS, RAISES, cell
 from tests.training.conftest import train
-from tests.training.export import llama_cpp_reader
+from tests.training.export.llama_cpp import ask_llama_cpp
 from training.adapter.readers import peft_floor
 from training.distance import distance
 from training.export.gguf_adapter import write_gguf_adapter
@@ -43,7 +43,6 @@ pytestmark = [pytest.mark.system, pytest.mark.together]
 _ROUNDING = 1e-5
 # PEFT before 0.14 says the first, and up to 0.16 the second.
 _REFUSALS = ("unexpected keyword argument 'target_parameters'", "Target modules set() not found in the base model")
-_TRANSFORMERS_4 = ("transformers==4.57.6", "tokenizers==0.22.2", "huggingface_hub==0.36.2")
 
 
 @dataclass(frozen=True)
@@ -154,27 +153,11 @@ def test_llama_cpp(family: str, trained: TrainedOf, tmp_path: Path) -> None:
     made = for_transformers_4(trained("qwen3_next"), tmp_path) if family == FOR_TRANSFORMERS_4 else trained(family)
     write_gguf_model(made.base, tmp_path / "model.gguf", type_="f32")
     write_gguf_adapter(made.base, made.adapter, tmp_path / "lora.gguf")
-    request = {
-        "model": str(tmp_path / "model.gguf"),
-        "lora": str(tmp_path / "lora.gguf"),
-        "prompts": open_with_peft.probe(),
-        "words": made.logits.shape[-1],
-        "texts": [],
-        "chats": [],
-    }
-    done = subprocess.run(
-        [sys.executable, llama_cpp_reader.__file__],
-        input=json.dumps(request),
-        env=python_path(library("xllamacpp==2026.10.11549")),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+    words = made.logits.shape[-1]
+    answers = ask_llama_cpp(
+        tmp_path / "model.gguf", lora=str(tmp_path / "lora.gguf"), prompts=open_with_peft.probe(), words=words
     )
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = [
-        [answer[str(word)] for word in range(made.logits.shape[-1])] for answer in json.loads(done.stdout)["logprobs"]
-    ]
+    found = [[answer[str(word)] for word in range(words)] for answer in answers["logprobs"]]
     wanted, before = (logits[:, -1].log_softmax(-1) for logits in (made.logits, made.before))
     # It looks Gemma's GELU up in a table of 16 bits.
     tolerance = 0.01 if family.startswith("gemma") else 5e-4
@@ -194,7 +177,7 @@ def test_an_older_peft_with_transformers_4(peft: str, trained: TrainedOf, tmp_pa
     done = subprocess.run(
         [sys.executable, open_with_peft.__file__],
         input=json.dumps(request),
-        env=python_path(library(f"peft=={peft}"), library(*_TRANSFORMERS_4)),
+        env=python_path(library(f"peft=={peft}"), library(*TRANSFORMERS_4)),
         capture_output=True,
         text=True,
         timeout=600,

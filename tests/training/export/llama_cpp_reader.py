@@ -1,4 +1,4 @@
-"""Runs in an environment that has llama.cpp (xllamacpp) and none of ours: serves a GGUF file and says what it answers.
+"""Runs in a process that has llama.cpp (xllamacpp) and nothing of ours: serves a GGUF file and says what it answers.
 
 A JSON request on stdin: `model`, `lora` (or null), `prompts` (lists of token numbers), `texts`, `chats` (lists of
 messages), `ends` (texts of one token). JSON on stdout: `logprobs` (after each prompt, of every word), `tokens` (of each

@@ -1,14 +1,12 @@
 """llama.cpp itself reads our GGUF files: it answers as transformers does, with and without the adapter.
 
-xllamacpp carries llama.cpp's server as a wheel; it lives in an environment of its own.
+xllamacpp carries llama.cpp's server as a wheel; only these tests' processes see it.
 """
 
 from __future__ import annotations
 
 import json
 import string
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from tests.other_environment import other_environment
 from tests.tiny_models import ARCHITECTURES, CHATML, OTHER_FAMILIES, conversation, make_model, make_tokenizer
 from tests.training.export.conftest import AdapterOf
+from tests.training.export.llama_cpp import ask_llama_cpp
 from tests.training.export.test_gguf import fields_of
 from training.export.gguf_adapter import write_gguf_adapter
 from training.export.gguf_model import write_gguf_model
@@ -75,30 +73,10 @@ _PROMPTS = [list(range(3, 83)), [5, 100, 7, 300, 22]]
 # llama.cpp looks Gemma's GELU up in a table of 16 bits.
 _TOLERANCE = {"gemma2": 0.01, "gemma3": 0.01}
 
-Ask = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def llama_cpp() -> Ask:
-    """llama_cpp(model, …) is what llama.cpp answers, as llama_cpp_reader.py says it."""
-    python = other_environment("llama-cpp", "xllamacpp==2026.10.11549")
-    reader = Path(__file__).with_name("llama_cpp_reader.py")
-
-    def ask(model: Path, **request: Any) -> dict[str, Any]:
-        asked = {"model": str(model), "lora": None, "prompts": [], "texts": [], "chats": [], "words": 1, **request}
-        done = subprocess.run(
-            [python, reader], input=json.dumps(asked), capture_output=True, text=True, timeout=120, check=False
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        answer: dict[str, Any] = json.loads(done.stdout)
-        return answer
-
-    return ask
-
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, *OTHER_FAMILIES])
 def test_llama_cpp_answers_as_transformers_with_and_without_the_adapter(
-    architecture: str, llama_cpp: Ask, adapter_of: AdapterOf, tmp_path: Path
+    architecture: str, adapter_of: AdapterOf, tmp_path: Path
 ) -> None:
     folder = make_model(tmp_path / architecture, architecture, **_wide(architecture))
     adapter = adapter_of(folder, lora_rank=8)
@@ -110,30 +88,30 @@ def test_llama_cpp_answers_as_transformers_with_and_without_the_adapter(
     adapted = _logprobs(PeftModel.from_pretrained(base, adapter))
 
     tolerance = _TOLERANCE.get(architecture, 5e-4)
-    assert _distance(llama_cpp(whole, prompts=_PROMPTS, words=512)["logprobs"], plain) < tolerance
-    assert _distance(llama_cpp(whole, lora=str(lora), prompts=_PROMPTS, words=512)["logprobs"], adapted) < tolerance
+    assert _distance(ask_llama_cpp(whole, prompts=_PROMPTS, words=512)["logprobs"], plain) < tolerance
+    assert _distance(ask_llama_cpp(whole, lora=str(lora), prompts=_PROMPTS, words=512)["logprobs"], adapted) < tolerance
     assert max((a - b).abs().max().item() for a, b in zip(plain, adapted, strict=True)) > 100 * tolerance
 
 
 @pytest.mark.parametrize("kind", _SCALED)
-def test_llama_cpp_stretches_positions_as_transformers(kind: str, llama_cpp: Ask, tmp_path: Path) -> None:
+def test_llama_cpp_stretches_positions_as_transformers(kind: str, tmp_path: Path) -> None:
     architecture, config = _SCALED[kind]
     folder = make_model(tmp_path / "model", architecture, **_wide(architecture), **config)
     write_gguf_model(folder, tmp_path / "model.gguf", type_="f32")
     expected = _logprobs(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
 
-    found = llama_cpp(tmp_path / "model.gguf", prompts=_PROMPTS, words=512)["logprobs"]
+    found = ask_llama_cpp(tmp_path / "model.gguf", prompts=_PROMPTS, words=512)["logprobs"]
 
     assert _distance(found, expected) < 5e-4
 
 
 @pytest.mark.parametrize("architecture", ["mistral", "phi3"])
-def test_llama_cpp_leaves_out_windows_as_we_tell(architecture: str, llama_cpp: Ask, tmp_path: Path) -> None:
+def test_llama_cpp_leaves_out_windows_as_we_tell(architecture: str, tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", architecture, initializer_range=0.2, sliding_window=16)
     written = write_gguf_model(folder, tmp_path / "model.gguf", type_="f32")
     beyond, within = _logprobs(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
 
-    found = llama_cpp(tmp_path / "model.gguf", prompts=_PROMPTS, words=512)["logprobs"]
+    found = ask_llama_cpp(tmp_path / "model.gguf", prompts=_PROMPTS, words=512)["logprobs"]
 
     assert written.lost_window == 16
     assert _distance(found[1:], [within]) < 5e-4
@@ -141,12 +119,12 @@ def test_llama_cpp_leaves_out_windows_as_we_tell(architecture: str, llama_cpp: A
 
 
 @pytest.mark.parametrize("kind", ["bf16", "f16", "q8_0"])
-def test_llama_cpp_reads_every_type(kind: str, llama_cpp: Ask, tmp_path: Path) -> None:
+def test_llama_cpp_reads_every_type(kind: str, tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", "qwen3_next", initializer_range=0.2)
     write_gguf_model(folder, tmp_path / "model.gguf", type_=kind)
     expected = _logprobs(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
 
-    found = llama_cpp(tmp_path / "model.gguf", prompts=_PROMPTS, words=512)["logprobs"]
+    found = ask_llama_cpp(tmp_path / "model.gguf", prompts=_PROMPTS, words=512)["logprobs"]
 
     # Activations are rounded as well; the answers are spread over ±5.
     assert _distance(found, expected) < 0.5
@@ -161,13 +139,13 @@ _TEXTS = [
 
 
 @pytest.mark.parametrize("kind", ["gpt-2", "smollm", "qwen2", "llama-bpe", "dbrx", "tekken", "gpt-4o"])
-def test_llama_cpp_splits_text_as_byte_level_tokenizers_do(kind: str, llama_cpp: Ask, tmp_path: Path) -> None:
+def test_llama_cpp_splits_text_as_byte_level_tokenizers_do(kind: str, tmp_path: Path) -> None:
     tokenizer = _byte_level(kind)
     folder = make_model(tmp_path / "model", "llama", tokenizer=tokenizer)
     write_gguf_model(folder, tmp_path / "model.gguf")
     chat = conversation(1, system=True)["messages"][:2]
 
-    found = llama_cpp(tmp_path / "model.gguf", texts=[*_TEXTS, _rendered(folder, chat)], chats=[chat])
+    found = ask_llama_cpp(tmp_path / "model.gguf", texts=[*_TEXTS, _rendered(folder, chat)], chats=[chat])
 
     real = AutoTokenizer.from_pretrained(folder)
     assert fields_of(tmp_path / "model.gguf")["tokenizer.ggml.pre"] == kind
@@ -176,14 +154,14 @@ def test_llama_cpp_splits_text_as_byte_level_tokenizers_do(kind: str, llama_cpp:
 
 
 @pytest.mark.parametrize("kind", ["llama 2", "mistral", "gemma"])
-def test_llama_cpp_splits_text_as_sentencepieces_tokenizers_do(kind: str, llama_cpp: Ask, tmp_path: Path) -> None:
+def test_llama_cpp_splits_text_as_sentencepieces_tokenizers_do(kind: str, tmp_path: Path) -> None:
     tokenizer = _sentencepiece(kind)
     folder = make_model(tmp_path / "model", "llama", tokenizer=tokenizer)
     write_gguf_model(folder, tmp_path / "model.gguf")
     chat = conversation(1, system=True)["messages"][:2]
     chat_text = _rendered(folder, chat)
 
-    found = llama_cpp(tmp_path / "model.gguf", texts=[*_TEXTS, chat_text], chats=[chat])
+    found = ask_llama_cpp(tmp_path / "model.gguf", texts=[*_TEXTS, chat_text], chats=[chat])
 
     real = AutoTokenizer.from_pretrained(folder)
     expected = [real(text)["input_ids"] for text in _TEXTS]
@@ -195,7 +173,7 @@ def test_llama_cpp_splits_text_as_sentencepieces_tokenizers_do(kind: str, llama_
         assert found["tokens"][:-1] == expected
 
 
-def test_llama_cpp_ends_an_answer_where_the_template_does(llama_cpp: Ask, tmp_path: Path) -> None:
+def test_llama_cpp_ends_an_answer_where_the_template_does(tmp_path: Path) -> None:
     """Also if that is another token than the end of a text, and one that llama.cpp does not know by name."""
     template = CHATML.replace("<|im_end|>", "<|fin|>")
     tokenizer = make_tokenizer(template, extra_tokens=("<|fin|>",), eos="<|endoftext|>")
@@ -204,7 +182,7 @@ def test_llama_cpp_ends_an_answer_where_the_template_does(llama_cpp: Ask, tmp_pa
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
     write_gguf_model(folder, tmp_path / "model.gguf")
 
-    assert llama_cpp(tmp_path / "model.gguf", ends=["<|fin|>", "<|endoftext|>", "<|im_start|>"])["ended"] == [
+    assert ask_llama_cpp(tmp_path / "model.gguf", ends=["<|fin|>", "<|endoftext|>", "<|im_start|>"])["ended"] == [
         True,
         True,
         False,

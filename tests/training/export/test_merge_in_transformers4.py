@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.other_libraries import library, python_path
+from tests.other_libraries import TRANSFORMERS_4, library, python_path
 from tests.tiny_models import ARCHITECTURES, OTHER_FAMILIES
 from tests.training.conftest import ModelOf
 from tests.training.export.conftest import AdapterOf
@@ -20,7 +20,6 @@ from training.export.merge import merge_adapter
 
 pytestmark = pytest.mark.system
 
-TRANSFORMERS_4 = ("transformers==4.57.6", "tokenizers==0.22.2", "huggingface_hub==0.36.2")
 # Opens each folder, and writes beside it what the model says of the same tokens as `logits`.
 READER = """
 import json, sys, torch
