@@ -70,6 +70,7 @@ def train(queue: Queue, folder: Path) -> Trained:
     return Trained(queue, cli, slow, quick)
 
 
+@pytest.mark.system
 def test_jobs_answer_held_out_prompts_and_lose_what_their_rows_say(trained: Trained) -> None:
     slow, quick = str(trained.slow)[:8], str(trained.quick)[:8]
     head, *prompts = trained.cli.ok("compare", slow, quick, "--max-tokens", 6, "--json", "--quantize").lines

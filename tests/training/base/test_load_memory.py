@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 
+import pytest
+
 import benchmarks.load_model
 from benchmarks.load_model import TINY, write_checkpoint
 from tests.forked_process import PipedProcess, forker
@@ -16,6 +18,7 @@ _SMALL = {**TINY, "hidden_size": 512, "moe_intermediate_size": 256}
 _KERNEL_BYTES = 96 * 2**20
 
 
+@pytest.mark.system
 def test_a_load_peaks_below_what_it_leaves_and_one_layer_in_16_bits(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "model", layers=4, experts=64, **_SMALL)
     for way in ("bf16, writing the copy", "4-bit copy"):

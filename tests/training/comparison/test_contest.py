@@ -57,7 +57,7 @@ def compare(model: Path, *specs: JobSpec, with_data: bool = True, **options: Any
     return Told(lines)
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "qwen3_next"])
+@pytest.mark.parametrize("architecture", ["qwen3", pytest.param("qwen3_next", marks=pytest.mark.system)])
 def test_the_loss_is_the_one_that_training_measured_and_the_base_is_itself(
     architecture: str, spec_of: SpecOf, tiny: ModelOf
 ) -> None:

@@ -51,6 +51,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.system
 def test_a_merge_takes_no_more_memory_than_two_of_the_models_files(large: Path, tmp_path: Path) -> None:
     shard = max(file.stat().st_size for file in (large / "base").glob("*.safetensors"))
     words = [sys.executable, "-c", BOUNDED, large / "base", large / "adapter", tmp_path / "merged", str(2 * shard)]
