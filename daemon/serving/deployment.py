@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import UUID
@@ -34,7 +35,7 @@ DEFAULT_PROMPT = "What can you help me with?"
 FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 15.0
 SHOWN_CHARACTERS = 500
-# In the shared folder, beside the adapter's own files: a folder without it was not finished by us.
+# In the shared folder, beside the adapter's own files: the hash of the adapter that lies there whole.
 COMPLETE = ".brightrun-complete"
 
 T = TypeVar("T")
@@ -60,6 +61,7 @@ class Order:
     rank: int
     modules: tuple[str, ...]
     prompts: tuple[str, ...]
+    adapter_sha256: str = ""
     repository: str | None = None
     name: str | None = None
     take_name: Callable[[str, str, bool], Awaitable[Taken]] | None = None
@@ -127,17 +129,30 @@ class _Visit:
                 raise _failed("The endpoint takes adapters from the hub, and this one is not there", "Set push_to_hub.")
             return order.repository
         assert adapter is not None
+        folder = settings.endpoint_dir / str(order.job_id)
+        path = f"{(settings.endpoint_sees or str(settings.endpoint_dir)).rstrip('/')}/{order.job_id}"
         try:
-            await asyncio.to_thread(_copy, adapter, settings.endpoint_dir / str(order.job_id))
+            if not await asyncio.to_thread(_holds, folder, order.adapter_sha256):
+                if settings.endpoint_loads == "told":
+                    await self._unload_from(path)
+                await asyncio.to_thread(_copy, adapter, folder, order.adapter_sha256)
         except OSError as error:
             raise disk_fault("storage folder", settings.endpoint_dir, error) from error
-        return f"{(settings.endpoint_sees or str(settings.endpoint_dir)).rstrip('/')}/{order.job_id}"
+        return path
+
+    async def _unload_from(self, path: str) -> None:
+        """Before another adapter of the job lies there (the database came from a backup): what is loaded is the old
+        one, and would pass for the new one."""
+        for model in await self._tried(self._endpoint.models):
+            if model.root == path:
+                await self._tried(partial(self._endpoint.unload, model.id))
 
     async def _load(self, name: str, path: str) -> None:
-        """Tells vLLM of the adapter, unless it is loaded from there already."""
-        served = await self._tried(self._endpoint.models)
-        if any(model.id == name and model.root == path for model in served):
-            return
+        """Tells vLLM of the adapter, unless it is loaded from that folder already. What a repository holds changes."""
+        if self._settings.endpoint_dir is not None:
+            served = await self._tried(self._endpoint.models)
+            if any(model.id == name and model.root == path for model in served):
+                return
         try:
             await self._tried(lambda: self._endpoint.load(name, path), _load_may_pass)
         except JobFailed as failed:
@@ -194,9 +209,8 @@ class _Visit:
             return
         if self._settings.endpoint_dir is not None:
             folder = self._settings.endpoint_dir / str(job_id)
-            if (folder / COMPLETE).is_file():
-                with contextlib.suppress(OSError):
-                    await asyncio.to_thread(shutil.rmtree, folder)
+            with contextlib.suppress(OSError):
+                await asyncio.to_thread(_remove, folder)
 
     async def _tried(
         self,
@@ -225,13 +239,24 @@ class _Visit:
             wait = min(2.0 * wait, LONGEST_WAIT_SECONDS)
 
 
-def _copy(adapter: Path, folder: Path) -> None:
-    if (folder / COMPLETE).is_file():
-        return
+def _holds(folder: Path, adapter_sha256: str) -> bool:
+    try:
+        return (folder / COMPLETE).read_text(encoding="utf-8") == adapter_sha256
+    except FileNotFoundError:
+        return False
+
+
+def _remove(folder: Path) -> None:
+    # First: what is half removed must not pass for whole. A folder without it is none of ours.
+    (folder / COMPLETE).unlink()
+    shutil.rmtree(folder)
+
+
+def _copy(adapter: Path, folder: Path, adapter_sha256: str) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with beside(folder) as hidden:
         shutil.copytree(adapter, hidden, copy_function=shutil.copyfile)
-        (hidden / COMPLETE).touch()
+        (hidden / COMPLETE).write_text(adapter_sha256, encoding="utf-8")
         # The endpoint runs as another user.
         for path in (hidden, *hidden.rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)

@@ -4,6 +4,7 @@ test_real_vllm."""
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +75,52 @@ async def test_an_adapter_is_put_into_the_folder_told_and_asked_until_it_answers
     loads = endpoint.paths.count("/v1/load_lora_adapter")
     assert (await deploy(ORDER, adapter("again"), settings))["answer"] == result["answer"]
     assert endpoint.paths.count("/v1/load_lora_adapter") == loads
+
+
+async def test_another_adapter_of_the_same_job_takes_the_place_of_the_first(
+    endpoint: EndpointDouble, settings: Settings, adapter: Make
+) -> None:
+    async def take(*_: object) -> Taken:
+        return Taken(True)
+
+    named = replace(ORDER, name="helper", take_name=take)
+    old = await deploy(replace(named, adapter_sha256="1" * 64), adapter(), settings)
+    # Only after a restore from a backup: the job was trained again.
+    new = await deploy(replace(named, adapter_sha256="2" * 64), adapter("trained-again"), settings)
+    assert new["answer"] != old["answer"]
+    assert endpoint.adapters["helper"].answer == endpoint.adapters[str(JOB)].answer == new["answer"]
+    # The same is so where it comes from the hub, whose repository keeps its name.
+    hub = settings.model_copy(update={"endpoint_dir": None})
+    order = replace(named, repository="acme/helper")
+    endpoint.hub = {"acme/helper": adapter("pushed")}
+    pushed = await deploy(order, None, hub)
+    endpoint.hub = {"acme/helper": adapter("pushed-again")}
+    assert (await deploy(order, None, hub))["answer"] != pushed["answer"]
+    assert endpoint.adapters["helper"].answer == endpoint.adapters[str(JOB)].answer
+
+
+async def test_a_superseded_folder_that_is_half_removed_does_not_pass_for_whole(
+    endpoint: EndpointDouble, settings: Settings, adapter: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await deploy(ORDER, adapter(), settings)
+
+    async def take(*_: object) -> Taken:
+        return Taken(True, superseded=(JOB,))
+
+    remove = shutil.rmtree
+
+    def fail(folder: Path, ignore_errors: bool = False) -> None:
+        if folder.name != str(JOB):
+            remove(folder, ignore_errors)
+            return
+        (folder / "adapter_model.safetensors").unlink()
+        raise OSError("the share went away")
+
+    monkeypatch.setattr("daemon.serving.deployment.shutil.rmtree", fail)
+    await deploy(replace(ORDER, job_id=uuid4(), name="helper", take_name=take), adapter("two"), settings)
+    monkeypatch.undo()
+    await deploy(ORDER, adapter("again"), settings)
+    assert (settings.endpoint_dir / str(JOB) / "adapter_model.safetensors").is_file()
 
 
 async def test_it_is_asked_as_it_was_trained(endpoint: EndpointDouble, settings: Settings, adapter: Make) -> None:

@@ -45,6 +45,7 @@ async def deliver(delivery: Delivery, context: DeliveryContext) -> dict[str, Any
         rank=rank,
         modules=modules,
         prompts=asked.sample_prompts or tuple(known["prompts"]),
+        adapter_sha256=delivery.adapter_sha256 or "",
         repository=repository,
         name=delivery.target or None,
         take_name=partial(_take_name, context, delivery),
