@@ -16,6 +16,9 @@ from daemon.serving_settings import EVERYBODY
 from daemon.settings import Settings
 from training.events import ErrorCode
 
+# The hub's client limits each read and write, not their number. Enough for 8 GB over a slow line.
+PUSH_SECONDS = 6 * 3600.0
+
 
 def hub_token(settings: Settings, user_id: UUID) -> str | None:
     """Returns the token for jobs of this user: his own, else the one for everybody (`*`)."""
@@ -47,7 +50,10 @@ async def _run(push: Push) -> dict[str, Any]:
         env=hub_environment(),
     )  # fmt: skip
     try:
-        said, _ = await process.communicate(json.dumps(asdict(push)).encode() + b"\n")
+        async with asyncio.timeout(PUSH_SECONDS):
+            said, _ = await process.communicate(json.dumps(asdict(push)).encode() + b"\n")
+    except TimeoutError:
+        return {"why": "away", "message": f"the upload did not end within {PUSH_SECONDS / 3600:.0f} hours"}
     finally:
         if process.returncode is None:
             process.kill()

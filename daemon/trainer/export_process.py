@@ -24,6 +24,9 @@ OnBytes = Callable[[int, int], None]  # bytes done, total bytes
 _STDERR_TAIL_BYTES = 4000
 # A line holds the result, which lists each file of a model.
 _LINE_BYTES = 2**24
+# It says several times a second how far it is, but for work of minutes. A process that hangs would hold its host, and
+# its delivery, for ever.
+SILENT_SECONDS = 3600.0
 
 
 async def run_export(
@@ -32,7 +35,7 @@ async def run_export(
     """Returns the result of the export that `request["kind"]` names. Cancelling it ends the process.
 
     `gently`: jobs may be training on this host, and have the processors first.
-    Raises JobFailed with the process's own code, message and hint; HostFault(trainer) if it ended without a word.
+    Raises JobFailed with the process's own code, message and hint; HostFault(trainer) if it ended or hung, wordless.
     """
     with tempfile.TemporaryFile() as stderr:
         process = await asyncio.create_subprocess_exec(
@@ -70,12 +73,26 @@ async def _answer(
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write(json.dumps(dict(request), default=str).encode())
     process.stdin.close()
-    async for text in process.stdout:
+    while text := await _next_line(process.stdout):
         line = json.loads(text)
         if line["kind"] != "progress":
             return dict(line)
         on_bytes(line["done_bytes"], line["total_bytes"])
     return None
+
+
+async def _next_line(stdout: asyncio.StreamReader) -> bytes:
+    try:
+        async with asyncio.timeout(SILENT_SECONDS):
+            return await stdout.readline()
+    except TimeoutError:
+        words = f"said nothing for {SILENT_SECONDS / 60:.0f} minutes, and was ended"
+        raise HostFault(
+            "trainer",
+            ErrorCode.INTERNAL,
+            f"The process that exports the adapter {words}.",
+            detail=f"the process that exports the adapter {words}",
+        ) from None
 
 
 def _ended_early(status: int, stderr: IO[bytes]) -> HostFault:

@@ -201,6 +201,12 @@ async def test_a_hub_that_cannot_be_reached_is_away(
         await push_adapter(order())
 
 
+async def test_an_upload_without_an_end_is_ended_and_tried_again(order: Order, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("daemon.serving.push.PUSH_SECONDS", 0.05)
+    with pytest.raises(JobDelayed, match="did not end within"):
+        await push_adapter(order())
+
+
 def test_a_user_has_his_own_token_or_everybodys() -> None:
     one, other = UUID(int=1), UUID(int=2)
     settings = Settings(database_url="postgresql://u:p@h/d", hub_tokens=f"{one}=hf_one, *=hf_all")
