@@ -55,3 +55,16 @@ def test_an_adapter_of_another_model_is_refused_in_words(folder: Path) -> None:
     said = CommandLine(folder, TRAINER_MODELS_DIR=str(folder / "models")).run("chat", "other-adapter", "-q", QUESTION)
     assert said.status == 1
     assert "The adapter cannot be opened on this model" in said.err
+
+
+def test_an_adapter_that_is_not_read_whole_does_not_answer(folder: Path) -> None:
+    """PEFT warns, where nobody sees it, and answers with random weights in place of the missing ones."""
+    from safetensors.torch import load_file, save_file
+
+    part = folder / "part-of-an-adapter"
+    shutil.copytree(folder / "adapter", part)
+    tensors = load_file(part / "adapter_model.safetensors")
+    save_file(dict(list(tensors.items())[2:]), part / "adapter_model.safetensors", {"format": "pt"})
+    said = CommandLine(folder, TRAINER_MODELS_DIR=str(folder / "models")).run("chat", part.name, "-q", QUESTION)
+    assert (said.status, said.out) == (1, "")
+    assert "it lacks weights for 2 places of its config" in said.err

@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +18,12 @@ from training.data.formats.conversation import Turn
 from training.failures import TrainingFailed
 from training.files.model_folder import ModelFolder, open_model_folder
 from training.files.template_options import template_options
+from training.json_lines import Say, own_stdout
 from training.quick_imports import quick_imports
 from training.spec import Hyperparameters, JobSpec
 
 if TYPE_CHECKING:
     from training.data.chat_template import ChatTemplate
-
-Say = Callable[[dict[str, Any]], None]
 
 
 class Pair:
@@ -34,8 +32,8 @@ class Pair:
     def __init__(self, model_dir: Path, adapter_dir: Path, max_new_tokens: int) -> None:
         with quick_imports():
             import torch
-            from peft import PeftModel
 
+            from training.adapter.open_adapter import open_adapter
             from training.base.load import load_base_model
             from training.data.chat_template import ChatTemplate
             from training.data.template.thinking import Thinking
@@ -48,10 +46,7 @@ class Pair:
         self._tokenizer: Any = load_tokenizer(folder)
         self._template: ChatTemplate = ChatTemplate(self._tokenizer, stops=stop_tokens(folder))
         self._template.use(Thinking(template_options(adapter_dir) or {}))
-        self._model: Any = PeftModel.from_pretrained(
-            load_base_model(_spec(model_dir, device, folder), folder), adapter_dir
-        )
-        self._model.eval()
+        self._model: Any = open_adapter(load_base_model(_spec(model_dir, device, folder), folder), adapter_dir)
         self.forget()
 
     def forget(self) -> None:
@@ -116,18 +111,6 @@ def main(arguments: list[str]) -> int:
         else:
             pair.ask(str(order["question"]), say)
     return 0
-
-
-def own_stdout() -> Say:
-    """Keeps stdout for our lines: what libraries print goes to stderr."""
-    ours = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-
-    def say(line: dict[str, Any]) -> None:
-        ours.write(json.dumps(line) + "\n")
-        ours.flush()
-
-    return say
 
 
 def _spec(model_dir: Path, device: str, folder: ModelFolder) -> JobSpec:

@@ -6,10 +6,10 @@ import sys
 
 from pydantic import ValidationError
 
-from training.adapter.chat_process import own_stdout
 from training.comparison.request import Request
 from training.events import ErrorCode
 from training.failures import TrainingFailed, diagnose
+from training.json_lines import own_stdout
 from training.parent_process import die_with_parent
 from training.quick_imports import quick_imports
 from training.spec import faults_of

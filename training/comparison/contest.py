@@ -6,15 +6,12 @@ memory need not grow with their number. That the base model is itself again afte
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
 
+from training.adapter.open_adapter import CannotOpen, open_adapter
 from training.base.architecture import architecture_of
 from training.base.load import load_base_model
 from training.comparison.held_out import COMMON, HeldOut, Sets, find_sets
@@ -25,14 +22,14 @@ from training.data.chat_template import ChatTemplate
 from training.data.template.thinking import Thinking
 from training.data.tokenizer import load_tokenizer, stop_tokens
 from training.events import ErrorCode
-from training.failures import TrainingFailed, in_brief
+from training.failures import TrainingFailed
 from training.files.model_folder import open_model_folder
 from training.files.template_options import template_options
+from training.json_lines import Say
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
-
-Say = Callable[[dict[str, Any]], None]
 
 HELD_OUT_PROMPTS = 10
 
@@ -137,20 +134,13 @@ class Contest:
     def _attach(self, base: PreTrainedModel, place: int) -> PeftModel:
         contestant = self._request.contestants[place]
         try:
-            adapted = PeftModel.from_pretrained(base, contestant.adapter)
-            with safe_open(contestant.adapter / "adapter_model.safetensors", framework="pt") as file:
-                stored = set(file.keys())
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-            raise self._cannot_open(contestant.name, in_brief(error)) from error
-        read = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-        # PEFT warns at most, and answers with an adapter that is partly random, or with a part of it.
-        if read - stored:
-            raise self._cannot_open(contestant.name, f"it lacks weights for {len(read - stored)} places of its config")
-        if stored - read:
-            why = f"PEFT {version('peft')} reads only {len(stored & read)} of its {len(stored)} tensors"
-            raise self._cannot_open(contestant.name, why)
-        adapted.eval()
-        return adapted
+            return open_adapter(base, contestant.adapter)
+        except CannotOpen as error:
+            raise TrainingFailed(
+                ErrorCode.MODEL_INCOMPLETE,
+                f"the adapter {contestant.name} cannot be opened on {self._request.base_model}: {error}",
+                "compare adapters of one base model, downloaded whole",
+            ) from error
 
     def _detach(self, adapted: PeftModel, itself: torch.Tensor) -> PreTrainedModel:
         base: PreTrainedModel = adapted.unload()
@@ -161,13 +151,6 @@ class Contest:
                 "compare one adapter at a time, and report this",
             )
         return base
-
-    def _cannot_open(self, name: str, why: str) -> TrainingFailed:
-        return TrainingFailed(
-            ErrorCode.MODEL_INCOMPLETE,
-            f"the adapter {name} cannot be opened on {self._request.base_model}: {why}",
-            "compare adapters of one base model, downloaded whole",
-        )
 
     def _note(self, message: str) -> None:
         self._say({"kind": "notice", "message": message})

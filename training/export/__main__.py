@@ -7,25 +7,21 @@ hint). What libraries print goes to stderr. Exit status 0, or 1 after `failed`.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
 
-from training.death_signal import end_with_parent
 from training.export.orders import export_of
 from training.failures import TrainingFailed, diagnose
-
-Say = Callable[[dict[str, Any]], None]
+from training.json_lines import Say, own_stdout
+from training.parent_process import die_with_parent
 
 # Often enough for a bar, seldom enough to cost nothing.
 _PROGRESS_SECONDS = 0.2
 
 
 def main() -> int:
-    say = _own_stdout()
-    end_with_parent()
+    say = own_stdout()
+    die_with_parent()
     request = json.loads(sys.stdin.read())
     try:
         result = export_of(str(request["kind"]))(request, _Progress(say))
@@ -53,18 +49,6 @@ class _Progress:
         if done >= total or now - self._said_at >= _PROGRESS_SECONDS:
             self._said_at = now
             self._say({"kind": "progress", "done_bytes": done, "total_bytes": total})
-
-
-def _own_stdout() -> Say:
-    """Keeps stdout for our lines: what libraries print goes to stderr."""
-    ours = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-
-    def say(line: dict[str, Any]) -> None:
-        ours.write(json.dumps(line) + "\n")
-        ours.flush()
-
-    return say
 
 
 if __name__ == "__main__":
