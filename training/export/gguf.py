@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,6 +50,7 @@ def export_gguf(request: Mapping[str, Any], on_bytes: OnBytes) -> dict[str, Any]
             "a GGUF LoRA is written in f32: it is small, and fits a base of any type",
             "leave the type out, or ask for the form merged",
         )
+    _remove_leftovers(into)
     with beside(into) as staging:
         file = staging if is_file else staging / ("adapter.gguf" if form == "adapter" else "model.gguf")
         staging.parent.mkdir(parents=True, exist_ok=True)
@@ -113,6 +115,19 @@ def _merged(request: Mapping[str, Any], into: Path, file: Path, name: str, on_by
         raise
     shutil.rmtree(folder, ignore_errors=True)
     return written
+
+
+def _remove_leftovers(into: Path) -> None:
+    """Removes what exports to this name left when they were killed: up to the size of the model, under hidden names."""
+    name = re.compile(rf"\.{{1,2}}{re.escape(into.name)}\.(\d+)\.part(\.\d+\.part)?")
+    for path in into.parent.iterdir() if into.parent.is_dir() else ():
+        found = name.fullmatch(path.name)
+        if found is None or Path("/proc", found[1]).exists():
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _work_of(folder: Path) -> str | None:

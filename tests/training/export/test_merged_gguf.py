@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -111,3 +112,18 @@ def test_what_its_user_made_meanwhile_is_kept(
     with pytest.raises(TrainingFailed, match="exists already"):
         export_gguf(request, quietly)
     assert theirs.read_text() == "theirs"
+
+
+def test_what_a_killed_export_wrote_is_removed_by_the_next(
+    tiny: ModelOf, adapter_of: AdapterOf, tmp_path: Path
+) -> None:
+    request = asked(tiny("qwen3"), adapter_of(tiny("qwen3")), tmp_path / "model.gguf")
+    # No process has such a number.
+    gone = 2**31 - 1
+    for left in (f".model.gguf.{gone}.part", f"..model.gguf.{gone}.part.{gone}.part"):
+        (tmp_path / left).write_bytes(b"half a model")
+    kept = (f".model.gguf.{os.getppid()}.part", f".other.gguf.{gone}.part")
+    for name in kept:
+        (tmp_path / name).write_bytes(b"of somebody else")
+    export_gguf({**request, "form": "adapter"}, quietly)
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "model.gguf", *kept}
