@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from training.files.licence import Licence
+from training.results.front_matter import front_matter
 from training.results.history import RunHistory
 from training.results.serving import NAME, Serving
 
 CARD = "README.md"
+_TAGS = ("lora", "transformers", "brightrun-trainer")
 
 # What decides about the result, in the order in which it is read; the words for each.
 _SETTINGS = {
@@ -52,7 +54,7 @@ class Trained:
 def model_card(serving: Serving, trained: Trained, licence: Licence | None) -> str:
     """Returns the card: front matter that the hub reads, then Markdown."""
     parts = [
-        _front_matter(serving, licence),
+        front_matter(serving.base_model, licence, relation="adapter", library="peft", tags=_TAGS),
         f"# LoRA adapter for {_code(serving.base_model)}",
         _introduction(serving, trained),
         *_serving(serving),
@@ -64,25 +66,6 @@ def model_card(serving: Serving, trained: Trained, licence: Licence | None) -> s
         _licence(licence),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _front_matter(serving: Serving, licence: Licence | None) -> str:
-    fields: dict[str, Any] = {
-        "base_model": serving.base_model,
-        "base_model_relation": "adapter",
-        "library_name": "peft",
-        "pipeline_tag": "text-generation",
-    }
-    if licence is not None:
-        fields["license"] = licence.license
-        if licence.license == "other":
-            # Another link leads to a file beside the base model's card.
-            link = licence.link if licence.link is not None and licence.link.startswith("https://") else None
-            fields |= {"license_name": licence.name, "license_link": link}
-    fields["tags"] = ["lora", "transformers", "brightrun-trainer"]
-    # JSON is YAML: a value in quotes stays a string, whatever it looks like.
-    lines = [f"{key}: {json.dumps(value)}" for key, value in fields.items() if value is not None]
-    return "\n".join(("---", *lines, "---"))
 
 
 def _introduction(serving: Serving, trained: Trained) -> str:

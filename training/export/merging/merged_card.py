@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from training.files.licence import Licence
+from training.results.front_matter import front_matter
 from training.spec import MODEL_NAME
 
 _REVISION = re.compile(r"[0-9A-Za-z._-]{1,64}")
@@ -46,7 +47,7 @@ def merged_card(origin: Origin) -> str:
     at = f", revision `{revision}`," if revision is not None and _REVISION.fullmatch(revision) else ""
     job = f" (job `{origin.job_id}`)" if origin.job_id is not None and _REVISION.fullmatch(origin.job_id) else ""
     parts = [
-        _front_matter(origin),
+        front_matter(origin.base_model, origin.licence, relation="finetune", library="transformers"),
         f"# {name.rpartition('/')[2]}, fine-tuned",
         f"{name}{at} with a LoRA adapter merged into its weights{job}. The layout is the base model's, file by file: "
         "whatever opens the base model opens this.",
@@ -59,24 +60,6 @@ def merged_card(origin: Origin) -> str:
         "`manifest.json` has the size and SHA-256 of each file. The base model's license applies.",
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _front_matter(origin: Origin) -> str:
-    fields: dict[str, Any] = {
-        "base_model": origin.base_model,
-        "base_model_relation": "finetune",
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-    }
-    if (licence := origin.licence) is not None:
-        fields["license"] = licence.license
-        if licence.license == "other":
-            # Another link leads to a file beside the base model's card.
-            link = licence.link if licence.link is not None and licence.link.startswith("https://") else None
-            fields |= {"license_name": licence.name, "license_link": link}
-    # JSON is YAML: a value in quotes stays a string, whatever it looks like.
-    lines = [f"{key}: {json.dumps(value)}" for key, value in fields.items() if value is not None]
-    return "\n".join(("---", *lines, "---"))
 
 
 def _command(serving: Mapping[str, Any]) -> str:
