@@ -2,6 +2,7 @@
 says.
 
 {"wait_for": PATH}   goes on once the file is there, and leaves its pid in PATH.pid meanwhile
+{"seconds": 0.5}     takes that long
 {"failed": {…}}      ends with these words: code, message, hint
 {"dies": true}       ends without a word
 {"files": {…}}       texts by file names, instead of the usual ones
@@ -29,6 +30,7 @@ def main() -> int:
         Path(f"{awaited}.pid").write_text(str(os.getpid()))
         while not Path(awaited).exists():
             time.sleep(0.02)
+    time.sleep(script.get("seconds", 0.0))
     if (failed := script.get("failed")) is not None:
         print(json.dumps({"kind": "failed", **failed}), flush=True)
         return 1

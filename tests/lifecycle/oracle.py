@@ -59,7 +59,9 @@ BEGIN
 END
 $$;
 """
-TABLES = ("training_jobs", "training_leases", "metrics_points", "training_events", "training_uploads")
+TABLES = (
+    "training_jobs", "training_leases", "metrics_points", "training_events", "training_uploads", "training_deliveries",
+)  # fmt: skip
 
 # Written down from the design's table of moves, not read from the code.
 HELD = {"initializing", "running"}
@@ -69,9 +71,11 @@ MOVES = {
     *((held, end) for held in HELD for end in ("completed", "failed", "cancelled", "queued")),
     ("queued", "cancelled"), ("failed", "queued"), ("cancelled", "queued"),
 }  # fmt: skip
+EXPORTS = {"merged", "gguf", "transformers4"}
 # Story lines that a change of state writes itself; every other line is the lease holder's own word.
 ANNOUNCED = {
     "queued", "claimed", "started", "completed", "failed", "cancelled", "resubmitted", "released", "reaped", "retrying",
+    "delivery",
 }  # fmt: skip
 # Who is not a daemon says so by this name. Cancels and resubmits are theirs.
 APP = "app"
@@ -264,12 +268,76 @@ def judge_uploads(history: History) -> Iterator[Violation]:
     """What may lie in the bucket is noted by the holder of the epoch that it is noted under; anybody may sweep."""
     for version in history.of("training_uploads"):
         note = version["after"]
-        if note is None:
+        if note is None or note["kind"] in EXPORTS:
             continue
         holder = history.holder.get((version["job_id"], note["epoch"]))
         if holder != version["host"]:
             words = f"{version['host']} noted a {note['kind']} at epoch {note['epoch']} of {holder}"
             yield Violation("stale upload", version["job_id"], words, version["n"])
+
+
+def judge_deliveries(history: History) -> Iterator[Violation]:
+    """What follows a job is written down as it completes, and done once, by the holder of its lock."""
+    holders: dict[str, str | None] = {}
+    # Who holds which claim now, or did until this transaction.
+    held: dict[tuple[str, str, int], str | None] = {}
+    for version in history.versions:
+        job, host, n = version["job_id"], version["host"], version["n"]
+        old, new = version["before"], version["after"]
+        is_export = version["relation"] == "training_uploads" and new is not None and new["kind"] in EXPORTS
+        if is_export and held.get((job, new["kind"], new["epoch"])) != host:
+            yield Violation("stale upload", job, f"{host} noted {new['kind']} of claim {new['epoch']}", n)
+        if version["relation"] != "training_deliveries" or new is None:
+            continue
+        if old is None:
+            if not any(
+                other["relation"] == "training_jobs" and other["after"]["status"] == "completed"
+                for other in history.by_transaction[version["transaction"]]
+            ):
+                yield Violation("delivery without a completion", job, f"{new['kind']} by {host}", n)
+            continue
+        if host == APP:
+            # It may ask for a delivery again.
+            continue
+        token, earlier = new["lock_token"], old["lock_token"]
+        if new["claims"] < old["claims"] or new["attempts"] < old["attempts"] - 1:
+            yield Violation("delivery counted back", job, f"{new['kind']} by {host}", n)
+        if old["state"] in {"done", "failed"}:
+            yield Violation("delivery done again", job, f"{new['kind']} was {old['state']}, by {host}", n)
+        elif token is not None and token != earlier:
+            holders[token] = host
+            held = {claim: of for claim, of in held.items() if claim[:2] != (job, new["kind"])}
+            held[job, new["kind"], new["claims"]] = host
+            if earlier is not None and datetime.fromisoformat(old["locked_until"]) > version["at"]:
+                yield Violation("delivery taken", job, f"{host} took {new['kind']} of {holders.get(earlier)}", n)
+            if earlier is not None and new["claims"] != old["claims"] + 1:
+                yield Violation("delivery taken", job, f"{new['kind']} kept the names of a lost claim", n)
+        elif holders.get(earlier or "") != host:
+            yield Violation("stale delivery", job, f"{host} wrote {new['state']} of {holders.get(earlier or '')}", n)
+
+
+def judge_delivered(jobs: list[Row], deliveries: list[Row], storage: Path | None) -> Iterator[Violation]:
+    """Each completed job has what it asked for, all of it has ended, and what is done lies in the store."""
+    found = {(str(row["job_id"]), row["kind"]): row for row in deliveries}
+    for job in jobs:
+        name, completed = str(job["id"]), job["status"] == "completed"
+        asked = set((job["hyperparameters"] or {}).get("exports", ())) if completed else set()
+        if (had := {kind for other, kind in found if other == name}) != asked:
+            yield Violation("other deliveries than asked for", name, f"{sorted(had)}, asked for {sorted(asked)}")
+    for (name, kind), row in found.items():
+        if row["state"] not in {"done", "failed"} or row["lock_token"] is not None:
+            yield Violation("delivery not ended", name, f"{kind} is {row['state']}")
+        elif row["state"] == "failed" and not row["error_message"]:
+            yield Violation("delivery failed without a word", name, kind)
+        elif row["state"] == "done" and storage is not None:
+            promised = {row["result"]["manifest"]: row["result"]["manifest_sha256"]} | {
+                f"{row['result']['path']}/{file}": facts["sha256"] for file, facts in row["result"]["files"].items()
+            }
+            for path, sha256 in promised.items():
+                if not (storage / path).is_file():
+                    yield Violation("export missing", name, path)
+                elif hashlib.sha256((storage / path).read_bytes()).hexdigest() != sha256:
+                    yield Violation("export differs", name, path)
 
 
 def _is_stamped(job: Row) -> bool:
@@ -361,6 +429,7 @@ def judge(dsn: str, *, storage: Path | None = None, processes_of: Path | None = 
         versions = connection.execute("SELECT * FROM audit.versions ORDER BY n").fetchall()
         jobs = connection.execute("SELECT * FROM public.training_jobs").fetchall()
         leases = connection.execute("SELECT * FROM public.training_leases").fetchall()
+        deliveries = connection.execute("SELECT * FROM public.training_deliveries").fetchall()
     for version in versions:
         version["job_id"] = str(version["job_id"])
     history = History(versions)
@@ -370,6 +439,8 @@ def judge(dsn: str, *, storage: Path | None = None, processes_of: Path | None = 
         *judge_leases(history),
         *judge_points_and_story(history),
         *judge_uploads(history),
+        *judge_deliveries(history),
+        *judge_delivered(jobs, deliveries, storage),
         *judge_end(history, jobs, leases),
         *(judge_adapters(history, jobs, storage) if storage else ()),
         *(judge_processes(processes_of) if processes_of else ()),
@@ -380,6 +451,7 @@ def judge(dsn: str, *, storage: Path | None = None, processes_of: Path | None = 
         if version["operation"] == "INSERT" and version["after"]["kind"] in ANNOUNCED
     )
     counts = {"row versions": len(versions), "jobs": len(jobs), "leases": len(history.claims)}
+    counts |= {f"{state} deliveries": count for state, count in Counter(row["state"] for row in deliveries).items()}
     return Verdict(violations, counts | dict(sorted(moves.items())))
 
 

@@ -362,7 +362,7 @@ class Chaos:
     def rage(self, faults: Mapping[str, int], seconds: float) -> None:
         """Fault after fault, by weight, until the time is over or nothing is left to disturb."""
         ends_at = time.monotonic() + seconds
-        while time.monotonic() < ends_at and self.unfinished():
+        while time.monotonic() < ends_at and (self.unfinished() or self.undelivered()):
             name = self.order.choices(list(faults), list(faults.values()))[0]
             getattr(self, name)()
             self.faults[name] += 1
@@ -382,11 +382,12 @@ class Chaos:
         self.undo(everything=True)
         seen: list[object] = []
         moved_at = time.monotonic()
-        while (left := self.unfinished()) or self.queue.leases():
+        while (left := self.unfinished()) or self.queue.leases() or self.undelivered():
             moves = [(job["id"], job["status"], job["attempt"], job["current_step"]) for job in left]
+            moves += [(each["job_id"], each["kind"], each["state"], each["attempts"]) for each in self.undelivered()]
             if moves != seen:
                 seen, moved_at = moves, time.monotonic()
-            assert time.monotonic() < moved_at + seconds, f"left over: {left}\n{self._tails()}"
+            assert time.monotonic() < moved_at + seconds, f"left over: {left} {self.undelivered()}\n{self._tails()}"
             self.boot_again()
             self.kill_real_trainings()
             self.be_impatient()
@@ -405,6 +406,13 @@ class Chaos:
                 "SELECT id, status, attempt, current_step, due, run_after, lease_epoch, lease.epoch, lease.expires_at, "
                 "clock_timestamp() AS now FROM training_jobs LEFT JOIN training_leases AS lease ON job_id = id "
                 "WHERE status NOT IN ('completed', 'failed', 'cancelled') ORDER BY id"
+            ).fetchall()
+
+    def undelivered(self) -> list[dict[str, Any]]:
+        with self.queue.connect() as app:
+            return app.execute(
+                "SELECT job_id, kind, state, attempts, claims, next_at, error_message, clock_timestamp() AS now "
+                "FROM training_deliveries WHERE state IN ('waiting', 'running') ORDER BY id"
             ).fetchall()
 
     def _tails(self) -> str:
@@ -445,7 +453,13 @@ def insert_short_jobs(chaos: Chaos, count: int) -> None:
         if order.random() < 0.1:
             script.insert(0, ["steps", 3, 0.01])
             script.insert(1, ["kill_self_once"])
-        chaos.queue.insert(script=script, max_attempts=order.choice([1, 3, 20, 20, 20]))
+        # What follows a job is done by any host, and the faults go on meanwhile.
+        exports = order.choice([[], [], [], [], ["merged"], ["merged", "transformers4"]])
+        chaos.queue.insert(
+            script=script,
+            hyperparameters={"base_model": "tiny"} | ({"exports": exports} if exports else {}),
+            max_attempts=order.choice([1, 3, 20, 20, 20]),
+        )
 
 
 def insert_real_jobs(chaos: Chaos, count: int) -> None:
@@ -505,6 +519,9 @@ def run_chaos(
     assert run_oracle(server.dsn(), "--install").returncode == 0
     with TcpProxy(server.port) as proxy, Chaos(server, proxy, folder, seed) as chaos:
         insert_short_jobs(chaos, jobs)
+        # Long enough to be killed in the middle.
+        (folder / "models" / "tiny").mkdir(parents=True, exist_ok=True)
+        (folder / "models" / "tiny" / "export.json").write_text('{"seconds": 0.4}')
         for number in range(4):
             through = proxy if number % 2 else None
             chaos.add_host(f"host{number}", through=through, slots=2, allowed_models="tiny")
