@@ -44,7 +44,7 @@ def test_a_merged_model_is_written_and_reported(cli: CommandLine) -> None:
     assert said["files"].keys() == {path.name for path in merged.iterdir()}
     assert json.loads((merged / "manifest.json").read_text())["base_model"] == MODEL
     again = cli.run("export", "adapter", "--merged", "whole")
-    assert (again.status, "exists already" in again.err) == (2, True)
+    assert (again.status, "The folder whole exists already" in again.err) == (2, True)
 
 
 def test_the_commands_of_the_page_do_what_it_says(cli: CommandLine) -> None:
@@ -89,6 +89,10 @@ def test_a_gguf_of_adapter_and_of_the_merged_model_are_written(cli: CommandLine)
     assert "ollama create NAME --file whole.Modelfile" in shown.out
     assert (cli.folder / "whole.Modelfile").read_text().startswith("FROM ./whole.gguf\n")
     assert not list(cli.folder.glob(".whole*"))
+    # From inside the adapter's folder, as its model card writes it.
+    beside = cli.ok("export", "adapter", "--gguf", "adapter/../beside.gguf", "--gguf-form", "merged").out
+    assert str(cli.folder / "beside.gguf") in beside and ".." not in beside
+    assert "The file whole.gguf exists already" in cli.run("export", "adapter", "--gguf", "whole.gguf").err
 
 
 def test_a_folder_for_ggufs_holds_the_file_and_its_modelfile(cli: CommandLine) -> None:
@@ -114,9 +118,11 @@ def test_a_wrong_form_or_type_of_gguf_is_named(cli: CommandLine, asked: tuple[st
 def test_bad_input_is_named_with_a_way_on(cli: CommandLine, folder: Path) -> None:
     asked = cli.run("export", "adapter")
     assert (asked.status, "--merged DIR" in asked.err) == (2, True)
+    unused = cli.run("export", "adapter", "--merged", "x", "--gguf-type", "q8_0")
+    assert (unused.status, "Add --gguf FILE" in unused.err) == (2, True)
     absent = cli.run("export", "adapter", "--merged", "x", TRAINER_MODELS_DIR=str(folder / "none"))
     assert absent.status == 1
-    assert f"brightrun-trainer models pull {MODEL}" in absent.err
+    assert f"brightrun-trainer models pull {MODEL}" in absent.err and "--model" in absent.err
     other = make_model(folder / "other", "llama")
     Marker("acme/other").write(other)
     wrong = cli.run("export", "adapter", "--merged", "x", "--model", "other")

@@ -201,6 +201,7 @@ def find_base_model(adapter: Path) -> ResolvedModel:
     from daemon.errors import JobFailed
     from daemon.logs import configure_logs
     from daemon.read_settings import secrets_of
+    from training.events import ErrorCode
 
     name = base_model_name(adapter)
     settings: Settings = model_settings().model_copy(update={"model_downloads": False, "allowed_models": ()})
@@ -212,6 +213,9 @@ def find_base_model(adapter: Path) -> ResolvedModel:
         demo = models_folder() / name.rpartition("/")[2]
         if (demo / "config.json").is_file():
             return ResolvedModel(name, demo, None, "models_dir")
+        if failed.code is ErrorCode.MODEL_NOT_FOUND:
+            # Who types this is at the host, and may have the model elsewhere.
+            failed.hint = f"Run `brightrun-trainer models pull {name}`, or name the model's folder with --model."
         raise failed
 
 

@@ -46,10 +46,16 @@ def export(  # noqa: PLR0917 - what, then each form and its choices, as `--help`
         raise Misused("nothing was asked for", "say what to export: --merged DIR, --transformers4 DIR, --gguf FILE")
     for new in (merged, transformers4, gguf):
         if new is not None and (new.exists() or new.is_symlink()):
-            raise Misused(f"{new} exists already", "name a new file or folder" if new == gguf else "name a new folder")
-    asked_for = [new.absolute() for new in (merged, transformers4, gguf) if new is not None]
+            what_it_is = "folder" if new.is_dir() else "file"
+            raise Misused(
+                f"the {what_it_is} {new} exists already",
+                "name a new file or folder" if new == gguf else "name a new folder",
+            )
+    asked_for = [_without_dots(new) for new in (merged, transformers4, gguf) if new is not None]
     if len(set(asked_for)) < len(asked_for):
         raise Misused("two exports cannot have one name", "name a folder or file of its own for each")
+    if gguf is None and (gguf_form != "adapter" or gguf_type is not None):
+        raise Misused("--gguf-form and --gguf-type are choices for --gguf", "add --gguf FILE, or leave them out")
     adapter = adapter_folder(what)
     results = {}
     if transformers4 is not None:
@@ -60,7 +66,7 @@ def export(  # noqa: PLR0917 - what, then each form and its choices, as `--help`
         results["merged"] = _run("merging", {"kind": "merged", "into": merged}, adapter, base, shown=not as_json)
     if gguf is not None:
         asked = {"kind": "gguf", "into": gguf, "form": gguf_form, "type": gguf_type}
-        asked["merged"] = None if merged is None else merged.absolute()
+        asked["merged"] = None if merged is None else _without_dots(merged)
         results["gguf"] = _run("writing", asked, adapter, base, shown=not as_json)
     _tell(results, as_json)
 
@@ -72,12 +78,17 @@ def _run(verb: str, asked: dict[str, Any], adapter: Path, base: ResolvedModel | 
     from daemon.terminal.progress_bar import transfer_bar
     from daemon.trainer.export_process import run_export
 
-    into = Path(asked["into"])
-    request = {**asked, "into": into.absolute(), "adapter": adapter.absolute()}
+    # As people read it: the model card's own commands write to `..`.
+    into = _without_dots(Path(asked["into"]))
+    request = {**asked, "into": into, "adapter": adapter.absolute()}
     if base is not None:
         request |= {"base": base.path.absolute(), "base_model": base.name, "base_revision": base.revision}
     with transfer_bar(into.name, shown=shown, verb=verb) as on_bytes:
         return asyncio.run(run_export(request, on_bytes))
+
+
+def _without_dots(new: Path) -> Path:
+    return new.parent.resolve() / new.name
 
 
 def _base_model(adapter: Path, model: Path | None) -> ResolvedModel:
@@ -103,6 +114,8 @@ def _base_model(adapter: Path, model: Path | None) -> ResolvedModel:
 
 
 def _tell(results: dict[str, Any], as_json: bool) -> None:
+    import os
+
     from daemon.terminal.console import print_json, say, say_done
     from daemon.terminal.format import count, size
 
@@ -128,7 +141,9 @@ def _tell(results: dict[str, Any], as_json: bool) -> None:
         else:
             say_done(f"{gguf['path']} ({size(gguf['bytes'])}, {about}): {gguf['base_model']} with the adapter in it")
             say(f"  llama-server --model {gguf['path']}")
-            say(f"  ollama create NAME --file {gguf['modelfile']}")
+            written = Path(gguf["path"])
+            folder = written if written.is_dir() else written.parent
+            say(f"  ollama create NAME --file {os.path.relpath(folder / gguf['modelfile'])}")
         if gguf["lost_window"] is not None:
             window = f"{gguf['lost_window']:,}"
             say(f"  keep chats under {window} tokens: the model looks back no further than that, and llama.cpp does")
