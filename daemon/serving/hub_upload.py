@@ -65,7 +65,7 @@ class Pushed:
 class NotPushed:
     """`why` decides what happens next: only `away` may pass. `occupied`, `public`: the repository is not as needed."""
 
-    why: Literal["away", "refused", "token", "occupied", "public"]
+    why: Literal["away", "offline", "refused", "token", "occupied", "public"]
     message: str
     kind: Literal["not_pushed"] = "not_pushed"
 
@@ -91,7 +91,7 @@ def upload(push: Push, endpoint: str | None = None) -> Pushed | NotPushed:
             api.create_repo(push.repository, private=not push.public, exist_ok=True)
         return _commit(api, push)
     except OfflineModeIsEnabled:
-        return NotPushed("refused", "HF_HUB_OFFLINE is set on this host, so that it must not talk to the hub")
+        return NotPushed("offline", "HF_HUB_OFFLINE is set on this host, so that it must not talk to the hub")
     except HfHubHTTPError as error:
         return _refusal(push, error)
     except LocalEntryNotFoundError:
@@ -206,7 +206,10 @@ def main() -> int:
     # The outermost place of this process: the hub's client raises what its HTTP library raises, and KeyError and the
     # like where an answer is not the hub's.
     except Exception as error:  # noqa: BLE001
-        answer = NotPushed("away", f"the hub's client failed ({type(error).__name__})")
+        # By name: it is httpx's or httpx2's, by the version of the client.
+        is_network = any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
+        what = "the hub cannot be reached" if is_network else "the hub's client failed"
+        answer = NotPushed("away", f"{what} ({type(error).__name__})")
     sys.stdout.write(json.dumps(asdict(answer)) + "\n")
     sys.stdout.flush()
     return 0 if isinstance(answer, Pushed) else 1

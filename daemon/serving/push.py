@@ -78,8 +78,12 @@ def _error(push: Push, why: str, message: str) -> JobError:
                 f"Make the repository private, or publish it on purpose: brightrun-trainer push {push.job_id} "
                 f"{push.repository} --public"
             )
+        case "offline":
+            hint = f"Unset HF_HUB_OFFLINE, then push again: brightrun-trainer push {push.job_id} {push.repository}"
         case "refused":
-            hint = "Correct what the hub names, then push again: brightrun-trainer push JOB OWNER/NAME"
+            hint = (
+                f"Correct what the hub names, then push again: brightrun-trainer push {push.job_id} {push.repository}"
+            )
         case _:
             return JobDelayed(
                 ErrorCode.UPLOAD_FAILED, failed, "It is tried again; the adapter itself is stored and complete."

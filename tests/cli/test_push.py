@@ -55,3 +55,12 @@ async def test_a_job_is_pushed_once_and_privately(
     assert TOKEN not in refused.err
     assert "Name it OWNER/NAME" in (await push("support")).err
     assert "Set HF_TOKEN" in (await push("acme/support", token="")).err
+    # Nothing tries a command again but the one who typed it.
+    cli.environment["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    away = await push("acme/support")
+    assert away.status == 1 and "the hub cannot be reached" in away.err and "run this command again" in away.err
+    assert "tried again" not in away.err
+    offline = await asyncio.to_thread(
+        cli.run, "push", str(completed)[:8], "acme/support", HF_TOKEN=TOKEN, HF_HUB_OFFLINE="1"
+    )
+    assert "Unset HF_HUB_OFFLINE" in offline.err

@@ -27,7 +27,8 @@ def push(
     from daemon.cli.commands.adapters import completed_job, fetch_adapter
     from daemon.cli.data.connection import open_database
     from daemon.cli.data.queries import find_job
-    from daemon.cli.errors import Misused
+    from daemon.cli.errors import CommandFailed, Misused
+    from daemon.errors import JobDelayed
     from daemon.read_settings import load_settings
     from daemon.serving.hub_upload import Push
     from daemon.serving.push import push_adapter
@@ -49,7 +50,11 @@ def push(
             repository, str(folder), str(job_id), str(details.adapter_sha256), token, public=public, replace=replace
         )
         with console(stderr=True).status(f"pushing to {repository} …"):
-            result = asyncio.run(push_adapter(order))
+            try:
+                result = asyncio.run(push_adapter(order))
+            except JobDelayed as error:
+                # A delivery is tried again by a host; this is not.
+                raise CommandFailed(error.message, "nothing was lost: run this command again later") from error
     if as_json:
         print_json({"job_id": job_id, **result})
         return
