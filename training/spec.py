@@ -259,7 +259,7 @@ def faults_of(error: ValidationError, prefix: str = "") -> list[Fault]:
         path = ".".join(str(part) for part in ((prefix,) if prefix else ()) + item["loc"])
         shown = repr(item["input"])
         shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        faults.append(Fault(path or "spec", f"{item['msg']} (got {shown})"))
+        faults.append(Fault(path or "spec", f"{item['msg'].removeprefix('Value error, ')} (got {shown})"))
     return faults
 
 

@@ -75,6 +75,8 @@ def test_every_wrong_wish_is_named_at_once(cli: CommandLine, dataset: Path) -> N
     assert said.status == 2
     for name in ("lora_rank", "learning_rate", "batch_size"):
         assert name in said.err
+    onnx = cli.run("submit", dataset, "--set", 'exports=["onnx"]', "--set", "push_to_hub=acme").err
+    assert "exports.0: Input" in onnx and "push_to_hub: must be OWNER/NAME" in onnx
     assert "unknown: lora_rnk" in cli.run("submit", dataset, "--set", "lora_rnk=8").err
     assert "is not KEY=VALUE" in cli.run("submit", dataset, "--set", "rank").err
 

@@ -202,12 +202,17 @@ def _parsed(wish: _Wish) -> ParsedRow:
     try:
         row = parse_row(wish.hyperparameters, wish.gpu_config)
     except SpecInvalid as invalid:
-        listed = "; ".join(f"{fault.field.rpartition('.')[2]}: {fault.message}" for fault in invalid.faults)
+        listed = "; ".join(f"{_without_column(fault.field)}: {fault.message}" for fault in invalid.faults)
         raise Misused(f"the job cannot be run as it is asked for: {listed}") from None
     if row.unknown_keys:
-        unknown = ", ".join(key.rpartition(".")[2] for key in row.unknown_keys)
+        unknown = ", ".join(map(_without_column, row.unknown_keys))
         raise Misused(f"these settings are unknown: {unknown}", "see docs/reference/hyperparameters.md")
     return row
+
+
+def _without_column(field: str) -> str:
+    """`exports.0` of `hyperparameters.exports.0`."""
+    return field.partition(".")[2] or field
 
 
 def _owner(connection: Connection, user: str | None, settings: Settings) -> UUID:
