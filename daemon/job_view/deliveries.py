@@ -21,11 +21,17 @@ def _words(delivery: Mapping[str, Any]) -> str:
     error = delivery.get("error_message")
     match delivery["state"]:
         case "done":
-            where = plain(result.get("path") or result.get("url") or "done")
+            where = plain(result.get("path") or result.get("url") or result.get("model") or "done")
             return f"{where}, {size(result['bytes'])}" if isinstance(result.get("bytes"), int) else where
         case "failed":
             return f"failed: {plain(with_advice(error or 'it cannot be done.', delivery.get('error_hint')))}"
         case "running":
             return "a host works on it"
         case _:
-            return "waits for a host" if error is None else f"is tried again: {plain(error)}"
+            return _waits_for(delivery["kind"]) if error is None else f"is tried again: {plain(error)}"
+
+
+def _waits_for(kind: str) -> str:
+    """Names what a host must have, where none may have it: then it waits until one is started so."""
+    needed = {"hub": "TRAINER_HUB_TOKENS", "endpoint": "TRAINER_ENDPOINT_URL"}.get(kind)
+    return "waits for a host" if needed is None else f"waits for a host that has {needed}"

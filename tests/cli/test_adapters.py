@@ -59,3 +59,11 @@ def test_a_talk_needs_an_adapter_and_its_base_model(cli: CommandLine, completed:
     assert "there is no config.json" in said.err
     cached = cli.run("chat", completed, "-q", "Why?")
     assert "does not say which base model" in cached.err
+
+
+def test_what_cannot_be_delivered_again_is_named(cli: CommandLine, completed: UUID) -> None:
+    unknown = cli.run("redeliver", str(completed)[:8], "merge")
+    assert (unknown.status, "'merge' is no delivery" in unknown.err) == (2, True)
+    assert "merged, gguf, transformers4, hub, endpoint" in unknown.err
+    aimed = cli.run("redeliver", str(completed)[:8], "merged", "--target", "x")
+    assert (aimed.status, "has no target" in aimed.err) == (2, True)

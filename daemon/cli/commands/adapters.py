@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -59,8 +59,15 @@ def redeliver(
     """Do again what follows a completed job, or make an export that it did not ask for. A host does it."""
     from daemon.cli.data.connection import open_database, said_plainly
     from daemon.cli.data.queries import find_job
+    from daemon.cli.errors import Misused
+    from daemon.delivery.delivery import EXPORTS
+    from daemon.queue.outcome import DeliveryKind
     from daemon.terminal.console import print_json, say_done
 
+    if kind not in get_args(DeliveryKind):
+        raise Misused(f"{kind[:80]!r} is no delivery", f"choose one of {', '.join(get_args(DeliveryKind))}")
+    if target is not None and kind in EXPORTS:
+        raise Misused(f"the export {kind} has no target", "leave out --target: it is for hub and endpoint")
     with open_database() as connection:
         job_id = find_job(connection, job)
         with said_plainly():

@@ -321,7 +321,7 @@ function factsOf(job, read) {
   if (job.started_at) fact("ran", f.span(((job.completed_at ? Date.parse(job.completed_at) : now()) - Date.parse(job.started_at)) / 1000));
   if (job.completed_at) fact("ended", f.ago(secondsSince(job.completed_at)));
   for (const each of job.deliveries ?? read.deliveries ?? []) {
-    const words = each.error_message ? `${each.state}: ${f.words(each.error_message)}` : each.result?.path ?? each.state;
+    const words = each.error_message ? `${each.state}: ${f.words(each.error_message)}` : each.result?.path ?? each.result?.url ?? each.result?.model ?? each.state;
     fact(f.words([each.kind, each.target].filter(Boolean).join(" ")), f.words(words));
   }
   return facts;
