@@ -83,6 +83,11 @@ def _introduction(serving: Serving, trained: Trained) -> str:
 def _serving(serving: Serving) -> Iterable[str]:
     yield "## Serve it"
     yield "The commands are run in the folder of this file."
+    if "/" not in serving.base_model:
+        yield (
+            f"{_code(serving.base_model)} is the base model's name where this adapter was trained. Where a server does "
+            "not know it, write the path of the model's folder instead, or its name on the hub."
+        )
     if note := _thinking(serving):
         yield note
     yield "### vLLM"

@@ -99,6 +99,12 @@ def test_the_card_says_what_it_was_trained_on_and_how_it_went() -> None:
     assert "| LoRA rank | `24` |" in card and "| learning rate (peak) | `0.0002` |" in card
 
 
+def test_a_base_model_that_is_only_a_folder_s_name_is_said_to_be_one() -> None:
+    said = "write the path of the model's folder"
+    assert said not in model_card(_serving(), _trained(), None)
+    assert said in model_card(_serving(DENSE | {"base_model_name_or_path": "tiny"}), _trained(), None)
+
+
 def test_a_run_without_held_out_conversations_or_steps_has_a_card_too() -> None:
     nothing = Trained({}, {}, None, "float32", RunHistory(), {})
     assert "## Training" in model_card(_serving(), nothing, None)
@@ -135,7 +141,7 @@ def test_no_name_breaks_the_card(odd: str) -> None:
         serving = _serving(DENSE | {"base_model_name_or_path": name, "revision": text, "target_modules": [text, "q"]})
         return model_card(serving, _trained(optimizer=text), Licence("other", "LICENSE", text, text))
 
-    card, plain = card_of(odd, odd), card_of("acme/base", "plain")
+    card, plain = card_of(odd, odd), card_of("acme/base" if "/" in odd else "base", "plain")
     assert _front_matter(card)["base_model"] == odd and "license_link" not in _front_matter(card)
     # The same document: nothing that a name holds became a heading, a table, a link or a block of its own.
     assert _shape(card) == _shape(plain)
