@@ -100,7 +100,10 @@ def test_the_terminal_has_what_the_json_has(trained: Trained) -> None:
     prompts.write_text("What colour is the cat?\nWhat colour is\x1b[31m the dog?\n")
     page = trained.cli.folder / "page.html"
     words = ("compare", trained.slow, "-p", prompts, "--max-tokens", 12, "--html", page)
-    lines = trained.cli.ok(*words).out.splitlines()
+    said = trained.cli.ok(*words)
+    lines = said.out.splitlines()
+    # No terminal reads it here, and it goes on for minutes with a large model.
+    assert "base: answering …" in said.err and "base: measuring the loss …" in said.err
     assert "What colour is the cat?" in page.read_text() and "\x1b" not in page.read_text()
     assert max(map(len, lines)) <= 80
     assert "you › What colour is␛[31m the dog?" in lines

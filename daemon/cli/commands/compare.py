@@ -175,7 +175,7 @@ def _entries_with_data(
 def _run(entries: list[Entry], request: dict[str, Any], notes: list[str]) -> Comparison:
     from daemon.cli.data.comparison_process import ask_process
     from daemon.comparison.results import Comparison, Contestant
-    from daemon.terminal.console import console
+    from daemon.terminal.console import console, say_aside
 
     adapters = [Contestant(entry.name, entry.job_id, entry.adapter_sha256, entry.about) for entry in entries]
     options = {
@@ -186,11 +186,16 @@ def _run(entries: list[Entry], request: dict[str, Any], notes: list[str]) -> Com
         "quantize": request["quantize"],
     }
     comparison = Comparison(request["base_model"], [Contestant("base"), *adapters], options, notes=list(notes))
-    with console(stderr=True).status("starting …") as status:
+    screen = console(stderr=True)
+    with screen.status("starting …") as status:
         for said in ask_process(request):
             comparison.take(said)
-            if (words := _progress(said, comparison)) is not None:
-                status.update(words)
+            if (words := _progress(said, comparison)) is None:
+                continue
+            status.update(words)
+            # In a log a line for each stage shows that it goes on; a terminal has the line that moves.
+            if said["kind"] == "stage" and not screen.is_terminal:
+                say_aside(words)
     return comparison
 
 

@@ -320,11 +320,19 @@ function factsOf(job, read) {
   if (job.started_at) fact("waited", f.span((Date.parse(job.started_at) - Date.parse(job.queued_at)) / 1000));
   if (job.started_at) fact("ran", f.span(((job.completed_at ? Date.parse(job.completed_at) : now()) - Date.parse(job.started_at)) / 1000));
   if (job.completed_at) fact("ended", f.ago(secondsSince(job.completed_at)));
-  for (const each of job.deliveries ?? read.deliveries ?? []) {
-    const words = each.error_message ? `${each.state}: ${f.words(each.error_message)}` : each.result?.path ?? each.result?.url ?? each.result?.model ?? each.state;
-    fact(f.words([each.kind, each.target].filter(Boolean).join(" ")), f.words(words));
-  }
+  for (const each of job.deliveries ?? read.deliveries ?? []) fact(f.words([each.kind, each.target].filter(Boolean).join(" ")), deliveryWords(each));
   return facts;
+}
+
+function deliveryWords(delivery) {
+  const { state, result } = delivery;
+  if (state !== "done") {
+    const words = [delivery.error_message, delivery.error_hint].filter(Boolean).map(f.words).join(" ");
+    return words ? `${f.words(state)}: ${words}` : f.words(state);
+  }
+  // The path is long, and the same for each up to its end: `download --export` finds it.
+  const where = result?.url ?? result?.model ?? (f.isNumber(result?.bytes) ? f.size(result.bytes) : "");
+  return where ? `done: ${f.words(where)}` : "done";
 }
 
 function faultBox() {
