@@ -273,7 +273,23 @@ BEGIN
             RAISE EXCEPTION USING ERRCODE = 'PT404', MESSAGE = 'the job has no such delivery',
                 HINT = 'one of merged, gguf, transformers4 can be asked for after the training as well';
         END IF;
-        INSERT INTO public.training_deliveries (job_id, user_id, kind) VALUES (job.id, job.user_id, redeliver.kind)
+        IF coalesce(redeliver.target, '') <> '' THEN
+            RAISE EXCEPTION USING ERRCODE = 'PT404', MESSAGE = 'the job has no such delivery',
+                HINT = 'an export has no target: leave it out';
+        END IF;
+        INSERT INTO public.training_deliveries (job_id, user_id, kind, storage)
+        VALUES (
+            job.id,
+            job.user_id,
+            redeliver.kind,
+            -- Where its adapter is, as far as another delivery of the job knows it; else any host tries.
+            (
+                SELECT sibling.storage
+                FROM public.training_deliveries AS sibling
+                WHERE sibling.job_id = job.id AND sibling.storage IS NOT NULL
+                LIMIT 1
+            )
+        )
         ON CONFLICT DO NOTHING;
     ELSIF delivery.state IN ('done', 'failed') THEN
         UPDATE public.training_deliveries AS again

@@ -180,8 +180,14 @@ async def test_what_cannot_be_done_says_why_and_its_job_stays_completed(project:
         script(project)
         project.queue.select("SELECT redeliver(%s, 'merged')", job)
         row = await reaches(project, job, "done")
+        # One that was not asked for before the training goes to hosts of the adapter's storage, too.
+        project.queue.select("SELECT redeliver(%s, 'transformers4')", job)
+        other = await reaches(project, job, "done", kind="transformers4")
+        with pytest.raises(psycopg.Error, match="no such delivery"):
+            project.queue.select("SELECT redeliver(%s, 'gguf', 'x')", job)
     assert row["attempts"] == 1 and row["error_code"] is None
     assert row["result"]["path"].endswith("/merged-2")
+    assert other["storage"] == row["storage"] is not None
 
 
 async def test_an_export_that_kills_its_process_is_tried_again_and_ends(project: Project) -> None:
