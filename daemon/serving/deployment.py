@@ -22,10 +22,11 @@ import structlog
 from daemon.errors import JobDelayed, JobFailed, disk_fault
 from daemon.serving.difference import differs
 from daemon.serving.endpoint_api import Answer, Endpoint, EndpointError
-from daemon.serving.fit import misfits_by_settings, not_served, rank_to_start_with, served_base
+from daemon.serving.fit import misfits_by_settings, not_served, served_base
 from daemon.settings import Settings
 from training.events import ErrorCode
 from training.files.durable_files import beside, put_in_place
+from training.files.vllm_ranks import smallest_max_lora_rank
 
 log = structlog.get_logger()
 
@@ -271,7 +272,7 @@ def _load_may_pass(error: EndpointError) -> bool:
 
 def _hint_to_load(error: EndpointError, rank: int) -> str | None:
     if "max_lora_rank" in error.message:
-        needed = rank_to_start_with(rank)
+        needed = smallest_max_lora_rank(rank)
         return (
             f"Start vLLM with --max-lora-rank {needed} and set TRAINER_ENDPOINT_MAX_RANK to it, or train with a lower "
             "lora_rank."

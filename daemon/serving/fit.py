@@ -9,10 +9,8 @@ from collections.abc import Iterable, Sequence
 
 from daemon.serving.endpoint_api import Endpoint, EndpointError, ServedModel
 from daemon.settings import Settings
+from training.files.vllm_ranks import smallest_max_lora_rank
 from training.spec import Hyperparameters
-
-# What vLLM can be started with.
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 async def misfits(
@@ -58,7 +56,7 @@ def misfits_by_settings(settings: Settings, rank: int, modules: Sequence[str]) -
     if rank > settings.endpoint_max_rank:
         yield (
             f"its lora_rank of {rank} is above the endpoint's {settings.endpoint_max_rank} (vLLM: "
-            f"--max-lora-rank {rank_to_start_with(rank)}, and TRAINER_ENDPOINT_MAX_RANK)"
+            f"--max-lora-rank {smallest_max_lora_rank(rank)}, and TRAINER_ENDPOINT_MAX_RANK)"
         )
     if settings.endpoint_target_modules:
         known = set(settings.endpoint_target_modules)
@@ -70,8 +68,3 @@ def misfits_by_settings(settings: Settings, rank: int, modules: Sequence[str]) -
 def not_served(served: Sequence[ServedModel], base_model: str) -> str:
     bases = ", ".join(model.id for model in served if model.parent is None) or "no base model"
     return f"the endpoint serves {bases}, and the adapter is one of {base_model} (see TRAINER_ENDPOINT_BASE_MODEL)"
-
-
-def rank_to_start_with(rank: int) -> int:
-    """Returns the smallest --max-lora-rank of vLLM's that takes this rank."""
-    return min((each for each in RANKS if each >= rank), default=RANKS[-1])

@@ -12,9 +12,10 @@ from daemon.__main__ import app
 from tests.docs.blocks import Block, blocks
 from tests.paths import ROOT
 from training.data.template.thinking import Thinking
+from training.files.vllm_ranks import VLLM_RANKS
 from training.results.history import RunHistory
 from training.results.model_card import Trained, model_card
-from training.results.serving import VLLM_RANKS, serving_of
+from training.results.serving import serving_of
 
 PAGE = "docs/how-to/serve-your-adapter.md"
 TEXT = (ROOT / PAGE).read_text(encoding="utf-8")

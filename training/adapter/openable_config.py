@@ -14,6 +14,7 @@ import peft.utils.transformers_weight_conversion as peft_conversion
 from peft import LoraConfig
 
 from training.adapter.readers import KNOWN_KEYS
+from training.files.module_names import in_block
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -34,10 +35,10 @@ def openable_config(model: PeftModel, base_model: str, revision: str | None) -> 
     config: LoraConfig = copy.deepcopy(model.peft_config["default"])
     adapted = list(model.base_model.targeted_module_names)
     others = _others(model, adapted)
-    names = {tail: shortest_name(tail, others) for tail in {_in_block(path) for path in adapted}}
+    names = {tail: shortest_name(tail, others) for tail in {in_block(path) for path in adapted}}
     if all(names.values()):
         config.exclude_modules = None
-    whole = {path for path in adapted if names[_in_block(path)] is None}
+    whole = {path for path in adapted if names[in_block(path)] is None}
     exact = {name for name in names.values() if name is not None}
     # Names that others share, where a pattern tells those others apart.
     shared = {path.rpartition(".")[2] for path in whole} if config.exclude_modules else whole
@@ -66,13 +67,6 @@ def shortest_name(tail: str, others: Collection[str]) -> str | None:
         if not any(other == name or other.endswith(f".{name}") for other in others):
             return name
     return None
-
-
-def _in_block(path: str) -> str:
-    """What follows the number of the block: `self_attn.q_proj`."""
-    parts = path.split(".")
-    after = max((index + 1 for index, part in enumerate(parts) if part.isdigit()), default=0)
-    return ".".join(parts[after:])
 
 
 def _others(model: PeftModel, adapted: Collection[str]) -> set[str]:

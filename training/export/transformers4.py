@@ -22,6 +22,7 @@ from training.export.merging.deltas import ADAPTER_CONFIG, read_adapter
 from training.export.orders import OnBytes
 from training.failures import TrainingFailed
 from training.files.durable_files import beside, put_in_place, sha256_of
+from training.files.module_names import in_block
 from training.results.model_card import CARD
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -81,7 +82,7 @@ def _config(config: dict[str, Any], modules: list[str]) -> dict[str, Any]:
     written = {key: value for key, value in config.items() if key in KNOWN_KEYS or value not in _UNUSED}
     if written.pop("target_parameters", None):
         # What is in the file is what was trained: `mlp.shared_expert.up_proj` ends no path of a routed expert.
-        written["target_modules"] = sorted({_in_block(module) for module in modules})
+        written["target_modules"] = sorted({in_block(module) for module in modules})
         written.pop("exclude_modules", None)
         # A later PEFT with transformers 5 would take the shared expert's names for the routed experts', open half of
         # the adapter and say nothing. It knows no dropout there, and raises. Opened for inference, there is none.
@@ -90,13 +91,6 @@ def _config(config: dict[str, Any], modules: list[str]) -> dict[str, Any]:
     if isinstance(alpha, float) and alpha.is_integer():
         written["lora_alpha"] = int(alpha)
     return written
-
-
-def _in_block(module: str) -> str:
-    """What follows the number of the block: `self_attn.q_proj`."""
-    parts = module.split(".")
-    after = max((index + 1 for index, part in enumerate(parts) if part.isdigit()), default=0)
-    return ".".join(parts[after:])
 
 
 def _manifest(folder: Path, changed: list[str]) -> dict[str, Any]:

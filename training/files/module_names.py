@@ -76,3 +76,10 @@ def is_loaded(tensor: str, layers: int) -> bool:
     """
     layer = _DECODER_LAYER.match(tensor)
     return not tensor.startswith("mtp.") and (layer is None or int(layer[1]) < layers)
+
+
+def in_block(path: str) -> str:
+    """What follows the number of the block: `self_attn.q_proj`."""
+    parts = path.split(".")
+    after = max((index + 1 for index, part in enumerate(parts) if part.isdigit()), default=0)
+    return ".".join(parts[after:])

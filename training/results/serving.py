@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from training.data.template.thinking import Thinking
+from training.files.vllm_ranks import smallest_max_lora_rank
 
-# The values that vLLM's --max-lora-rank takes; 16 unless it is given.
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # The name under which the commands serve it.
 NAME = "adapter"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -43,7 +42,7 @@ class Serving:
     @property
     def max_lora_rank(self) -> int:
         """The smallest that vLLM takes: its buffers grow with it."""
-        return next(allowed for allowed in VLLM_RANKS if allowed >= self.rank)
+        return smallest_max_lora_rank(self.rank)
 
     @property
     def has_linear_attention(self) -> bool:

@@ -14,9 +14,10 @@ from markdown_it import MarkdownIt
 
 from training.data.template.thinking import Thinking
 from training.files.licence import Licence, licence_of
+from training.files.vllm_ranks import VLLM_RANKS
 from training.results.history import EvaluationRecord, RunHistory, StepRecord
 from training.results.model_card import Trained, model_card
-from training.results.serving import VLLM_RANKS, Serving, serving_of
+from training.results.serving import Serving, serving_of
 
 DENSE = {"base_model_name_or_path": "acme/base", "revision": "abc", "r": 24, "target_modules": ["v_proj", "q_proj"]}
 MIXTURE = DENSE | {
